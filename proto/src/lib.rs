@@ -1,0 +1,29 @@
+//! The contract between the processes: generated from the .proto files beside this crate, with their comments.
+//! There is no logic here.
+
+/// Delivery of events to any service.
+pub mod events {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("events.v1");
+    }
+}
+
+/// Stock.
+pub mod inventory {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("inventory.v1");
+    }
+}
+
+/// Orders.
+pub mod orders {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("orders.v1");
+    }
+}
+
+/// The encoded `FileDescriptorSet` of the whole contract with its imports, for server reflection.
+pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("descriptors");
