@@ -1,0 +1,22 @@
+-- Roles, made once per server by a superuser. Owners change the schema (`… migrate`); services and relay only use it.
+-- The passwords are the names, for one machine: anywhere else, ALTER ROLE … PASSWORD right after.
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['orders_owner', 'order_service', 'inventory_owner', 'inventory_service', 'outbox_relay'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN
+            EXECUTE format('CREATE ROLE %I LOGIN PASSWORD %L', name, name);
+        END IF;
+    END LOOP;
+    -- A session that stops inside a transaction would hold its locks, and the horizon of VACUUM, for ever. Processes
+    -- bound their own work at 5 s; these ends are for the day a process or its network cannot.
+    FOREACH name IN ARRAY ARRAY['order_service', 'inventory_service', 'outbox_relay'] LOOP
+        EXECUTE format('ALTER ROLE %I SET idle_in_transaction_session_timeout = ''10s''', name);
+        EXECUTE format('ALTER ROLE %I SET statement_timeout = ''10s''', name);
+    END LOOP;
+    -- Losing a lease or a delete in a crash only delivers an event again, and the receiver drops what it has had.
+    -- Orders and stock never run like this.
+    ALTER ROLE outbox_relay SET synchronous_commit = off;
+END
+$$;

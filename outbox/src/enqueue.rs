@@ -1,0 +1,71 @@
+//! Writes an event into the outbox, in the transaction of the change it tells of.
+
+use prost::{Message, Name};
+use sqlx::{Postgres, Transaction};
+use uuid::Uuid;
+
+/// W3C trace context, carried from the call that caused an event to the work the event causes.
+#[derive(Clone, Debug, Default)]
+pub struct TraceContext {
+    traceparent: Option<String>,
+    tracestate: Option<String>,
+}
+
+impl TraceContext {
+    /// Takes the two headers as a caller sent them. What is longer than the standard obliges anyone to carry (55 and
+    /// 512 characters) is dropped: a caller must not decide how large an outbox row is.
+    pub fn from_headers(traceparent: Option<&str>, tracestate: Option<&str>) -> Self {
+        let bounded = |header: Option<&str>, chars_max| {
+            header.filter(|text| !text.is_empty() && text.len() <= chars_max).map(str::to_owned)
+        };
+        Self { traceparent: bounded(traceparent, 55), tracestate: bounded(tracestate, 512) }
+    }
+}
+
+/// Enqueues `message` as event number `sequence` (from 1, without gaps) of the aggregate, and returns the event's id.
+///
+/// It takes a transaction, not a connection, so that an event without its change cannot be written by mistake. Nothing
+/// is sent from here: call [`RelayWaker::wake`](crate::RelayWaker::wake) after the commit.
+///
+/// Whoever writes event n+1 must have seen event n committed (by a lock on the aggregate's row, say): that is what lets
+/// the relay deliver an aggregate's events in sequence by looking only at the rows that are still there.
+///
+/// # Errors
+/// Those of the database; a violation of `outbox_pkey` means that the aggregate already has an event of this sequence.
+pub async fn enqueue<M: Message + Name>(
+    tx: &mut Transaction<'_, Postgres>,
+    aggregate_id: Uuid,
+    sequence: i32,
+    message: &M,
+    trace: &TraceContext,
+) -> Result<Uuid, sqlx::Error> {
+    let event_id = Uuid::now_v7();
+    sqlx::query!(
+        "-- outbox: enqueue
+        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        aggregate_id,
+        sequence,
+        event_id,
+        M::full_name(),
+        message.encode_to_vec(),
+        trace.traceparent,
+        trace.tracestate,
+    )
+    .execute(&mut **tx)
+    .await?;
+    Ok(event_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::TraceContext;
+
+    #[test]
+    fn trace_headers_longer_than_the_standard_are_dropped() {
+        let trace = TraceContext::from_headers(Some(&"0".repeat(56)), Some(&"k=v,".repeat(129)));
+        assert_eq!((trace.traceparent, trace.tracestate), (None, None));
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(TraceContext::from_headers(Some(parent), Some("")).traceparent.as_deref(), Some(parent));
+    }
+}
