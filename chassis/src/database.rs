@@ -1,0 +1,159 @@
+//! Connects to the database and bounds the work done there.
+
+use std::{fmt, future::Future, pin::Pin, str::FromStr, time::Duration};
+
+use backon::{ExponentialBuilder, Retryable};
+use clap::Args;
+use sqlx::{
+    Connection, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+/// A unit of database work: the future a closure passed to [`Database::run`] returns.
+pub type Work<'c, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>>;
+
+/// Where a database is and who connects. Its `Debug` and `Display` leave the password out.
+#[derive(Clone)]
+pub struct DatabaseUrl(PgConnectOptions);
+
+/// A database URL that cannot be read. It does not repeat the URL, which may hold a password.
+#[derive(Debug, thiserror::Error)]
+#[error("not a database URL; it looks like postgres://user:password@host:5432/database")]
+pub struct InvalidDatabaseUrl;
+
+impl DatabaseUrl {
+    /// What a connection is made from.
+    pub fn options(&self) -> PgConnectOptions {
+        self.0.clone()
+    }
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = InvalidDatabaseUrl;
+
+    fn from_str(text: &str) -> Result<Self, InvalidDatabaseUrl> {
+        if !text.starts_with("postgres://") && !text.starts_with("postgresql://") {
+            return Err(InvalidDatabaseUrl);
+        }
+        PgConnectOptions::from_str(text).map(Self).map_err(|_| InvalidDatabaseUrl)
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(options) = self;
+        let database = options.get_database().unwrap_or("");
+        write!(f, "{}@{}:{}/{database}", options.get_username(), options.get_host(), options.get_port())
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{self}\"")
+    }
+}
+
+/// How a process uses its database.
+#[derive(Args, Clone, Debug)]
+pub struct DatabaseSettings {
+    /// Connections to the database at most.
+    #[arg(long, env = "DATABASE_CONNECTIONS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub database_connections: u32,
+    /// Milliseconds a call waits for a free connection before it is refused with a hint to retry.
+    #[arg(long, env = "DATABASE_ACQUIRE_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub database_acquire_ms: u64,
+    /// Milliseconds a unit of work may take in the database before its connection is cut and its transaction undone.
+    #[arg(long, env = "DATABASE_WORK_MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub database_work_ms: u64,
+}
+
+/// A pool of connections on which work is run so that no caller can stop it half-way.
+#[derive(Clone, Debug)]
+pub struct Database {
+    pool: PgPool,
+    work_limit: Duration,
+}
+
+impl Database {
+    /// Connects, waiting with back-off for as long as the database does not answer, and saying so.
+    ///
+    /// Returns `None` when `shutdown` came first.
+    ///
+    /// # Errors
+    /// What waiting does not mend: wrong credentials.
+    pub async fn connect(
+        url: &DatabaseUrl,
+        settings: &DatabaseSettings,
+        shutdown: &CancellationToken,
+    ) -> Result<Option<Self>, sqlx::Error> {
+        let pool = PgPoolOptions::new()
+            .max_connections(settings.database_connections)
+            .acquire_timeout(Duration::from_millis(settings.database_acquire_ms))
+            .connect_lazy_with(url.options());
+        let back_off = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(100))
+            .with_max_delay(Duration::from_secs(5))
+            .with_jitter()
+            .without_max_times();
+        // The pool hides why it has no connection; one made by hand tells.
+        let connect = || {
+            let options = url.options();
+            async move { PgConnection::connect_with(&options).await?.close().await }
+        };
+        let waiting = connect
+            .retry(back_off)
+            .when(|error| !is_refused(error))
+            .notify(|error, delay| info!("waiting for database {url}: {error}; next try in {delay:.1?}"));
+        match shutdown.run_until_cancelled(waiting).await {
+            None => Ok(None),
+            Some(connected) => {
+                connected.map(|()| Some(Self { pool, work_limit: Duration::from_millis(settings.database_work_ms) }))
+            }
+        }
+    }
+
+    /// Runs one unit of work on a connection, to its end, whatever becomes of the caller.
+    ///
+    /// tonic drops a handler when its caller hangs up or its time is over. A `begin` that is dropped half-way returns its
+    /// connection to the pool inside an open transaction, and whatever the next caller writes there vanishes (sqlx 0.9.0,
+    /// launchbadge/sqlx#4393). So the work is a task of its own, which a dropped caller merely stops waiting for. It is
+    /// bounded here as well: on expiry the connection is cut, not returned, so that a half-open connection costs one
+    /// unit of work and not a place in the pool; the server undoes what was not committed.
+    ///
+    /// # Errors
+    /// Those of the work; [`sqlx::Error::PoolTimedOut`] when no connection came free; [`sqlx::Error::Io`] of kind
+    /// `TimedOut` when the work took too long, and then it may or may not have been committed;
+    /// [`sqlx::Error::WorkerCrashed`] when it panicked.
+    pub async fn run<T, E, W>(&self, work: W) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<sqlx::Error> + Send + 'static,
+        W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, E> + Send + 'static,
+    {
+        let Self { pool, work_limit } = self.clone();
+        let task = tokio::spawn(async move {
+            let mut connection = pool.acquire().await?;
+            if let Ok(done) = timeout(work_limit, work(&mut connection)).await {
+                return done;
+            }
+            error!("database work took over {work_limit:?}: connection cut");
+            // Only cuts the socket; an error means that it was cut already.
+            drop(connection.detach().close_hard().await);
+            Err(E::from(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
+        });
+        task.await.unwrap_or_else(|_| Err(E::from(sqlx::Error::WorkerCrashed)))
+    }
+
+    /// Whether the database answers, within the limits of any other work.
+    pub async fn answers(&self) -> bool {
+        self.run(|connection| Box::pin(connection.ping())).await.is_ok()
+    }
+}
+
+/// Whether the server answered, and its answer will not change by waiting (SQLSTATE class 28: invalid authorization).
+fn is_refused(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| code.starts_with("28")))
+}

@@ -1,0 +1,52 @@
+//! Checks the fields of a request, all of them, before any is refused.
+
+use std::ops::RangeInclusive;
+
+use tonic_types::FieldViolation;
+use uuid::Uuid;
+
+/// Collects what is wrong with a request. Each check names its field by path (`items[2].sku`) and goes on.
+#[derive(Debug, Default)]
+pub struct Fields {
+    violations: Vec<FieldViolation>,
+}
+
+impl Fields {
+    /// Records that a field is wrong, and how it would be right.
+    pub fn refuse(&mut self, field: impl Into<String>, description: impl Into<String>) {
+        self.violations.push(FieldViolation::new(field, description));
+    }
+
+    /// A name that travels unchanged through databases, logs and shells: 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
+    pub fn name(&mut self, field: impl Into<String>, text: &str) {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if !(1..=64).contains(&text.len()) || !text.bytes().all(allowed) {
+            self.refuse(field, "must be 1 to 64 characters of A-Z a-z 0-9 . _ -");
+        }
+    }
+
+    /// A whole number within bounds.
+    pub fn number(&mut self, field: impl Into<String>, number: impl Into<i64>, allowed: RangeInclusive<i64>) {
+        let number = number.into();
+        if !allowed.contains(&number) {
+            let (least, most) = allowed.into_inner();
+            self.refuse(field, format!("must be from {least} to {most}, and is {number}"));
+        }
+    }
+
+    /// A UUID; the nil one stands for it when it is refused.
+    pub fn uuid(&mut self, field: impl Into<String>, text: &str) -> Uuid {
+        Uuid::try_parse(text).unwrap_or_else(|_| {
+            self.refuse(field, "must be a UUID, such as 0192f0c1-2345-7abc-8def-0123456789ab");
+            Uuid::nil()
+        })
+    }
+
+    /// Ends the checks: `value`, if nothing was refused.
+    ///
+    /// # Errors
+    /// Every violation, in the order of the checks.
+    pub fn finish<T>(self, value: T) -> Result<T, Vec<FieldViolation>> {
+        if self.violations.is_empty() { Ok(value) } else { Err(self.violations) }
+    }
+}

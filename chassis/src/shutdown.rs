@@ -1,0 +1,33 @@
+//! Turns signals into an orderly end.
+
+use std::{io, process};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// A token that SIGTERM or SIGINT cancels. A second signal ends the process at once: whoever sends it is done waiting,
+/// and being killed at any line is something the system recovers from.
+///
+/// # Errors
+/// When the signal handlers cannot be installed.
+pub fn shutdown_signal() -> io::Result<CancellationToken> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let token = CancellationToken::new();
+    let cancelled = token.clone();
+    tokio::spawn(async move {
+        for signals in 0.. {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if signals > 0 {
+                warn!("{name} again: exiting at once");
+                process::exit(130);
+            }
+            info!("{name}: finishing what is in flight");
+            cancelled.cancel();
+        }
+    });
+    Ok(token)
+}
