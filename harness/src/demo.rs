@@ -1,0 +1,209 @@
+//! The subcommand `demo`: the pattern at work, narrated.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use proto::{
+    events::v1::Outcome,
+    orders::v1::{CreateOrderRequest, OrderItem, OrderStatus},
+};
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
+use uuid::Uuid;
+
+use crate::{
+    audit::audit,
+    processes::Process,
+    replay::{available, name, replay, wait_until_applied},
+    stress::{Load, place_orders, wait_until_delivered},
+    system::{Layout, ServerArguments, Service, stop},
+    target::Target,
+};
+
+const DIRECTORY: &str = "target/demo/postgres";
+const LOGS: &str = "target/demo/logs";
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+const LOG_LIMIT: Duration = Duration::from_secs(5);
+const SKU: &str = "MUG";
+
+/// Events by worker.
+type Shares = BTreeMap<u64, u64>;
+
+/// Show the pattern at work: a few seconds, narrated
+///
+/// Sets everything up from nothing, places orders, delivers an event twice, audits, and takes everything down again.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Arguments {
+    #[command(flatten)]
+    server: ServerArguments,
+}
+
+/// Runs the subcommand.
+pub async fn run(arguments: Arguments) -> Result<ExitCode> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    select! {
+        shown = show(&arguments) => shown.map(|()| ExitCode::SUCCESS),
+        // Everything started ends with the future that started it.
+        _ = interrupt.recv() => Ok(ExitCode::from(130)),
+        _ = terminate.recv() => Ok(ExitCode::from(143)),
+    }
+}
+
+async fn show(arguments: &Arguments) -> Result<()> {
+    let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), false).await?;
+    // The relay's log tells which worker delivered what; that of an earlier demo would be counted too.
+    if let Err(error) = fs::remove_dir_all(LOGS)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error).context(LOGS);
+    }
+    let mut layout = Layout::standard(server, Path::new(LOGS));
+    layout.settings.push(("RUST_LOG".into(), "info,outbox_relay=debug".into()));
+    layout.prepare().await?;
+    let target = layout.target()?;
+
+    println!("\n  The transactional outbox, in three processes and two databases.\n");
+    let mut processes = vec![start(&layout, Service::Inventory).await?, start(&layout, Service::Orders).await?];
+    let (order_id, before) = show_commit(&target).await?;
+    processes.push(show_delivery(&layout, &target, order_id, before).await?);
+    show_workers(&layout, &target).await?;
+    show_replay(&target).await?;
+    show_audit(&target).await?;
+
+    stop(processes).await?;
+    if let Some(cluster) = cluster {
+        cluster.stop().await?;
+    }
+    println!("\n  Everything is down again. `make up` keeps it running for you to play with.\n");
+    Ok(())
+}
+
+async fn start(layout: &Layout, service: Service) -> Result<Process> {
+    let process = layout.start(service).await?;
+    println!("     {:<18} pid {:<8} {}", service.name(), process.pid(), layout.address(service));
+    Ok(process)
+}
+
+async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
+    println!("\n  1. An order and its event are committed together.");
+    let before = available(target, SKU).await?;
+    let request = CreateOrderRequest {
+        request_id: Uuid::new_v4().into(),
+        customer_id: "ann".into(),
+        currency_code: "EUR".into(),
+        items: vec![OrderItem { sku: SKU.into(), quantity: 3, unit_price_minor: 1250 }],
+    };
+    let order = target.orders().create_order(request).await?.into_inner();
+    println!("     CreateOrder 3 × {SKU} → order {}, {}", order.order_id, status_name(order.status()));
+    let order_id: Uuid = order.order_id.parse()?;
+    let row = sqlx::query!(
+        "-- demo: show outbox row
+        SELECT event_id, event_type, sequence, length(payload) AS bytes FROM outbox WHERE aggregate_id = $1",
+        order_id
+    )
+    .fetch_one(&mut target.databases.orders().await?)
+    .await?;
+    println!(
+        "     its outbox row: event {}, {} no. {}, {} bytes",
+        row.event_id,
+        row.event_type,
+        row.sequence,
+        row.bytes.unwrap_or_default()
+    );
+    println!(
+        "     There is no relay yet, so {SKU} is still at {}: the event waits, and is safe.",
+        available(target, SKU).await?
+    );
+    Ok((order_id, before))
+}
+
+fn status_name(status: OrderStatus) -> &'static str {
+    status.as_str_name().trim_start_matches("ORDER_STATUS_")
+}
+
+async fn show_delivery(layout: &Layout, target: &Target, order_id: Uuid, before: i64) -> Result<Process> {
+    println!("\n  2. The relay leases the row, delivers it over gRPC, and deletes it.");
+    let relay = start(layout, Service::Relay).await?;
+    wait_until_applied(target, order_id).await?;
+    wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
+    let after = available(target, SKU).await?;
+    println!("     {SKU} {before} → {after}, the outbox is empty");
+    ensure!(before - after == 3, "stock of {SKU} went {before} → {after} for an order of 3");
+    Ok(relay)
+}
+
+async fn show_workers(layout: &Layout, target: &Target) -> Result<()> {
+    println!("\n  3. Fifty orders at once, shared out over the relay's workers by SKIP LOCKED.");
+    let already = read_shares(layout)?;
+    let started = Instant::now();
+    let load = Load { orders: 50, concurrency: 50, retry_for: Duration::ZERO };
+    let placed = place_orders(target, load).await?;
+    println!("     50 orders acknowledged in {:.0?}, each reply checked", placed.elapsed);
+    wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
+    println!("     all delivered {:.0?} after the first call", started.elapsed());
+    for (worker, events) in wait_for_shares(layout, &already, load.orders.into()).await? {
+        println!("     worker {worker} {events:>3}  {}", "▪".repeat(usize::try_from(events)?));
+    }
+    Ok(())
+}
+
+/// Events each worker has settled since `already`, once there are `expected` in all: the log comes after the deed.
+async fn wait_for_shares(layout: &Layout, already: &Shares, expected: u64) -> Result<Shares> {
+    let started = Instant::now();
+    loop {
+        let mut shares = read_shares(layout)?;
+        for (worker, events) in &mut shares {
+            *events -= already.get(worker).copied().unwrap_or(0);
+        }
+        let settled: u64 = shares.values().sum();
+        if settled == expected {
+            return Ok(shares);
+        }
+        ensure!(started.elapsed() < LOG_LIMIT, "the workers settled {settled} events for {expected} orders");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Events each worker has settled so far, from the relay's log.
+fn read_shares(layout: &Layout) -> Result<Shares> {
+    let path = layout.log(Service::Relay);
+    let log = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let mut shares: Shares = (1..=5).map(|worker| (worker, 0)).collect();
+    for line in log.lines() {
+        let entry: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        if let (Some(worker), Some(handled)) = (entry["worker"].as_u64(), entry["handled"].as_u64()) {
+            *shares.entry(worker).or_default() += handled;
+        }
+    }
+    Ok(shares)
+}
+
+async fn show_replay(target: &Target) -> Result<()> {
+    println!("\n  4. One event delivered twice, as after a lost reply.");
+    let replay = replay(target, SKU).await?;
+    let [before, after_first, after_second] = replay.stock;
+    println!("     event {}", replay.event_id);
+    println!("     1st delivery: {:<10} {SKU} {before} → {after_first}", name(Outcome::Applied));
+    println!("     2nd delivery: {:<10} {SKU} {after_first} → {after_second}", name(replay.second));
+    replay.check()
+}
+
+async fn show_audit(target: &Target) -> Result<()> {
+    println!("\n  5. The audit: both databases held against each other, row by row.");
+    wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
+    let audit = audit(&target.databases).await?;
+    for line in audit.lines() {
+        println!("     {line}");
+    }
+    ensure!(audit.findings.is_empty(), "the audit is not clean");
+    Ok(())
+}

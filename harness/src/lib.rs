@@ -1,0 +1,26 @@
+//! Runs the whole system on one machine, and gives the service crates' tests a PostgreSQL database each.
+//!
+//! The binary of the same name is a thin shell over this library. What it works with:
+//!
+//! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster that is started and stopped.
+//! - [`bootstrap`]: what the superuser makes once per server: the roles and the two databases.
+//! - [`processes`]: child processes: spawned, awaited, signalled, and read when they fail.
+//! - [`system`]: the three services as such processes; [`target`]: where a running system is.
+//! - [`test_database`]: a database of its own for every test.
+//!
+//! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`with_postgres`].
+
+pub mod audit;
+pub mod bootstrap;
+pub mod demo;
+pub mod postgres;
+pub mod processes;
+pub mod replay;
+pub mod stress;
+pub mod system;
+pub mod target;
+pub mod test_database;
+pub mod up;
+pub mod with_postgres;
+
+pub use test_database::TestDatabase;

@@ -1,0 +1,43 @@
+//! The command line of the harness.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use harness::{audit, demo, replay, stress, up, with_postgres};
+
+/// Run the whole system on one machine.
+///
+/// Needs PostgreSQL 14 or newer: the server of POSTGRES_URL if that is set, else a private one, started from the
+/// binaries found on this machine and stopped at the end. No server that runs already is touched.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Exit codes: 0 it worked, 1 it failed, 2 it was asked for wrongly.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(up::Arguments),
+    Demo(demo::Arguments),
+    Stress(stress::Arguments),
+    Replay(replay::Arguments),
+    Audit(audit::Arguments),
+    WithPostgres(with_postgres::Arguments),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let outcome = match chassis::parse::<Arguments>().command {
+        Command::Up(arguments) => up::run(arguments).await,
+        Command::Demo(arguments) => demo::run(arguments).await,
+        Command::Stress(arguments) => stress::run(arguments).await,
+        Command::Replay(arguments) => replay::run(arguments).await,
+        Command::Audit(arguments) => audit::run(arguments).await,
+        Command::WithPostgres(arguments) => with_postgres::run(arguments).await,
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,179 @@
+//! The system's processes: spawned, awaited, signalled, and read when they fail.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    fs::File,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    process::{Child, Command},
+    time::{sleep, timeout},
+};
+use tonic::transport::Endpoint;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+const LOG_LINES_SHOWN: usize = 15;
+
+/// A child process in a process group of its own, so that a terminal's Ctrl-C reaches only the harness, which then ends
+/// its processes in the right order. Killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    pid: u32,
+    log: PathBuf,
+}
+
+/// How a process ended that was told to.
+#[derive(Debug, Clone, Copy)]
+pub struct Exit {
+    /// What it left with.
+    pub status: ExitStatus,
+    /// Whether it outlived its grace and was killed.
+    pub killed: bool,
+}
+
+impl Process {
+    /// Starts a program; `name` is what messages call it. What it prints is appended to the file `log`.
+    pub fn spawn(
+        name: &str,
+        program: &Path,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+        environment: impl IntoIterator<Item = (impl AsRef<OsStr>, impl AsRef<OsStr>)>,
+        log: &Path,
+    ) -> Result<Process> {
+        let mut command = Command::new(program);
+        command.args(arguments).envs(environment);
+        Process::spawn_command(name, command, log)
+    }
+
+    pub(crate) fn spawn_command(name: &str, mut command: Command, log: &Path) -> Result<Process> {
+        let file = File::options().create(true).append(true).open(log).with_context(|| log.display().to_string())?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.process_group(0).kill_on_drop(true).spawn();
+        let child = child.with_context(|| format!("cannot run {}", command.as_std().get_program().display()))?;
+        let pid = child.id().context("a process that was never awaited has a pid")?;
+        Ok(Process { name: name.to_owned(), child, pid, log: log.to_owned() })
+    }
+
+    /// What messages call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process id, which the system may have given away again once it has exited.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// How it exited, if it has.
+    pub fn exit_status(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Whether it has not exited yet.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits until it exits by itself.
+    pub async fn wait(&mut self) -> Result<ExitStatus> {
+        Ok(self.child.wait().await?)
+    }
+
+    /// Sends a signal; does nothing to a process that has exited.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        // None once it has been awaited: the number may then be another process's.
+        let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) else {
+            return Ok(());
+        };
+        kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
+    }
+
+    /// Asks it to exit with SIGTERM, and kills it after `grace`.
+    pub async fn terminate(&mut self, grace: Duration) -> Result<Exit> {
+        self.stop(Signal::TERM, grace).await
+    }
+
+    /// Asks it to exit with `signal`, and kills it after `grace`.
+    pub async fn stop(&mut self, signal: Signal, grace: Duration) -> Result<Exit> {
+        self.signal(signal)?;
+        match timeout(grace, self.child.wait()).await {
+            Ok(status) => Ok(Exit { status: status?, killed: false }),
+            Err(_) => Ok(Exit { status: self.kill().await?, killed: true }),
+        }
+    }
+
+    /// Kills it with SIGKILL, as a crash would.
+    pub async fn kill(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::KILL)?;
+        self.wait().await
+    }
+
+    /// All that is in its log, of earlier processes too that used the same file.
+    pub fn log(&self) -> Result<String> {
+        let bytes = fs::read(&self.log).with_context(|| self.log.display().to_string())?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The last `lines` lines of its log, to be shown when it failed.
+    pub fn log_tail(&self, lines: usize) -> String {
+        let log = self.log().unwrap_or_else(|error| format!("(no log: {error:#})"));
+        let all: Vec<&str> = log.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// Waits until the gRPC health service at `address` says that the whole server is serving.
+    pub async fn wait_healthy(&mut self, address: SocketAddr, limit: Duration) -> Result<()> {
+        let mut last_answer = String::from("no answer");
+        let outcome = timeout(limit, async {
+            while self.is_running() {
+                match serving_status(address).await {
+                    Ok(ServingStatus::Serving) => return Ok(()),
+                    Ok(status) => last_answer = status.as_str_name().to_owned(),
+                    Err(error) => last_answer = format!("{error:#}"),
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+            let status = self.exit_status()?.map(|status| status.to_string()).unwrap_or_default();
+            bail!("{} exited before it was healthy ({status})", self.name)
+        });
+        let outcome = outcome
+            .await
+            .unwrap_or_else(|_| bail!("{} at {address} was not healthy within {limit:?} ({last_answer})", self.name));
+        outcome.or_else(|error| bail!("{error:#}; its log ends in\n{}", self.log_tail(LOG_LINES_SHOWN)))
+    }
+}
+
+async fn serving_status(address: SocketAddr) -> Result<ServingStatus> {
+    let limit = Duration::from_secs(1);
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(limit).timeout(limit);
+    let mut health = HealthClient::new(endpoint.connect().await?);
+    let response = health.check(HealthCheckRequest { service: String::new() }).await;
+    let response = response.map_err(|status| anyhow::anyhow!("{:?}: {}", status.code(), status.message()))?;
+    Ok(response.get_ref().status())
+}
+
+/// A port of 127.0.0.1 that nobody listens on at this moment.
+pub fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port on 127.0.0.1")?;
+    Ok(listener.local_addr()?.port())
+}
+
+/// The path of another binary of this workspace, which Cargo or the image put beside the running one.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let directory = own.parent().context("a program is in a directory")?;
+    // Test programs are one level below the binaries, in `deps`.
+    let directory = if directory.ends_with("deps") { directory.parent().unwrap_or(directory) } else { directory };
+    let path = directory.join(name);
+    ensure!(path.is_file(), "{} is missing: build it with `cargo build -p {name}`", path.display());
+    Ok(path)
+}

@@ -1,0 +1,155 @@
+//! The subcommand `replay`: delivers an event a second time, as a relay does when the first reply was lost.
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use prost::{Message, Name};
+use proto::{
+    events::v1::{DeliverRequest, Event, Outcome},
+    inventory::v1::GetStockRequest,
+    orders::v1::{CreateOrderRequest, GetOrderRequest, OrderCreated, OrderItem},
+};
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use crate::target::Target;
+
+/// How long the relay may take to deliver.
+const DELIVERY_LIMIT: Duration = Duration::from_secs(15);
+const QUANTITY: i32 = 2;
+
+/// Deliver one event twice and see stock deducted once
+///
+/// Places an order, lets the relay deliver its event, then sends the very same event again and checks that it is answered
+/// DUPLICATE and changes nothing.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Arguments {
+    /// What to order
+    #[arg(long, default_value = "MUG")]
+    sku: String,
+    #[command(flatten)]
+    target: Target,
+}
+
+/// What a replay saw.
+#[derive(Clone, Debug)]
+pub struct Replay {
+    /// The event that was delivered twice.
+    pub event_id: Uuid,
+    /// What the order asked for.
+    pub sku: String,
+    /// Stock before the order, after the relay's delivery, and after the second one.
+    pub stock: [i64; 3],
+    /// What the second delivery was answered.
+    pub second: Outcome,
+}
+
+impl Replay {
+    /// # Errors
+    /// When the second delivery was not recognised, or stock was not deducted exactly once.
+    pub fn check(&self) -> Result<()> {
+        let [before, after_first, after_second] = self.stock;
+        ensure!(self.second == Outcome::Duplicate, "the second delivery was answered {}", self.second.as_str_name());
+        ensure!(
+            before - after_first == i64::from(QUANTITY) && after_second == after_first,
+            "stock of {} went {before} → {after_first} → {after_second} for an order of {QUANTITY}",
+            self.sku
+        );
+        Ok(())
+    }
+}
+
+/// Runs the subcommand.
+pub async fn run(arguments: Arguments) -> Result<ExitCode> {
+    let replay = replay(&arguments.target, &arguments.sku).await?;
+    let [before, after_first, after_second] = replay.stock;
+    println!(
+        "replay: event {} delivered by the relay: APPLIED, {} {before} → {after_first}",
+        replay.event_id, replay.sku
+    );
+    println!(
+        "replay: the same event delivered again:  {}, {} {after_first} → {after_second}",
+        name(replay.second),
+        replay.sku
+    );
+    replay.check()?;
+    println!("replay: stock deducted once");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The outcome as people say it.
+pub fn name(outcome: Outcome) -> &'static str {
+    outcome.as_str_name().trim_start_matches("OUTCOME_")
+}
+
+/// Orders, waits for the relay's delivery, and delivers again. Exact when nobody else orders the same SKU meanwhile.
+pub async fn replay(target: &Target, sku: &str) -> Result<Replay> {
+    let before = available(target, sku).await?;
+    let request = CreateOrderRequest {
+        request_id: Uuid::new_v4().into(),
+        customer_id: "replay".into(),
+        currency_code: "EUR".into(),
+        items: vec![OrderItem { sku: sku.into(), quantity: QUANTITY, unit_price_minor: 1250 }],
+    };
+    let order_id = target.orders().create_order(request).await?.into_inner().order_id;
+    let event_id = wait_until_applied(target, order_id.parse()?).await?;
+    let after_first = available(target, sku).await?;
+    let second = deliver_again(target, &order_id, event_id).await?;
+    let stock = [before, after_first, available(target, sku).await?];
+    Ok(Replay { event_id, sku: sku.into(), stock, second })
+}
+
+/// Waits until the order's event has had its effect, and returns the event's id.
+///
+/// # Errors
+/// When it takes too long.
+pub async fn wait_until_applied(target: &Target, order_id: Uuid) -> Result<Uuid> {
+    let mut inventory = target.databases.inventory().await?;
+    let started = Instant::now();
+    loop {
+        let event_id = sqlx::query_scalar!(
+            "-- replay: find effect
+            SELECT event_id FROM reservations WHERE order_id = $1",
+            order_id
+        )
+        .fetch_optional(&mut inventory)
+        .await?;
+        if let Some(event_id) = event_id {
+            return Ok(event_id);
+        }
+        ensure!(started.elapsed() < DELIVERY_LIMIT, "order {order_id} was not delivered within {DELIVERY_LIMIT:?}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The event is gone from the outbox; it is made again from the order, with the id it had.
+async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Outcome> {
+    let order = target.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await?.into_inner();
+    let created = OrderCreated {
+        order_id: order.order_id,
+        customer_id: order.customer_id,
+        currency_code: order.currency_code,
+        items: order.items,
+        total_minor: order.total_minor,
+    };
+    let event = Event {
+        id: event_id.into(),
+        source: "order-service".into(),
+        r#type: OrderCreated::full_name(),
+        subject: order_id.into(),
+        sequence: 1,
+        time: order.create_time,
+        data: created.encode_to_vec().into(),
+        ..Event::default()
+    };
+    let response = target.receiver().deliver(DeliverRequest { events: vec![event] }).await?.into_inner();
+    Ok(response.results.first().context("a delivery of one event was answered with no result")?.outcome())
+}
+
+/// What there is of a SKU.
+pub async fn available(target: &Target, sku: &str) -> Result<i64> {
+    Ok(target.inventory().get_stock(GetStockRequest { sku: sku.into() }).await?.into_inner().available)
+}

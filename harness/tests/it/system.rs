@@ -1,0 +1,225 @@
+//! The three real binaries on databases of their own, killed and damaged, and the audit after it.
+
+use std::{future::Future, time::Duration};
+
+use harness::{
+    TestDatabase,
+    audit::audit,
+    postgres::Server,
+    processes::Process,
+    replay::replay,
+    stress::{Load, place_orders, wait_until_delivered},
+    system::{Layout, Service, stop},
+};
+use sqlx::PgPool;
+use tokio::{process::Command, time::sleep};
+
+use crate::scratch::Scratch;
+
+const LOAD: Load = Load { orders: 1500, concurrency: 16, retry_for: Duration::from_secs(30) };
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+const KILLS: u32 = 4;
+
+/// A system of its own for one test.
+struct System {
+    layout: Layout,
+    orders: TestDatabase,
+    inventory: TestDatabase,
+    services: Vec<(Service, Process)>,
+    _scratch: Scratch,
+}
+
+impl System {
+    async fn start() -> Self {
+        let orders = TestDatabase::create("orders_owner", &[]).await;
+        let inventory = TestDatabase::create("inventory_owner", &[]).await;
+        let server = Server::parse(&std::env::var("POSTGRES_URL").unwrap()).unwrap();
+        let scratch = Scratch::new();
+        let mut layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
+        // Leases that a killed relay leaves behind are over in test time, not in 30 s.
+        layout.settings.push(("RELAY_LEASE_SECONDS".into(), "2".into()));
+        layout.prepare().await.unwrap();
+        let mut services = Vec::new();
+        for service in [Service::Inventory, Service::Orders, Service::Relay] {
+            services.push((service, layout.start(service).await.unwrap()));
+        }
+        Self { layout, orders, inventory, services, _scratch: scratch }
+    }
+
+    fn process(&mut self, service: Service) -> &mut Process {
+        &mut self.services.iter_mut().find(|(other, _)| *other == service).unwrap().1
+    }
+
+    /// Puts the load on the system while `trouble` goes on, then demands that nothing of it was lost or doubled.
+    async fn survives(mut self, trouble: impl AsyncFnOnce(&mut Self, &PgPool)) {
+        let target = self.layout.target().unwrap();
+        let load = tokio::spawn(async move { place_orders(&target, LOAD).await });
+        let observer = self.orders.pool().await;
+        trouble(&mut self, &observer).await;
+        let placed = load.await.unwrap().unwrap();
+        assert_eq!(placed.order_ids.len(), LOAD.orders as usize);
+        self.ends_clean().await;
+    }
+
+    async fn ends_clean(self) {
+        let target = self.layout.target().unwrap();
+        wait_until_delivered(&target.databases, DRAIN_LIMIT).await.unwrap();
+        let audit = audit(&target.databases).await.unwrap();
+        assert_eq!(audit.findings, [""; 0]);
+        assert_eq!(
+            (audit.orders, audit.reserved, audit.dead),
+            (LOAD.orders as usize, LOAD.orders as usize, 0),
+            "each request id placed one order, each order was reserved, nothing died"
+        );
+        stop(self.services.into_iter().map(|(_, process)| process)).await.unwrap();
+    }
+
+    /// Kills the process as a crash would, once a share of the orders is in, and starts it again; several times.
+    async fn kill_under_load(&mut self, service: Service, observer: &PgPool) {
+        for kill in 1..=KILLS {
+            wait_for_orders(observer, LOAD.orders * kill / (KILLS + 1)).await;
+            self.process(service).kill().await.unwrap();
+            *self.process(service) = self.layout.start(service).await.unwrap();
+        }
+    }
+}
+
+async fn wait_for_orders(observer: &PgPool, orders: u32) {
+    wait_until(|| async {
+        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM orders").fetch_one(observer).await.unwrap();
+        count >= i64::from(orders)
+    })
+    .await;
+}
+
+async fn wait_until<F: Future<Output = bool>>(condition: impl Fn() -> F) {
+    for _ in 0..6000 {
+        if condition().await {
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("waited for a minute");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn order_service_killed_under_load_loses_and_doubles_nothing() {
+    let trouble =
+        async |system: &mut System, observer: &PgPool| system.kill_under_load(Service::Orders, observer).await;
+    System::start().await.survives(trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_relay_killed_under_load_loses_and_doubles_nothing() {
+    let trouble = async |system: &mut System, observer: &PgPool| system.kill_under_load(Service::Relay, observer).await;
+    System::start().await.survives(trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inventory_service_killed_under_load_loses_and_doubles_nothing() {
+    let trouble =
+        async |system: &mut System, observer: &PgPool| system.kill_under_load(Service::Inventory, observer).await;
+    System::start().await.survives(trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn database_sessions_terminated_under_load_lose_and_double_nothing() {
+    let trouble = async |system: &mut System, observer: &PgPool| {
+        for share in 1..=KILLS {
+            wait_for_orders(observer, LOAD.orders * share / (KILLS + 1)).await;
+            for database in [system.orders.name(), system.inventory.name()] {
+                sqlx::query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                    WHERE datname = $1 AND usename IN ('order_service', 'inventory_service', 'outbox_relay')",
+                )
+                .bind(database)
+                .execute(observer)
+                .await
+                .unwrap();
+            }
+        }
+    };
+    System::start().await.survives(trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_process_restarted_in_an_orderly_way_under_load_loses_and_doubles_nothing() {
+    let trouble = async |system: &mut System, observer: &PgPool| {
+        for (turn, service) in [Service::Orders, Service::Inventory, Service::Relay].into_iter().enumerate() {
+            let share = u32::try_from(turn + 1).unwrap();
+            wait_for_orders(observer, LOAD.orders * share / 4).await;
+            let exit = system.process(service).terminate(Duration::from_secs(8)).await.unwrap();
+            assert!(exit.status.success() && !exit.killed, "{service:?} {exit:?}");
+            *system.process(service) = system.layout.start(service).await.unwrap();
+        }
+    };
+    System::start().await.survives(trouble).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_is_away_costs_no_event_an_attempt() {
+    let mut system = System::start().await;
+    let target = system.layout.target().unwrap();
+    system.process(Service::Inventory).kill().await.unwrap();
+    place_orders(&target, LOAD).await.unwrap();
+    let orders = system.orders.pool().await;
+    let (waiting, attempts): (i64, i64) =
+        sqlx::query_as("SELECT count(*), sum(attempts) FROM outbox").fetch_one(&orders).await.unwrap();
+    assert_eq!((waiting, attempts), (i64::from(LOAD.orders), 0));
+    *system.process(Service::Inventory) = system.layout.start(Service::Inventory).await.unwrap();
+    system.ends_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_delivered_twice_deducts_stock_once() {
+    let system = System::start().await;
+    let replay = replay(&system.layout.target().unwrap(), "MUG").await.unwrap();
+    replay.check().unwrap();
+    stop(system.services.into_iter().map(|(_, process)| process)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
+    let mut system = System::start().await;
+    let target = system.layout.target().unwrap();
+    let few = Load { orders: 20, ..LOAD };
+    place_orders(&target, few).await.unwrap();
+    wait_until_delivered(&target.databases, DRAIN_LIMIT).await.unwrap();
+    assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
+
+    let (orders, inventory) = (system.orders.pool().await, system.inventory.pool().await);
+    let damages = [
+        ("UNBALANCED: MUG", &inventory, "UPDATE stock SET available = available - 1 WHERE sku = 'MUG'"),
+        (
+            "LOST: ",
+            &inventory,
+            "DELETE FROM reservations WHERE order_id = (SELECT order_id FROM reservations ORDER BY order_id LIMIT 1)",
+        ),
+        (
+            "WRONG: ",
+            &orders,
+            "UPDATE order_items SET quantity = quantity + 1 WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
+        ),
+        (
+            "PHANTOM: ",
+            &inventory,
+            "INSERT INTO reservations VALUES (gen_random_uuid(), gen_random_uuid(), 'REJECTED', 'of no order')",
+        ),
+    ];
+    for (finding, database, damage) in damages {
+        sqlx::query(damage).execute(database).await.unwrap();
+        let findings = audit(&target.databases).await.unwrap().findings;
+        assert!(findings.iter().any(|found| found.starts_with(finding)), "{finding} in {findings:?}");
+    }
+    let printed = Command::new(env!("CARGO_BIN_EXE_harness"))
+        .arg("audit")
+        .env("ORDERS_DATABASE_URL", system.layout.server.url_for("orders_owner", system.orders.name()))
+        .env("INVENTORY_DATABASE_URL", system.layout.server.url_for("inventory_owner", system.inventory.name()))
+        .output()
+        .await
+        .unwrap();
+    let stdout = String::from_utf8(printed.stdout).unwrap();
+    assert_eq!(printed.status.code(), Some(1), "{stdout}");
+    assert!(stdout.contains("audit: FOUND PHANTOM: order "), "{stdout}");
+    system.process(Service::Relay).kill().await.unwrap();
+}

@@ -1,0 +1,127 @@
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use harness::{
+    postgres::{Cluster, Options},
+    processes::Process,
+};
+use rustix::process::Signal;
+
+use crate::{cluster::can_be_made, scratch::Scratch};
+
+const EXISTING: &str = "postgres://nobody:nothing@127.0.0.1:1/postgres";
+
+/// With a private cluster, whatever server the tests themselves use.
+fn with_postgres(directory: &Path, script: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_harness"))
+        .args(["with-postgres", "--", "sh", "-c", script])
+        .current_dir(directory)
+        .env_remove("POSTGRES_URL")
+        .output()
+        .unwrap()
+}
+
+fn clusters(directory: &Path) -> usize {
+    fs::read_dir(directory.join("target")).into_iter().flatten().count()
+}
+
+#[test]
+fn lends_a_server_and_passes_the_exit_code_on() {
+    if !can_be_made() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let output = with_postgres(&scratch, "echo $POSTGRES_URL; ls target | wc -l; exit 7");
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(stdout.starts_with("postgres://postgres:postgres@127.0.0.1:"), "{stdout}");
+    assert!(stdout.trim().ends_with('1'), "{stdout}");
+    assert_eq!(clusters(&scratch), 0);
+
+    let output = with_postgres(&scratch, "kill -9 $$");
+    assert_eq!(output.status.code(), Some(137), "{output:?}");
+    assert_eq!(clusters(&scratch), 0);
+}
+
+#[test]
+fn an_existing_server_that_is_not_there() {
+    let output = Command::new(env!("CARGO_BIN_EXE_harness"))
+        .args(["with-postgres", "--postgres-url", EXISTING, "--", "true"])
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr.starts_with("error: cannot connect to PostgreSQL at 127.0.0.1:1"), "{stderr}");
+    assert!(!stderr.contains("nothing"), "a password in {stderr}");
+}
+
+#[test]
+fn used_wrongly() {
+    let status = Command::new(env!("CARGO_BIN_EXE_harness")).arg("with-postgres").output().unwrap().status;
+    assert_eq!(status.code(), Some(2));
+}
+
+/// Of the harness, as a process of its own that runs a command without end.
+async fn endless(scratch: &Scratch) -> Process {
+    let script = "cd \"$0\" && exec \"$1\" with-postgres --postgres-url '' -- sh -c 'echo ready; exec sleep 60'";
+    let arguments = ["-c".as_ref(), script.as_ref(), scratch.as_os_str(), env!("CARGO_BIN_EXE_harness").as_ref()];
+    let environment: [(&str, &str); 0] = [];
+    let process = Process::spawn("harness", Path::new("sh"), arguments, environment, &scratch.join("log")).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while !process.log().unwrap().contains("ready") {
+        assert!(Instant::now() < deadline, "{}", process.log().unwrap());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    process
+}
+
+#[tokio::test]
+async fn signals_reach_the_command() {
+    if !can_be_made() {
+        return;
+    }
+    let scratch = Scratch::new();
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut harness = endless(&scratch).await;
+        let exit = harness.stop(signal, Duration::from_secs(40)).await.unwrap();
+        assert_eq!(exit.status.code(), Some(128 + signal.as_raw()), "{}", harness.log().unwrap());
+        assert_eq!(clusters(&scratch), 0);
+        fs::remove_file(scratch.join("log")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_a_killed_run_leaves_is_cleaned_up_by_the_next() {
+    if !can_be_made() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut harness = endless(&scratch).await;
+    harness.kill().await.unwrap();
+    assert_eq!(clusters(&scratch), 1);
+
+    let output = with_postgres(&scratch, "ls target | wc -l");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(String::from_utf8(output.stdout).unwrap().trim(), "1");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("left behind"));
+    assert_eq!(clusters(&scratch), 0);
+}
+
+#[tokio::test]
+async fn what_a_killed_run_leaves_can_be_taken_over() {
+    if !can_be_made() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut harness = endless(&scratch).await;
+    harness.kill().await.unwrap();
+
+    let left = fs::read_dir(scratch.join("target")).unwrap().next().unwrap().unwrap().path();
+    let cluster = Cluster::start(Options { directory: left, port: None, keep: false }).await.unwrap();
+    cluster.stop().await.unwrap();
+    assert_eq!(clusters(&scratch), 0);
+}
