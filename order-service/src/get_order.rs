@@ -1,0 +1,62 @@
+//! Reads orders as they stand.
+
+use std::collections::HashMap;
+
+use proto::orders::v1::{Order, OrderItem, OrderStatus};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// The orders of these ids that exist, newest first. Two statements need no snapshot in common: an order's items are
+/// committed with it and never change.
+pub(crate) async fn get_orders(connection: &mut PgConnection, order_ids: &[Uuid]) -> Result<Vec<Order>, sqlx::Error> {
+    let rows = sqlx::query!(
+        "-- orders: get orders
+        SELECT order_id, customer_id, status, currency_code, total_minor, created_at
+        FROM orders WHERE order_id = ANY ($1) ORDER BY order_id DESC",
+        order_ids,
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut items = get_items(connection, order_ids).await?;
+    let orders = rows.into_iter().map(|row| Order {
+        order_id: row.order_id.to_string(),
+        customer_id: row.customer_id,
+        status: status(&row.status).into(),
+        currency_code: row.currency_code,
+        items: items.remove(&row.order_id).unwrap_or_default(),
+        total_minor: row.total_minor,
+        create_time: Some(outbox::timestamp(row.created_at)),
+    });
+    Ok(orders.collect())
+}
+
+async fn get_items(
+    connection: &mut PgConnection,
+    order_ids: &[Uuid],
+) -> Result<HashMap<Uuid, Vec<OrderItem>>, sqlx::Error> {
+    let rows = sqlx::query!(
+        "-- orders: get items
+        SELECT order_id, sku, quantity, unit_price_minor
+        FROM order_items WHERE order_id = ANY ($1) ORDER BY order_id, line",
+        order_ids,
+    )
+    .fetch_all(connection)
+    .await?;
+    let mut items: HashMap<Uuid, Vec<OrderItem>> = HashMap::new();
+    for row in rows {
+        let item = OrderItem { sku: row.sku, quantity: row.quantity, unit_price_minor: row.unit_price_minor };
+        items.entry(row.order_id).or_default().push(item);
+    }
+    Ok(items)
+}
+
+/// The names are those of the constraint `orders_status_known`.
+fn status(name: &str) -> OrderStatus {
+    match name {
+        "PENDING" => OrderStatus::Pending,
+        "CONFIRMED" => OrderStatus::Confirmed,
+        "REJECTED" => OrderStatus::Rejected,
+        "CANCELLED" => OrderStatus::Cancelled,
+        _ => OrderStatus::Unspecified,
+    }
+}

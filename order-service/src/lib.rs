@@ -1,0 +1,74 @@
+//! order-service: takes orders. An order and the event that tells of it are committed together, or not at all.
+
+mod create_order;
+mod get_order;
+mod grpc;
+mod list_orders;
+mod validate_order;
+
+use std::net::SocketAddr;
+
+use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError, ServeError, ServeSettings, Services};
+use clap::Args;
+use outbox::RelayWaker;
+use proto::orders::v1::order_service_server::{OrderServiceServer, SERVICE_NAME};
+use sqlx::migrate::Migrator;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tracing::info;
+
+/// Creates the tables of orders; run after [`outbox::MIGRATOR`].
+pub static MIGRATOR: Migrator = sqlx::migrate!();
+
+/// Everything the schema of this service's database consists of, in order.
+pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
+
+/// Settings of the serving process.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Address to serve gRPC on.
+    #[arg(long, env = "ORDER_SERVICE_LISTEN", default_value = "127.0.0.1:50051")]
+    pub listen: SocketAddr,
+    /// The orders database, as the role order_service: postgres://user:password@host:5432/database.
+    #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
+    pub database_url: DatabaseUrl,
+    /// Use of the database.
+    #[command(flatten)]
+    pub database: DatabaseSettings,
+    /// Limits of the server.
+    #[command(flatten)]
+    pub serve: ServeSettings,
+}
+
+/// Why the process could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The database refuses this process.
+    #[error("cannot use the orders database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// The schema is not the one this process knows.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The server.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+/// Serves on `listener` until `shutdown`.
+///
+/// # Errors
+/// [`RunError`].
+pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+    info!(?settings, "order-service starts");
+    let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
+        return Ok(());
+    };
+    chassis::check_schema(&database, &MIGRATORS).await?;
+    let waker = RelayWaker::start(settings.database_url.options(), shutdown.clone());
+    let service = OrderServiceServer::new(grpc::Orders { database: database.clone(), waker });
+    let services = Services { routes: Routes::new(service), names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
+    chassis::serve(listener, &settings.serve, services, database, shutdown).await?;
+    info!("order-service ended");
+    Ok(())
+}

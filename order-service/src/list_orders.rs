@@ -1,0 +1,58 @@
+//! Lists a customer's orders, page by page.
+
+use chassis::{Fields, PAGE_SIZE_MAX};
+use proto::orders::v1::{ListOrdersRequest, ListOrdersResponse};
+use sqlx::PgConnection;
+use tonic_types::FieldViolation;
+use uuid::Uuid;
+
+use crate::get_order::get_orders;
+
+/// A page to be read.
+#[derive(Debug)]
+pub(crate) struct Page {
+    customer_id: String,
+    size: u16,
+    /// The last order of the page before; the newest order there can be, for the first page.
+    before: Uuid,
+}
+
+pub(crate) fn validate_page(request: ListOrdersRequest) -> Result<Page, Vec<FieldViolation>> {
+    let mut fields = Fields::default();
+    fields.name("customer_id", &request.customer_id);
+    let size = chassis::page_size(request.page_size).unwrap_or_else(|| {
+        fields.refuse("page_size", format!("must be from 0 to {PAGE_SIZE_MAX}, and is {}", request.page_size));
+        0
+    });
+    let token = || chassis::decode_page_token(&request.customer_id, &request.page_token);
+    let before = match request.page_token.as_str() {
+        "" => Uuid::max(),
+        _ => token().and_then(|id| Uuid::try_parse(&id).ok()).unwrap_or_else(|| {
+            fields.refuse("page_token", "must be a next_page_token that this call gave for the same customer");
+            Uuid::max()
+        }),
+    };
+    fields.finish(Page { customer_id: request.customer_id, size, before })
+}
+
+/// Reads one row more than the page holds, to know whether another page follows.
+pub(crate) async fn list_orders(connection: &mut PgConnection, page: Page) -> Result<ListOrdersResponse, sqlx::Error> {
+    let mut order_ids = sqlx::query_scalar!(
+        "-- orders: list ids
+        SELECT order_id FROM orders
+        WHERE customer_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3",
+        page.customer_id,
+        page.before,
+        i64::from(page.size) + 1,
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    let more = order_ids.len() > usize::from(page.size);
+    if more {
+        order_ids.pop();
+    }
+    let last = order_ids.last().filter(|_| more);
+    let next_page_token =
+        last.map(|id| chassis::encode_page_token(&page.customer_id, &id.to_string())).unwrap_or_default();
+    Ok(ListOrdersResponse { orders: get_orders(connection, &order_ids).await?, next_page_token })
+}
