@@ -1,0 +1,65 @@
+//! Reads stock.
+
+use chassis::{Fields, PAGE_SIZE_MAX};
+use proto::inventory::v1::{ListStockRequest, ListStockResponse, StockLevel};
+use sqlx::PgConnection;
+use tonic_types::FieldViolation;
+
+/// The list that page tokens of [`list_stock`] continue.
+const LIST: &str = "stock";
+
+pub(crate) async fn get_stock(connection: &mut PgConnection, sku: &str) -> Result<Option<StockLevel>, sqlx::Error> {
+    sqlx::query_as!(
+        StockLevel,
+        "-- inventory: get stock
+        SELECT sku, available FROM stock WHERE sku = $1",
+        sku,
+    )
+    .fetch_optional(connection)
+    .await
+}
+
+/// A page to be read.
+#[derive(Debug)]
+pub(crate) struct Page {
+    size: u16,
+    /// The last SKU of the page before; empty, which sorts before every SKU, for the first page.
+    after: String,
+}
+
+pub(crate) fn validate_page(request: &ListStockRequest) -> Result<Page, Vec<FieldViolation>> {
+    let mut fields = Fields::default();
+    let size = chassis::page_size(request.page_size).unwrap_or_else(|| {
+        fields.refuse("page_size", format!("must be from 0 to {PAGE_SIZE_MAX}, and is {}", request.page_size));
+        0
+    });
+    let after = match request.page_token.as_str() {
+        "" => String::new(),
+        // A NUL cannot be in a SKU, and Postgres would refuse it as text.
+        token => chassis::decode_page_token(LIST, token).filter(|sku| !sku.contains('\0')).unwrap_or_else(|| {
+            fields.refuse("page_token", "must be a next_page_token that this call gave");
+            String::new()
+        }),
+    };
+    fields.finish(Page { size, after })
+}
+
+/// Reads one row more than the page holds, to know whether another page follows.
+pub(crate) async fn list_stock(connection: &mut PgConnection, page: Page) -> Result<ListStockResponse, sqlx::Error> {
+    let mut levels = sqlx::query_as!(
+        StockLevel,
+        "-- inventory: list stock
+        SELECT sku, available FROM stock WHERE sku > $1 ORDER BY sku LIMIT $2",
+        page.after,
+        i64::from(page.size) + 1,
+    )
+    .fetch_all(connection)
+    .await?;
+    let more = levels.len() > usize::from(page.size);
+    if more {
+        levels.pop();
+    }
+    let last = levels.last().filter(|_| more);
+    let next_page_token = last.map(|level| chassis::encode_page_token(LIST, &level.sku)).unwrap_or_default();
+    Ok(ListStockResponse { levels, next_page_token })
+}

@@ -1,0 +1,90 @@
+//! The services as gRPC: requests in, answers out, and the only place that makes a `Status`.
+
+use chassis::{Database, Fields, Refuse};
+use proto::{
+    events::v1::{DeliverRequest, DeliverResponse, event_receiver_server::EventReceiver},
+    inventory::v1::{
+        AdjustStockRequest, GetStockRequest, ListStockRequest, ListStockResponse, StockLevel,
+        inventory_service_server::InventoryService,
+    },
+};
+use tonic::{Code, Request, Response, Status};
+
+use crate::{
+    adjust_stock::{AdjustStockError, adjust_stock, validate_adjustment},
+    apply_event::apply_events,
+    get_stock::{get_stock, list_stock, validate_page},
+};
+
+const REFUSE: Refuse = Refuse { domain: "inventory-service" };
+const EVENTS_MAX: usize = 1000;
+
+/// `events.v1.EventReceiver` and `inventory.v1.InventoryService`.
+#[derive(Clone)]
+pub(crate) struct Inventory {
+    pub(crate) database: Database,
+}
+
+#[tonic::async_trait]
+impl EventReceiver for Inventory {
+    async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
+        let events = request.into_inner().events;
+        let mut fields = Fields::default();
+        if events.len() > EVENTS_MAX {
+            fields.refuse("events", format!("must be at most {EVENTS_MAX}, and are {}", events.len()));
+        }
+        let events = fields.finish(events).map_err(|bad| REFUSE.invalid("INVALID_BATCH", bad))?;
+        self.database
+            .run(|connection| Box::pin(async move { apply_events(connection, &events).await }))
+            .await
+            .map(|results| Response::new(DeliverResponse { results }))
+            .map_err(|error| REFUSE.database(&error))
+    }
+}
+
+#[tonic::async_trait]
+impl InventoryService for Inventory {
+    async fn get_stock(&self, request: Request<GetStockRequest>) -> Result<Response<StockLevel>, Status> {
+        let mut fields = Fields::default();
+        let GetStockRequest { sku } = request.into_inner();
+        fields.name("sku", &sku);
+        let sku = fields.finish(sku).map_err(|bad| REFUSE.invalid("INVALID_SKU", bad))?;
+        let unknown = REFUSE.with(Code::NotFound, "SKU_NOT_FOUND", format!("there is no SKU {sku}"));
+        self.database
+            .run(|connection| Box::pin(async move { get_stock(connection, &sku).await }))
+            .await
+            .map_err(|error| REFUSE.database(&error))?
+            .map(Response::new)
+            .ok_or(unknown)
+    }
+
+    async fn list_stock(&self, request: Request<ListStockRequest>) -> Result<Response<ListStockResponse>, Status> {
+        let page = validate_page(request.get_ref()).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))?;
+        self.database
+            .run(|connection| Box::pin(list_stock(connection, page)))
+            .await
+            .map(Response::new)
+            .map_err(|error| REFUSE.database(&error))
+    }
+
+    async fn adjust_stock(&self, request: Request<AdjustStockRequest>) -> Result<Response<StockLevel>, Status> {
+        let adjustment =
+            validate_adjustment(request.into_inner()).map_err(|bad| REFUSE.invalid("INVALID_ADJUSTMENT", bad))?;
+        self.database
+            .run(|connection| Box::pin(adjust_stock(connection, adjustment)))
+            .await
+            .map(Response::new)
+            .map_err(refuse_adjust)
+    }
+}
+
+fn refuse_adjust(error: AdjustStockError) -> Status {
+    let message = error.to_string();
+    match error {
+        AdjustStockError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", message),
+        AdjustStockError::InsufficientStock { .. } => {
+            REFUSE.with(Code::FailedPrecondition, "INSUFFICIENT_STOCK", message)
+        }
+        AdjustStockError::Database(cause) => REFUSE.database(&cause),
+    }
+}

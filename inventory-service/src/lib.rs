@@ -1,0 +1,83 @@
+//! inventory-service: applies each order's events once, and deducts stock in the same transaction.
+
+mod adjust_stock;
+mod apply_event;
+mod get_stock;
+mod grpc;
+mod reserve_stock;
+mod seed;
+
+use std::net::SocketAddr;
+
+use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError, ServeError, ServeSettings, Services};
+use clap::Args;
+use proto::{
+    events::v1::event_receiver_server::{self, EventReceiverServer},
+    inventory::v1::inventory_service_server::{self, InventoryServiceServer},
+};
+pub use seed::seed;
+use sqlx::migrate::Migrator;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tracing::info;
+
+/// Creates the tables of stock; run after [`outbox::MIGRATOR`].
+pub static MIGRATOR: Migrator = sqlx::migrate!();
+
+/// Everything the schema of this service's database consists of, in order.
+pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
+
+/// Settings of the serving process.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Address to serve gRPC on.
+    #[arg(long, env = "INVENTORY_SERVICE_LISTEN", default_value = "127.0.0.1:50052")]
+    pub listen: SocketAddr,
+    /// The inventory database, as the role inventory_service: postgres://user:password@host:5432/database.
+    #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
+    pub database_url: DatabaseUrl,
+    /// Use of the database.
+    #[command(flatten)]
+    pub database: DatabaseSettings,
+    /// Limits of the server.
+    #[command(flatten)]
+    pub serve: ServeSettings,
+}
+
+/// Why the process could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The database refuses this process.
+    #[error("cannot use the inventory database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// The schema is not the one this process knows.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The server.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+/// Serves on `listener` until `shutdown`.
+///
+/// # Errors
+/// [`RunError`].
+pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+    info!(?settings, "inventory-service starts");
+    let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
+        return Ok(());
+    };
+    chassis::check_schema(&database, &MIGRATORS).await?;
+    let inventory = grpc::Inventory { database: database.clone() };
+    let routes =
+        Routes::new(EventReceiverServer::new(inventory.clone())).add_service(InventoryServiceServer::new(inventory));
+    let services = Services {
+        routes,
+        names: &[event_receiver_server::SERVICE_NAME, inventory_service_server::SERVICE_NAME],
+        descriptors: proto::DESCRIPTORS,
+    };
+    chassis::serve(listener, &settings.serve, services, database, shutdown).await?;
+    info!("inventory-service ended");
+    Ok(())
+}

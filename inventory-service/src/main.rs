@@ -1,0 +1,80 @@
+//! The process: reads its settings, then serves, migrates, seeds or asks for health.
+
+use std::{net::SocketAddr, process::ExitCode};
+
+use anyhow::Context;
+use chassis::DatabaseUrl;
+use clap::{Parser, Subcommand};
+use inventory_service::{MIGRATORS, Settings};
+use tokio::net::TcpListener;
+
+/// Applies the events of orders, each once, and keeps the stock they take.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve gRPC until SIGTERM or Ctrl-C.
+    Serve(Settings),
+    /// Bring the inventory database to this version's schema. Safe to repeat, and to run twice at once.
+    Migrate {
+        /// The inventory database, as the role that owns it.
+        #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
+        database_url: DatabaseUrl,
+    },
+    /// Put demo stock in, once: SKUs that are there already stay as they are.
+    Seed {
+        /// The inventory database, as the role inventory_service or its owner.
+        #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
+        database_url: DatabaseUrl,
+    },
+    /// Exit with 0 if the process listening on the address serves, with 1 otherwise.
+    Healthcheck {
+        /// Address of the process.
+        #[arg(long, env = "INVENTORY_SERVICE_LISTEN", default_value = "127.0.0.1:50052")]
+        listen: SocketAddr,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = chassis::parse::<Cli>();
+    chassis::log_to_stdout();
+    match run(cli.command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve(settings) => {
+            let shutdown = chassis::shutdown_signal()?;
+            let address = settings.listen;
+            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            inventory_service::run(listener, settings, shutdown).await?;
+        }
+        Command::Migrate { database_url } => {
+            chassis::migrate(&database_url, &MIGRATORS)
+                .await
+                .with_context(|| format!("cannot migrate {database_url}"))?;
+            tracing::info!("schema of {database_url} is current");
+        }
+        Command::Seed { database_url } => {
+            let added =
+                inventory_service::seed(&database_url).await.with_context(|| format!("cannot seed {database_url}"))?;
+            tracing::info!("{added} SKUs added to {database_url}");
+        }
+        Command::Healthcheck { listen } => {
+            chassis::healthcheck(listen).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+        }
+    }
+    Ok(())
+}
