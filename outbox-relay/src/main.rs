@@ -1,0 +1,56 @@
+//! The process: reads its settings, then relays or asks for health.
+
+use std::{net::SocketAddr, process::ExitCode};
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use outbox_relay::Settings;
+use tokio::net::TcpListener;
+
+/// Delivers the events of an outbox to the service that receives them, each at least once and in order per aggregate.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Relay until SIGTERM or Ctrl-C.
+    Serve(Box<Settings>),
+    /// Exit with 0 if the process listening on the address works, with 1 otherwise.
+    Healthcheck {
+        /// Address of the process.
+        #[arg(long, env = "RELAY_LISTEN", default_value = "127.0.0.1:50053")]
+        listen: SocketAddr,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = chassis::parse::<Cli>();
+    chassis::log_to_stdout();
+    match run(cli.command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve(settings) => {
+            let shutdown = chassis::shutdown_signal()?;
+            let address = settings.listen;
+            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            outbox_relay::run(listener, *settings, shutdown).await?;
+        }
+        Command::Healthcheck { listen } => {
+            chassis::healthcheck(listen).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+        }
+    }
+    Ok(())
+}
