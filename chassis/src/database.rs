@@ -147,10 +147,35 @@ impl Database {
         task.await.unwrap_or_else(|_| Err(E::from(sqlx::Error::WorkerCrashed)))
     }
 
-    /// Whether the database answers, within the limits of any other work.
-    pub async fn answers(&self) -> bool {
-        self.run(|connection| Box::pin(connection.ping())).await.is_ok()
+    /// Asks the database for its health from now on.
+    pub(crate) fn probe(&self) -> Probe {
+        Probe { options: self.pool.connect_options().as_ref().clone(), limit: self.work_limit, connection: None }
     }
+}
+
+/// Asks the database whether it answers, over a connection of its own: a pool that is busy is not a database that is
+/// away, and a load balancer that took it for one would make an overload an outage.
+pub(crate) struct Probe {
+    options: PgConnectOptions,
+    limit: Duration,
+    connection: Option<PgConnection>,
+}
+
+impl Probe {
+    pub(crate) async fn answers(&mut self) -> bool {
+        let asked = timeout(self.limit, ask(&self.options, self.connection.take())).await;
+        self.connection = asked.ok().and_then(Result::ok);
+        self.connection.is_some()
+    }
+}
+
+async fn ask(options: &PgConnectOptions, connection: Option<PgConnection>) -> Result<PgConnection, sqlx::Error> {
+    let mut connection = match connection {
+        Some(connection) => connection,
+        None => PgConnection::connect_with(options).await?,
+    };
+    connection.ping().await?;
+    Ok(connection)
 }
 
 /// Whether the server answered, and its answer will not change by waiting (SQLSTATE class 28: invalid authorization).

@@ -12,7 +12,7 @@ use tonic_health::{
 };
 use tracing::{info, warn};
 
-use crate::Database;
+use crate::database::Probe;
 
 /// How often the database is asked.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -24,7 +24,7 @@ const CHECK_LIMIT: Duration = Duration::from_secs(3);
 pub(crate) async fn report_health(
     reporter: HealthReporter,
     services: &'static [&'static str],
-    database: Database,
+    mut database: Probe,
     shutdown: CancellationToken,
 ) {
     let mut ticks = interval(PROBE_INTERVAL);

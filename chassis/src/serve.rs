@@ -63,7 +63,7 @@ pub async fn serve(
     listener: TcpListener,
     settings: &ServeSettings,
     services: Services,
-    database: Database,
+    database: &Database,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -82,7 +82,7 @@ pub async fn serve(
     let address = listener.local_addr()?;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
 
-    let reported = report_health(reporter, services.names, database, shutdown.clone());
+    let reported = Box::pin(report_health(reporter, services.names, database.probe(), shutdown.clone()));
     let server = server(settings).add_routes(routes).serve_with_incoming_shutdown(incoming, reported);
     info!("listening on {address}");
 

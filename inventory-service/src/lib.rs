@@ -77,7 +77,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         names: &[event_receiver_server::SERVICE_NAME, inventory_service_server::SERVICE_NAME],
         descriptors: proto::DESCRIPTORS,
     };
-    chassis::serve(listener, &settings.serve, services, database, shutdown).await?;
+    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     info!("inventory-service ended");
     Ok(())
 }

@@ -68,7 +68,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let waker = RelayWaker::start(settings.database_url.options(), shutdown.clone());
     let service = OrderServiceServer::new(grpc::Orders { database: database.clone(), waker });
     let services = Services { routes: Routes::new(service), names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
-    chassis::serve(listener, &settings.serve, services, database, shutdown).await?;
+    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     info!("order-service ended");
     Ok(())
 }

@@ -97,7 +97,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     chassis::check_schema(&database, &MIGRATORS).await?;
     let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
     let services = Services { routes: Routes::default(), names: &[], descriptors: proto::DESCRIPTORS };
-    chassis::serve(listener, &settings.serve, services, database, shutdown).await?;
+    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     if workers.await.is_err() {
         warn!("a worker panicked; its lease will expire");
     }
