@@ -1,0 +1,32 @@
+# Everything here sets up what it needs by itself; POSTGRES_URL (a superuser's URL) uses an existing server instead.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test prepare ci
+
+help:
+	@echo 'make demo     see the pattern at work, from nothing, in a few seconds (after the first build)'
+	@echo 'make up       run the whole system in the foreground and learn how to use it; Ctrl-C ends it'
+	@echo 'make test     every test, each with a database of its own'
+	@echo 'make prepare  renew the data that SQL is checked against at compile time, after changing SQL'
+	@echo 'make ci       all that a change has to pass'
+
+demo: release
+	@target/release/harness demo
+
+up: release
+	@target/release/harness up
+
+# The tests bring all binaries with them, the harness that lends them a server among them.
+test:
+	cargo test --workspace --locked --no-run
+	target/debug/harness with-postgres -- cargo test --workspace --locked
+
+prepare:
+	.ci/prepare-sql
+
+ci:
+	.ci/run
+
+.PHONY: release
+release:
+	cargo build --workspace --release --locked
