@@ -1,0 +1,172 @@
+use std::{collections::BTreeMap, sync::Arc};
+
+use fastrand::Rng;
+use proto::events::v1::Event;
+use tokio::sync::Barrier;
+use uuid::Uuid;
+
+use crate::{
+    client::{Client, refusal},
+    inventory::{Inventory, at_once},
+    orders::order,
+};
+
+const CLIENTS: u64 = 8;
+const SKUS: [&str; 10] = ["J", "C", "H", "A", "F", "E", "B", "I", "D", "G"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_in_twenty_batches_at_once_is_applied_once() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&[("MUG", 1000), ("KETTLE", 1000)]).await;
+    for _ in 0..5 {
+        let event = order(&[("MUG", 10)]);
+        let calls = (0..20).map(|_| {
+            let (client, event) = (inventory.client.clone(), event.clone());
+            async move { client.deliver(&[order(&[("KETTLE", 1)]), event]).await.unwrap() }
+        });
+        let outcomes = at_once(calls).await;
+        assert_eq!(outcomes.iter().filter(|outcomes| **outcomes == ["APPLIED", "APPLIED"]).count(), 1);
+        assert_eq!(outcomes.iter().filter(|outcomes| **outcomes == ["APPLIED", "DUPLICATE"]).count(), 19);
+    }
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 950);
+    assert_eq!(inventory.client.get_stock("KETTLE").await.unwrap(), 900);
+    inventory.stop().await;
+}
+
+/// Events of one to four items each, and what they take of each SKU together.
+fn random_orders(rng: &mut Rng, orders: usize) -> (Vec<Event>, BTreeMap<&'static str, i64>) {
+    let mut taken = BTreeMap::new();
+    let events = (0..orders).map(|_| {
+        let items: Vec<(&str, i32)> = (0..rng.usize(1..=4)).map(|_| (SKUS[rng.usize(..10)], rng.i32(1..=5))).collect();
+        for (sku, quantity) in &items {
+            *taken.entry(*sku).or_insert(0) += i64::from(*quantity);
+        }
+        order(&items)
+    });
+    (events.collect(), taken)
+}
+
+/// Delivers all events in batches of 50, shuffled in a way of this client's own. Answers how many were applied.
+async fn deliver_shuffled(client: Client, mut events: Vec<Event>, seed: u64, start: Arc<Barrier>) -> usize {
+    Rng::with_seed(seed).shuffle(&mut events);
+    let mut applied = 0;
+    start.wait().await;
+    for batch in events.chunks(50) {
+        let outcomes = client.deliver(batch).await.expect("no batch fails");
+        assert!(outcomes.iter().all(|outcome| outcome == "APPLIED" || outcome == "DUPLICATE"), "{outcomes:?}");
+        applied += outcomes.iter().filter(|outcome| *outcome == "APPLIED").count();
+    }
+    applied
+}
+
+/// Unless all batches insert their ids in one order, these run into deadlocks within the first round; `stop` looks for
+/// them as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn overlapping_batches_in_any_order_apply_each_event_once_without_deadlock() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&SKUS.map(|sku| (sku, 1_000_000))).await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(Client::connect(inventory.address).await);
+    }
+    let mut taken = BTreeMap::<&str, i64>::new();
+    for round in 0..5 {
+        let (events, taken_now) = random_orders(&mut Rng::with_seed(round), 200);
+        for (sku, quantity) in taken_now {
+            *taken.entry(sku).or_default() += quantity;
+        }
+        let start = Arc::new(Barrier::new(clients.len()));
+        let calls = clients.iter().zip(0..).map(|(client, number)| {
+            deliver_shuffled(client.clone(), events.clone(), round * CLIENTS + number, start.clone())
+        });
+        assert_eq!(at_once(calls).await.into_iter().sum::<usize>(), 200);
+    }
+    assert_eq!(inventory.count("SELECT count(*) FROM processed_messages").await, 1000);
+    assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RESERVED'").await, 1000);
+    for sku in SKUS {
+        assert_eq!(inventory.client.get_stock(sku).await.unwrap(), 1_000_000 - taken[sku], "{sku}");
+    }
+    inventory.stop().await;
+}
+
+/// Here no batch waits for another's events, so that all meet at the locks on stock.
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_of_different_events_over_the_same_skus_do_not_deadlock() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&SKUS.map(|sku| (sku, 1_000_000))).await;
+    let calls = (0..CLIENTS).map(|seed| {
+        let client = inventory.client.clone();
+        async move {
+            let mut rng = Rng::with_seed(seed);
+            for _ in 0..25 {
+                let (events, _) = random_orders(&mut rng, 4);
+                assert_eq!(client.deliver(&events).await.expect("no batch fails"), ["APPLIED"; 4]);
+            }
+        }
+    });
+    at_once(calls).await;
+    assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RESERVED'").await, 800);
+    inventory.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_hundred_orders_at_once_for_the_last_thirty_pieces_thirty_are_reserved() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&[("LAST", 30), ("PLENTY", 1000)]).await;
+
+    let calls = (0..100).map(|_| {
+        let client = inventory.client.clone();
+        async move { client.deliver(&[order(&[("PLENTY", 1), ("LAST", 1)])]).await.unwrap() }
+    });
+    assert!(at_once(calls).await.iter().all(|outcomes| *outcomes == ["APPLIED"]));
+
+    assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RESERVED'").await, 30);
+    let turned_away = "SELECT count(*) FROM reservations
+        WHERE rejection = 'INSUFFICIENT_STOCK LAST: 1 wanted, 0 available'";
+    assert_eq!(inventory.count(turned_away).await, 70);
+    assert_eq!(inventory.client.get_stock("LAST").await.unwrap(), 0);
+    assert_eq!(inventory.client.get_stock("PLENTY").await.unwrap(), 970);
+    inventory.stop().await;
+}
+
+/// Adjusts and delivers by turns at random. Answers what the adjustments that were made add up to, by SKU.
+async fn sell_and_adjust(client: Client, seed: u64) -> BTreeMap<&'static str, i64> {
+    let mut rng = Rng::with_seed(seed);
+    let mut adjusted = BTreeMap::new();
+    for _ in 0..40 {
+        if rng.bool() {
+            let (events, _) = random_orders(&mut rng, 5);
+            assert_eq!(client.deliver(&events).await.unwrap(), ["APPLIED"; 5]);
+            continue;
+        }
+        let (sku, delta) = (SKUS[rng.usize(..10)], [-10, -5, 3, 8][rng.usize(..4)]);
+        match client.adjust_stock(&Uuid::new_v4().to_string(), sku, delta).await {
+            Ok(_) => *adjusted.entry(sku).or_insert(0) += delta,
+            Err(status) => assert_eq!(refusal(&status), "FailedPrecondition INSUFFICIENT_STOCK"),
+        }
+    }
+    adjusted
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stock_is_conserved_under_orders_and_adjustments_at_once() {
+    let inventory = Inventory::serve(&[]).await;
+    // Little enough that some of both are turned away.
+    inventory.put_in(&SKUS.map(|sku| (sku, 50))).await;
+    let mut calls = Vec::new();
+    for seed in 0..CLIENTS {
+        calls.push(sell_and_adjust(Client::connect(inventory.address).await, seed));
+    }
+    let adjusted = at_once(calls).await;
+
+    for sku in SKUS {
+        let adjusted: i64 = adjusted.iter().filter_map(|by_sku| by_sku.get(sku)).sum();
+        let sql = "SELECT coalesce(sum(delta), 0)::bigint FROM stock_ledger
+            JOIN reservations ON order_id = reference AND status = 'RESERVED' WHERE kind = 'RESERVATION' AND sku = $1";
+        let reserved: i64 = sqlx::query_scalar(sql).bind(sku).fetch_one(&inventory.pool).await.unwrap();
+        assert_eq!(inventory.client.get_stock(sku).await.unwrap(), 50 + adjusted + reserved, "{sku}");
+    }
+    let turned_away = inventory.count("SELECT count(*) FROM reservations WHERE status = 'REJECTED'").await;
+    assert!(turned_away > 0, "there was enough of everything: nothing was put to the test");
+    inventory.stop().await;
+}

@@ -1,0 +1,216 @@
+//! Serves inventory-service for one test.
+
+use std::{env, future::Future, net::SocketAddr, time::Duration};
+
+use clap::Parser;
+use harness::{TestDatabase, postgres::Server};
+use inventory_service::{MIGRATORS, RunError, Settings};
+use proto::events::v1::Event;
+use sqlx::{Executor, PgPool, Postgres, QueryBuilder, Transaction};
+use tokio::{
+    net::TcpListener,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use crate::{
+    client::Client,
+    orders::{id_of, order_id_of},
+};
+
+pub(crate) const SERVICES: [&str; 3] = ["", "events.v1.EventReceiver", "inventory.v1.InventoryService"];
+/// Far above what anything here takes, so that only what never happens is late.
+pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(Parser)]
+#[command(args_override_self = true)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
+    let url = database.url_as("inventory_service");
+    // On a busy machine a hundred calls at once may wait longer than the default for one of 16 connections.
+    let given = ["inventory-service", "--database-url", &url, "--database-acquire-ms", "9000"];
+    Cli::parse_from(given.iter().chain(flags)).settings
+}
+
+/// The running service and its database.
+pub(crate) struct Inventory {
+    pub(crate) client: Client,
+    pub(crate) address: SocketAddr,
+    pub(crate) shutdown: CancellationToken,
+    /// The superuser's connections.
+    pub(crate) pool: PgPool,
+    pub(crate) database: TestDatabase,
+    running: JoinHandle<Result<(), RunError>>,
+}
+
+impl Inventory {
+    /// Serves on a free port, and waits until the service reports that it does.
+    pub(crate) async fn serve(flags: &[&str]) -> Self {
+        let database = TestDatabase::create("inventory_owner", &MIGRATORS).await;
+        let pool = database.pool().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(inventory_service::run(listener, settings(&database, flags), shutdown.clone()));
+        let client = Client::connect(address).await;
+        let inventory = Self { client, address, shutdown, pool, database, running };
+        for service in SERVICES {
+            eventually("the service serves", async || inventory.health(service).await == Some(ServingStatus::Serving))
+                .await;
+        }
+        inventory
+    }
+
+    /// Stops the service in good order, then audits what must hold whatever was called.
+    pub(crate) async fn stop(self) {
+        self.shutdown.cancel();
+        timeout(LIMIT, self.running).await.expect("the service ends").unwrap().expect("it ends well");
+        let pool = self.pool;
+        // A session hands in its statistics before it leaves, and deadlocks are audited.
+        let sessions = "SELECT count(*) FROM pg_stat_activity
+            WHERE datname = current_database() AND usename = 'inventory_service'";
+        eventually("the service's sessions leave", async || count(&pool, sessions).await == 0).await;
+        audit(&pool).await;
+        pool.close().await;
+    }
+
+    /// Whether the process would have ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.running.is_finished()
+    }
+
+    /// `None` when nobody reports for the service.
+    pub(crate) async fn health(&self, service: &str) -> Option<ServingStatus> {
+        let request = HealthCheckRequest { service: service.into() };
+        let answer = HealthClient::new(self.client.channel.clone()).check(request).await.ok()?;
+        Some(answer.into_inner().status())
+    }
+
+    /// Puts stock in, with its opening in the ledger.
+    pub(crate) async fn put_in(&self, levels: &[(&str, i64)]) {
+        for (sku, available) in levels {
+            let sql = "WITH opened AS (INSERT INTO stock VALUES ($1, $2))
+                INSERT INTO stock_ledger (reference, kind, sku, delta)
+                SELECT gen_random_uuid(), 'OPENING', $1, $2 WHERE $2 <> 0";
+            sqlx::query(sql).bind(*sku).bind(*available).execute(&self.pool).await.unwrap();
+        }
+    }
+
+    pub(crate) async fn count(&self, sql: &'static str) -> i64 {
+        count(&self.pool, sql).await
+    }
+
+    /// Every row of the service, to compare.
+    pub(crate) async fn contents(&self) -> String {
+        let sql = "SELECT jsonb_pretty(jsonb_build_object(
+            'stock', (SELECT jsonb_agg(to_jsonb(stock) ORDER BY sku) FROM stock),
+            'ledger', (SELECT jsonb_agg(to_jsonb(stock_ledger) ORDER BY reference, kind, sku) FROM stock_ledger),
+            'reservations', (SELECT jsonb_agg(to_jsonb(reservations) ORDER BY order_id) FROM reservations),
+            'inbox', (SELECT jsonb_agg(to_jsonb(processed_messages) ORDER BY message_id) FROM processed_messages)))";
+        sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// The reservation of the event's order, as `RESERVED` or `REJECTED` with why; and whether this event made it.
+    pub(crate) async fn reservation(&self, event: &Event) -> (String, bool) {
+        let sql = "SELECT concat_ws(' ', status, rejection), event_id = $2 FROM reservations WHERE order_id = $1";
+        let query = sqlx::query_as(sql).bind(order_id_of(event)).bind(id_of(event));
+        query.fetch_one(&self.pool).await.unwrap()
+    }
+
+    pub(crate) async fn is_in_inbox(&self, event: &Event) -> bool {
+        let sql = "SELECT EXISTS (SELECT FROM processed_messages WHERE message_id = $1)";
+        sqlx::query_scalar(sql).bind(id_of(event)).fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// Makes whoever wants stock wait for the end of this transaction.
+    pub(crate) async fn lock_stock(&self) -> Transaction<'static, Postgres> {
+        let mut lock = self.pool.begin().await.unwrap();
+        sqlx::query("SELECT FROM stock FOR UPDATE").execute(&mut *lock).await.unwrap();
+        lock
+    }
+
+    pub(crate) async fn wait_for_a_waiting_session(&self) {
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+            WHERE datname = current_database() AND usename = 'inventory_service' AND wait_event_type = 'Lock'";
+        eventually("a session waits for a lock", async || self.count(waiting).await == 1).await;
+    }
+
+    /// Takes the database away from the service: it loses its connections and gets no new ones.
+    pub(crate) async fn cut_database(&self) {
+        self.allow_connections(false).await;
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+            WHERE datname = current_database() AND usename = 'inventory_service'";
+        eventually("the service's sessions end", async || count(&self.pool, sql).await == 0).await;
+    }
+
+    pub(crate) async fn restore_database(&self) {
+        self.allow_connections(true).await;
+    }
+
+    async fn allow_connections(&self, allowed: bool) {
+        // From outside: PostgreSQL lets nobody lock the database they are connected to.
+        let server = Server::parse(&env::var("POSTGRES_URL").unwrap()).unwrap();
+        let mut statement: QueryBuilder<Postgres> = QueryBuilder::new("ALTER DATABASE ");
+        statement.push(self.database.name()).push(" ALLOW_CONNECTIONS ").push(allowed);
+        server.connect().await.unwrap().execute(statement.build().persistent(false)).await.unwrap();
+    }
+}
+
+async fn count(pool: &PgPool, sql: &'static str) -> i64 {
+    sqlx::query_scalar::<_, i64>(sql).fetch_one(pool).await.unwrap()
+}
+
+async fn audit(pool: &PgPool) {
+    let violations = [
+        (
+            "a SKU's movements do not add up to what is available, or that is below zero",
+            "SELECT count(*) FROM stock
+            LEFT JOIN (SELECT sku, sum(delta) AS moved FROM stock_ledger GROUP BY sku) AS ledger USING (sku)
+            WHERE available <> coalesce(moved, 0) OR available < 0",
+        ),
+        (
+            "an event is in the inbox without an effect, or had one without being there",
+            "SELECT count(*) FROM processed_messages FULL JOIN reservations ON message_id = event_id
+            WHERE message_id IS NULL OR event_id IS NULL",
+        ),
+        (
+            "a reservation moved no stock, or a rejected one did",
+            "SELECT count(*) FROM reservations WHERE (status = 'RESERVED') <> EXISTS (
+                SELECT FROM stock_ledger WHERE reference = order_id AND kind = 'RESERVATION' AND delta < 0)",
+        ),
+        ("there were deadlocks", "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"),
+    ];
+    for (violation, sql) in violations {
+        assert_eq!(count(pool, sql).await, 0, "{violation}");
+    }
+}
+
+/// Waits for what is sure to come, and fails if it does not.
+pub(crate) async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
+    let polling = async {
+        while !holds().await {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LIMIT, polling).await.unwrap_or_else(|_| panic!("within {LIMIT:?}: {what}"));
+}
+
+/// Runs the calls at once, and answers what they did in their order.
+pub(crate) async fn at_once<T, F>(calls: impl IntoIterator<Item = F>) -> Vec<T>
+where
+    T: Send + 'static,
+    F: Future<Output = T> + Send + 'static,
+{
+    let tasks: Vec<_> = calls.into_iter().map(tokio::spawn).collect();
+    let mut done = Vec::new();
+    for task in tasks {
+        done.push(task.await.unwrap());
+    }
+    done
+}

@@ -1,0 +1,29 @@
+//! inventory-service, served in this process, called by real clients, on a real PostgreSQL. Run them with `make test`.
+//!
+//! Every test has a database of its own, and ends with [`inventory::Inventory::stop`], which audits what must hold
+//! after any history of calls.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod client;
+
+mod inventory;
+
+mod orders;
+
+mod deliver;
+
+mod reserve_stock;
+
+mod concurrent_batches;
+
+mod failed_batch;
+
+mod abandoned_calls;
+
+mod adjust_stock;
+
+mod list_stock;
+
+mod seed;
+
+mod serve;
