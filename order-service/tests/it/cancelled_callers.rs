@@ -1,0 +1,112 @@
+//! Callers that hang up, or whose time is over, at any moment. tonic then drops the handler where it stands; the
+//! database must not notice.
+
+use std::time::Duration;
+
+use tokio::{task::JoinSet, time::timeout};
+use tonic::Request;
+use uuid::Uuid;
+
+use crate::{
+    service::{ONE_ORDER, Service, eventually, order, order_once},
+    wake_relays::{hear, listen},
+};
+
+/// Sends many calls at once and gives each up after another time, from 0 to 30 ms: every second one by its deadline,
+/// which the server sees, the others by dropping them. Returns the ids of the orders that were answered.
+async fn give_up_calls(service: &Service, calls: u64) -> Vec<Uuid> {
+    let mut waiting = JoinSet::new();
+    for n in 0..calls {
+        let mut orders = service.orders();
+        // 7 and 31 have no factor in common, so neighbours differ and every number of milliseconds has its turn.
+        let limit = Duration::from_millis(n * 7 % 31);
+        waiting.spawn(async move {
+            let mut request = Request::new(order());
+            if n % 2 == 0 {
+                request.set_timeout(limit);
+                return orders.create_order(request).await.ok();
+            }
+            timeout(limit, orders.create_order(request)).await.ok()?.ok()
+        });
+    }
+    let answers = waiting.join_all().await;
+    answers.into_iter().flatten().map(|order| order.into_inner().order_id.parse().unwrap()).collect()
+}
+
+/// Returns once every session of the service is idle; one that stays in a transaction fails this.
+async fn sessions_are_idle(service: &Service) {
+    eventually("no session of the service is in a transaction", async || {
+        let busy: Vec<String> = sqlx::query_scalar(
+            "SELECT state FROM pg_stat_activity
+            WHERE datname = current_database() AND usename = 'order_service' AND state <> 'idle'",
+        )
+        .fetch_all(&service.pool)
+        .await
+        .unwrap();
+        busy.is_empty()
+    })
+    .await;
+}
+
+/// How many orders lack their one event or their items, or events their order.
+async fn torn(service: &Service) -> i64 {
+    sqlx::query_scalar(
+        "SELECT count(*) FROM orders FULL JOIN outbox ON aggregate_id = order_id
+        WHERE order_id IS NULL OR event_id IS NULL
+            OR (SELECT count(*) FROM outbox WHERE aggregate_id = order_id) <> 1
+            OR (SELECT count(*) FROM order_items WHERE order_items.order_id = orders.order_id) <> 2",
+    )
+    .fetch_one(&service.pool)
+    .await
+    .unwrap()
+}
+
+async fn committed(service: &Service, order_ids: &[Uuid]) -> usize {
+    let found: Vec<Uuid> = sqlx::query_scalar("SELECT order_id FROM orders WHERE order_id = ANY ($1)")
+        .bind(order_ids)
+        .fetch_all(&service.pool)
+        .await
+        .unwrap();
+    found.len()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_given_up_leave_no_transaction_open_and_no_order_torn() {
+    let service = Service::start_with(&["--database-connections", "2"]).await;
+    let mut answered = Vec::new();
+    // Only what comes last on a connection can be seen there afterwards, hence many rounds instead of many calls.
+    for _ in 0..20 {
+        answered.extend(give_up_calls(&service, 31).await);
+        sessions_are_idle(&service).await;
+    }
+    assert!(answered.len() < 20 * 31, "no call was given up");
+    assert_eq!(committed(&service, &answered).await, answered.len());
+    assert_eq!(torn(&service).await, 0);
+
+    for _ in 0..6 {
+        let order_id = service.place(order()).await.order_id.parse().unwrap();
+        assert_eq!(committed(&service, &[order_id]).await, 1, "an answered order is durable");
+    }
+    assert_eq!(torn(&service).await, 0);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays_are_notified() {
+    let service = Service::start().await;
+    let mut listener = listen(&service).await;
+    let request = order_once();
+    let lock = service.lock_orders().await;
+    let mut orders = service.orders();
+    let call = tokio::spawn(async move { orders.create_order(request).await });
+    service.waits_for_a_lock().await;
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    // On the same connection: the server has read that the call was given up before it answers this.
+    service.health().await.unwrap();
+    lock.rollback().await.unwrap();
+
+    hear(&mut listener).await;
+    assert_eq!(service.written().await, ONE_ORDER);
+    service.end().await;
+}

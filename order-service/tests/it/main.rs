@@ -1,0 +1,29 @@
+//! order-service as its callers meet it: served in this process or as its binary, over gRPC, with a real PostgreSQL.
+//! Run with `make test`.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod service;
+
+mod create_order;
+
+mod failed_writes;
+
+mod repeat_request;
+
+mod cancelled_callers;
+
+mod validate_order;
+
+mod get_order;
+
+mod list_orders;
+
+mod wake_relays;
+
+mod outage;
+
+mod serve;
+
+mod migrate;
+
+mod command_line;

@@ -1,0 +1,82 @@
+use chassis::{DatabaseUrl, SchemaError};
+use harness::TestDatabase;
+use order_service::{MIGRATORS, RunError};
+use sqlx::migrate::MigrateError;
+use tokio::{net::TcpListener, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::service::{LIMIT, ONE_ORDER, Service, order, settings};
+
+async fn migrate(database: &TestDatabase) -> Result<(), MigrateError> {
+    let url: DatabaseUrl = database.url_as("orders_owner").parse().unwrap();
+    chassis::migrate(&url, &MIGRATORS).await
+}
+
+async fn serves(database: TestDatabase) {
+    let service = Service::start_on(database, &[]).await;
+    service.place(order()).await;
+    assert_eq!(service.written().await, ONE_ORDER);
+    service.end().await;
+}
+
+/// Why the service refuses to serve this database.
+async fn refused(database: &TestDatabase) -> RunError {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let run = order_service::run(listener, settings(database, &[]), CancellationToken::new());
+    timeout(LIMIT, run).await.expect("an end").unwrap_err()
+}
+
+#[tokio::test]
+async fn migrating_twice_is_migrating_once() {
+    let database = TestDatabase::create("orders_owner", &[]).await;
+    migrate(&database).await.unwrap();
+    migrate(&database).await.unwrap();
+    serves(database).await;
+}
+
+#[tokio::test]
+async fn two_may_migrate_at_once() {
+    let database = TestDatabase::create("orders_owner", &[]).await;
+    let (one, other) = tokio::join!(migrate(&database), migrate(&database));
+    one.unwrap();
+    other.unwrap();
+    serves(database).await;
+}
+
+#[tokio::test]
+async fn a_database_that_was_never_migrated_is_refused_with_the_way_out() {
+    let database = TestDatabase::create("orders_owner", &[]).await;
+    let error = refused(&database).await;
+    assert!(matches!(error, RunError::Schema(SchemaError::Missing(_))), "{error:?}");
+    assert!(error.to_string().contains("run the `migrate` command"), "{error}");
+}
+
+#[tokio::test]
+async fn a_migration_that_was_cut_off_half_way_is_refused_with_the_way_out() {
+    let database = TestDatabase::create("orders_owner", &MIGRATORS[..1]).await;
+    let error = refused(&database).await;
+    assert!(error.to_string().contains("run the `migrate` command"), "{error}");
+}
+
+#[tokio::test]
+async fn a_migration_that_is_not_the_known_one_is_refused() {
+    let database = TestDatabase::create("orders_owner", &MIGRATORS).await;
+    let pool = database.pool().await;
+    sqlx::raw_sql("UPDATE _orders_migrations SET checksum = 'other'").execute(&pool).await.unwrap();
+    let error = refused(&database).await;
+    assert!(matches!(error, RunError::Schema(SchemaError::Different(_))), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_database_migrated_further_is_served() {
+    let database = TestDatabase::create("orders_owner", &MIGRATORS).await;
+    let pool = database.pool().await;
+    sqlx::raw_sql(
+        "INSERT INTO _orders_migrations (version, description, success, checksum, execution_time)
+        VALUES (9999, 'of the next version', true, 'any', 0)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    serves(database).await;
+}

@@ -1,0 +1,109 @@
+//! A database that is away, overloaded or slow.
+
+use std::env;
+
+use harness::postgres::Server;
+use proto::orders::v1::{GetOrderRequest, ListOrdersRequest};
+use sqlx::{PgConnection, QueryBuilder, types::time::OffsetDateTime};
+use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::{
+    service::{NOTHING, ONE_ORDER, Service, Written, eventually, order, order_once, refusal},
+    wake_relays::{hear, listen},
+};
+
+/// Returns once health has asked the database after this moment. What it asks leaves no statement to be seen, but its
+/// session was busy; no other session may be while this waits.
+async fn health_is_probed(service: &Service) {
+    let now: OffsetDateTime = sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(&service.pool).await.unwrap();
+    eventually("health asks the database", async || {
+        sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
+                AND usename = 'order_service' AND state = 'idle' AND state_change > $1)",
+        )
+        .bind(now)
+        .fetch_one(&service.pool)
+        .await
+        .unwrap()
+    })
+    .await;
+}
+
+/// A connection to another database of the server: one cannot close the database one is in.
+async fn maintenance() -> PgConnection {
+    Server::parse(&env::var("POSTGRES_URL").unwrap()).unwrap().connect().await.unwrap()
+}
+
+async fn allow_connections(service: &Service, allow: bool) {
+    let mut statement = QueryBuilder::new("ALTER DATABASE ");
+    statement.push(service.database.name()).push(" ALLOW_CONNECTIONS ").push(if allow { "true" } else { "false" });
+    statement.build().persistent(false).execute(&mut maintenance().await).await.unwrap();
+}
+
+async fn take_database_away(service: &Service) {
+    allow_connections(service, false).await;
+    let ended: Vec<bool> = sqlx::query_scalar(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+        WHERE datname = current_database() AND usename = 'order_service'",
+    )
+    .fetch_all(&service.pool)
+    .await
+    .unwrap();
+    assert!(!ended.is_empty() && ended.iter().all(|ended| *ended), "{ended:?}");
+}
+
+#[tokio::test]
+async fn calls_are_asked_to_retry_while_the_database_is_away_and_work_once_it_is_back() {
+    let service = Service::start().await;
+    let mut listener = listen(&service).await;
+    let placed = service.place(order()).await;
+    hear(&mut listener).await;
+
+    take_database_away(&service).await;
+    let request = order_once();
+    let get = GetOrderRequest { order_id: placed.order_id.clone() };
+    let list = ListOrdersRequest { customer_id: "ann".into(), ..Default::default() };
+    refusal(service.orders().create_order(request.clone()).await).asks_to_retry();
+    refusal(service.orders().get_order(get.clone()).await).asks_to_retry();
+    refusal(service.orders().list_orders(list).await).asks_to_retry();
+    service.becomes(ServingStatus::NotServing).await;
+
+    allow_connections(&service, true).await;
+    service.becomes(ServingStatus::Serving).await;
+    assert_eq!(service.orders().get_order(get).await.unwrap().into_inner(), placed);
+    service.place(request).await;
+    assert_eq!(service.written().await, Written { orders: 2, items: 4, events: 2 });
+    hear(&mut listener).await;
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_call_that_finds_no_free_connection_is_asked_to_retry_and_health_stays_serving() {
+    let service = Service::start_with(&["--database-connections", "1", "--database-acquire-ms", "100"]).await;
+    let lock = service.lock_orders().await;
+    let mut orders = service.orders();
+    let first = tokio::spawn(async move { orders.create_order(order()).await });
+    service.waits_for_a_lock().await;
+    refusal(service.orders().create_order(order()).await).asks_to_retry();
+    health_is_probed(&service).await;
+    assert_eq!(service.health().await, Some(ServingStatus::Serving), "an overload is no outage");
+
+    lock.rollback().await.unwrap();
+    first.await.unwrap().unwrap();
+    assert_eq!(service.written().await, ONE_ORDER);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn work_that_takes_too_long_is_cut_undone_and_can_be_repeated() {
+    let service = Service::start_with(&["--database-connections", "1", "--database-work-ms", "200"]).await;
+    let lock = service.lock_orders().await;
+    let request = order_once();
+    refusal(service.orders().create_order(request.clone()).await).asks_to_retry();
+    lock.rollback().await.unwrap();
+    assert_eq!(service.written().await, NOTHING);
+
+    service.place(request).await;
+    assert_eq!(service.written().await, ONE_ORDER);
+    service.end().await;
+}

@@ -1,0 +1,214 @@
+//! The service under test, what callers send it, and how its answers are read.
+
+use std::{fmt::Debug, net::SocketAddr, time::Duration};
+
+use clap::Parser;
+use harness::TestDatabase;
+use order_service::{MIGRATORS, RunError, Settings};
+use proto::orders::v1::{
+    CreateOrderRequest, Order, OrderItem, order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME,
+};
+use sqlx::{PgPool, Postgres, Transaction};
+use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Code, Response, Status,
+    transport::{Channel, Endpoint},
+};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_types::StatusExt;
+use uuid::Uuid;
+
+/// How long anything may take that is bound to happen: shorter than the 10 s after which PostgreSQL itself would end a
+/// forgotten transaction of the service's role, so that this is never what makes a test pass.
+pub(crate) const LIMIT: Duration = Duration::from_secs(8);
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
+    let url = database.url_as("order_service");
+    let always = ["order-service", "--database-url", &url];
+    Cli::parse_from(always.iter().chain(flags)).settings
+}
+
+/// The service, serving from this process, with a database of its own.
+pub(crate) struct Service {
+    pub(crate) database: TestDatabase,
+    /// The superuser's eyes and hands in the database.
+    pub(crate) pool: PgPool,
+    pub(crate) address: SocketAddr,
+    pub(crate) channel: Channel,
+    shutdown: CancellationToken,
+    running: JoinHandle<Result<(), RunError>>,
+}
+
+impl Service {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    pub(crate) async fn start_with(flags: &[&str]) -> Self {
+        Self::start_on(TestDatabase::create("orders_owner", &MIGRATORS).await, flags).await
+    }
+
+    /// Returns once the service serves.
+    pub(crate) async fn start_on(database: TestDatabase, flags: &[&str]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(order_service::run(listener, settings(&database, flags), shutdown.clone()));
+        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+        let pool = database.pool().await;
+        let service = Self { database, pool, address, channel, shutdown, running };
+        service.becomes(ServingStatus::Serving).await;
+        service
+    }
+
+    pub(crate) fn orders(&self) -> OrderServiceClient<Channel> {
+        OrderServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) async fn place(&self, request: CreateOrderRequest) -> Order {
+        self.orders().create_order(request).await.unwrap().into_inner()
+    }
+
+    /// The service's health by its name, as long as it is known.
+    pub(crate) async fn health(&self) -> Option<ServingStatus> {
+        let request = HealthCheckRequest { service: SERVICE_NAME.to_owned() };
+        let answer = HealthClient::new(self.channel.clone()).check(request).await;
+        answer.ok().map(|answer| answer.into_inner().status())
+    }
+
+    pub(crate) async fn becomes(&self, status: ServingStatus) {
+        eventually(&format!("health is {status:?}"), async || self.health().await == Some(status)).await;
+    }
+
+    /// How many orders, items and events there are, as everybody sees them.
+    pub(crate) async fn written(&self) -> Written {
+        let (orders, items, events) = sqlx::query_as(
+            "SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM order_items), (SELECT count(*) FROM outbox)",
+        )
+        .fetch_one(&self.pool)
+        .await
+        .unwrap();
+        Written { orders, items, events }
+    }
+
+    pub(crate) async fn execute(&self, sql: &'static str) {
+        sqlx::raw_sql(sql).execute(&self.pool).await.unwrap();
+    }
+
+    /// Makes every call that touches orders wait until the transaction returned here has ended.
+    pub(crate) async fn lock_orders(&self) -> Transaction<'static, Postgres> {
+        let mut lock = self.pool.begin().await.unwrap();
+        sqlx::raw_sql("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await.unwrap();
+        lock
+    }
+
+    /// Returns once a session of the service waits for a lock.
+    pub(crate) async fn waits_for_a_lock(&self) {
+        eventually("a session of the service waits for a lock", async || {
+            let waiting: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM pg_stat_activity
+                WHERE datname = current_database() AND usename = 'order_service' AND wait_event_type = 'Lock'",
+            )
+            .fetch_one(&self.pool)
+            .await
+            .unwrap();
+            waiting > 0
+        })
+        .await;
+    }
+
+    pub(crate) fn shut_down(&self) {
+        self.shutdown.cancel();
+    }
+
+    /// Shuts down, if that was not done before, and returns once the service has ended as it should.
+    pub(crate) async fn end(self) {
+        self.shut_down();
+        timeout(LIMIT, self.running).await.expect("the service ends").unwrap().unwrap();
+    }
+}
+
+#[derive(Debug, PartialEq)]
+pub(crate) struct Written {
+    pub(crate) orders: i64,
+    pub(crate) items: i64,
+    pub(crate) events: i64,
+}
+
+pub(crate) const NOTHING: Written = Written { orders: 0, items: 0, events: 0 };
+/// What placing [`order`] once writes.
+pub(crate) const ONE_ORDER: Written = Written { orders: 1, items: 2, events: 1 };
+
+/// A sound order of two items.
+pub(crate) fn order() -> CreateOrderRequest {
+    CreateOrderRequest {
+        request_id: String::new(),
+        customer_id: "ann".into(),
+        currency_code: "EUR".into(),
+        items: vec![
+            OrderItem { sku: "TEA".into(), quantity: 3, unit_price_minor: 250 },
+            OrderItem { sku: "CUP".into(), quantity: 2, unit_price_minor: 1100 },
+        ],
+    }
+}
+
+/// The same order, to be placed once.
+pub(crate) fn order_once() -> CreateOrderRequest {
+    CreateOrderRequest { request_id: Uuid::new_v4().into(), ..order() }
+}
+
+/// A refusal as a caller can act on it.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) code: Code,
+    pub(crate) reason: String,
+    pub(crate) bad_fields: Vec<String>,
+    pub(crate) retry_after: Option<Duration>,
+    /// All the caller was sent, the details' bytes included.
+    pub(crate) text: String,
+}
+
+/// Reads a refusal and checks what all of them have: an `ErrorInfo` in this service's name.
+pub(crate) fn refusal<T: Debug>(answer: Result<Response<T>, Status>) -> Refusal {
+    let status = answer.expect_err("a refusal");
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap_or_else(|| panic!("ErrorInfo in {status:?}"));
+    assert_eq!(info.domain, "order-service");
+    let violations = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
+    Refusal {
+        code: status.code(),
+        reason: info.reason.clone(),
+        bad_fields: violations.iter().map(|violation| violation.field.clone()).collect(),
+        retry_after: details.retry_info().and_then(|retry| retry.retry_delay),
+        text: format!("{} {}", status.message(), String::from_utf8_lossy(status.details())),
+    }
+}
+
+impl Refusal {
+    pub(crate) fn is(&self, code: Code, reason: &str) {
+        assert_eq!((self.code, self.reason.as_str()), (code, reason), "{self:?}");
+    }
+
+    /// The database is to blame, and the caller is asked to come again.
+    pub(crate) fn asks_to_retry(&self) {
+        self.is(Code::Unavailable, "DATABASE_UNAVAILABLE");
+        assert!(self.retry_after.is_some_and(|after| !after.is_zero()), "{self:?}");
+    }
+}
+
+/// Returns once the condition holds; panics if it does not within [`LIMIT`].
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let holds = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LIMIT, holds).await.unwrap_or_else(|_| panic!("not within {LIMIT:?}: {what}"));
+}
