@@ -56,8 +56,10 @@ pub async fn check_schema(database: &Database, migrators: &'static [&'static Mig
 async fn check(connection: &mut PgConnection, migrator: &Migrator) -> Result<(), SchemaError> {
     let applied = match connection.list_applied_migrations(&migrator.table_name).await {
         Ok(applied) => applied,
-        // 42P01: the table of the history itself is missing, so nothing was ever run.
-        Err(MigrateError::Execute(sqlx::Error::Database(error))) if error.code().as_deref() == Some("42P01") => {
+        // The history is not there (42P01), or not ours to read yet (42501), which the last of the migrations grants.
+        Err(MigrateError::Execute(sqlx::Error::Database(error)))
+            if error.code().is_some_and(|code| ["42P01", "42501"].contains(&&*code)) =>
+        {
             Vec::new()
         }
         Err(MigrateError::Execute(error)) => return Err(error.into()),

@@ -65,7 +65,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         return Ok(());
     };
     chassis::check_schema(&database, &MIGRATORS).await?;
-    let waker = RelayWaker::start(settings.database_url.options(), shutdown.clone());
+    let waker = RelayWaker::start(settings.database_url.options());
     let service = OrderServiceServer::new(grpc::Orders { database: database.clone(), waker });
     let services = Services { routes: Routes::new(service), names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
 use tokio::{sync::Notify, time::timeout};
-use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 /// The channel relays LISTEN on, in the database that holds the outbox.
@@ -20,18 +20,19 @@ const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
 /// NOTIFY inside the writing transaction would take a server-wide lock at commit and serialise all commits (2.8 times
 /// slower, measured); after the commit, on a connection of its own, with all wake-ups that come while one is under way
 /// made into one, it costs 6 %. A wake-up that is lost (crash, broken connection) costs one poll interval of the relay.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct RelayWaker {
     wanted: Arc<Notify>,
+    _task: Arc<AbortOnDropHandle<()>>,
 }
 
 impl RelayWaker {
-    /// Starts the task that notifies, until `shutdown`. It connects when it is first needed.
-    pub fn start(database: PgConnectOptions, shutdown: CancellationToken) -> Self {
+    /// Starts the task that notifies; it connects when it is first needed, and ends with the last clone of this value. So
+    /// calls that finish while the process drains still wake the relay.
+    pub fn start(database: PgConnectOptions) -> Self {
         let wanted = Arc::new(Notify::new());
-        let task = notify_until_shutdown(database, wanted.clone());
-        tokio::spawn(async move { shutdown.run_until_cancelled(task).await });
-        Self { wanted }
+        let task = tokio::spawn(notify_when_wanted(database, wanted.clone()));
+        Self { wanted, _task: Arc::new(AbortOnDropHandle::new(task)) }
     }
 
     /// Asks for a notification; returns at once. To be called after the commit, since a relay that looks earlier sees
@@ -41,7 +42,7 @@ impl RelayWaker {
     }
 }
 
-async fn notify_until_shutdown(database: PgConnectOptions, wanted: Arc<Notify>) {
+async fn notify_when_wanted(database: PgConnectOptions, wanted: Arc<Notify>) {
     let mut connection = None;
     loop {
         // Notify holds one permit: any number of wakes during a round trip become one more round trip.
