@@ -103,7 +103,8 @@ fn read_verdicts(rows: &[LeasedRow], response: DeliverResponse) -> Vec<Verdict> 
 }
 
 fn read_result(result: &EventResult) -> Verdict {
-    let reason = || format!("{}: {}", result.reason, result.detail);
+    let code = if result.reason.is_empty() { result.outcome().as_str_name() } else { &result.reason };
+    let reason = || format!("{code}: {}", result.detail);
     match result.outcome() {
         Outcome::Applied | Outcome::Duplicate => Verdict::Handled,
         Outcome::Rejected => Verdict::Dead(reason()),

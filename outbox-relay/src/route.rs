@@ -11,8 +11,10 @@ use std::{
 use tokio::sync::{Mutex, MutexGuard};
 use tracing::info;
 
-/// Events in a probe of a receiver that was down: few, since they are likely to come back.
-const PROBE_BATCH: u32 = 10;
+/// Events in the first probe of a receiver that was down: few, since they are likely to come back. Each further one is
+/// half as large, down to one event: should the receiver be down *because* of an event, that one stands alone in the end,
+/// at the back of the queue since it was released, and the others arrive.
+const PROBE_BATCH: u32 = 8;
 /// The first pause before a probe lasts at most this long, each further one twice as long, up to the cap. The cap is
 /// also the longest a backlog waits after the receiver has returned.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -37,14 +39,14 @@ pub(crate) enum Admission<'a> {
     /// Of any size.
     Open,
     /// A small one, to see whether the receiver is back, while the other workers wait.
-    Probe { _guard: MutexGuard<'a, ()> },
+    Probe { batch: u32, _guard: MutexGuard<'a, ()> },
 }
 
 impl Admission<'_> {
     pub(crate) fn batch(&self, full: u32) -> u32 {
         match self {
             Self::Open => full,
-            Self::Probe { .. } => full.min(PROBE_BATCH),
+            Self::Probe { batch, .. } => full.min(*batch),
         }
     }
 }
@@ -61,7 +63,7 @@ impl Route {
             0 => Admission::Open,
             failures => {
                 tokio::time::sleep(pause_max(failures).mul_f64(fastrand::f64())).await;
-                Admission::Probe { _guard: guard }
+                Admission::Probe { batch: probe_batch(failures), _guard: guard }
             }
         }
     }
@@ -83,13 +85,17 @@ impl Route {
     }
 }
 
+fn probe_batch(failures: u32) -> u32 {
+    PROBE_BATCH.checked_shr(failures - 1).unwrap_or(0).max(1)
+}
+
 fn pause_max(failures: u32) -> Duration {
     PAUSE.saturating_mul(2_u32.saturating_pow(failures - 1)).min(PAUSE_MAX)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Admission, Route, pause_max};
+    use super::{Admission, Route, pause_max, probe_batch};
     use std::time::Duration;
 
     #[test]
@@ -99,12 +105,17 @@ mod tests {
         assert_eq!(pause_max(u32::MAX), Duration::from_secs(1));
     }
 
+    #[test]
+    fn probes_shrink_to_a_single_event() {
+        assert_eq!([1, 2, 3, 4, 5, 40].map(probe_batch), [8, 4, 2, 1, 1, 1]);
+    }
+
     #[tokio::test]
     async fn one_worker_probes_a_route_that_is_down_and_the_others_wait_for_it() {
         let route = Route::default();
         route.failed();
         let probe = route.admit().await;
-        assert_eq!(probe.batch(100), 10);
+        assert_eq!(probe.batch(100), 8);
         let waiting = tokio::spawn({
             let route = route.clone();
             async move { route.admit().await.batch(100) }
