@@ -1,0 +1,95 @@
+//! Handing events over: what arrives, for how long an answer is awaited, and which answer is whose.
+
+use std::time::Duration;
+
+use outbox::{Envelope, TraceContext};
+use proto::{events::v1::Outcome, orders::v1::OrderCreated};
+use sqlx::types::time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::{
+    outbox::Outbox,
+    receiver::{Receiver, Reply, applied, id_of, result, retry},
+    relay::Relay,
+};
+
+#[tokio::test]
+async fn an_event_arrives_as_it_was_enqueued() {
+    let fixture = Outbox::create().await;
+    let order_id = Uuid::new_v4();
+    let message = OrderCreated { order_id: order_id.to_string(), total_minor: 12_345, ..OrderCreated::default() };
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let trace = TraceContext::from_headers(Some(parent), Some("vendor=state"));
+    let mut tx = fixture.pool.begin().await.unwrap();
+    let first = outbox::enqueue(&mut tx, order_id, 1, &message, &trace).await.unwrap();
+    let second = outbox::enqueue(&mut tx, order_id, 2, &message, &TraceContext::default()).await.unwrap();
+    let created_at = sqlx::query_scalar::<_, OffsetDateTime>("SELECT now()").fetch_one(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&fixture, receiver.address, &["--source", "order-service"]).await;
+    fixture.wait_until_empty().await;
+    relay.stop().await;
+
+    let events =
+        receiver.read(|log| log.deliveries.iter().flat_map(|delivery| delivery.events.clone()).collect::<Vec<_>>());
+    assert_eq!(events.iter().map(id_of).collect::<Vec<_>>(), [first, second]);
+    let event = &events[0];
+    assert_eq!(event.source, "order-service");
+    assert_eq!(event.r#type, "orders.v1.OrderCreated");
+    assert_eq!((event.subject.as_str(), event.sequence), (order_id.to_string().as_str(), 1));
+    assert_eq!(event.time, Some(outbox::timestamp(created_at)));
+    assert_eq!((event.traceparent.as_str(), event.tracestate.as_str()), (parent, "vendor=state"));
+    assert_eq!(Envelope::read(event).unwrap().decode::<OrderCreated>().unwrap(), message);
+    assert_eq!((events[1].sequence, events[1].traceparent.as_str(), events[1].tracestate.as_str()), (2, "", ""));
+}
+
+#[tokio::test]
+async fn a_delivery_that_hangs_is_given_up_within_its_lease_and_costs_its_events_nothing() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    let receiver = Receiver::start(|_| Reply::never()).await;
+    // One worker: one that waited on would deliver nothing else.
+    let flags = ["--workers", "1", "--lease-seconds", "3", "--attempts", "1"];
+    let relay = Relay::start(&outbox, receiver.address, &flags).await;
+    receiver.wait_for_deliveries(2).await;
+    receiver.follow(Reply::apply);
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) >= 2)));
+    let (first, second) = receiver.read(|log| (log.deliveries[0].clone(), log.deliveries[1].clone()));
+    let held = second.at - first.at;
+    assert!(held > Duration::from_secs(1) && held < Duration::from_secs(3), "{held:?}");
+    assert!(first.has_deadline, "the receiver is told how long the answer is awaited");
+}
+
+#[tokio::test]
+async fn an_answer_belongs_to_the_event_it_names_wherever_it_stands() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    let last = ids[2];
+    let receiver = Receiver::start(move |events| {
+        let mut results: Vec<_> =
+            events.iter().map(|event| if id_of(event) == last { retry(event) } else { applied(event) }).collect();
+        results.reverse();
+        Reply::Results(results)
+    })
+    .await;
+    let relay = Relay::start(&outbox, receiver.address, &["--attempts", "1"]).await;
+    let dead = outbox.wait_for_dead(1).await;
+    relay.stop().await;
+    assert_eq!((outbox.count().await, dead[0].event_id), (1, last));
+}
+
+#[tokio::test]
+async fn a_duplicate_is_done_with() {
+    let outbox = Outbox::create().await;
+    let event_id = outbox.insert_one().await;
+    let receiver =
+        Receiver::start(|events| Reply::each(events, |event| result(event, Outcome::Duplicate, "", ""))).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert_eq!(receiver.read(|log| log.times(event_id)), 1);
+}

@@ -1,0 +1,145 @@
+//! The end: settle or release what is in flight, lease nothing more, and be gone in time.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use harness::processes::Process;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    outbox::{Outbox, Row},
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+const DRAIN: Duration = Duration::from_secs(2);
+const DRAIN_FLAGS: [&str; 2] = ["--drain-seconds", "2"];
+
+async fn assert_released(outbox: &Outbox, ids: &[Uuid]) {
+    let released = |event_id: &Uuid| Row {
+        event_id: *event_id,
+        attempts: 0,
+        lease_token: None,
+        last_error: None,
+        visible: true,
+        dead: false,
+    };
+    assert_eq!(outbox.rows().await, ids.iter().map(released).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_delivery_that_finishes_during_shutdown_is_settled_and_nothing_more_is_leased() {
+    let outbox = Outbox::create().await;
+    let in_flight = outbox.insert_unrelated(3).await;
+    let answered = CancellationToken::new();
+    let held = answered.clone();
+    let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
+    // One worker, and that is busy: another might be about to lease at the moment of the shutdown.
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1"]).await;
+    receiver.wait_for_deliveries(1).await;
+
+    relay.shut_down();
+    let late = outbox.insert_unrelated(2).await;
+    outbox.notify().await;
+    answered.cancel();
+    relay.end().await.unwrap();
+    assert_released(&outbox, &late).await;
+    assert_eq!(receiver.read(Log::ids), in_flight);
+}
+
+#[tokio::test]
+async fn a_delivery_that_hangs_during_shutdown_is_released_within_the_drain_time() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(25).await;
+    let receiver = Receiver::start(|_| Reply::never()).await;
+    let flags: Vec<_> = DRAIN_FLAGS.into_iter().chain(["--batch", "10"]).collect();
+    let relay = Relay::start(&outbox, receiver.address, &flags).await;
+    receiver.wait_for_deliveries(3).await;
+
+    let asked = Instant::now();
+    relay.shut_down();
+    relay.end().await.unwrap();
+    assert!(asked.elapsed() <= DRAIN, "{:?}", asked.elapsed());
+    assert_released(&outbox, &ids).await;
+    assert_eq!(receiver.read(|log| log.deliveries.len()), 3);
+}
+
+#[tokio::test]
+async fn a_relay_with_nothing_in_flight_ends_at_once() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "60000", "--drain-seconds", "60"]).await;
+    outbox.wait_for_a_later_event().await;
+    let asked = Instant::now();
+    relay.stop().await;
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+}
+
+/// The binary, and the file it logs to, which is gone with it.
+struct Binary {
+    process: Process,
+    log: PathBuf,
+}
+
+impl Binary {
+    fn start(outbox: &Outbox, receiver: &Receiver) -> Self {
+        let log = std::env::temp_dir().join(format!("outbox-relay-{}", Uuid::new_v4().simple()));
+        let (database, peer) = (outbox.relay_url(), format!("http://{}", receiver.address));
+        let given = ["serve", "--listen", "127.0.0.1:0", "--poll-ms", "50", "--source", "orders"];
+        let arguments = given.into_iter().chain(["--database-url", &database, "--receiver", &peer]).chain(DRAIN_FLAGS);
+        let program = Path::new(env!("CARGO_BIN_EXE_outbox-relay"));
+        let process = Process::spawn("outbox-relay", program, arguments, [("RUST_LOG", "info")], &log).unwrap();
+        Self { process, log }
+    }
+
+    /// Grace is longer than the drain time, so that a late end is told from a killed one.
+    async fn assert_ends_in_time(&mut self) {
+        let asked = Instant::now();
+        let exit = self.process.terminate(DRAIN * 2).await.unwrap();
+        let took = asked.elapsed();
+        let log = self.process.log_tail(20);
+        assert_eq!((exit.status.code(), exit.killed), (Some(0), false), "{log}");
+        assert!(took <= DRAIN, "{took:?}: {log}");
+    }
+}
+
+impl Drop for Binary {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+#[tokio::test]
+async fn sigterm_ends_the_process_in_time_with_code_0_though_its_peer_hangs() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    let receiver = Receiver::start(|_| Reply::never()).await;
+    let mut binary = Binary::start(&outbox, &receiver);
+    receiver.wait_for_deliveries(1).await;
+    binary.assert_ends_in_time().await;
+    assert_released(&outbox, &ids).await;
+}
+
+#[tokio::test]
+async fn sigterm_lets_the_process_settle_what_its_peer_answers() {
+    let outbox = Outbox::create().await;
+    outbox.insert_unrelated(3).await;
+    let answered = CancellationToken::new();
+    let held = answered.clone();
+    let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
+    let mut binary = Binary::start(&outbox, &receiver);
+    receiver.wait_for_deliveries(1).await;
+    let log = binary.log.clone();
+    let answer_after_the_signal = async {
+        let heard = async || std::fs::read_to_string(&log).unwrap().contains("SIGTERM");
+        until("the signal is heard", heard).await;
+        answered.cancel();
+    };
+    tokio::join!(binary.assert_ends_in_time(), answer_after_the_signal);
+    assert_eq!(outbox.count().await, 0);
+}

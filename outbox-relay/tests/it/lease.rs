@@ -1,0 +1,103 @@
+//! Taking events: each once, whoever else is at the table.
+
+use std::{collections::HashSet, time::Duration};
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    outbox::Outbox,
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_relays_with_five_workers_each_deliver_5000_events_exactly_once_and_leave_nothing() {
+    let outbox = Outbox::create().await;
+    let inserted = outbox.insert_unrelated(5000).await;
+    // Nothing is answered before both relays have brought something, so that the table is shared for certain.
+    let (both, mut sources) = (CancellationToken::new(), HashSet::new());
+    let receiver = Receiver::start(move |events| {
+        sources.insert(events[0].source.clone());
+        if sources.len() == 2 {
+            both.cancel();
+        }
+        Reply::apply(events).held(&both)
+    })
+    .await;
+    let one = Relay::start(&outbox, receiver.address, &["--workers", "5", "--source", "one"]).await;
+    let other = Relay::start(&outbox, receiver.address, &["--workers", "5", "--source", "other"]).await;
+    outbox.wait_until_empty().await;
+    one.stop().await;
+    other.stop().await;
+
+    let mut delivered = receiver.read(Log::ids);
+    delivered.sort_unstable();
+    assert_eq!(delivered.len(), 5000, "deliveries");
+    assert!(delivered == inserted, "each event once");
+    assert_eq!(receiver.read(|log| log.deliveries.iter().map(|delivery| delivery.events.len()).max()), Some(100));
+}
+
+#[tokio::test]
+async fn rows_that_another_session_has_locked_are_passed_over_without_waiting() {
+    let outbox = Outbox::create().await;
+    // The older half: what the relay would take first.
+    let locked = outbox.insert_unrelated(50).await;
+    let free: HashSet<_> = outbox.insert_unrelated(50).await.into_iter().collect();
+    let mut other = outbox.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM outbox WHERE event_id = ANY ($1) FOR UPDATE")
+        .bind(&locked)
+        .execute(&mut *other)
+        .await
+        .unwrap();
+
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--batch", "10"]).await;
+    receiver.wait("the free half", |log| log.ids().len() >= free.len()).await;
+    outbox.wait_for_a_later_event().await;
+    until("only the locked half is left", async || outbox.count().await == 50).await;
+    assert!(receiver.read(|log| locked.iter().all(|id| log.times(*id) == 0)));
+
+    other.rollback().await.unwrap();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert!(receiver.read(|log| free.iter().chain(&locked).all(|id| log.times(*id) == 1)));
+}
+
+#[tokio::test]
+async fn a_lease_that_was_never_settled_ends_by_itself_and_its_event_comes_again_and_not_before() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_for_a_later_event().await;
+
+    // What a relay leaves that was killed between delivery and delete.
+    let leased_at = Instant::now();
+    let event_id = outbox.insert_hidden(Some(Uuid::new_v4()), Duration::from_secs(1)).await;
+    outbox.wait_for_a_later_event().await;
+    outbox.wait_until_gone(event_id).await;
+    relay.stop().await;
+
+    let arrivals = receiver.read(|log| {
+        let with_it = log.deliveries.iter().filter(|delivery| delivery.events[0].id == event_id.to_string());
+        with_it.map(|delivery| delivery.at).collect::<Vec<_>>()
+    });
+    assert_eq!(arrivals.len(), 1);
+    assert!(arrivals[0] - leased_at >= Duration::from_secs(1), "{:?}", arrivals[0] - leased_at);
+}
+
+#[tokio::test]
+async fn the_role_of_the_relay_can_enqueue_nothing() {
+    let outbox = Outbox::create().await;
+    let relay = sqlx::PgPool::connect(&outbox.relay_url()).await.unwrap();
+    let inserted = sqlx::query(
+        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+        VALUES (gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '')",
+    )
+    .execute(&relay)
+    .await;
+    let refusal = inserted.unwrap_err();
+    assert_eq!(refusal.as_database_error().unwrap().code().as_deref(), Some("42501"), "{refusal}");
+}

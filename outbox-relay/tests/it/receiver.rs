@@ -1,0 +1,208 @@
+//! The relay's peer: a real gRPC server that does what a test tells it, and remembers what came.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use proto::events::v1::{
+    DeliverRequest, DeliverResponse, Event, EventResult, Outcome,
+    event_receiver_server::{EventReceiver, EventReceiverServer},
+};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{
+    Code, Request, Response, Status, async_trait,
+    transport::{Server, server::TcpIncoming},
+};
+use uuid::Uuid;
+
+use crate::wait::AMPLE;
+
+/// What the receiver does with a batch.
+pub(crate) enum Reply {
+    Results(Vec<EventResult>),
+    Refuse(Code),
+    /// Nothing, until the token is cancelled.
+    Held(CancellationToken, Box<Reply>),
+}
+
+impl Reply {
+    pub(crate) fn apply(events: &[Event]) -> Self {
+        Self::each(events, applied)
+    }
+
+    pub(crate) fn each(events: &[Event], result: impl FnMut(&Event) -> EventResult) -> Self {
+        Self::Results(events.iter().map(result).collect())
+    }
+
+    pub(crate) fn held(self, until: &CancellationToken) -> Self {
+        Self::Held(until.clone(), Box::new(self))
+    }
+
+    pub(crate) fn never() -> Self {
+        Self::Results(Vec::new()).held(&CancellationToken::new())
+    }
+}
+
+pub(crate) fn result(event: &Event, outcome: Outcome, reason: &str, detail: &str) -> EventResult {
+    EventResult {
+        event_id: event.id.clone(),
+        outcome: outcome.into(),
+        reason: reason.to_owned(),
+        detail: detail.to_owned(),
+    }
+}
+
+pub(crate) fn applied(event: &Event) -> EventResult {
+    result(event, Outcome::Applied, "", "")
+}
+
+pub(crate) fn retry(event: &Event) -> EventResult {
+    result(event, Outcome::Retry, "BUSY", "later")
+}
+
+pub(crate) fn rejected(event: &Event) -> EventResult {
+    result(event, Outcome::Rejected, "UNDECODABLE", "no such type")
+}
+
+pub(crate) fn id_of(event: &Event) -> Uuid {
+    event.id.parse().unwrap()
+}
+
+/// A batch that came.
+#[derive(Clone, Debug)]
+pub(crate) struct Delivery {
+    pub(crate) at: Instant,
+    pub(crate) has_deadline: bool,
+    pub(crate) events: Vec<Event>,
+}
+
+/// Everything that came.
+#[derive(Debug, Default)]
+pub(crate) struct Log {
+    pub(crate) deliveries: Vec<Delivery>,
+    /// The batch in which a subject is being worked on.
+    in_flight: HashMap<String, usize>,
+    /// Events that came while another batch of their subject was being worked on, or out of sequence within their batch.
+    pub(crate) disorders: Vec<String>,
+}
+
+impl Log {
+    /// In the order of their arrival, an event as often as it came.
+    pub(crate) fn ids(&self) -> Vec<Uuid> {
+        self.deliveries.iter().flat_map(|delivery| &delivery.events).map(id_of).collect()
+    }
+
+    pub(crate) fn times(&self, event_id: Uuid) -> usize {
+        self.ids().iter().filter(|id| **id == event_id).count()
+    }
+
+    fn arrive(&mut self, events: Vec<Event>, has_deadline: bool) -> usize {
+        let batch = self.deliveries.len();
+        let mut last = HashMap::new();
+        for event in &events {
+            let of = format!("event {} of {}", event.sequence, event.subject);
+            if let Some(other) = self.in_flight.insert(event.subject.clone(), batch).filter(|other| *other != batch) {
+                self.disorders.push(format!("{of} came in batch {batch}, while batch {other} was in flight"));
+            }
+            if last.insert(&event.subject, event.sequence).is_some_and(|before| before >= event.sequence) {
+                self.disorders.push(format!("{of} came in batch {batch} after a later one"));
+            }
+        }
+        self.deliveries.push(Delivery { at: Instant::now(), has_deadline, events });
+        batch
+    }
+}
+
+type Script = Box<dyn FnMut(&[Event]) -> Reply + Send>;
+
+struct State {
+    script: Mutex<Script>,
+    log: watch::Sender<Log>,
+}
+
+/// Ends a batch's flight when it is answered, or when the caller has hung up.
+struct Flight<'s> {
+    state: &'s State,
+    batch: usize,
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        self.state.log.send_modify(|log| log.in_flight.retain(|_, batch| *batch != self.batch));
+    }
+}
+
+struct Service(Arc<State>);
+
+#[async_trait]
+impl EventReceiver for Service {
+    async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
+        let has_deadline = request.metadata().contains_key("grpc-timeout");
+        let events = request.into_inner().events;
+        let mut batch = 0;
+        self.0.log.send_modify(|log| batch = log.arrive(events.clone(), has_deadline));
+        let _flight = Flight { state: &self.0, batch };
+        let mut reply = (self.0.script.lock().unwrap())(&events);
+        loop {
+            match reply {
+                Reply::Results(results) => return Ok(Response::new(DeliverResponse { results })),
+                Reply::Refuse(code) => return Err(Status::new(code, "as the test wants it")),
+                Reply::Held(until, then) => {
+                    until.cancelled().await;
+                    reply = *then;
+                }
+            }
+        }
+    }
+}
+
+/// A receiver that serves until it is dropped.
+pub(crate) struct Receiver {
+    pub(crate) address: SocketAddr,
+    state: Arc<State>,
+    _stop: DropGuard,
+}
+
+impl Receiver {
+    pub(crate) async fn start(script: impl FnMut(&[Event]) -> Reply + Send + 'static) -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), script).await
+    }
+
+    pub(crate) async fn start_at(address: SocketAddr, script: impl FnMut(&[Event]) -> Reply + Send + 'static) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(State { script: Mutex::new(Box::new(script)), log: watch::Sender::new(Log::default()) });
+        let stop = CancellationToken::new();
+        let server = Server::builder()
+            .add_service(EventReceiverServer::new(Service(state.clone())))
+            .serve_with_incoming_shutdown(TcpIncoming::from(listener), stop.clone().cancelled_owned());
+        tokio::spawn(server);
+        Self { address, state, _stop: stop.drop_guard() }
+    }
+
+    /// From the next batch on.
+    pub(crate) fn follow(&self, script: impl FnMut(&[Event]) -> Reply + Send + 'static) {
+        *self.state.script.lock().unwrap() = Box::new(script);
+    }
+
+    pub(crate) fn read<T>(&self, read: impl FnOnce(&Log) -> T) -> T {
+        read(&self.state.log.borrow())
+    }
+
+    pub(crate) async fn wait(&self, what: &str, condition: impl FnMut(&Log) -> bool) {
+        let mut log = self.state.log.subscribe();
+        let waited = timeout(AMPLE, log.wait_for(condition)).await;
+        assert!(waited.is_ok(), "the receiver did not see within {AMPLE:?}: {what}");
+    }
+
+    pub(crate) async fn wait_for_deliveries(&self, count: usize) {
+        self.wait("enough deliveries", |log| log.deliveries.len() >= count).await;
+    }
+}

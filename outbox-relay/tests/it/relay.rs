@@ -1,0 +1,66 @@
+//! The relay under test, run in this process.
+
+use std::net::SocketAddr;
+
+use clap::Parser;
+use outbox_relay::{RunError, Settings};
+use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::{outbox::Outbox, wait::AMPLE};
+
+#[derive(Parser)]
+#[command(args_override_self = true)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// A running relay. Told to stop when it is dropped.
+pub(crate) struct Relay {
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), RunError>>,
+}
+
+impl Relay {
+    /// Flags given here win over those a test gets otherwise: a short poll, since most tests insert without notifying.
+    pub(crate) async fn start(outbox: &Outbox, receiver: SocketAddr, flags: &[&str]) -> Self {
+        Self::start_on(&outbox.relay_url(), receiver, flags).await
+    }
+
+    pub(crate) async fn start_on(database_url: &str, receiver: SocketAddr, flags: &[&str]) -> Self {
+        let receiver = format!("http://{receiver}");
+        let given = ["relay", "--poll-ms", "50", "--source", "orders", "--receiver", &receiver];
+        let database = ["--database-url", database_url];
+        let settings = Cli::try_parse_from(given.iter().chain(&database).chain(flags)).unwrap().settings;
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(outbox_relay::run(listener, settings, shutdown.clone()));
+        Self { shutdown, task }
+    }
+
+    pub(crate) fn shut_down(&self) {
+        self.shutdown.cancel();
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Waits for its end, without asking for it.
+    pub(crate) async fn end(mut self) -> Result<(), RunError> {
+        timeout(AMPLE, &mut self.task).await.expect("the relay ends").unwrap()
+    }
+
+    /// After this it does nothing any more.
+    pub(crate) async fn stop(self) {
+        self.shut_down();
+        self.end().await.unwrap();
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}

@@ -1,0 +1,54 @@
+//! The beginning: what the relay waits for, and what it refuses.
+
+use chassis::DatabaseUrl;
+use harness::TestDatabase;
+use outbox_relay::RunError;
+
+use crate::{
+    line::Line,
+    outbox::Outbox,
+    receiver::{Receiver, Reply},
+    relay::Relay,
+};
+
+#[tokio::test]
+async fn it_refuses_a_database_without_the_schema_and_says_what_to_do() {
+    let database = TestDatabase::create("orders_owner", &[]).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start_on(&database.url_as("outbox_relay"), receiver.address, &[]).await;
+    let refusal = relay.end().await.unwrap_err();
+    assert!(matches!(refusal, RunError::Schema(_)), "{refusal:?}");
+    let message = refusal.to_string();
+    assert!(message.contains("lacks migration 1") && message.contains("run the `migrate` command"), "{message}");
+}
+
+#[tokio::test]
+async fn it_waits_for_a_database_that_is_not_there_yet() {
+    let outbox = Outbox::create().await;
+    outbox.insert_unrelated(3).await;
+    let url: DatabaseUrl = outbox.relay_url().parse().unwrap();
+    let mut line = Line::to(url.options().get_host(), url.options().get_port()).await;
+    let url = format!("postgres://outbox_relay:outbox_relay@{}/{}", line.address, outbox.database.name());
+    let receiver = Receiver::start(Reply::apply).await;
+
+    outbox.allow_connections(false).await;
+    let relay = Relay::start_on(&url, receiver.address, &[]).await;
+    // The second call tells that the first was refused.
+    line.wait_for_calls(2).await;
+    assert!(!relay.has_ended());
+    outbox.allow_connections(true).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn it_can_be_told_to_stop_while_it_waits_for_a_database() {
+    let outbox = Outbox::create().await;
+    // Whoever connects here is hung up on.
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("postgres://outbox_relay@{}/{}", listener.local_addr().unwrap(), outbox.database.name());
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start_on(&url, receiver.address, &[]).await;
+    drop(listener.accept().await.unwrap());
+    relay.stop().await;
+}

@@ -1,0 +1,124 @@
+//! When the relay looks: at a notification, and at the latest when the poll is due.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    outbox::Outbox,
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+/// So long that within a test nothing is delivered for it.
+const NEVER_POLL: [&str; 2] = ["--poll-ms", "60000"];
+
+/// Process ids of the sessions that listen.
+async fn listeners(outbox: &Outbox) -> Vec<i32> {
+    sqlx::query_scalar::<_, i32>(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%' AND state = 'idle'",
+    )
+    .fetch_all(&outbox.pool)
+    .await
+    .unwrap()
+}
+
+async fn terminate(outbox: &Outbox, session: i32) {
+    let terminated = sqlx::query_scalar::<_, bool>("SELECT pg_terminate_backend($1)").bind(session);
+    assert!(terminated.fetch_one(&outbox.pool).await.unwrap());
+}
+
+/// Waits until the relay listens and all its looks that follow from its start are over: what it delivers from here on,
+/// it delivers because it was woken.
+async fn wait_until_it_sleeps(outbox: &Outbox) {
+    until("it listens", async || !listeners(outbox).await.is_empty()).await;
+    let quiet = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND usename = 'outbox_relay'
+        AND (state <> 'idle' OR state_change > clock_timestamp() - interval '300 ms')";
+    until("it looks no more", async || sqlx::query_scalar::<_, i64>(quiet).fetch_one(&outbox.pool).await.unwrap() == 0)
+        .await;
+}
+
+#[tokio::test]
+async fn a_notification_wakes_it_long_before_the_poll() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
+    wait_until_it_sleeps(&outbox).await;
+    let event_id = outbox.insert_one().await;
+    outbox.notify().await;
+    outbox.wait_until_empty_within(Duration::from_secs(5)).await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), [event_id]);
+}
+
+#[tokio::test]
+async fn one_notification_brings_as_many_workers_as_there_is_work_for() {
+    let outbox = Outbox::create().await;
+    let all = CancellationToken::new();
+    let held = all.clone();
+    let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
+    let flags: Vec<_> = NEVER_POLL.into_iter().chain(["--workers", "3", "--batch", "10"]).collect();
+    let relay = Relay::start(&outbox, receiver.address, &flags).await;
+    wait_until_it_sleeps(&outbox).await;
+    outbox.insert_unrelated(25).await;
+    outbox.notify().await;
+    // None is answered yet, so each is of another worker.
+    receiver.wait_for_deliveries(3).await;
+    all.cancel();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_notification_the_poll_finds_an_event() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "100"]).await;
+    // Not visible yet, so that no look finds them that was under way when they were inserted.
+    let time = Duration::from_millis(300);
+    for _ in 0..3 {
+        let event_id = outbox.insert_hidden(None, time).await;
+        outbox.wait_until_gone(event_id).await;
+    }
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn it_listens_again_after_its_listening_connection_was_killed() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
+    wait_until_it_sleeps(&outbox).await;
+    let killed = listeners(&outbox).await;
+    assert_eq!(killed.len(), 1);
+    terminate(&outbox, killed[0]).await;
+    until("another connection listens", async || {
+        let listening = listeners(&outbox).await;
+        !listening.is_empty() && !listening.contains(&killed[0])
+    })
+    .await;
+
+    wait_until_it_sleeps(&outbox).await;
+    let event_id = outbox.insert_one().await;
+    outbox.notify().await;
+    outbox.wait_until_empty_within(Duration::from_secs(5)).await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), [event_id]);
+}
+
+#[tokio::test]
+async fn what_was_notified_while_it_was_not_listening_is_found_when_it_listens_again() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
+    wait_until_it_sleeps(&outbox).await;
+    outbox.allow_connections(false).await;
+    terminate(&outbox, listeners(&outbox).await[0]).await;
+    until("nobody listens", async || listeners(&outbox).await.is_empty()).await;
+    outbox.insert_one().await;
+    outbox.notify().await;
+    outbox.allow_connections(true).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}
