@@ -12,6 +12,9 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
+/// How long one try to connect at start-up may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
 /// A unit of database work: the future a closure passed to [`Database::run`] returns.
 pub type Work<'c, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>>;
 
@@ -101,7 +104,11 @@ impl Database {
         // The pool hides why it has no connection; one made by hand tells.
         let connect = || {
             let options = url.options();
-            async move { PgConnection::connect_with(&options).await?.close().await }
+            async move {
+                // A server that accepts and stays silent would otherwise be waited for without a word.
+                let connecting = timeout(CONNECT_LIMIT, PgConnection::connect_with(&options));
+                connecting.await.map_err(|_| timed_out())??.close().await
+            }
         };
         let waiting = connect
             .retry(back_off)
@@ -137,12 +144,14 @@ impl Database {
         let task = tokio::spawn(async move {
             let mut connection = pool.acquire().await?;
             if let Ok(done) = timeout(work_limit, work(&mut connection)).await {
+                // The pool asks a returned connection whether it is well, and holds its place meanwhile, without a limit.
+                tokio::spawn(timeout(work_limit, connection.return_to_pool()));
                 return done;
             }
             error!("database work took over {work_limit:?}: connection cut");
             // Only cuts the socket; an error means that it was cut already.
             drop(connection.detach().close_hard().await);
-            Err(E::from(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
+            Err(E::from(timed_out()))
         });
         task.await.unwrap_or_else(|_| Err(E::from(sqlx::Error::WorkerCrashed)))
     }
@@ -176,6 +185,10 @@ async fn ask(options: &PgConnectOptions, connection: Option<PgConnection>) -> Re
     };
     connection.ping().await?;
     Ok(connection)
+}
+
+fn timed_out() -> sqlx::Error {
+    sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
 }
 
 /// Whether the server answered, and its answer will not change by waiting (SQLSTATE class 28: invalid authorization).

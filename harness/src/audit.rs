@@ -39,8 +39,8 @@ pub struct Audit {
     pub reserved: usize,
     /// Orders that were turned away.
     pub rejected: usize,
-    /// Events on their way.
-    pub waiting: usize,
+    /// Orders whose event is in the outbox and has had no effect yet, dead ones among them.
+    pub on_their_way: usize,
     /// Events that will not be delivered until an operator acts.
     pub dead: usize,
     /// SKUs whose stock was checked.
@@ -52,8 +52,7 @@ pub struct Audit {
 impl Audit {
     /// The audit for people, line by line, ending in its verdict.
     pub fn lines(&self) -> Vec<String> {
-        let Self { orders, reserved, rejected, dead, skus, .. } = self;
-        let on_their_way = orders.saturating_sub(reserved + rejected);
+        let Self { orders, reserved, rejected, on_their_way, dead, skus, .. } = self;
         let mut lines = vec![format!(
             "{orders} orders = {reserved} reserved + {rejected} rejected + {on_their_way} on their way ({dead} dead); {skus} SKUs"
         )];
@@ -97,7 +96,7 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
     for (order_id, demand) in &orders {
         match effects.get(order_id) {
             Some(effect) => check_effect(*order_id, demand, effect, &mut audit),
-            None if on_their_way.contains(order_id) => {}
+            None if on_their_way.contains(order_id) => audit.on_their_way += 1,
             None => audit.findings.push(format!("LOST: order {order_id} has no effect and no event on its way")),
         }
     }
@@ -156,7 +155,6 @@ async fn read_orders(
     .await?;
     audit.orders = orders.len();
     audit.dead = outbox.iter().filter(|row| row.dead).count();
-    audit.waiting = outbox.len() - audit.dead;
     let orders = orders.into_iter().map(|row| (row.order_id, row.demand)).collect();
     Ok((orders, outbox.into_iter().map(|row| row.aggregate_id).collect()))
 }
@@ -165,6 +163,7 @@ async fn read_orders(
 async fn read_inventory(connection: &mut PgConnection, audit: &mut Audit) -> Result<HashMap<Uuid, Effect>> {
     let mut tx = begin_snapshot(connection).await?;
     check_stock(&mut tx, audit).await?;
+    check_inbox(&mut tx, audit).await?;
     let rows = sqlx::query!(
         r#"-- audit: effects
         SELECT coalesce(order_id, reference) AS "order_id!", status AS "status?",
@@ -209,6 +208,25 @@ async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
             ));
         }
     }
+    Ok(())
+}
+
+/// An effect and its inbox row are one transaction: neither is there without the other.
+async fn check_inbox(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> Result<()> {
+    let rows = sqlx::query!(
+        r#"-- audit: inbox
+        SELECT order_id AS "order_id?", coalesce(event_id, message_id) AS "event_id!"
+        FROM reservations FULL JOIN processed_messages ON message_id = event_id
+        WHERE event_id IS NULL OR message_id IS NULL"#
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    audit.findings.extend(rows.into_iter().map(|row| match row.order_id {
+        Some(order_id) => {
+            format!("WRONG: order {order_id} has an effect of event {}, which the inbox lacks", row.event_id)
+        }
+        None => format!("WRONG: event {} is in the inbox and has no effect", row.event_id),
+    }));
     Ok(())
 }
 

@@ -94,6 +94,7 @@ impl Placed {
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { orders, concurrency, retry_seconds, drain_seconds, target } = arguments;
     let load = Load { orders, concurrency, retry_for: Duration::from_secs(retry_seconds) };
+    let dead_before = count_dead(&target.databases).await?;
     let placed = place_orders(&target, load).await?;
     println!(
         "stress: {orders} orders, {concurrency} at a time, all acknowledged in {:.1?} ({:.0}/s); p50 {:.1?}, p99 {:.1?}, max {:.1?}",
@@ -107,6 +108,8 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     println!("stress: the outbox was empty {drained:.1?} after the last reply");
     let audit = audit(&target.databases).await?;
     audit.print();
+    let died = count_dead(&target.databases).await? - dead_before;
+    ensure!(died == 0, "{died} events died meanwhile; the outbox keeps them with their reason (last_error)");
     Ok(if audit.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -212,6 +215,16 @@ fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
         "the order is not what was asked for: {request:?} was answered {order:?}"
     );
     Ok(())
+}
+
+async fn count_dead(databases: &Databases) -> Result<i64> {
+    let dead = sqlx::query_scalar!(
+        r#"-- stress: dead events
+        SELECT count(*) AS "dead!" FROM outbox WHERE visible_at = 'infinity'"#
+    )
+    .fetch_one(&mut databases.orders().await?)
+    .await?;
+    Ok(dead)
 }
 
 /// Waits until nothing but dead events is in the outbox, and returns how long that took.

@@ -210,7 +210,7 @@ impl Layout {
     }
 }
 
-/// Ends the processes, all at once, as an operator would.
+/// Ends the processes, all at once, as an operator would; each gets its time, whatever becomes of the others.
 ///
 /// # Errors
 /// When one did not end by itself in its time, or not with success.
@@ -224,8 +224,6 @@ pub async fn stop(processes: impl IntoIterator<Item = Process>) -> Result<()> {
             Ok(())
         });
     }
-    while let Some(ended) = ending.join_next().await {
-        ended??;
-    }
-    Ok(())
+    let ended: Vec<Result<()>> = ending.join_all().await;
+    ended.into_iter().collect()
 }

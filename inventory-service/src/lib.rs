@@ -28,6 +28,9 @@ pub static MIGRATOR: Migrator = sqlx::migrate!();
 /// Everything the schema of this service's database consists of, in order.
 pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
 
+/// A full batch of the largest orders is under 8 MB.
+const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+
 /// Settings of the serving process.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
@@ -70,8 +73,8 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     };
     chassis::check_schema(&database, &MIGRATORS).await?;
     let inventory = grpc::Inventory { database: database.clone() };
-    let routes =
-        Routes::new(EventReceiverServer::new(inventory.clone())).add_service(InventoryServiceServer::new(inventory));
+    let receiver = EventReceiverServer::new(inventory.clone()).max_decoding_message_size(BATCH_BYTES_MAX);
+    let routes = Routes::new(receiver).add_service(InventoryServiceServer::new(inventory));
     let services = Services {
         routes,
         names: &[event_receiver_server::SERVICE_NAME, inventory_service_server::SERVICE_NAME],

@@ -1,8 +1,9 @@
 -- The outbox and the inbox, the same in every database that sends or receives events.
 
 -- One column says when a row may be taken: enqueuing sets now, a lease its expiry, back-off its end, death infinity.
--- So nothing that waits stands in the way of the scan for work, there is no status that could disagree with the times,
--- and an expired lease needs no sweeper: it is a visible row again.
+-- So what is leased, backing off or dead does not stand in the way of the scan for work, there is no status that could
+-- disagree with the times, and an expired lease needs no sweeper: it is a visible row again. (What waits for such a row
+-- of its own aggregate is visible, and scanned in vain.)
 CREATE TABLE outbox (
     aggregate_id uuid        NOT NULL,
     event_id     uuid        NOT NULL,

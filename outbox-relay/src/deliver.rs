@@ -47,14 +47,15 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     /// Connects at the first delivery, and again after a break. Pings find a connection whose other end is gone without
-    /// a word, which a busy relay would otherwise learn only from expiring deadlines.
+    /// a word, which would otherwise be learned only from expiring deadlines, again and again. They are sent only while a
+    /// delivery waits, and so rarely that gRPC servers which count them as abuse (two within a call are borne by default)
+    /// do not hang up.
     pub(crate) fn connect_lazily(settings: &Settings) -> Self {
         let channel = Endpoint::from(settings.receiver.clone())
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(Duration::from_secs(5))
+            .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(5))
-            .keep_alive_while_idle(true)
             .connect_lazy();
         Self { client: EventReceiverClient::new(channel), source: settings.source.clone() }
     }

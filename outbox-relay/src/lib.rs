@@ -83,6 +83,9 @@ pub enum RunError {
     /// The server.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// A worker panicked: better to end, and be started again, than to go on with fewer, or none, and report health.
+    #[error("a worker panicked; what it had leased is delivered again when its lease expires")]
+    Worker,
 }
 
 /// Relays until `shutdown`; then leases nothing more, and settles or releases what is in flight within the drain time.
@@ -98,15 +101,14 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
     let services = Services { routes: Routes::default(), names: &[], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
-    if workers.await.is_err() {
-        warn!("a worker panicked; its lease will expire");
-    }
+    let ended = workers.await.unwrap_or(Err(RunError::Worker));
     info!("outbox-relay ended");
-    Ok(())
+    ended
 }
 
-/// Runs the workers until `shutdown`, then gives them most of the drain time to settle, and the rest to release.
-async fn run_workers(database: Database, settings: Settings, shutdown: CancellationToken) {
+/// Runs the workers until `shutdown`, then gives them most of the drain time to settle, and the rest to release. A worker
+/// that ends before shuts the process down.
+async fn run_workers(database: Database, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     let hurry = CancellationToken::new();
     let wake = Wake::listen(settings.database_url.options(), Duration::from_millis(settings.poll_ms), shutdown.clone());
     let route = Route::default();
@@ -125,7 +127,11 @@ async fn run_workers(database: Database, settings: Settings, shutdown: Cancellat
         };
         workers.spawn(worker.run());
     }
-    shutdown.cancelled().await;
+    let panicked = tokio::select! {
+        () = shutdown.cancelled() => false,
+        ended = workers.join_next() => matches!(ended, Some(Err(_))),
+    };
+    shutdown.cancel();
     let drain = Duration::from_secs(settings.serve.drain_seconds);
     if timeout(drain.mul_f32(0.6), join_all(&mut workers)).await.is_err() {
         hurry.cancel();
@@ -133,6 +139,7 @@ async fn run_workers(database: Database, settings: Settings, shutdown: Cancellat
             warn!("drain time is over: what is still leased is delivered again when its lease expires");
         }
     }
+    if panicked { Err(RunError::Worker) } else { Ok(()) }
 }
 
 async fn join_all(workers: &mut JoinSet<()>) {

@@ -195,8 +195,9 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
             &inventory,
             "DELETE FROM reservations WHERE order_id = (SELECT order_id FROM reservations ORDER BY order_id LIMIT 1)",
         ),
+        ("WRONG: event ", &inventory, "INSERT INTO processed_messages VALUES (gen_random_uuid())"),
         (
-            "WRONG: ",
+            "WRONG: order ",
             &orders,
             "UPDATE order_items SET quantity = quantity + 1 WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
         ),

@@ -152,7 +152,7 @@ async fn a_batch_too_large_to_decode_is_refused_and_leaves_the_connection_usable
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let event = order(&[("MUG", 1)]);
-    let oversized = Event { data: vec![0; 5 << 20].into(), ..event.clone() };
+    let oversized = Event { data: vec![0; 17 << 20].into(), ..event.clone() };
 
     let refused = inventory.client.deliver(&[oversized]).await.unwrap_err();
     assert_eq!(refused.code(), Code::OutOfRange);
