@@ -78,3 +78,22 @@ async fn a_failure_that_passes_is_answered_with_when_to_come_again() {
     assert_eq!(refusal(&status), "Unavailable DATABASE_UNAVAILABLE");
     assert_tells_nothing_of_the_database(&status);
 }
+
+/// What an operator has broken and will mend is no fault of the events: answered as one, a relay would charge them with it
+/// until they are dead.
+#[tokio::test]
+async fn a_right_that_is_missing_is_answered_as_an_outage() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    let event = order(&[("MUG", 1)]);
+    let revoke = "REVOKE INSERT ON processed_messages FROM inventory_service";
+    sqlx::raw_sql(revoke).execute(&inventory.pool).await.unwrap();
+
+    let status = inventory.client.deliver([&event]).await.unwrap_err();
+    assert_eq!(refusal(&status), "Unavailable DATABASE_UNAVAILABLE");
+    assert_tells_nothing_of_the_database(&status);
+
+    sqlx::raw_sql("GRANT INSERT ON processed_messages TO inventory_service").execute(&inventory.pool).await.unwrap();
+    assert_eq!(inventory.client.deliver([&event]).await.unwrap(), ["APPLIED"]);
+    inventory.stop().await;
+}
