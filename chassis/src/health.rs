@@ -1,10 +1,13 @@
 //! Says whether a process can do its work, and asks another.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
 
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Endpoint};
+use tonic::transport::Endpoint;
 use tonic_health::{
     ServingStatus,
     pb::{HealthCheckRequest, health_check_response, health_client::HealthClient},
@@ -53,27 +56,31 @@ async fn set(reporter: &HealthReporter, services: &[&str], status: ServingStatus
     }
 }
 
+/// A process that is not reached, or does not serve.
+#[derive(Debug, thiserror::Error)]
+#[error("{address} {state}")]
+pub struct NotServing {
+    address: SocketAddr,
+    state: String,
+}
+
 /// Asks the process listening on `address` for its health; an address that means "all interfaces" is asked on loopback.
 ///
 /// # Errors
-/// UNAVAILABLE when it is not reached or does not serve.
-pub async fn healthcheck(address: SocketAddr) -> Result<(), Status> {
-    let loopback = match address {
-        SocketAddr::V4(_) => SocketAddr::from(([127, 0, 0, 1], address.port())),
-        SocketAddr::V6(_) => SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], address.port())),
-    };
-    let asked = if address.ip().is_unspecified() { loopback } else { address };
-    let unavailable = |error: &dyn std::error::Error| Status::new(Code::Unavailable, error.to_string());
-    let channel = Endpoint::from_shared(format!("http://{asked}"))
-        .map_err(|error| unavailable(&error))?
-        .connect_timeout(CHECK_LIMIT)
-        .timeout(CHECK_LIMIT)
-        .connect()
-        .await
-        .map_err(|_| Status::unavailable(format!("nothing listens on {asked}")))?;
-    let status = HealthClient::new(channel).check(HealthCheckRequest::default()).await?.into_inner().status();
-    if status == health_check_response::ServingStatus::Serving {
-        return Ok(());
+/// [`NotServing`].
+pub async fn healthcheck(mut address: SocketAddr) -> Result<(), NotServing> {
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
     }
-    Err(Status::unavailable(format!("{asked} reports {}", status.as_str_name())))
+    let not_serving = |state: String| NotServing { address, state };
+    let endpoint =
+        Endpoint::from_shared(format!("http://{address}")).map_err(|error| not_serving(error.to_string()))?;
+    let endpoint = endpoint.connect_timeout(CHECK_LIMIT).timeout(CHECK_LIMIT);
+    let channel = endpoint.connect().await.map_err(|_| not_serving("is not listened on".into()))?;
+    let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
+    match answer.map(|response| response.into_inner().status()) {
+        Ok(health_check_response::ServingStatus::Serving) => Ok(()),
+        Ok(other) => Err(not_serving(format!("reports {}", other.as_str_name()))),
+        Err(status) => Err(not_serving(format!("does not answer: {}", status.message()))),
+    }
 }

@@ -9,7 +9,7 @@ mod seed;
 
 use std::net::SocketAddr;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError, ServeError, ServeSettings, Services};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
 use proto::{
     events::v1::event_receiver_server::{self, EventReceiverServer},
@@ -46,20 +46,6 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
-}
-
-/// Why the process could not serve.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The database refuses this process.
-    #[error("cannot use the inventory database: {0}")]
-    Database(#[from] sqlx::Error),
-    /// The schema is not the one this process knows.
-    #[error(transparent)]
-    Schema(#[from] SchemaError),
-    /// The server.
-    #[error(transparent)]
-    Serve(#[from] ServeError),
 }
 
 /// Serves on `listener` until `shutdown`.

@@ -6,7 +6,6 @@ use anyhow::Context;
 use chassis::DatabaseUrl;
 use clap::{Parser, Subcommand};
 use inventory_service::{MIGRATORS, Settings};
-use tokio::net::TcpListener;
 
 /// Applies the events of orders, each once, and keeps the stock they take.
 #[derive(Parser)]
@@ -44,21 +43,14 @@ enum Command {
 async fn main() -> ExitCode {
     let cli = chassis::parse::<Cli>();
     chassis::log_to_stdout();
-    match run(cli.command).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    chassis::exit_code(run(cli.command).await)
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(settings) => {
             let shutdown = chassis::shutdown_signal()?;
-            let address = settings.listen;
-            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            let listener = chassis::bind(settings.listen).await?;
             inventory_service::run(listener, settings, shutdown).await?;
         }
         Command::Migrate { database_url } => {
@@ -72,9 +64,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 inventory_service::seed(&database_url).await.with_context(|| format!("cannot seed {database_url}"))?;
             tracing::info!("{added} SKUs added to {database_url}");
         }
-        Command::Healthcheck { listen } => {
-            chassis::healthcheck(listen).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-        }
+        Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
     }
     Ok(())
 }

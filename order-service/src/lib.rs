@@ -8,7 +8,7 @@ mod validate_order;
 
 use std::net::SocketAddr;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError, ServeError, ServeSettings, Services};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
 use outbox::RelayWaker;
 use proto::orders::v1::order_service_server::{OrderServiceServer, SERVICE_NAME};
@@ -39,20 +39,6 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
-}
-
-/// Why the process could not serve.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The database refuses this process.
-    #[error("cannot use the orders database: {0}")]
-    Database(#[from] sqlx::Error),
-    /// The schema is not the one this process knows.
-    #[error(transparent)]
-    Schema(#[from] SchemaError),
-    /// The server.
-    #[error(transparent)]
-    Serve(#[from] ServeError),
 }
 
 /// Serves on `listener` until `shutdown`.

@@ -6,7 +6,6 @@ use anyhow::Context;
 use chassis::DatabaseUrl;
 use clap::{Parser, Subcommand};
 use order_service::{MIGRATORS, Settings};
-use tokio::net::TcpListener;
 
 /// Takes orders over gRPC and commits each together with the event that tells of it.
 #[derive(Parser)]
@@ -38,21 +37,14 @@ enum Command {
 async fn main() -> ExitCode {
     let cli = chassis::parse::<Cli>();
     chassis::log_to_stdout();
-    match run(cli.command).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    chassis::exit_code(run(cli.command).await)
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(settings) => {
             let shutdown = chassis::shutdown_signal()?;
-            let address = settings.listen;
-            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            let listener = chassis::bind(settings.listen).await?;
             order_service::run(listener, settings, shutdown).await?;
         }
         Command::Migrate { database_url } => {
@@ -61,9 +53,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 .with_context(|| format!("cannot migrate {database_url}"))?;
             tracing::info!("schema of {database_url} is current");
         }
-        Command::Healthcheck { listen } => {
-            chassis::healthcheck(listen).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-        }
+        Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
     }
     Ok(())
 }

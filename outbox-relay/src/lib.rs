@@ -10,7 +10,7 @@ mod wake;
 
 use std::{net::SocketAddr, time::Duration};
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError, ServeError, ServeSettings, Services};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
 use sqlx::migrate::Migrator;
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
@@ -71,23 +71,6 @@ fn parse_receiver(text: &str) -> Result<Uri, &'static str> {
     uri.ok_or("not the URL of a receiver; it looks like http://host:50052")
 }
 
-/// Why the relay could not work.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The database refuses this process.
-    #[error("cannot use the outbox database: {0}")]
-    Database(#[from] sqlx::Error),
-    /// The schema is not one this process knows.
-    #[error(transparent)]
-    Schema(#[from] SchemaError),
-    /// The server.
-    #[error(transparent)]
-    Serve(#[from] ServeError),
-    /// A worker panicked: better to end, and be started again, than to go on with fewer, or none, and report health.
-    #[error("a worker panicked; what it had leased is delivered again when its lease expires")]
-    Worker,
-}
-
 /// Relays until `shutdown`; then leases nothing more, and settles or releases what is in flight within the drain time.
 ///
 /// # Errors
@@ -101,7 +84,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
     let services = Services { routes: Routes::default(), names: &[], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
-    let ended = workers.await.unwrap_or(Err(RunError::Worker));
+    let ended = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
     info!("outbox-relay ended");
     ended
 }
@@ -139,7 +122,7 @@ async fn run_workers(database: Database, settings: Settings, shutdown: Cancellat
             warn!("drain time is over: what is still leased is delivered again when its lease expires");
         }
     }
-    if panicked { Err(RunError::Worker) } else { Ok(()) }
+    if panicked { Err(RunError::Panicked("a worker")) } else { Ok(()) }
 }
 
 async fn join_all(workers: &mut JoinSet<()>) {

@@ -2,10 +2,8 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use outbox_relay::Settings;
-use tokio::net::TcpListener;
 
 /// Delivers the events of an outbox to the service that receives them, each at least once and in order per aggregate.
 #[derive(Parser)]
@@ -31,26 +29,17 @@ enum Command {
 async fn main() -> ExitCode {
     let cli = chassis::parse::<Cli>();
     chassis::log_to_stdout();
-    match run(cli.command).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    chassis::exit_code(run(cli.command).await)
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(settings) => {
             let shutdown = chassis::shutdown_signal()?;
-            let address = settings.listen;
-            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            let listener = chassis::bind(settings.listen).await?;
             outbox_relay::run(listener, *settings, shutdown).await?;
         }
-        Command::Healthcheck { listen } => {
-            chassis::healthcheck(listen).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-        }
+        Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::{env, future::Future, net::SocketAddr, time::Duration};
 
 use clap::Parser;
 use harness::{TestDatabase, postgres::Server};
-use inventory_service::{MIGRATORS, RunError, Settings};
+use inventory_service::{MIGRATORS, Settings};
 use proto::events::v1::Event;
 use sqlx::{Executor, PgPool, Postgres, QueryBuilder, Transaction};
 use tokio::{
@@ -46,7 +46,7 @@ pub(crate) struct Inventory {
     /// The superuser's connections.
     pub(crate) pool: PgPool,
     pub(crate) database: TestDatabase,
-    running: JoinHandle<Result<(), RunError>>,
+    running: JoinHandle<Result<(), chassis::RunError>>,
 }
 
 impl Inventory {

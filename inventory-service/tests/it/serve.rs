@@ -1,5 +1,5 @@
+use chassis::RunError;
 use harness::TestDatabase;
-use inventory_service::RunError;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::timeout,

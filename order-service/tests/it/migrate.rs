@@ -1,6 +1,6 @@
-use chassis::{DatabaseUrl, SchemaError};
+use chassis::{DatabaseUrl, RunError, SchemaError};
 use harness::TestDatabase;
-use order_service::{MIGRATORS, RunError};
+use order_service::MIGRATORS;
 use sqlx::migrate::MigrateError;
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;

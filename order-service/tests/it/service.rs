@@ -4,7 +4,7 @@ use std::{fmt::Debug, net::SocketAddr, time::Duration};
 
 use clap::Parser;
 use harness::TestDatabase;
-use order_service::{MIGRATORS, RunError, Settings};
+use order_service::{MIGRATORS, Settings};
 use proto::orders::v1::{
     CreateOrderRequest, Order, OrderItem, order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME,
 };
@@ -43,7 +43,7 @@ pub(crate) struct Service {
     pub(crate) address: SocketAddr,
     pub(crate) channel: Channel,
     shutdown: CancellationToken,
-    running: JoinHandle<Result<(), RunError>>,
+    running: JoinHandle<Result<(), chassis::RunError>>,
 }
 
 impl Service {

@@ -2,8 +2,9 @@
 
 use std::net::SocketAddr;
 
+use chassis::RunError;
 use clap::Parser;
-use outbox_relay::{RunError, Settings};
+use outbox_relay::Settings;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 

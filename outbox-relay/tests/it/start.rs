@@ -1,8 +1,8 @@
 //! The beginning: what the relay waits for, and what it refuses.
 
 use chassis::DatabaseUrl;
+use chassis::RunError;
 use harness::TestDatabase;
-use outbox_relay::RunError;
 
 use crate::{
     line::Line,
