@@ -32,7 +32,7 @@ impl Refuse {
     /// INVALID_ARGUMENT, with the bad fields in `google.rpc.BadRequest` and the first of them in the message.
     ///
     /// All of this travels in headers, of which clients take 16 KiB at most and make a broken connection of more. So from
-    /// [`DETAILS_BYTES_MAX`] on, the fields that are left are counted in a last entry instead of named.
+    /// 6 KiB on, the fields that are left are counted in a last entry instead of named.
     pub fn invalid(self, reason: &str, mut violations: Vec<FieldViolation>) -> Status {
         let named: Vec<_> =
             violations.iter().take(FIELDS_IN_MESSAGE).map(|bad| format!("{} {}", bad.field, bad.description)).collect();
