@@ -8,11 +8,11 @@ use sqlx::{
     Connection, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use tokio::time::timeout;
+use tokio::{sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-/// How long one try to connect at start-up may take.
+/// How long one try to connect may take, if calls do not wait longer for a connection than that.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// A unit of database work: the future a closure passed to [`Database::run`] returns.
@@ -77,6 +77,7 @@ pub struct DatabaseSettings {
 #[derive(Clone, Debug)]
 pub struct Database {
     pool: PgPool,
+    acquire_limit: Duration,
     work_limit: Duration,
 }
 
@@ -92,9 +93,10 @@ impl Database {
         settings: &DatabaseSettings,
         shutdown: &CancellationToken,
     ) -> Result<Option<Self>, sqlx::Error> {
+        let acquire_limit = Duration::from_millis(settings.database_acquire_ms);
         let pool = PgPoolOptions::new()
             .max_connections(settings.database_connections)
-            .acquire_timeout(Duration::from_millis(settings.database_acquire_ms))
+            .acquire_timeout(CONNECT_LIMIT.max(acquire_limit))
             .connect_lazy_with(url.options());
         let back_off = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))
@@ -117,7 +119,8 @@ impl Database {
         match shutdown.run_until_cancelled(waiting).await {
             None => Ok(None),
             Some(connected) => {
-                connected.map(|()| Some(Self { pool, work_limit: Duration::from_millis(settings.database_work_ms) }))
+                let work_limit = Duration::from_millis(settings.database_work_ms);
+                connected.map(|()| Some(Self { pool, acquire_limit, work_limit }))
             }
         }
     }
@@ -131,18 +134,22 @@ impl Database {
     /// unit of work and not a place in the pool; the server undoes what was not committed.
     ///
     /// # Errors
-    /// Those of the work; [`sqlx::Error::PoolTimedOut`] when no connection came free; [`sqlx::Error::Io`] of kind
-    /// `TimedOut` when the work took too long, and then it may or may not have been committed;
-    /// [`sqlx::Error::WorkerCrashed`] when it panicked.
+    /// Those of the work; [`sqlx::Error::PoolTimedOut`] when no connection came free in time, and then nothing was begun;
+    /// [`sqlx::Error::Io`] of kind `TimedOut` when the work took too long, and then it may or may not have been
+    /// committed; [`sqlx::Error::WorkerCrashed`] when it panicked.
     pub async fn run<T, E, W>(&self, work: W) -> Result<T, E>
     where
         T: Send + 'static,
         E: From<sqlx::Error> + Send + 'static,
         W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, E> + Send + 'static,
     {
-        let Self { pool, work_limit } = self.clone();
+        let Self { pool, acquire_limit, work_limit } = self.clone();
+        let (begin, mut begun) = oneshot::channel();
         let task = tokio::spawn(async move {
             let mut connection = pool.acquire().await?;
+            if begin.send(()).is_err() {
+                return Err(E::from(sqlx::Error::PoolTimedOut));
+            }
             if let Ok(done) = timeout(work_limit, work(&mut connection)).await {
                 // The pool asks a returned connection whether it is well, and holds its place meanwhile, without a limit.
                 tokio::spawn(timeout(work_limit, connection.return_to_pool()));
@@ -153,6 +160,15 @@ impl Database {
             drop(connection.detach().close_hard().await);
             Err(E::from(timed_out()))
         });
+        // Only the caller stops waiting here, not the task: after an outage every connection is made anew, and on a busy
+        // machine that may take longer than a call may wait. Were each try cut off with its caller, none would succeed.
+        if timeout(acquire_limit, &mut begun).await.is_err() {
+            // Closed first, so that a task which begins at this moment either is told not to, or is waited for.
+            begun.close();
+            if begun.try_recv().is_err() {
+                return Err(E::from(sqlx::Error::PoolTimedOut));
+            }
+        }
         task.await.unwrap_or_else(|_| Err(E::from(sqlx::Error::WorkerCrashed)))
     }
 

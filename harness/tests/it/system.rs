@@ -56,7 +56,8 @@ impl System {
         let load = tokio::spawn(async move { place_orders(&target, LOAD).await });
         let observer = self.orders.pool().await;
         trouble(&mut self, &observer).await;
-        let placed = load.await.unwrap().unwrap();
+        let placed = load.await.unwrap();
+        let placed = placed.unwrap_or_else(|error| panic!("{error}\n{}", self.process(Service::Orders).log_tail(20)));
         assert_eq!(placed.order_ids.len(), LOAD.orders as usize);
         self.ends_clean().await;
     }

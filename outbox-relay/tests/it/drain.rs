@@ -64,7 +64,8 @@ async fn a_delivery_that_hangs_during_shutdown_is_released_within_the_drain_time
     let asked = Instant::now();
     relay.shut_down();
     relay.end().await.unwrap();
-    assert!(asked.elapsed() <= DRAIN, "{:?}", asked.elapsed());
+    // As much again for a busy machine: without the deadline it would end with the lease, 22 s later.
+    assert!(asked.elapsed() <= DRAIN * 2, "{:?}", asked.elapsed());
     assert_released(&outbox, &ids).await;
     assert_eq!(receiver.read(|log| log.deliveries.len()), 3);
 }

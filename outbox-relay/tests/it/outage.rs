@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Generous: a route that is down is probed at least every second.
-const RECOVERY: Duration = Duration::from_secs(5);
+const RECOVERY: Duration = Duration::from_secs(15);
 
 /// Any attempt that is counted would be the last, and seen for good.
 const NO_SECOND_CHANCE: [&str; 2] = ["--attempts", "1"];
