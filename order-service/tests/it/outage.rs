@@ -1,10 +1,17 @@
 //! A database that is away, overloaded or slow.
 
-use std::env;
+use std::{env, time::Duration};
 
-use harness::postgres::Server;
+use chassis::{Database, DatabaseSettings};
+use harness::{TestDatabase, postgres::Server};
+use order_service::MIGRATORS;
 use proto::orders::v1::{GetOrderRequest, ListOrdersRequest};
-use sqlx::{PgConnection, QueryBuilder, types::time::OffsetDateTime};
+use sqlx::{Connection, PgConnection, QueryBuilder, postgres::PgConnectOptions, types::time::OffsetDateTime};
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::CancellationToken;
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
@@ -106,4 +113,40 @@ async fn work_that_takes_too_long_is_cut_undone_and_can_be_repeated() {
     service.place(request).await;
     assert_eq!(service.written().await, ONE_ORDER);
     service.end().await;
+}
+
+/// A line to the server of `url` on which every connection takes `delay` before the first byte; returns the URL of its
+/// near end.
+async fn slow_line(url: &str, delay: Duration) -> String {
+    let server = url.parse::<PgConnectOptions>().unwrap();
+    let (host, port) = (server.get_host().to_owned(), server.get_port());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let host = host.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(delay).await;
+                let mut server = TcpStream::connect((host, port)).await.unwrap();
+                copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    let (before, after) = url.split_once('@').unwrap();
+    let (_, database) = after.split_once('/').unwrap();
+    format!("{before}@{near}/{database}")
+}
+
+/// As after an outage on a busy machine: were each try cut off with the call that wanted it, none would ever succeed.
+#[tokio::test]
+async fn a_connection_that_takes_longer_to_make_than_a_call_may_wait_is_made_all_the_same() {
+    let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
+    let url = slow_line(&server.url_as("order_service"), Duration::from_millis(600)).await;
+    let settings = DatabaseSettings { database_connections: 2, database_acquire_ms: 200, database_work_ms: 5000 };
+    let connecting = Database::connect(&url.parse().unwrap(), &settings, &CancellationToken::new()).await;
+    let database = connecting.unwrap().unwrap();
+
+    let begun = || database.run::<(), sqlx::Error, _>(|connection| Box::pin(connection.ping()));
+    assert!(matches!(begun().await, Err(sqlx::Error::PoolTimedOut)), "no call waits longer than it may");
+    eventually("a later call finds the connection made", async || begun().await.is_ok()).await;
 }
