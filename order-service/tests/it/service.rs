@@ -47,8 +47,9 @@ pub(crate) struct Service {
 }
 
 impl Service {
+    /// Patient: on a busy machine fifty calls at once wait for their connections longer than callers should.
     pub(crate) async fn start() -> Self {
-        Self::start_with(&[]).await
+        Self::start_with(&["--database-acquire-ms", "8000"]).await
     }
 
     pub(crate) async fn start_with(flags: &[&str]) -> Self {
