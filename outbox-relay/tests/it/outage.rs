@@ -105,11 +105,11 @@ async fn a_receiver_that_is_down_is_probed_by_one_worker_with_a_small_batch() {
     outbox.insert_unrelated(300).await;
     let receiver = Receiver::start(|_| Reply::Refuse(Code::Unavailable)).await;
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "5"]).await;
-    // Every worker may have had a full batch under way when the first of them failed.
     receiver.wait_for_deliveries(5 + 4).await;
     relay.stop().await;
     let sizes = receiver.read(|log| log.deliveries.iter().map(|delivery| delivery.events.len()).collect::<Vec<_>>());
-    assert!(sizes[5..].iter().all(|size| (1..=10).contains(size)), "{sizes:?}");
+    // Every worker may have had a batch of its own under way when the first of them failed, and be slow to send it.
+    assert!(sizes.iter().filter(|size| **size > 8).count() <= 5, "{sizes:?}");
 }
 
 /// Six events, one of which the receiver does not survive: `through` programs it so, and says where to reach it.
