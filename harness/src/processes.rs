@@ -16,8 +16,6 @@ use tokio::{
     process::{Child, Command},
     time::{sleep, timeout},
 };
-use tonic::transport::Endpoint;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 const LOG_LINES_SHOWN: usize = 15;
 
@@ -135,10 +133,9 @@ impl Process {
         let mut last_answer = String::from("no answer");
         let outcome = timeout(limit, async {
             while self.is_running() {
-                match serving_status(address).await {
-                    Ok(ServingStatus::Serving) => return Ok(()),
-                    Ok(status) => last_answer = status.as_str_name().to_owned(),
-                    Err(error) => last_answer = format!("{error:#}"),
+                match chassis::healthcheck(address).await {
+                    Ok(()) => return Ok(()),
+                    Err(not_serving) => last_answer = not_serving.to_string(),
                 }
                 sleep(Duration::from_millis(20)).await;
             }
@@ -150,15 +147,6 @@ impl Process {
             .unwrap_or_else(|_| bail!("{} at {address} was not healthy within {limit:?} ({last_answer})", self.name));
         outcome.or_else(|error| bail!("{error:#}; its log ends in\n{}", self.log_tail(LOG_LINES_SHOWN)))
     }
-}
-
-async fn serving_status(address: SocketAddr) -> Result<ServingStatus> {
-    let limit = Duration::from_secs(1);
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(limit).timeout(limit);
-    let mut health = HealthClient::new(endpoint.connect().await?);
-    let response = health.check(HealthCheckRequest { service: String::new() }).await;
-    let response = response.map_err(|status| anyhow::anyhow!("{:?}: {}", status.code(), status.message()))?;
-    Ok(response.get_ref().status())
 }
 
 /// A port of 127.0.0.1 that nobody listens on at this moment.
