@@ -4,9 +4,10 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const PROTOS: [&str; 4] = [
+const PROTOS: [&str; 5] = [
     "events/v1/event_receiver.proto",
     "inventory/v1/inventory_service.proto",
+    "inventory/v1/stock_events.proto",
     "orders/v1/order_events.proto",
     "orders/v1/order_service.proto",
 ];

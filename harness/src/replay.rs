@@ -111,8 +111,8 @@ pub async fn wait_until_applied(target: &Target, order_id: Uuid) -> Result<Uuid>
     let started = Instant::now();
     loop {
         let event_id = sqlx::query_scalar!(
-            "-- replay: find effect
-            SELECT event_id FROM reservations WHERE order_id = $1",
+            r#"-- replay: find effect
+            SELECT event_id AS "event_id!" FROM reservations WHERE order_id = $1 AND event_id IS NOT NULL"#,
             order_id
         )
         .fetch_optional(&mut inventory)

@@ -1,45 +1,22 @@
 //! The services as gRPC: requests in, answers out, and the only place that makes a `Status`.
 
 use chassis::{Database, Fields, Refuse};
-use proto::{
-    events::v1::{DeliverRequest, DeliverResponse, event_receiver_server::EventReceiver},
-    inventory::v1::{
-        AdjustStockRequest, GetStockRequest, ListStockRequest, ListStockResponse, StockLevel,
-        inventory_service_server::InventoryService,
-    },
+use proto::inventory::v1::{
+    AdjustStockRequest, GetStockRequest, ListStockRequest, ListStockResponse, StockLevel,
+    inventory_service_server::InventoryService,
 };
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
     adjust_stock::{AdjustStockError, adjust_stock, validate_adjustment},
-    apply_event::apply_events,
     get_stock::{get_stock, list_stock, validate_page},
 };
 
-const REFUSE: Refuse = Refuse { domain: "inventory-service" };
-const EVENTS_MAX: usize = 1000;
+pub(crate) const REFUSE: Refuse = Refuse { domain: "inventory-service" };
 
-/// `events.v1.EventReceiver` and `inventory.v1.InventoryService`.
-#[derive(Clone)]
+/// `inventory.v1.InventoryService`.
 pub(crate) struct Inventory {
     pub(crate) database: Database,
-}
-
-#[tonic::async_trait]
-impl EventReceiver for Inventory {
-    async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
-        let events = request.into_inner().events;
-        let mut fields = Fields::default();
-        if events.len() > EVENTS_MAX {
-            fields.refuse("events", format!("must be at most {EVENTS_MAX}, and are {}", events.len()));
-        }
-        let events = fields.finish(events).map_err(|bad| REFUSE.invalid("INVALID_BATCH", bad))?;
-        self.database
-            .run(|connection| Box::pin(async move { apply_events(connection, &events).await }))
-            .await
-            .map(|results| Response::new(DeliverResponse { results }))
-            .map_err(|error| REFUSE.database(&error))
-    }
 }
 
 #[tonic::async_trait]

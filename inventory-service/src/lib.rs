@@ -1,9 +1,12 @@
-//! inventory-service: applies each order's events once, and deducts stock in the same transaction.
+//! inventory-service: applies each order's events once, moves stock and answers in the same transaction.
 
 mod adjust_stock;
 mod apply_event;
 mod get_stock;
 mod grpc;
+mod move_stock;
+mod record_reservation;
+mod release_stock;
 mod reserve_stock;
 mod seed;
 
@@ -11,8 +14,9 @@ use std::net::SocketAddr;
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
+use outbox::{InboxSettings, Notifier, Receiver};
 use proto::{
-    events::v1::event_receiver_server::{self, EventReceiverServer},
+    events::v1::event_receiver_server,
     inventory::v1::inventory_service_server::{self, InventoryServiceServer},
 };
 pub use seed::seed;
@@ -22,14 +26,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::info;
 
+use crate::apply_event::StockKeeper;
+
 /// Creates the tables of stock; run after [`outbox::MIGRATOR`].
 pub static MIGRATOR: Migrator = sqlx::migrate!();
 
 /// Everything the schema of this service's database consists of, in order.
 pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
-
-/// A full batch of the largest orders is under 8 MB.
-const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Settings of the serving process.
 #[derive(Args, Clone, Debug)]
@@ -40,6 +43,9 @@ pub struct Settings {
     /// The inventory database, as the role inventory_service: postgres://user:password@host:5432/database.
     #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
+    /// The inbox.
+    #[command(flatten)]
+    pub inbox: InboxSettings,
     /// Use of the database.
     #[command(flatten)]
     pub database: DatabaseSettings,
@@ -58,9 +64,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         return Ok(());
     };
     chassis::check_schema(&database, &MIGRATORS).await?;
-    let inventory = grpc::Inventory { database: database.clone() };
-    let receiver = EventReceiverServer::new(inventory.clone()).max_decoding_message_size(BATCH_BYTES_MAX);
-    let routes = Routes::new(receiver).add_service(InventoryServiceServer::new(inventory));
+    let keeper = StockKeeper { relay: Notifier::start(settings.database_url.options(), outbox::CHANNEL) };
+    let receiver = Receiver::start(&database, keeper, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() });
+    let routes = Routes::new(receiver).add_service(inventory);
     let services = Services {
         routes,
         names: &[event_receiver_server::SERVICE_NAME, inventory_service_server::SERVICE_NAME],

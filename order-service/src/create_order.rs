@@ -1,6 +1,6 @@
 //! Commits an order and its event in one transaction: the outbox pattern's first half.
 
-use outbox::TraceContext;
+use outbox::{NewEvent, TraceContext};
 use proto::orders::v1::{Order, OrderCreated, OrderItem, OrderStatus};
 use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
 use uuid::Uuid;
@@ -48,13 +48,14 @@ pub(crate) async fn create_order(
         items: new.items,
         total_minor: new.total_minor,
     };
-    outbox::enqueue(&mut tx, order_id, SEQUENCE, &created, &trace).await?;
+    outbox::enqueue(&mut tx, &[NewEvent::of(order_id, SEQUENCE, &created, &trace)]).await?;
     tx.commit().await?;
 
     let OrderCreated { order_id, customer_id, currency_code, items, total_minor } = created;
     let create_time = Some(outbox::timestamp(created_at));
     let status = OrderStatus::Pending.into();
-    let order = Order { order_id, customer_id, status, currency_code, items, total_minor, create_time };
+    let rejection = String::new();
+    let order = Order { order_id, customer_id, status, currency_code, items, total_minor, create_time, rejection };
     Ok(Placed { order, by_this_call: true })
 }
 

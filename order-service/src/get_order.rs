@@ -11,7 +11,7 @@ use uuid::Uuid;
 pub(crate) async fn get_orders(connection: &mut PgConnection, order_ids: &[Uuid]) -> Result<Vec<Order>, sqlx::Error> {
     let rows = sqlx::query!(
         "-- orders: get orders
-        SELECT order_id, customer_id, status, currency_code, total_minor, created_at
+        SELECT order_id, customer_id, status, currency_code, total_minor, created_at, rejection
         FROM orders WHERE order_id = ANY ($1) ORDER BY order_id DESC",
         order_ids,
     )
@@ -26,6 +26,7 @@ pub(crate) async fn get_orders(connection: &mut PgConnection, order_ids: &[Uuid]
         items: items.remove(&row.order_id).unwrap_or_default(),
         total_minor: row.total_minor,
         create_time: Some(outbox::timestamp(row.created_at)),
+        rejection: row.rejection.unwrap_or_default(),
     });
     Ok(orders.collect())
 }

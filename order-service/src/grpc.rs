@@ -1,26 +1,37 @@
 //! The service as gRPC: requests in, answers out, and the only place that makes a `Status`.
 
+use std::pin::Pin;
+
 use chassis::{Database, Fields, Refuse};
-use outbox::{RelayWaker, TraceContext};
+use outbox::{Notifier, TraceContext};
 use proto::orders::v1::{
-    CreateOrderRequest, GetOrderRequest, ListOrdersRequest, ListOrdersResponse, Order,
-    order_service_server::OrderService,
+    CancelOrderRequest, CreateOrderRequest, GetOrderRequest, ListOrdersRequest, ListOrdersResponse, Order,
+    WatchOrderRequest, order_service_server::OrderService,
 };
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
+use tonic_types::FieldViolation;
+use uuid::Uuid;
 
 use crate::{
+    cancel_order::{CancelOrderError, cancel_order, validate_cancellation},
     create_order::{CreateOrderError, create_order},
     get_order::get_orders,
     list_orders::{list_orders, validate_page},
     validate_order::validate_order,
+    watch_order::{Watchers, is_settled},
 };
 
-const REFUSE: Refuse = Refuse { domain: "order-service" };
+pub(crate) const REFUSE: Refuse = Refuse { domain: "order-service" };
 
 /// `orders.v1.OrderService`.
 pub(crate) struct Orders {
     pub(crate) database: Database,
-    pub(crate) waker: RelayWaker,
+    /// Told of new events.
+    pub(crate) relay: Notifier,
+    /// Told of new statuses.
+    pub(crate) status: Notifier,
+    pub(crate) watchers: Watchers,
 }
 
 #[tonic::async_trait]
@@ -28,7 +39,7 @@ impl OrderService for Orders {
     async fn create_order(&self, request: Request<CreateOrderRequest>) -> Result<Response<Order>, Status> {
         let trace = trace_context(request.metadata());
         let new = validate_order(request.into_inner()).map_err(|bad| REFUSE.invalid("INVALID_ORDER", bad))?;
-        let waker = self.waker.clone();
+        let relay = self.relay.clone();
         let placed = self
             .database
             .run(|connection| {
@@ -37,7 +48,7 @@ impl OrderService for Orders {
                     // Inside the unit of work, so that a caller who hung up after the commit does not leave its event to
                     // the next poll.
                     if placed.by_this_call {
-                        waker.wake();
+                        relay.notify();
                     }
                     Ok(placed)
                 })
@@ -48,16 +59,8 @@ impl OrderService for Orders {
     }
 
     async fn get_order(&self, request: Request<GetOrderRequest>) -> Result<Response<Order>, Status> {
-        let mut fields = Fields::default();
-        let order_id = fields.uuid("order_id", &request.into_inner().order_id);
-        let order_id = fields.finish(order_id).map_err(|bad| REFUSE.invalid("INVALID_ORDER_ID", bad))?;
-        self.database
-            .run(move |connection| Box::pin(async move { get_orders(connection, &[order_id]).await }))
-            .await
-            .map_err(|error| REFUSE.database(&error))?
-            .pop()
-            .map(Response::new)
-            .ok_or_else(|| REFUSE.with(Code::NotFound, "ORDER_NOT_FOUND", format!("there is no order {order_id}")))
+        let order_id = read_order_id(&request.get_ref().order_id)?;
+        self.get(order_id).await.map(Response::new)
     }
 
     async fn list_orders(&self, request: Request<ListOrdersRequest>) -> Result<Response<ListOrdersResponse>, Status> {
@@ -67,6 +70,79 @@ impl OrderService for Orders {
             .await
             .map(Response::new)
             .map_err(|error| REFUSE.database(&error))
+    }
+
+    async fn cancel_order(&self, request: Request<CancelOrderRequest>) -> Result<Response<Order>, Status> {
+        let trace = trace_context(request.metadata());
+        let invalid = |bad: Vec<FieldViolation>| REFUSE.invalid("INVALID_CANCELLATION", bad);
+        let cancellation = validate_cancellation(request.get_ref()).map_err(invalid)?;
+        let (relay, status) = (self.relay.clone(), self.status.clone());
+        let cancelled = self
+            .database
+            .run(move |connection| {
+                Box::pin(async move {
+                    let cancelled = cancel_order(connection, cancellation, trace).await?;
+                    if cancelled.by_this_call {
+                        relay.notify();
+                        status.notify();
+                    }
+                    Ok(cancelled)
+                })
+            })
+            .await
+            .map_err(refuse_cancel)?;
+        Ok(Response::new(cancelled.order))
+    }
+
+    type WatchOrderStream = Pin<Box<dyn Stream<Item = Result<Order, Status>> + Send>>;
+
+    async fn watch_order(
+        &self,
+        request: Request<WatchOrderRequest>,
+    ) -> Result<Response<Self::WatchOrderStream>, Status> {
+        let order_id = read_order_id(&request.get_ref().order_id)?;
+        let settled = self.watchers.register(order_id);
+        let order = self.get(order_id).await?;
+        let as_it_stands = tokio_stream::once(Ok(order.clone()));
+        if is_settled(&order) {
+            return Ok(Response::new(Box::pin(as_it_stands)));
+        }
+        // The channel ends without an order when the process shuts down.
+        let shuts_down = |_| REFUSE.unavailable("SHUTTING_DOWN", "the server shuts down; watch again");
+        let later = tokio_stream::once(settled).then(move |settled| async move { settled.await.map_err(shuts_down) });
+        Ok(Response::new(Box::pin(as_it_stands.chain(later))))
+    }
+}
+
+impl Orders {
+    async fn get(&self, order_id: Uuid) -> Result<Order, Status> {
+        self.database
+            .run(move |connection| Box::pin(async move { get_orders(connection, &[order_id]).await }))
+            .await
+            .map_err(|error| REFUSE.database(&error))?
+            .pop()
+            .ok_or_else(|| not_found(order_id))
+    }
+}
+
+fn read_order_id(text: &str) -> Result<Uuid, Status> {
+    let mut fields = Fields::default();
+    let order_id = fields.uuid("order_id", text);
+    fields.finish(order_id).map_err(|bad| REFUSE.invalid("INVALID_ORDER_ID", bad))
+}
+
+fn not_found(order_id: Uuid) -> Status {
+    REFUSE.with(Code::NotFound, "ORDER_NOT_FOUND", format!("there is no order {order_id}"))
+}
+
+fn refuse_cancel(error: CancelOrderError) -> Status {
+    let message = error.to_string();
+    match error {
+        CancelOrderError::NotFound(order_id) => not_found(order_id),
+        CancelOrderError::Rejected(_) => REFUSE.with(Code::FailedPrecondition, "ORDER_REJECTED", message),
+        CancelOrderError::Cancelled(_) => REFUSE.with(Code::FailedPrecondition, "ORDER_CANCELLED", message),
+        CancelOrderError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", message),
+        CancelOrderError::Database(cause) => REFUSE.database(&cause),
     }
 }
 

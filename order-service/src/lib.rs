@@ -1,22 +1,31 @@
-//! order-service: takes orders. An order and the event that tells of it are committed together, or not at all.
+//! order-service: takes orders. An order and the event that tells of it are committed together, or not at all; what
+//! inventory answers settles it.
 
+mod apply_reply;
+mod cancel_order;
 mod create_order;
 mod get_order;
 mod grpc;
 mod list_orders;
 mod validate_order;
+mod watch_order;
 
 use std::net::SocketAddr;
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
-use outbox::RelayWaker;
-use proto::orders::v1::order_service_server::{OrderServiceServer, SERVICE_NAME};
+use outbox::{InboxSettings, Notifier, Receiver};
+use proto::{
+    events::v1::event_receiver_server,
+    orders::v1::order_service_server::{self, OrderServiceServer},
+};
 use sqlx::migrate::Migrator;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::info;
+
+use crate::{apply_reply::OrderKeeper, watch_order::Watchers};
 
 /// Creates the tables of orders; run after [`outbox::MIGRATOR`].
 pub static MIGRATOR: Migrator = sqlx::migrate!();
@@ -33,6 +42,9 @@ pub struct Settings {
     /// The orders database, as the role order_service: postgres://user:password@host:5432/database.
     #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
+    /// The inbox.
+    #[command(flatten)]
+    pub inbox: InboxSettings,
     /// Use of the database.
     #[command(flatten)]
     pub database: DatabaseSettings,
@@ -51,9 +63,17 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         return Ok(());
     };
     chassis::check_schema(&database, &MIGRATORS).await?;
-    let waker = RelayWaker::start(settings.database_url.options());
-    let service = OrderServiceServer::new(grpc::Orders { database: database.clone(), waker });
-    let services = Services { routes: Routes::new(service), names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
+    let notifier = |channel| Notifier::start(settings.database_url.options(), channel);
+    let status = notifier(watch_order::CHANNEL);
+    let keeper = OrderKeeper { watchers: status.clone() };
+    let receiver = Receiver::start(&database, keeper, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let watchers = Watchers::start(database.clone(), settings.database_url.options(), shutdown.clone());
+    let orders = grpc::Orders { database: database.clone(), relay: notifier(outbox::CHANNEL), status, watchers };
+    let services = Services {
+        routes: Routes::new(receiver).add_service(OrderServiceServer::new(orders)),
+        names: &[event_receiver_server::SERVICE_NAME, order_service_server::SERVICE_NAME],
+        descriptors: proto::DESCRIPTORS,
+    };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     info!("order-service ended");
     Ok(())

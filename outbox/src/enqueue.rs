@@ -1,4 +1,4 @@
-//! Writes an event into the outbox, in the transaction of the change it tells of.
+//! Writes events into the outbox, in the transaction of the change they tell of.
 
 use prost::{Message, Name};
 use sqlx::{Postgres, Transaction};
@@ -22,39 +22,57 @@ impl TraceContext {
     }
 }
 
-/// Enqueues `message` as event number `sequence` (from 1, without gaps) of the aggregate, and returns the event's id.
+/// An event to be enqueued.
+#[derive(Clone, Debug)]
+pub struct NewEvent {
+    aggregate_id: Uuid,
+    sequence: i32,
+    event_type: String,
+    payload: Vec<u8>,
+    trace: TraceContext,
+}
+
+impl NewEvent {
+    /// `message` as event number `sequence` (from 1, without gaps) of the aggregate.
+    pub fn of<M: Message + Name>(aggregate_id: Uuid, sequence: i32, message: &M, trace: &TraceContext) -> Self {
+        let (event_type, payload) = (M::full_name(), message.encode_to_vec());
+        Self { aggregate_id, sequence, event_type, payload, trace: trace.clone() }
+    }
+}
+
+/// Enqueues the events.
 ///
 /// It takes a transaction, not a connection, so that an event without its change cannot be written by mistake. Nothing
-/// is sent from here: call [`RelayWaker::wake`](crate::RelayWaker::wake) after the commit.
+/// is sent from here: call [`Notifier::notify`](crate::Notifier::notify) after the commit.
 ///
 /// Whoever writes event n+1 must have seen event n committed (by a lock on the aggregate's row, say): that is what lets
 /// the relay deliver an aggregate's events in sequence by looking only at the rows that are still there.
 ///
 /// # Errors
 /// Those of the database; a violation of `outbox_pkey` means that the aggregate already has an event of this sequence.
-pub async fn enqueue<M: Message + Name>(
-    tx: &mut Transaction<'_, Postgres>,
-    aggregate_id: Uuid,
-    sequence: i32,
-    message: &M,
-    trace: &TraceContext,
-) -> Result<Uuid, sqlx::Error> {
-    let event_id = Uuid::now_v7();
+pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> Result<(), sqlx::Error> {
+    let aggregate_ids: Vec<Uuid> = events.iter().map(|event| event.aggregate_id).collect();
+    let sequences: Vec<i32> = events.iter().map(|event| event.sequence).collect();
+    let event_ids: Vec<Uuid> = events.iter().map(|_| Uuid::now_v7()).collect();
+    let event_types: Vec<String> = events.iter().map(|event| event.event_type.clone()).collect();
+    let payloads: Vec<Vec<u8>> = events.iter().map(|event| event.payload.clone()).collect();
+    let traceparents: Vec<Option<String>> = events.iter().map(|event| event.trace.traceparent.clone()).collect();
+    let tracestates: Vec<Option<String>> = events.iter().map(|event| event.trace.tracestate.clone()).collect();
     sqlx::query!(
         "-- outbox: enqueue
         INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)",
-        aggregate_id,
-        sequence,
-        event_id,
-        M::full_name(),
-        message.encode_to_vec(),
-        trace.traceparent,
-        trace.tracestate,
+        SELECT * FROM unnest($1::uuid[], $2::integer[], $3::uuid[], $4::text[], $5::bytea[], $6::text[], $7::text[])",
+        &aggregate_ids,
+        &sequences,
+        &event_ids,
+        &event_types,
+        &payloads,
+        &traceparents as &[Option<String>],
+        &tracestates as &[Option<String>],
     )
     .execute(&mut **tx)
     .await?;
-    Ok(event_id)
+    Ok(())
 }
 
 #[cfg(test)]

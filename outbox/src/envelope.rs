@@ -5,6 +5,8 @@ use proto::events::v1::Event;
 use sqlx::types::time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::TraceContext;
+
 /// A delivered event whose envelope is sound; its data is not decoded yet.
 #[derive(Debug)]
 pub struct Envelope<'a> {
@@ -12,6 +14,8 @@ pub struct Envelope<'a> {
     pub id: Uuid,
     /// The aggregate the event is about.
     pub subject: Uuid,
+    /// When the event was committed, by the clock of its database.
+    pub time: OffsetDateTime,
     event: &'a Event,
 }
 
@@ -27,6 +31,9 @@ pub enum Malformed {
     /// The sequence is below 1.
     #[error("sequence is {0}, and counts from 1")]
     Sequence(i64),
+    /// There is no time, or none that a calendar has.
+    #[error("time is missing or out of range")]
+    Time,
     /// The data is not an encoded message of the event's type.
     #[error("data is not a {type_name}: {cause}")]
     Undecodable {
@@ -48,7 +55,18 @@ impl<'a> Envelope<'a> {
         if event.sequence < 1 {
             return Err(Malformed::Sequence(event.sequence));
         }
-        Ok(Self { id, subject, event })
+        let time = event.time.as_ref().and_then(read_timestamp).ok_or(Malformed::Time)?;
+        Ok(Self { id, subject, time, event })
+    }
+
+    /// Full protobuf name of what the event claims to carry.
+    pub fn type_name(&self) -> &str {
+        &self.event.r#type
+    }
+
+    /// The trace of the call that caused the event, to be passed on to the events that this one causes.
+    pub fn trace(&self) -> TraceContext {
+        TraceContext::from_headers(Some(&self.event.traceparent), Some(&self.event.tracestate))
     }
 
     /// Whether the event's data is a message of type `M`.
@@ -69,4 +87,9 @@ impl<'a> Envelope<'a> {
 pub fn timestamp(time: OffsetDateTime) -> prost_types::Timestamp {
     // `nanosecond` is below 1,000,000,000.
     prost_types::Timestamp { seconds: time.unix_timestamp(), nanos: time.nanosecond().cast_signed() }
+}
+
+fn read_timestamp(timestamp: &prost_types::Timestamp) -> Option<OffsetDateTime> {
+    let time = OffsetDateTime::from_unix_timestamp(timestamp.seconds).ok()?;
+    time.replace_nanosecond(timestamp.nanos.try_into().ok()?).ok()
 }

@@ -32,6 +32,7 @@ async fn an_event_is_applied_in_one_transaction() {
             SELECT xmin FROM processed_messages UNION ALL
             SELECT xmin FROM reservations UNION ALL
             SELECT xmin FROM stock_ledger WHERE kind = 'RESERVATION' UNION ALL
+            SELECT xmin FROM outbox UNION ALL
             SELECT xmin FROM stock WHERE sku <> 'GRINDER'
         ) AS written (transaction)";
     assert_eq!(inventory.count(transactions).await, 1);
@@ -99,6 +100,7 @@ fn bad_events() -> Vec<(Event, &'static str)> {
         (Event { id: String::new(), ..good() }, "REJECTED UNDECODABLE"),
         (Event { subject: "17".into(), ..good() }, "REJECTED UNDECODABLE"),
         (Event { sequence: 0, ..good() }, "REJECTED UNDECODABLE"),
+        (Event { time: None, ..good() }, "REJECTED UNDECODABLE"),
         (Event { sequence: -1, ..good() }, "REJECTED UNDECODABLE"),
         (with_data(Vec::new()), "REJECTED INVALID_ORDER"),
         (of_another_order, "REJECTED INVALID_ORDER"),

@@ -112,7 +112,8 @@ impl Inventory {
             'stock', (SELECT jsonb_agg(to_jsonb(stock) ORDER BY sku) FROM stock),
             'ledger', (SELECT jsonb_agg(to_jsonb(stock_ledger) ORDER BY reference, kind, sku) FROM stock_ledger),
             'reservations', (SELECT jsonb_agg(to_jsonb(reservations) ORDER BY order_id) FROM reservations),
-            'inbox', (SELECT jsonb_agg(to_jsonb(processed_messages) ORDER BY message_id) FROM processed_messages)))";
+            'inbox', (SELECT jsonb_agg(to_jsonb(processed_messages) ORDER BY message_id) FROM processed_messages),
+            'outbox', (SELECT jsonb_agg(to_jsonb(outbox) ORDER BY aggregate_id, sequence) FROM outbox)))";
         sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
     }
 
@@ -126,6 +127,12 @@ impl Inventory {
     pub(crate) async fn is_in_inbox(&self, event: &Event) -> bool {
         let sql = "SELECT EXISTS (SELECT FROM processed_messages WHERE message_id = $1)";
         sqlx::query_scalar(sql).bind(id_of(event)).fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// The answers to the event's order that wait for a relay, by type, in sequence.
+    pub(crate) async fn answers(&self, event: &Event) -> Vec<String> {
+        let sql = "SELECT event_type FROM outbox WHERE aggregate_id = $1 ORDER BY sequence";
+        sqlx::query_scalar(sql).bind(order_id_of(event)).fetch_all(&self.pool).await.unwrap()
     }
 
     /// Makes whoever wants stock wait for the end of this transaction.
@@ -176,13 +183,36 @@ async fn audit(pool: &PgPool) {
         ),
         (
             "an event is in the inbox without an effect, or had one without being there",
-            "SELECT count(*) FROM processed_messages FULL JOIN reservations ON message_id = event_id
+            "SELECT count(*) FROM processed_messages FULL JOIN (
+                SELECT event_id FROM reservations WHERE event_id IS NOT NULL
+                UNION ALL SELECT cancelled_by FROM reservations WHERE cancelled_by IS NOT NULL
+            ) AS effect ON message_id = event_id
             WHERE message_id IS NULL OR event_id IS NULL",
         ),
         (
-            "a reservation moved no stock, or a rejected one did",
-            "SELECT count(*) FROM reservations WHERE (status = 'RESERVED') <> EXISTS (
-                SELECT FROM stock_ledger WHERE reference = order_id AND kind = 'RESERVATION' AND delta < 0)",
+            "what is reserved for an order is not what its reservation says",
+            "SELECT count(*) FROM reservations WHERE (status = 'RESERVED') <> (0 > (
+                SELECT coalesce(sum(delta), 0) FROM stock_ledger WHERE reference = order_id))",
+        ),
+        (
+            "a movement of one SKU was reserved once and released otherwise",
+            "SELECT count(*) FROM reservations JOIN stock_ledger ON reference = order_id
+            WHERE status <> 'RESERVED'
+            GROUP BY order_id, sku HAVING sum(delta) <> 0 UNION ALL SELECT 0 ORDER BY 1 DESC LIMIT 1",
+        ),
+        (
+            "an order has another answer than it should",
+            "SELECT count(*) FROM (
+                SELECT order_id, 1 AS sequence,
+                    'inventory.v1.Stock' || CASE status WHEN 'REJECTED' THEN 'Rejected' ELSE 'Reserved' END AS event_type
+                FROM reservations WHERE event_id IS NOT NULL
+                UNION ALL
+                SELECT order_id, 2, 'inventory.v1.StockReleased'
+                FROM reservations WHERE event_id IS NOT NULL AND status = 'RELEASED'
+            ) AS expected
+            FULL JOIN outbox ON aggregate_id = order_id AND outbox.sequence = expected.sequence
+                AND outbox.event_type = expected.event_type
+            WHERE order_id IS NULL OR aggregate_id IS NULL",
         ),
         ("there were deadlocks", "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"),
     ];

@@ -14,6 +14,12 @@ mod deliver;
 
 mod reserve_stock;
 
+mod release_stock;
+
+mod answer;
+
+mod stale;
+
 mod concurrent_batches;
 
 mod failed_batch;

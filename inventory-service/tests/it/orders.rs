@@ -1,9 +1,10 @@
 //! Makes events as order-service does.
 
 use prost::Message;
+use prost_types::Timestamp;
 use proto::{
     events::v1::Event,
-    orders::v1::{OrderCreated, OrderItem},
+    orders::v1::{OrderCancelled, OrderCreated, OrderItem},
 };
 use uuid::Uuid;
 
@@ -14,16 +15,32 @@ pub(crate) fn order(items: &[(&str, i32)]) -> Event {
 
 /// Another event of an order, under an id of its own.
 pub(crate) fn event_of(order_id: Uuid, items: &[(&str, i32)]) -> Event {
-    let created = order_created(order_id, items);
+    let data = order_created(order_id, items).encode_to_vec().into();
+    Event { r#type: "orders.v1.OrderCreated".into(), sequence: 1, data, ..event_about(order_id) }
+}
+
+/// The event of the cancellation of the order that another event is about.
+pub(crate) fn cancellation_of(event: &Event) -> Event {
+    let data = OrderCancelled { order_id: event.subject.clone() }.encode_to_vec().into();
+    Event { r#type: "orders.v1.OrderCancelled".into(), sequence: 2, data, ..event_about(order_id_of(event)) }
+}
+
+fn event_about(order_id: Uuid) -> Event {
+    let id = Uuid::now_v7();
+    let (seconds, nanos) = id.get_timestamp().unwrap().to_unix();
     Event {
-        id: Uuid::now_v7().to_string(),
+        id: id.to_string(),
         source: "order-service".into(),
-        r#type: "orders.v1.OrderCreated".into(),
         subject: order_id.to_string(),
-        sequence: 1,
-        data: created.encode_to_vec().into(),
+        time: Some(Timestamp { seconds: seconds.cast_signed(), nanos: nanos.cast_signed() }),
         ..Event::default()
     }
+}
+
+/// The same event, as if it had been committed so many hours ago.
+pub(crate) fn hours_ago(event: &Event, hours: i64) -> Event {
+    let time = event.time.map(|time| Timestamp { seconds: time.seconds - hours * 3600, ..time });
+    Event { time, ..event.clone() }
 }
 
 pub(crate) fn order_created(order_id: Uuid, items: &[(&str, i32)]) -> OrderCreated {

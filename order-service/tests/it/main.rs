@@ -14,6 +14,12 @@ mod cancelled_callers;
 
 mod validate_order;
 
+mod apply_reply;
+
+mod cancel_order;
+
+mod watch_order;
+
 mod get_order;
 
 mod list_orders;

@@ -5,8 +5,14 @@ use std::{fmt::Debug, net::SocketAddr, time::Duration};
 use clap::Parser;
 use harness::TestDatabase;
 use order_service::{MIGRATORS, Settings};
-use proto::orders::v1::{
-    CreateOrderRequest, Order, OrderItem, order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME,
+use prost::{Message, Name};
+use proto::{
+    events::v1::{DeliverRequest, Event, EventResult, event_receiver_client::EventReceiverClient},
+    inventory::v1::{Shortage, ShortageReason, StockRejected, StockReleased, StockReserved},
+    orders::v1::{
+        CancelOrderRequest, CreateOrderRequest, GetOrderRequest, Order, OrderItem,
+        order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME,
+    },
 };
 use sqlx::{PgPool, Postgres, Transaction};
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
@@ -75,6 +81,33 @@ impl Service {
 
     pub(crate) async fn place(&self, request: CreateOrderRequest) -> Order {
         self.orders().create_order(request).await.unwrap().into_inner()
+    }
+
+    pub(crate) async fn get(&self, order_id: &str) -> Order {
+        self.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await.unwrap().into_inner()
+    }
+
+    pub(crate) async fn cancel(&self, order_id: &str, request_id: &str) -> Result<Response<Order>, Status> {
+        let request = CancelOrderRequest { request_id: request_id.into(), order_id: order_id.into() };
+        self.orders().cancel_order(request).await
+    }
+
+    /// Delivers answers of inventory's as one batch, and says what became of each, as `APPLIED`, `DUPLICATE`, or
+    /// `REJECTED` with the reason.
+    pub(crate) async fn deliver(&self, events: &[Event]) -> Vec<String> {
+        let request = DeliverRequest { events: events.to_vec() };
+        let response = EventReceiverClient::new(self.channel.clone()).deliver(request).await.unwrap();
+        let outcome = |result: &EventResult| {
+            let outcome = result.outcome().as_str_name().trim_start_matches("OUTCOME_");
+            format!("{outcome} {}", result.reason).trim_end().to_owned()
+        };
+        response.into_inner().results.iter().map(outcome).collect()
+    }
+
+    /// The types of an order's events that wait for a relay, in sequence.
+    pub(crate) async fn events_of(&self, order_id: &str) -> Vec<String> {
+        let sql = "SELECT event_type FROM outbox WHERE aggregate_id = $1::uuid ORDER BY sequence";
+        sqlx::query_scalar(sql).bind(order_id).fetch_all(&self.pool).await.unwrap()
     }
 
     /// The service's health by its name, as long as it is known.
@@ -163,6 +196,38 @@ pub(crate) fn order() -> CreateOrderRequest {
 /// The same order, to be placed once.
 pub(crate) fn order_once() -> CreateOrderRequest {
     CreateOrderRequest { request_id: Uuid::new_v4().into(), ..order() }
+}
+
+/// Inventory has reserved all of the order.
+pub(crate) fn reserved(order_id: &str) -> Event {
+    event(order_id, 1, &StockReserved { order_id: order_id.into() })
+}
+
+/// Inventory lacks an item of the order.
+pub(crate) fn rejected(order_id: &str) -> Event {
+    let reason = ShortageReason::InsufficientStock.into();
+    let shortages = vec![Shortage { sku: "TEA".into(), reason, wanted: 3, available: 1 }];
+    event(order_id, 1, &StockRejected { order_id: order_id.into(), shortages })
+}
+
+/// Inventory has put back what it had reserved.
+pub(crate) fn released(order_id: &str) -> Event {
+    event(order_id, 2, &StockReleased { order_id: order_id.into() })
+}
+
+fn event<M: Message + Name>(order_id: &str, sequence: i64, message: &M) -> Event {
+    let id = Uuid::now_v7();
+    let (seconds, nanos) = id.get_timestamp().unwrap().to_unix();
+    Event {
+        id: id.into(),
+        source: "inventory-service".into(),
+        r#type: M::full_name(),
+        subject: order_id.into(),
+        sequence,
+        time: Some(prost_types::Timestamp { seconds: seconds.cast_signed(), nanos: nanos.cast_signed() }),
+        data: message.encode_to_vec().into(),
+        ..Event::default()
+    }
 }
 
 /// A refusal as a caller can act on it.

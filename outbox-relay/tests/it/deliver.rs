@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox::{Envelope, TraceContext};
+use outbox::{Envelope, NewEvent, TraceContext};
 use proto::{events::v1::Outcome, orders::v1::OrderCreated};
 use sqlx::types::time::OffsetDateTime;
 use uuid::Uuid;
@@ -21,8 +21,11 @@ async fn an_event_arrives_as_it_was_enqueued() {
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let trace = TraceContext::from_headers(Some(parent), Some("vendor=state"));
     let mut tx = fixture.pool.begin().await.unwrap();
-    let first = outbox::enqueue(&mut tx, order_id, 1, &message, &trace).await.unwrap();
-    let second = outbox::enqueue(&mut tx, order_id, 2, &message, &TraceContext::default()).await.unwrap();
+    let events =
+        [NewEvent::of(order_id, 1, &message, &trace), NewEvent::of(order_id, 2, &message, &TraceContext::default())];
+    outbox::enqueue(&mut tx, &events).await.unwrap();
+    let ids = sqlx::query_scalar::<_, Uuid>("SELECT event_id FROM outbox ORDER BY sequence");
+    let ids = ids.fetch_all(&mut *tx).await.unwrap();
     let created_at = sqlx::query_scalar::<_, OffsetDateTime>("SELECT now()").fetch_one(&mut *tx).await.unwrap();
     tx.commit().await.unwrap();
 
@@ -33,7 +36,7 @@ async fn an_event_arrives_as_it_was_enqueued() {
 
     let events =
         receiver.read(|log| log.deliveries.iter().flat_map(|delivery| delivery.events.clone()).collect::<Vec<_>>());
-    assert_eq!(events.iter().map(id_of).collect::<Vec<_>>(), [first, second]);
+    assert_eq!(events.iter().map(id_of).collect::<Vec<_>>(), ids);
     let event = &events[0];
     assert_eq!(event.source, "order-service");
     assert_eq!(event.r#type, "orders.v1.OrderCreated");

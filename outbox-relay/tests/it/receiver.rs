@@ -7,7 +7,7 @@ use std::{
 };
 
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, Event, EventResult, Outcome,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use tokio::{
@@ -143,6 +143,10 @@ struct Service(Arc<State>);
 
 #[async_trait]
 impl EventReceiver for Service {
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        Ok(Response::new(DescribeResponse::default()))
+    }
+
     async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
         let has_deadline = request.metadata().contains_key("grpc-timeout");
         let events = request.into_inner().events;

@@ -1,0 +1,82 @@
+//! The window within which a duplicate is recognised, and what lies beyond it.
+
+use std::time::Duration;
+
+use proto::events::v1::{DescribeRequest, event_receiver_client::EventReceiverClient};
+
+use crate::{
+    inventory::{Inventory, eventually},
+    orders::{hours_ago, order},
+};
+
+const DAY: [&str; 2] = ["--retention-hours", "24"];
+
+#[tokio::test]
+async fn the_receiver_says_for_how_long_it_remembers() {
+    let inventory = Inventory::serve(&DAY).await;
+    let mut client = EventReceiverClient::new(inventory.client.channel.clone());
+    let description = client.describe(DescribeRequest {}).await.unwrap().into_inner();
+    let retention = Duration::try_from(description.retention.unwrap()).unwrap();
+    assert_eq!(retention, Duration::from_secs(24 * 3600));
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_older_than_the_window_is_rejected_and_the_rest_of_its_batch_applied() {
+    let inventory = Inventory::serve(&DAY).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    let (old, young) = (hours_ago(&order(&[("MUG", 1)]), 25), hours_ago(&order(&[("MUG", 2)]), 23));
+
+    let outcomes = inventory.client.deliver([&old, &young, &old]).await.unwrap();
+
+    assert_eq!(outcomes, ["REJECTED STALE", "APPLIED", "REJECTED STALE"]);
+    assert!(!inventory.is_in_inbox(&old).await);
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 8);
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn an_old_event_that_is_still_on_record_is_a_duplicate() {
+    let inventory = Inventory::serve(&DAY).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    let event = order(&[("MUG", 1)]);
+    assert_eq!(inventory.client.deliver([&event]).await.unwrap(), ["APPLIED"]);
+    assert_eq!(inventory.client.deliver([&hours_ago(&event, 30)]).await.unwrap(), ["DUPLICATE"]);
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn ids_are_forgotten_once_no_event_that_old_would_be_accepted() {
+    let inventory = Inventory::serve(&DAY).await;
+    let sql = "INSERT INTO processed_messages
+        SELECT gen_random_uuid(), now() - make_interval(hours => hours)
+        FROM generate_series(1, 2500), unnest(ARRAY[1, 24, 26]) AS hours";
+    sqlx::query(sql).execute(&inventory.pool).await.unwrap();
+
+    // The margin for clocks that differ is an hour.
+    let kept = "SELECT count(*) FROM processed_messages";
+    eventually("the oldest are forgotten", async || inventory.count(kept).await == 5000).await;
+    let wrongly = "SELECT count(*) FROM processed_messages WHERE processed_at < now() - interval '25 hours'";
+    assert_eq!(inventory.count(wrongly).await, 0);
+    sqlx::query("DELETE FROM processed_messages").execute(&inventory.pool).await.unwrap();
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn one_pruner_works_at_a_time() {
+    let inventory = Inventory::serve(&DAY).await;
+    // Another process's pruner, in the middle of a batch.
+    let mut other = inventory.pool.begin().await.unwrap();
+    sqlx::query("SELECT pg_advisory_xact_lock(122550254464888)").execute(&mut *other).await.unwrap();
+    let sql = "INSERT INTO processed_messages VALUES (gen_random_uuid(), now() - interval '26 hours')";
+    sqlx::query(sql).execute(&inventory.pool).await.unwrap();
+    let given_up = "SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND usename = 'inventory_service' AND query = 'ROLLBACK'
+            AND query_start > (SELECT max(processed_at) + interval '26 hours' FROM processed_messages)";
+    eventually("the service's pruner finds another at work", async || inventory.count(given_up).await > 0).await;
+    assert_eq!(inventory.count("SELECT count(*) FROM processed_messages").await, 1);
+
+    other.commit().await.unwrap();
+    eventually("it tries again", async || inventory.count("SELECT count(*) FROM processed_messages").await == 0).await;
+    inventory.stop().await;
+}

@@ -1,0 +1,59 @@
+use proto::{events::v1::Event, orders::v1::OrderStatus};
+use uuid::Uuid;
+
+use crate::service::{Service, order, rejected, released, reserved};
+
+#[tokio::test]
+async fn a_reserved_order_is_confirmed_and_a_rejected_one_keeps_its_reason() {
+    let service = Service::start().await;
+    let (first, second) = (service.place(order()).await.order_id, service.place(order()).await.order_id);
+
+    assert_eq!(service.deliver(&[reserved(&first), rejected(&second)]).await, ["APPLIED", "APPLIED"]);
+
+    let (first, second) = (service.get(&first).await, service.get(&second).await);
+    assert_eq!((first.status(), first.rejection.as_str()), (OrderStatus::Confirmed, ""));
+    assert_eq!((second.status(), second.rejection.as_str()), (OrderStatus::Rejected, "TEA: 3 wanted, 1 available"));
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_reply_that_comes_again_is_a_duplicate() {
+    let service = Service::start().await;
+    let order_id = service.place(order()).await.order_id;
+    let reply = reserved(&order_id);
+    assert_eq!(service.deliver(&[reply.clone(), reply.clone()]).await, ["APPLIED", "DUPLICATE"]);
+    assert_eq!(service.deliver(&[reply]).await, ["DUPLICATE"]);
+    assert_eq!(service.get(&order_id).await.status(), OrderStatus::Confirmed);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn what_is_settled_or_cancelled_stays_so_whatever_is_answered() {
+    let service = Service::start().await;
+    let order_id = service.place(order()).await.order_id;
+    service.cancel(&order_id, "").await.unwrap();
+    for reply in [reserved(&order_id), rejected(&order_id), released(&order_id)] {
+        assert_eq!(service.deliver(&[reply]).await, ["APPLIED"]);
+        let order = service.get(&order_id).await;
+        assert_eq!((order.status(), order.rejection.as_str()), (OrderStatus::Cancelled, ""));
+    }
+    service.end().await;
+}
+
+#[tokio::test]
+async fn replies_that_make_no_sense_are_rejected_and_the_rest_of_their_batch_applied() {
+    let service = Service::start().await;
+    let order_id = service.place(order()).await.order_id;
+    let of_nobody = reserved(&Uuid::now_v7().to_string());
+    let of_another = Event { subject: order_id.clone(), ..of_nobody.clone() };
+    let of_another_type = Event { r#type: "inventory.v1.StockCounted".into(), ..reserved(&order_id) };
+
+    let outcomes = service.deliver(&[of_nobody.clone(), of_another, of_another_type, reserved(&order_id)]).await;
+
+    let expected = ["REJECTED UNKNOWN_ORDER", "REJECTED INVALID_REPLY", "REJECTED UNKNOWN_TYPE", "APPLIED"];
+    assert_eq!(outcomes, expected);
+    let recorded: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM processed_messages").fetch_one(&service.pool).await.unwrap();
+    assert_eq!(recorded, 1);
+    service.end().await;
+}

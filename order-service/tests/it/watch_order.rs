@@ -1,0 +1,102 @@
+use std::time::Duration;
+
+use proto::orders::v1::{Order, OrderStatus, WatchOrderRequest};
+use tokio::time::timeout;
+use tonic::{Code, Status, Streaming};
+use uuid::Uuid;
+
+use crate::service::{LIMIT, Service, order, refusal, rejected, reserved};
+
+async fn watch(service: &Service, order_id: &str) -> Streaming<Order> {
+    service.orders().watch_order(WatchOrderRequest { order_id: order_id.into() }).await.unwrap().into_inner()
+}
+
+async fn next(stream: &mut Streaming<Order>) -> Result<Option<OrderStatus>, Status> {
+    let next = timeout(LIMIT, stream.message()).await.expect("a message");
+    next.map(|order| order.map(|order| order.status()))
+}
+
+#[tokio::test]
+async fn a_watcher_sees_the_order_as_it_stands_then_how_it_is_settled_then_the_end() {
+    let service = Service::start().await;
+    for (reply, becomes) in [(reserved as fn(&str) -> _, OrderStatus::Confirmed), (rejected, OrderStatus::Rejected)] {
+        let order_id = service.place(order()).await.order_id;
+        let mut stream = watch(&service, &order_id).await;
+        assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
+        service.deliver(&[reply(&order_id)]).await;
+        assert_eq!(next(&mut stream).await.unwrap(), Some(becomes));
+        assert_eq!(next(&mut stream).await.unwrap(), None);
+
+        let mut late = watch(&service, &order_id).await;
+        assert_eq!(next(&mut late).await.unwrap(), Some(becomes));
+        assert_eq!(next(&mut late).await.unwrap(), None);
+    }
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_change_by_another_process_is_seen() {
+    let service = Service::start().await;
+    let order_id = service.place(order()).await.order_id;
+    let mut stream = watch(&service, &order_id).await;
+    assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
+    // With no notification: the poll is the floor.
+    service.execute("UPDATE orders SET status = 'CANCELLED'").await;
+    assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Cancelled));
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_hundred_watchers_are_told_at_once_and_cost_no_query_each() {
+    let service = Service::start().await;
+    let mut streams = Vec::new();
+    let mut order_ids = Vec::new();
+    for _ in 0..100 {
+        let order_id = service.place(order()).await.order_id;
+        let mut stream = watch(&service, &order_id).await;
+        assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
+        streams.push(stream);
+        order_ids.push(order_id);
+    }
+    let replies: Vec<_> = order_ids.iter().map(|order_id| reserved(order_id)).collect();
+    assert_eq!(service.deliver(&replies).await, vec!["APPLIED"; 100]);
+    for stream in &mut streams {
+        assert_eq!(next(stream).await.unwrap(), Some(OrderStatus::Confirmed));
+    }
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_watch_outlives_the_time_a_call_may_take() {
+    let service = Service::start_with(&["--database-acquire-ms", "8000", "--request-seconds", "1"]).await;
+    let order_id = service.place(order()).await.order_id;
+    let mut stream = watch(&service, &order_id).await;
+    assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
+    // Not to wait for something, but to let the limit pass.
+    assert!(timeout(Duration::from_millis(1500), stream.message()).await.is_err());
+    service.cancel(&order_id, "").await.unwrap();
+    assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Cancelled));
+    service.end().await;
+}
+
+#[tokio::test]
+async fn watchers_are_sent_elsewhere_when_the_server_shuts_down() {
+    let service = Service::start().await;
+    let order_id = service.place(order()).await.order_id;
+    let mut stream = watch(&service, &order_id).await;
+    assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
+    service.shut_down();
+    let ended = next(&mut stream).await.map(|_| tonic::Response::new(()));
+    refusal(ended).is(Code::Unavailable, "SHUTTING_DOWN");
+    drop(stream);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_watched_is_refused_at_once() {
+    let service = Service::start().await;
+    let watch = async |order_id: String| service.orders().watch_order(WatchOrderRequest { order_id }).await;
+    refusal(watch("7".into()).await).is(Code::InvalidArgument, "INVALID_ORDER_ID");
+    refusal(watch(Uuid::now_v7().into()).await).is(Code::NotFound, "ORDER_NOT_FOUND");
+    service.end().await;
+}
