@@ -2,28 +2,36 @@
 //!
 //! It is exact also while the system is at work, though no snapshot spans two databases, because of the order in which
 //! it reads: an effect is committed before its outbox row goes, so an order that had no row in the first snapshot has
-//! its effect in the later one; and an effect of an order that was not there yet is looked up again at the end.
+//! its effect in the later one; and an effect of an order that was not there yet is looked up again at the end. Where
+//! the two sides seem to disagree about an order's status, something may be on its way between them: these orders are
+//! read again, and a finding is what does not pass.
 
 use std::{
     collections::{HashMap, HashSet},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Result;
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
+use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::target::Databases;
 
 /// Findings printed one by one before the rest is only counted.
 const FINDINGS_SHOWN: usize = 50;
+/// How often orders on whose status the databases disagree are read again, and after what pause.
+const RECHECKS: u32 = 10;
+const RECHECK_PAUSE: Duration = Duration::from_millis(200);
 
 /// Prove that nothing was lost and nothing applied twice
 ///
 /// Checks over both databases that every committed order has exactly one effect or is still in the outbox, that no effect
-/// is without its order, that each order took exactly what it says, and that for every SKU opening stock + adjustments −
-/// reservations = current stock, not below zero. Safe to run while the system is at work. Exits with 1 and names the rows
-/// otherwise.
+/// is without its order, that each order took exactly what it says and got it back if it was cancelled, that for every SKU
+/// opening stock + adjustments − reserved + released = current stock, not below zero, that every order's status agrees with
+/// its reservation, and that no order is PENDING with nothing on its way. Safe to run while the system is at work. Exits
+/// with 1 and names the rows otherwise.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
@@ -39,9 +47,13 @@ pub struct Audit {
     pub reserved: usize,
     /// Orders that were turned away.
     pub rejected: usize,
+    /// Orders that were cancelled, and whose stock, if any was reserved, is back.
+    pub released: usize,
     /// Orders whose event is in the outbox and has had no effect yet, dead ones among them.
     pub on_their_way: usize,
-    /// Events that will not be delivered until an operator acts.
+    /// Orders whose event an operator has discarded.
+    pub given_up: usize,
+    /// Events of either outbox that will not be delivered until an operator acts.
     pub dead: usize,
     /// SKUs whose stock was checked.
     pub skus: usize,
@@ -52,9 +64,10 @@ pub struct Audit {
 impl Audit {
     /// The audit for people, line by line, ending in its verdict.
     pub fn lines(&self) -> Vec<String> {
-        let Self { orders, reserved, rejected, on_their_way, dead, skus, .. } = self;
+        let Self { orders, reserved, rejected, released, on_their_way, given_up, dead, skus, .. } = self;
         let mut lines = vec![format!(
-            "{orders} orders = {reserved} reserved + {rejected} rejected + {on_their_way} on their way ({dead} dead); {skus} SKUs"
+            "{orders} orders = {reserved} reserved + {rejected} rejected + {released} cancelled + {on_their_way} on \
+             their way + {given_up} given up; {dead} dead events; {skus} SKUs"
         )];
         lines.extend(self.findings.iter().take(FINDINGS_SHOWN).map(|finding| format!("FOUND {finding}")));
         let findings = self.findings.len();
@@ -90,17 +103,31 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 pub async fn audit(databases: &Databases) -> Result<Audit> {
     let (mut orders_database, mut inventory_database) = (databases.orders().await?, databases.inventory().await?);
     let mut audit = Audit::default();
-    let (orders, on_their_way) = read_orders(&mut orders_database, &mut audit).await?;
-    let effects = read_inventory(&mut inventory_database, &mut audit).await?;
+    let ordered = read_ordered(&mut orders_database, None).await?;
+    check_inventory(&mut inventory_database, &mut audit).await?;
+    let done = read_done(&mut inventory_database, None, &mut audit.findings).await?;
 
-    for (order_id, demand) in &orders {
-        match effects.get(order_id) {
-            Some(effect) => check_effect(*order_id, demand, effect, &mut audit),
-            None if on_their_way.contains(order_id) => audit.on_their_way += 1,
-            None => audit.findings.push(format!("LOST: order {order_id} has no effect and no event on its way")),
+    audit.orders = ordered.orders.len();
+    audit.dead = ordered.dead + done.dead;
+    let mut disagreeing = Vec::new();
+    for (order_id, order) in &ordered.orders {
+        match done.effects.get(order_id) {
+            Some(effect) => check_effect(*order_id, &order.demand, effect, &mut audit),
+            None if ordered.on_their_way.contains(order_id) => audit.on_their_way += 1,
+            None if ordered.given_up.contains(order_id) => audit.given_up += 1,
+            None => {
+                audit.findings.push(format!("LOST: order {order_id} has no effect and no event on its way"));
+                continue;
+            }
+        }
+        if disagreement(*order_id, &ordered, &done).is_some() {
+            disagreeing.push(*order_id);
         }
     }
-    let unmatched: Vec<Uuid> = effects.keys().filter(|order_id| !orders.contains_key(order_id)).copied().collect();
+    let recheck = read_disagreements(&mut orders_database, &mut inventory_database, disagreeing).await?;
+    audit.findings.extend(recheck);
+    let unmatched: Vec<Uuid> =
+        done.effects.keys().filter(|order_id| !ordered.orders.contains_key(order_id)).copied().collect();
     for order_id in find_missing(&mut orders_database, &unmatched).await? {
         audit.findings.push(format!("PHANTOM: order {order_id} has an effect and was never committed"));
     }
@@ -111,79 +138,179 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
 /// What an order asks for, or has taken, as `sku=quantity` by SKU.
 type Quantities = String;
 
+/// One snapshot of the orders database.
+struct Ordered {
+    orders: HashMap<Uuid, Order>,
+    /// Orders that have an event in the outbox.
+    on_their_way: HashSet<Uuid>,
+    /// Orders of which an event was discarded.
+    given_up: HashSet<Uuid>,
+    dead: usize,
+}
+
+struct Order {
+    status: String,
+    demand: Quantities,
+}
+
+/// One snapshot of the inventory database.
+struct Done {
+    effects: HashMap<Uuid, Effect>,
+    /// Orders that have an answer in the outbox.
+    answered: HashSet<Uuid>,
+    /// Orders of which an answer was discarded.
+    given_up: HashSet<Uuid>,
+    dead: usize,
+}
+
 struct Effect {
-    reserved: bool,
+    status: String,
+    /// Whether the order was asked for; if not, only its cancellation has come.
+    asked: bool,
     taken: Quantities,
+    returned: Quantities,
 }
 
 fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mut Audit) {
-    let Effect { reserved, taken } = effect;
-    match reserved {
-        true if taken != demand => {
-            audit.findings.push(format!("WRONG: order {order_id} asks for {demand} and has taken {taken}"));
-        }
-        false if !taken.is_empty() => {
-            audit.findings.push(format!("WRONG: order {order_id} was turned away and has taken {taken}"));
-        }
-        true => audit.reserved += 1,
-        false => audit.rejected += 1,
+    let Effect { status, asked, taken, returned } = effect;
+    let nothing = &Quantities::new();
+    let (count, should_have_taken, should_have_returned) = match status.as_str() {
+        "RESERVED" => (&mut audit.reserved, demand, nothing),
+        "RELEASED" if *asked => (&mut audit.released, demand, demand),
+        "RELEASED" => (&mut audit.released, nothing, nothing),
+        _ => (&mut audit.rejected, nothing, nothing),
+    };
+    if (taken, returned) == (should_have_taken, should_have_returned) {
+        *count += 1;
+    } else {
+        audit.findings.push(format!(
+            "WRONG: order {order_id} asks for \"{demand}\", is {status}, and has taken \"{taken}\" and returned \"{returned}\""
+        ));
     }
 }
 
-/// All orders with what they ask for, and those that have an event in the outbox, from one snapshot.
-async fn read_orders(
-    connection: &mut PgConnection,
-    audit: &mut Audit,
-) -> Result<(HashMap<Uuid, Quantities>, HashSet<Uuid>)> {
+/// How the two sides disagree about an order, if they do.
+fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String> {
+    let order = ordered.orders.get(&order_id)?;
+    let effect = done.effects.get(&order_id).map(|effect| effect.status.as_str());
+    let told = ordered.on_their_way.contains(&order_id) || ordered.given_up.contains(&order_id);
+    let answered = done.answered.contains(&order_id) || done.given_up.contains(&order_id);
+    let agree = match (order.status.as_str(), effect) {
+        ("PENDING", None) => told,
+        ("PENDING", Some(_)) => answered,
+        ("CONFIRMED", Some("RESERVED")) | ("REJECTED", Some("REJECTED")) => true,
+        ("CANCELLED", Some("RELEASED" | "REJECTED")) => true,
+        ("CANCELLED", _) => told,
+        _ => false,
+    };
+    let status = &order.status;
+    let effect = effect.unwrap_or("unknown");
+    let on_its_way = if told || answered { "" } else { ", with nothing on its way" };
+    (!agree).then(|| format!("DISAGREE: order {order_id} is {status}, and its reservation {effect}{on_its_way}"))
+}
+
+/// Reads the orders on which the databases disagreed again, until they agree on each, or do not for good.
+async fn read_disagreements(
+    orders_database: &mut PgConnection,
+    inventory_database: &mut PgConnection,
+    mut order_ids: Vec<Uuid>,
+) -> Result<Vec<String>> {
+    let mut disagreements = Vec::new();
+    for _ in 0..RECHECKS {
+        if order_ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        sleep(RECHECK_PAUSE).await;
+        let ordered = read_ordered(orders_database, Some(&order_ids)).await?;
+        let done = read_done(inventory_database, Some(&order_ids), &mut Vec::new()).await?;
+        disagreements.clear();
+        order_ids.retain(|order_id| {
+            let disagreement = disagreement(*order_id, &ordered, &done);
+            disagreements.extend(disagreement.clone());
+            disagreement.is_some()
+        });
+    }
+    Ok(disagreements)
+}
+
+/// Orders with what they ask for, and what is in their outbox: all, or those of the ids.
+async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> Result<Ordered> {
     let mut tx = begin_snapshot(connection).await?;
     let orders = sqlx::query!(
         r#"-- audit: orders
-        SELECT order_id, coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!"
+        SELECT order_id, status, coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!"
         FROM orders
         LEFT JOIN (
             SELECT order_id, sku, sum(quantity) AS quantity FROM order_items GROUP BY order_id, sku
         ) AS demand USING (order_id)
-        GROUP BY order_id"#
+        WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
+        GROUP BY order_id"#,
+        only as Option<&[Uuid]>,
     )
     .fetch_all(&mut *tx)
     .await?;
-    let outbox = sqlx::query!(
-        r#"-- audit: outbox
-        SELECT aggregate_id, visible_at = 'infinity' AS "dead!" FROM outbox"#
-    )
-    .fetch_all(&mut *tx)
-    .await?;
-    audit.orders = orders.len();
-    audit.dead = outbox.iter().filter(|row| row.dead).count();
-    let orders = orders.into_iter().map(|row| (row.order_id, row.demand)).collect();
-    Ok((orders, outbox.into_iter().map(|row| row.aggregate_id).collect()))
+    let orders = orders.into_iter().map(|row| (row.order_id, Order { status: row.status, demand: row.demand }));
+    let orders = orders.collect();
+    let (on_their_way, dead) = read_outbox(&mut tx).await?;
+    Ok(Ordered { orders, on_their_way, given_up: read_discarded(&mut tx).await?, dead })
 }
 
-/// All effects with what they took, from one snapshot in which the stock is checked too.
-async fn read_inventory(connection: &mut PgConnection, audit: &mut Audit) -> Result<HashMap<Uuid, Effect>> {
+/// Effects, and the answers in inventory's outbox: all, or those of the ids.
+async fn read_done(connection: &mut PgConnection, only: Option<&[Uuid]>, findings: &mut Vec<String>) -> Result<Done> {
     let mut tx = begin_snapshot(connection).await?;
-    check_stock(&mut tx, audit).await?;
-    check_inbox(&mut tx, audit).await?;
     let rows = sqlx::query!(
         r#"-- audit: effects
-        SELECT coalesce(order_id, reference) AS "order_id!", status AS "status?",
-            coalesce(string_agg(sku || '=' || -delta, ' ' ORDER BY sku), '') AS "taken!"
+        SELECT coalesce(order_id, reference) AS "order_id!", status AS "status?", event_id IS NOT NULL AS "asked!",
+            coalesce(string_agg(sku || '=' || -delta, ' ' ORDER BY sku) FILTER (WHERE kind = 'RESERVATION'), '') AS "taken!",
+            coalesce(string_agg(sku || '=' || delta, ' ' ORDER BY sku) FILTER (WHERE kind = 'RELEASE'), '') AS "returned!"
         FROM reservations
-        FULL JOIN (SELECT reference, sku, delta FROM stock_ledger WHERE kind = 'RESERVATION') AS movement
+        FULL JOIN (SELECT * FROM stock_ledger WHERE kind IN ('RESERVATION', 'RELEASE')) AS movement
             ON reference = order_id
-        GROUP BY 1, 2"#
+        WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
+        GROUP BY 1, 2, 3"#,
+        only as Option<&[Uuid]>,
     )
     .fetch_all(&mut *tx)
     .await?;
     let mut effects = HashMap::with_capacity(rows.len());
     for row in rows {
         let Some(status) = row.status else {
-            audit.findings.push(format!("WRONG: order {} took {} without a reservation", row.order_id, row.taken));
+            findings.push(format!("WRONG: order {} took \"{}\" without a reservation", row.order_id, row.taken));
             continue;
         };
-        effects.insert(row.order_id, Effect { reserved: status == "RESERVED", taken: row.taken });
+        effects.insert(row.order_id, Effect { status, asked: row.asked, taken: row.taken, returned: row.returned });
     }
-    Ok(effects)
+    let (answered, dead) = read_outbox(&mut tx).await?;
+    Ok(Done { effects, answered, given_up: read_discarded(&mut tx).await?, dead })
+}
+
+/// The aggregates that have an event in the outbox, and how many events are dead.
+async fn read_outbox(tx: &mut Transaction<'_, Postgres>) -> Result<(HashSet<Uuid>, usize)> {
+    let rows = sqlx::query!(
+        r#"-- audit: outbox
+        SELECT aggregate_id, visible_at = 'infinity' AS "dead!" FROM outbox"#
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    let dead = rows.iter().filter(|row| row.dead).count();
+    Ok((rows.into_iter().map(|row| row.aggregate_id).collect(), dead))
+}
+
+async fn read_discarded(tx: &mut Transaction<'_, Postgres>) -> Result<HashSet<Uuid>> {
+    let discarded = sqlx::query_scalar!(
+        "-- audit: discarded
+        SELECT aggregate_id FROM outbox_discarded"
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    Ok(discarded.into_iter().collect())
+}
+
+/// What must hold within the inventory database alone, in one snapshot.
+async fn check_inventory(connection: &mut PgConnection, audit: &mut Audit) -> Result<()> {
+    let mut tx = begin_snapshot(connection).await?;
+    check_stock(&mut tx, audit).await?;
+    check_inbox(&mut tx, audit).await
 }
 
 async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> Result<()> {
@@ -192,7 +319,8 @@ async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
         SELECT sku, available,
             coalesce(sum(delta) FILTER (WHERE kind = 'OPENING'), 0)::bigint AS "opening!",
             coalesce(sum(delta) FILTER (WHERE kind = 'ADJUSTMENT'), 0)::bigint AS "adjusted!",
-            coalesce(-sum(delta) FILTER (WHERE kind = 'RESERVATION'), 0)::bigint AS "reserved!"
+            coalesce(-sum(delta) FILTER (WHERE kind = 'RESERVATION'), 0)::bigint AS "reserved!",
+            coalesce(sum(delta) FILTER (WHERE kind = 'RELEASE'), 0)::bigint AS "released!"
         FROM stock LEFT JOIN stock_ledger USING (sku)
         GROUP BY sku"#
     )
@@ -200,24 +328,32 @@ async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
     .await?;
     audit.skus = rows.len();
     for row in rows {
-        let (sku, opening, adjusted, reserved) = (row.sku, row.opening, row.adjusted, row.reserved);
-        if row.available != opening + adjusted - reserved || row.available < 0 {
-            let available = row.available;
+        let (sku, available, opening, adjusted) = (row.sku, row.available, row.opening, row.adjusted);
+        let (reserved, released) = (row.reserved, row.released);
+        if available != opening + adjusted - reserved + released || available < 0 {
             audit.findings.push(format!(
-                "UNBALANCED: {sku} has {available}, and opening {opening} + adjusted {adjusted} − reserved {reserved}"
+                "UNBALANCED: {sku} has {available}, and opening {opening} + adjusted {adjusted} − reserved {reserved} + \
+                 released {released}"
             ));
         }
     }
     Ok(())
 }
 
-/// An effect and its inbox row are one transaction: neither is there without the other.
+/// An effect and its inbox row are one transaction, so neither is there without the other, until the inbox forgets: it
+/// does so oldest first, and what is left tells how far it has come.
 async fn check_inbox(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> Result<()> {
     let rows = sqlx::query!(
         r#"-- audit: inbox
+        WITH effect AS (
+            SELECT order_id, event_id, created_at AS at FROM reservations WHERE event_id IS NOT NULL
+            UNION ALL
+            SELECT order_id, cancelled_by, cancelled_at FROM reservations WHERE cancelled_by IS NOT NULL
+        )
         SELECT order_id AS "order_id?", coalesce(event_id, message_id) AS "event_id!"
-        FROM reservations FULL JOIN processed_messages ON message_id = event_id
-        WHERE event_id IS NULL OR message_id IS NULL"#
+        FROM effect FULL JOIN processed_messages ON message_id = event_id
+        WHERE event_id IS NULL
+            OR message_id IS NULL AND at > (SELECT min(processed_at) FROM processed_messages)"#
     )
     .fetch_all(&mut **tx)
     .await?;

@@ -11,12 +11,12 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use proto::{
     events::v1::Outcome,
-    orders::v1::{CreateOrderRequest, OrderItem, OrderStatus},
+    orders::v1::{CancelOrderRequest, CreateOrderRequest, Order, OrderItem, OrderStatus, WatchOrderRequest},
 };
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use uuid::Uuid;
 
@@ -71,10 +71,13 @@ async fn show(arguments: &Arguments) -> Result<()> {
     layout.prepare().await?;
     let target = layout.target()?;
 
-    println!("\n  The transactional outbox, in three processes and two databases.\n");
+    println!("\n  The transactional outbox: two services, two databases, a relay each way.\n");
     let mut processes = vec![start(&layout, Service::Inventory).await?, start(&layout, Service::Orders).await?];
     let (order_id, before) = show_commit(&target).await?;
     processes.push(show_delivery(&layout, &target, order_id, before).await?);
+    processes.push(show_reply(&layout, &target, order_id).await?);
+    show_rejection(&target).await?;
+    show_cancellation(&target, order_id, before).await?;
     show_workers(&layout, &target).await?;
     show_replay(&target).await?;
     show_audit(&target).await?;
@@ -96,13 +99,7 @@ async fn start(layout: &Layout, service: Service) -> Result<Process> {
 async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
     println!("\n  1. An order and its event are committed together.");
     let before = available(target, SKU).await?;
-    let request = CreateOrderRequest {
-        request_id: Uuid::new_v4().into(),
-        customer_id: "ann".into(),
-        currency_code: "EUR".into(),
-        items: vec![OrderItem { sku: SKU.into(), quantity: 3, unit_price_minor: 1250 }],
-    };
-    let order = target.orders().create_order(request).await?.into_inner();
+    let order = place(target, 3).await?;
     println!("     CreateOrder 3 × {SKU} → order {}, {}", order.order_id, status_name(order.status()));
     let order_id: Uuid = order.order_id.parse()?;
     let row = sqlx::query!(
@@ -126,30 +123,80 @@ async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
     Ok((order_id, before))
 }
 
+async fn place(target: &Target, quantity: i32) -> Result<Order> {
+    let request = CreateOrderRequest {
+        request_id: Uuid::new_v4().into(),
+        customer_id: "ann".into(),
+        currency_code: "EUR".into(),
+        items: vec![OrderItem { sku: SKU.into(), quantity, unit_price_minor: 1250 }],
+    };
+    Ok(target.orders().create_order(request).await?.into_inner())
+}
+
+/// Watches the order until it is settled.
+async fn watch(target: &Target, order_id: &str) -> Result<Order> {
+    let request = WatchOrderRequest { order_id: order_id.into() };
+    let mut watch = target.orders().watch_order(request).await?.into_inner();
+    let mut last = None;
+    while let Some(order) = timeout(DRAIN_LIMIT, watch.message()).await.context("the order is not settled")?? {
+        last = Some(order);
+    }
+    last.context("the watch ended without a word")
+}
+
 fn status_name(status: OrderStatus) -> &'static str {
     status.as_str_name().trim_start_matches("ORDER_STATUS_")
 }
 
 async fn show_delivery(layout: &Layout, target: &Target, order_id: Uuid, before: i64) -> Result<Process> {
     println!("\n  2. The relay leases the row, delivers it over gRPC, and deletes it.");
-    let relay = start(layout, Service::Relay).await?;
+    let relay = start(layout, Service::OrdersRelay).await?;
     wait_until_applied(target, order_id).await?;
-    wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
     let after = available(target, SKU).await?;
-    println!("     {SKU} {before} → {after}, the outbox is empty");
+    println!("     stock deducted and the answer written, in one transaction: {SKU} {before} → {after}");
     ensure!(before - after == 3, "stock of {SKU} went {before} → {after} for an order of 3");
     Ok(relay)
 }
 
+async fn show_reply(layout: &Layout, target: &Target, order_id: Uuid) -> Result<Process> {
+    println!("\n  3. The answer comes back the same way: inventory's outbox, a second relay, order-service's inbox.");
+    let relay = start(layout, Service::InventoryRelay).await?;
+    let order = watch(target, &order_id.to_string()).await?;
+    println!("     WatchOrder: PENDING → {}", status_name(order.status()));
+    ensure!(order.status() == OrderStatus::Confirmed, "the order became {}", status_name(order.status()));
+    Ok(relay)
+}
+
+async fn show_rejection(target: &Target) -> Result<()> {
+    println!("\n  4. An order too large is no failure: it is answered, too.");
+    let placed = place(target, 1_000_000).await?;
+    let order = watch(target, &placed.order_id).await?;
+    println!("     CreateOrder 1000000 × {SKU} → {}: {}", status_name(order.status()), order.rejection);
+    ensure!(order.status() == OrderStatus::Rejected, "the order became {}", status_name(order.status()));
+    Ok(())
+}
+
+async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Result<()> {
+    println!("\n  5. The first order is cancelled; its events are delivered in sequence, so the stock comes back.");
+    let during = available(target, SKU).await?;
+    let request = CancelOrderRequest { request_id: Uuid::new_v4().into(), order_id: order_id.into() };
+    let order = target.orders().cancel_order(request).await?.into_inner();
+    wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
+    let after = available(target, SKU).await?;
+    println!("     CancelOrder → {}; {SKU} {during} → {after}", status_name(order.status()));
+    ensure!(after == before, "stock of {SKU} went {before} → {during} → {after}");
+    Ok(())
+}
+
 async fn show_workers(layout: &Layout, target: &Target) -> Result<()> {
-    println!("\n  3. Fifty orders at once, shared out over the relay's workers by SKIP LOCKED.");
+    println!("\n  6. Fifty orders at once, shared out over the relay's workers by SKIP LOCKED.");
     let already = read_shares(layout)?;
     let started = Instant::now();
     let load = Load { orders: 50, concurrency: 50, retry_for: Duration::ZERO };
     let placed = place_orders(target, load).await?;
     println!("     50 orders acknowledged in {:.0?}, each reply checked", placed.elapsed);
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
-    println!("     all delivered {:.0?} after the first call", started.elapsed());
+    println!("     all delivered and answered {:.0?} after the first call", started.elapsed());
     for (worker, events) in wait_for_shares(layout, &already, load.orders.into()).await? {
         println!("     worker {worker} {events:>3}  {}", "▪".repeat(usize::try_from(events)?));
     }
@@ -175,7 +222,7 @@ async fn wait_for_shares(layout: &Layout, already: &Shares, expected: u64) -> Re
 
 /// Events each worker has settled so far, from the relay's log.
 fn read_shares(layout: &Layout) -> Result<Shares> {
-    let path = layout.log(Service::Relay);
+    let path = layout.log(Service::OrdersRelay);
     let log = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let mut shares: Shares = (1..=5).map(|worker| (worker, 0)).collect();
     for line in log.lines() {
@@ -188,7 +235,7 @@ fn read_shares(layout: &Layout) -> Result<Shares> {
 }
 
 async fn show_replay(target: &Target) -> Result<()> {
-    println!("\n  4. One event delivered twice, as after a lost reply.");
+    println!("\n  7. One event delivered twice, as after a lost reply.");
     let replay = replay(target, SKU).await?;
     let [before, after_first, after_second] = replay.stock;
     println!("     event {}", replay.event_id);
@@ -198,7 +245,7 @@ async fn show_replay(target: &Target) -> Result<()> {
 }
 
 async fn show_audit(target: &Target) -> Result<()> {
-    println!("\n  5. The audit: both databases held against each other, row by row.");
+    println!("\n  8. The audit: both databases held against each other, row by row.");
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
     let audit = audit(&target.databases).await?;
     for line in audit.lines() {

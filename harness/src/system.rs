@@ -1,4 +1,5 @@
-//! The whole system as separate processes: order-service, outbox-relay and inventory-service beside a PostgreSQL server.
+//! The whole system as separate processes: order-service, inventory-service and a relay each way, beside a PostgreSQL
+//! server.
 
 use std::{
     fs,
@@ -59,32 +60,49 @@ pub struct Layout {
     pub order_service: SocketAddr,
     /// Where inventory-service listens.
     pub inventory_service: SocketAddr,
-    /// Where outbox-relay listens.
-    pub relay: SocketAddr,
+    /// Where the relay of the orders database listens.
+    pub orders_relay: SocketAddr,
+    /// Where the relay of the inventory database listens.
+    pub inventory_relay: SocketAddr,
     /// Where logs go.
     pub logs: PathBuf,
     /// What else to set for the processes, by environment variable.
     pub settings: Vec<(String, String)>,
 }
 
-/// One of the three processes.
+/// One of the four processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
     /// Takes orders.
     Orders,
     /// Keeps stock.
     Inventory,
-    /// Carries events from the first to the second.
-    Relay,
+    /// Carries the events of orders to inventory.
+    OrdersRelay,
+    /// Carries inventory's answers back.
+    InventoryRelay,
 }
 
 impl Service {
-    /// The binary's name.
+    /// All of them, receivers first, so that no relay begins by finding nobody there.
+    pub const ALL: [Self; 4] = [Self::Inventory, Self::Orders, Self::OrdersRelay, Self::InventoryRelay];
+
+    /// What the process is called; the name of its log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Orders => "order-service",
             Self::Inventory => "inventory-service",
-            Self::Relay => "outbox-relay",
+            Self::OrdersRelay => "orders-relay",
+            Self::InventoryRelay => "inventory-relay",
+        }
+    }
+
+    /// The binary's name.
+    fn binary(self) -> &'static str {
+        match self {
+            Self::Orders => "order-service",
+            Self::Inventory => "inventory-service",
+            Self::OrdersRelay | Self::InventoryRelay => "outbox-relay",
         }
     }
 }
@@ -99,7 +117,8 @@ impl Layout {
             inventory: "inventory".into(),
             order_service: local(50051),
             inventory_service: local(50052),
-            relay: local(50053),
+            orders_relay: local(50053),
+            inventory_relay: local(50054),
             logs: logs.to_owned(),
             settings: Vec::new(),
         }
@@ -116,7 +135,8 @@ impl Layout {
             inventory: inventory.into(),
             order_service: local()?,
             inventory_service: local()?,
-            relay: local()?,
+            orders_relay: local()?,
+            inventory_relay: local()?,
             ..Self::standard(server, logs)
         })
     }
@@ -166,21 +186,25 @@ impl Layout {
         let (role, database) = match service {
             Service::Orders => ("order_service", &self.orders),
             Service::Inventory => ("inventory_service", &self.inventory),
-            Service::Relay => ("outbox_relay", &self.orders),
+            Service::OrdersRelay => ("outbox_relay", &self.orders),
+            Service::InventoryRelay => ("outbox_relay", &self.inventory),
         };
         let url = self.server.url_for(role, database);
-        let [orders, inventory, relay] =
-            [self.order_service, self.inventory_service, self.relay].map(|address| address.to_string());
-        let receiver = format!("http://{inventory}");
+        let listen = self.address(service).to_string();
+        let (source, receiver) = match service {
+            Service::InventoryRelay => (Service::Inventory, self.order_service),
+            _ => (Service::Orders, self.inventory_service),
+        };
+        let receiver = format!("http://{receiver}");
         let environment = [
             ("ORDERS_DATABASE_URL", url.as_str()),
             ("INVENTORY_DATABASE_URL", &url),
             ("RELAY_DATABASE_URL", &url),
-            ("ORDER_SERVICE_LISTEN", &orders),
-            ("INVENTORY_SERVICE_LISTEN", &inventory),
-            ("RELAY_LISTEN", &relay),
+            ("ORDER_SERVICE_LISTEN", &listen),
+            ("INVENTORY_SERVICE_LISTEN", &listen),
+            ("RELAY_LISTEN", &listen),
             ("RELAY_RECEIVER", &receiver),
-            ("RELAY_SOURCE", Service::Orders.name()),
+            ("RELAY_SOURCE", source.name()),
         ];
         let mut process = self.spawn(service, "serve", &environment)?;
         process.wait_healthy(self.address(service), HEALTHY_LIMIT).await?;
@@ -191,8 +215,8 @@ impl Layout {
         fs::create_dir_all(&self.logs).with_context(|| self.logs.display().to_string())?;
         let environment = environment.iter().copied();
         let settings = self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let name = service.name();
-        Process::spawn(name, &binary(name)?, [command], environment.chain(settings), &self.log(service))
+        let program = binary(service.binary())?;
+        Process::spawn(service.name(), &program, [command], environment.chain(settings), &self.log(service))
     }
 
     /// The file with what a process has logged.
@@ -205,7 +229,8 @@ impl Layout {
         match service {
             Service::Orders => self.order_service,
             Service::Inventory => self.inventory_service,
-            Service::Relay => self.relay,
+            Service::OrdersRelay => self.orders_relay,
+            Service::InventoryRelay => self.inventory_relay,
         }
     }
 }

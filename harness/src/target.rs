@@ -69,6 +69,11 @@ impl Target {
         InventoryServiceClient::new(Endpoint::from(self.inventory_service.clone()).connect_lazy())
     }
 
+    /// A client of order-service as the receiver of inventory's answers, connected when first used.
+    pub fn reply_receiver(&self) -> EventReceiverClient<Channel> {
+        EventReceiverClient::new(Endpoint::from(self.order_service.clone()).connect_lazy())
+    }
+
     /// A client of inventory-service as the receiver of events, connected when first used.
     pub fn receiver(&self) -> EventReceiverClient<Channel> {
         EventReceiverClient::new(Endpoint::from(self.inventory_service.clone()).connect_lazy())

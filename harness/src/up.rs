@@ -23,8 +23,8 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Run the whole system in the foreground, and say how to use it
 ///
-/// PostgreSQL, order-service, outbox-relay and inventory-service, as separate processes on the ports of the README. Data
-/// stays from one run to the next. Ctrl-C ends it all.
+/// PostgreSQL, order-service, inventory-service and a relay each way, as separate processes on the ports of the README.
+/// Data stays from one run to the next. Ctrl-C ends it all.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
@@ -59,7 +59,7 @@ async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)>
     let layout = Layout::standard(server, Path::new(LOGS));
     layout.prepare().await?;
     let mut processes = Vec::new();
-    for service in [Service::Inventory, Service::Orders, Service::Relay] {
+    for service in Service::ALL {
         let process = layout.start(service).await?;
         println!("up: {:<18} {}  pid {}", service.name(), layout.address(service), process.pid());
         processes.push(process);
@@ -78,6 +78,9 @@ fn print_usage(layout: &Layout) {
       {orders} orders.v1.OrderService/CreateOrder
   See its stock go:
     grpcurl -plaintext -d '{{"sku":"MUG"}}' {inventory} inventory.v1.InventoryService/GetStock
+  See it confirmed, and cancel it, by its order_id:
+    grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
+    grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
   Load it:
     ghz --config harness/ghz.json {orders}
   Load it, check every reply, and audit:

@@ -14,3 +14,7 @@ mod system;
 mod test_database;
 
 mod with_postgres;
+
+mod interleavings;
+
+mod third_service;

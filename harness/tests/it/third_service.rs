@@ -1,0 +1,63 @@
+//! The example of the outbox library, in inventory's place behind a real relay.
+
+use std::time::Duration;
+
+use harness::{
+    TestDatabase,
+    postgres::Server,
+    processes::{Process, binary},
+    stress::{Load, place_orders, wait_until_delivered},
+    system::{Layout, Service, stop},
+};
+use sqlx::PgPool;
+
+use crate::scratch::Scratch;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: Duration::ZERO };
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_of_sixty_lines_applies_each_event_once() {
+    let [orders, inventory, loyalty] = [
+        TestDatabase::create("orders_owner", &[]).await,
+        TestDatabase::create("inventory_owner", &[]).await,
+        TestDatabase::create("inventory_owner", &[]).await,
+    ];
+    let server = Server::parse(&std::env::var("POSTGRES_URL").unwrap()).unwrap();
+    let scratch = Scratch::new();
+    let layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
+    layout.prepare().await.unwrap();
+    let (address, url) = (layout.inventory_service.to_string(), loyalty.url_as("inventory_owner"));
+    let arguments = ["--listen", &address, "--database-url", &url];
+    let program = binary("examples/loyalty_service").unwrap();
+    let log = scratch.join("loyalty-service.log");
+    let mut service = Process::spawn("loyalty-service", &program, arguments, [("", ""); 0], &log).unwrap();
+    service.wait_healthy(layout.inventory_service, LIMIT).await.unwrap();
+    let order_service = layout.start(Service::Orders).await.unwrap();
+
+    let target = layout.target().unwrap();
+    place_orders(&target, LOAD).await.unwrap();
+    let (orders, loyalty) = (orders.pool().await, loyalty.pool().await);
+    execute(&orders, "CREATE TABLE sent AS SELECT * FROM outbox").await;
+    let relay = layout.start(Service::OrdersRelay).await.unwrap();
+    wait_until_delivered(&target.databases, LIMIT).await.unwrap();
+    let ordered = number(&orders, "SELECT sum(total_minor)::bigint FROM orders").await;
+    assert!(ordered > 0);
+    assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, ordered);
+
+    // As after a relay that died before it could delete them.
+    execute(&orders, "INSERT INTO outbox SELECT * FROM sent").await;
+    wait_until_delivered(&target.databases, LIMIT).await.unwrap();
+    assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, ordered);
+    let log = service.log().unwrap();
+    assert_eq!(log.matches("duplicate skipped").count(), LOAD.orders as usize, "{log}");
+    stop([service, order_service, relay]).await.unwrap();
+}
+
+async fn execute(database: &PgPool, sql: &'static str) {
+    sqlx::query(sql).execute(database).await.unwrap();
+}
+
+async fn number(database: &PgPool, sql: &'static str) -> i64 {
+    sqlx::query_scalar(sql).fetch_one(database).await.unwrap()
+}
