@@ -18,6 +18,9 @@ pub enum RunError {
     /// The server.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// What this process was told to use cannot be used; the text says what, why, and what to do.
+    #[error("{0}")]
+    Unusable(String),
     /// A task that should have run to the end panicked: better to end, and be started again, than to report health
     /// without it.
     #[error("{0} panicked")]

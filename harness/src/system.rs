@@ -191,11 +191,11 @@ impl Layout {
         };
         let url = self.server.url_for(role, database);
         let listen = self.address(service).to_string();
-        let (source, receiver) = match service {
-            Service::InventoryRelay => (Service::Inventory, self.order_service),
-            _ => (Service::Orders, self.inventory_service),
+        let (source, events, receiver) = match service {
+            Service::InventoryRelay => (Service::Inventory, "inventory.v1.*", self.order_service),
+            _ => (Service::Orders, "orders.v1.*", self.inventory_service),
         };
-        let receiver = format!("http://{receiver}");
+        let routes = format!("{events}=http://{receiver}");
         let environment = [
             ("ORDERS_DATABASE_URL", url.as_str()),
             ("INVENTORY_DATABASE_URL", &url),
@@ -203,7 +203,7 @@ impl Layout {
             ("ORDER_SERVICE_LISTEN", &listen),
             ("INVENTORY_SERVICE_LISTEN", &listen),
             ("RELAY_LISTEN", &listen),
-            ("RELAY_RECEIVER", &receiver),
+            ("RELAY_ROUTES", &routes),
             ("RELAY_SOURCE", source.name()),
         ];
         let mut process = self.spawn(service, "serve", &environment)?;

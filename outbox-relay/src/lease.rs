@@ -1,20 +1,23 @@
 //! Takes events out of everybody else's sight for a while: the only place that makes a [`Lease`].
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use chassis::Database;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::{Settings, route::RouteSettings};
+
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
 pub(crate) struct Lease {
     /// The fencing token: whoever settles must name it, and a later lease of the same row has replaced it.
     pub(crate) token: Uuid,
+    /// First those that have never failed, then those that have, then those too old to be delivered.
     pub(crate) rows: Vec<LeasedRow>,
-    /// When a delivery under this lease must have ended, by this process's monotonic clock.
-    pub(crate) deliver_before: Instant,
+    asked_at: Instant,
+    length: Duration,
 }
 
 /// One leased row of the outbox.
@@ -26,20 +29,92 @@ pub(crate) struct LeasedRow {
     pub(crate) event_type: String,
     pub(crate) payload: Vec<u8>,
     pub(crate) created_at: OffsetDateTime,
+    pub(crate) attempts: i32,
     pub(crate) traceparent: Option<String>,
     pub(crate) tracestate: Option<String>,
+    /// Whether it is too old to be delivered.
+    pub(crate) expired: bool,
 }
 
-/// Leases up to `limit` events for `lease_seconds`; `None` when there is nothing to take.
-///
-/// Delivery may use three quarters of the lease, counted from *before* the statement is sent, while the database counts
-/// the whole of it from when the statement runs. So a delivery has ended before any other worker can take the rows, and
-/// the last quarter is there to settle; clocks are never compared, only durations.
-pub(crate) async fn lease(database: &Database, limit: u32, lease_seconds: u32) -> Result<Option<Lease>, sqlx::Error> {
+/// What is leased, and for how long.
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    /// The route's pattern, and those of the routes that come before it.
+    like: String,
+    unlike: Vec<String>,
+    lease_seconds: u32,
+    max_age_hours: u32,
+}
+
+impl Terms {
+    /// Of the route that comes after `earlier` ones.
+    pub(crate) fn of(settings: &Settings, route: &RouteSettings, earlier: &[RouteSettings]) -> Self {
+        Self {
+            like: route.like(),
+            unlike: earlier.iter().map(RouteSettings::like).collect(),
+            lease_seconds: settings.lease_seconds,
+            max_age_hours: settings.max_age_hours,
+        }
+    }
+}
+
+impl Lease {
+    /// When a delivery under this lease must have ended, by this process's monotonic clock.
+    ///
+    /// Delivery may use three quarters of the lease, counted from *before* the statement is sent, while the database
+    /// counts the whole of it from when the statement runs. So a delivery has ended before any other worker can take the
+    /// rows, and the last quarter is there to settle; clocks are never compared, only durations.
+    pub(crate) fn deliver_before(&self) -> Instant {
+        self.quarters(3)
+    }
+
+    /// When a delivery must have ended that may have to be split: what is left then is for waiting until the receiver is
+    /// back, and for renewing.
+    pub(crate) fn split_before(&self) -> Instant {
+        self.quarters(2)
+    }
+
+    /// Whether less than half of the lease is left for a delivery.
+    pub(crate) fn is_worn(&self) -> bool {
+        Instant::now() > self.quarters(1)
+    }
+
+    fn quarters(&self, quarters: u32) -> Instant {
+        self.asked_at + self.length / 4 * quarters
+    }
+
+    /// What is to be delivered, batch by batch: those that have never failed together, each other alone. One that has
+    /// failed is likely to fail again, and should take nobody with it. No two are of the same aggregate, so any order is
+    /// right.
+    pub(crate) fn batches(&self) -> Vec<Range<usize>> {
+        let fresh = self.rows.partition_point(|row| !row.expired && row.attempts == 0);
+        let live = self.rows.partition_point(|row| !row.expired);
+        let together = (fresh > 0).then_some(0..fresh);
+        together.into_iter().chain((fresh..live).map(|row| row..row + 1)).collect()
+    }
+
+    /// Begins the lease anew, for a worker that has found out something in its time and needs more to make use of it.
+    /// Returns whether it still had all of the rows; they need not be leased any more, as long as nobody else has.
+    pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
+        let (token, seconds) = (self.token, self.length.as_secs_f64());
+        let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
+            self.rows.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
+        self.asked_at = Instant::now();
+        let renewed = database
+            .run(move |connection| Box::pin(push_back(connection, token, aggregate_ids, sequences, seconds)))
+            .await?;
+        Ok(usize::try_from(renewed) == Ok(self.rows.len()))
+    }
+}
+
+/// Leases up to `limit` events; `None` when there is nothing to take, or the outbox is paused.
+pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
     let token = Uuid::new_v4();
-    let deliver_before = Instant::now() + Duration::from_secs(lease_seconds.into()).mul_f32(0.75);
-    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, lease_seconds))).await?;
-    Ok((!rows.is_empty()).then_some(Lease { token, rows, deliver_before }))
+    let length = Duration::from_secs(terms.lease_seconds.into());
+    let terms = terms.clone();
+    let asked_at = Instant::now();
+    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms))).await?;
+    Ok((!rows.is_empty()).then_some(Lease { token, rows, asked_at, length }))
 }
 
 /// One statement, since `FOR UPDATE SKIP LOCKED` outside a transaction protects nothing beyond its own statement: the
@@ -51,35 +126,68 @@ pub(crate) async fn lease(database: &Database, limit: u32, lease_seconds: u32) -
 ///
 /// Rows are addressed by their place (`ctid`): they are locked, so they cannot move before the update finds them, and
 /// the plan cannot degrade to a join over a large outbox whatever the statistics say.
+///
+/// The pause is looked up here and nowhere else, so that whoever has set it knows: no lease is begun from now on, by any
+/// relay.
 async fn take_rows(
     connection: &mut PgConnection,
     token: Uuid,
     limit: u32,
-    lease_seconds: u32,
+    terms: Terms,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let mut rows = sqlx::query_as!(
         LeasedRow,
-        "-- relay: lease
+        r#"-- relay: lease
         UPDATE outbox
         SET lease_token = $1, visible_at = now() + make_interval(secs => $3)
         WHERE ctid = ANY (ARRAY (
             SELECT free.ctid
             FROM outbox AS free
             WHERE free.visible_at <= now()
+              AND free.event_type LIKE $4
+              AND free.event_type NOT LIKE ALL ($5::text[])
+              AND NOT EXISTS (SELECT FROM outbox_pause)
               AND (free.sequence = 1 OR NOT EXISTS (
                   SELECT FROM outbox AS earlier
                   WHERE earlier.aggregate_id = free.aggregate_id AND earlier.sequence < free.sequence))
             ORDER BY free.visible_at
             LIMIT $2
             FOR UPDATE OF free SKIP LOCKED))
-        RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, traceparent, tracestate",
+        RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, attempts, traceparent, tracestate,
+            created_at < now() - make_interval(hours => $6) AS "expired!""#,
         token,
         i64::from(limit),
-        f64::from(lease_seconds),
+        f64::from(terms.lease_seconds),
+        terms.like,
+        &terms.unlike,
+        i32::try_from(terms.max_age_hours).unwrap_or(i32::MAX),
     )
     .fetch_all(connection)
     .await?;
     // UPDATE returns rows in no promised order. Ids are made in order of time.
-    rows.sort_unstable_by_key(|row| row.event_id);
+    rows.sort_unstable_by_key(|row| (row.expired, row.attempts > 0, row.event_id));
     Ok(rows)
+}
+
+async fn push_back(
+    connection: &mut PgConnection,
+    token: Uuid,
+    aggregate_ids: Vec<Uuid>,
+    sequences: Vec<i32>,
+    seconds: f64,
+) -> Result<u64, sqlx::Error> {
+    let renewed = sqlx::query!(
+        "-- relay: renew
+        UPDATE outbox
+        SET visible_at = now() + make_interval(secs => $4)
+        FROM unnest($2::uuid[], $3::integer[]) AS leased (aggregate_id, sequence)
+        WHERE outbox.aggregate_id = leased.aggregate_id AND outbox.sequence = leased.sequence AND lease_token = $1",
+        token,
+        &aggregate_ids,
+        &sequences,
+        seconds,
+    )
+    .execute(connection)
+    .await?;
+    Ok(renewed.rows_affected())
 }

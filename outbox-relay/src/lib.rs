@@ -1,9 +1,16 @@
 //! outbox-relay: leases outbox rows, delivers them over gRPC, and deletes what was handled. It knows no business: it runs
 //! beside any database with the outbox table, towards any service that implements `events.v1.EventReceiver`.
 
+mod announce;
 mod deliver;
 mod lease;
+#[cfg(test)]
+mod lease_time;
+mod maintain;
+mod measure;
+mod park;
 mod relay;
+mod reopen;
 mod route;
 mod settle;
 mod wake;
@@ -15,10 +22,12 @@ use clap::Args;
 use sqlx::migrate::Migrator;
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Uri};
+use tonic::service::Routes;
 use tracing::{info, warn};
 
-use crate::{deliver::Receiver, relay::Worker, route::Route, wake::Wake};
+use crate::{deliver::Receiver, lease::Terms, maintain::Maintenance, relay::Worker, route::Route, wake::Wake};
+
+pub use crate::route::RouteSettings;
 
 static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
 
@@ -31,13 +40,14 @@ pub struct Settings {
     /// The database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
-    /// The service that receives the events: http://host:port.
-    #[arg(long, env = "RELAY_RECEIVER", value_parser = parse_receiver)]
-    pub receiver: Uri,
+    /// Which events go where, as PATTERN=URL, any number of times: a full event type or a beginning of some that ends in
+    /// *, and the service that receives them, such as orders.v1.*=http://host:50052. The first that matches is taken.
+    #[arg(long = "route", env = "RELAY_ROUTES", value_name = "PATTERN=URL", value_delimiter = ',', required = true)]
+    pub routes: Vec<RouteSettings>,
     /// Name of the service whose outbox this is: the `source` of its events.
     #[arg(long, env = "RELAY_SOURCE")]
     pub source: String,
-    /// Leases and deliveries under way at once.
+    /// Leases and deliveries under way at once, on each route.
     #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
     /// Events in one lease, and so in one delivery, at most.
@@ -58,6 +68,13 @@ pub struct Settings {
     /// Milliseconds any back-off of an event lasts at most.
     #[arg(long, env = "RELAY_BACK_OFF_MAX_MS", default_value_t = 60_000, value_parser = clap::value_parser!(u32).range(1..=86_400_000))]
     pub back_off_max_ms: u32,
+    /// Hours after which an event is not delivered any more, whatever became of it until then. Receivers have to remember
+    /// for longer what they have applied.
+    #[arg(long, env = "RELAY_MAX_AGE_HOURS", default_value_t = 144, value_parser = clap::value_parser!(u32).range(1..=87_600))]
+    pub max_age_hours: u32,
+    /// Address to serve metrics on, over HTTP in the text format of Prometheus; none are served without it.
+    #[arg(long, env = "RELAY_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
     /// Use of the database.
     #[command(flatten)]
     pub database: DatabaseSettings,
@@ -66,17 +83,16 @@ pub struct Settings {
     pub serve: ServeSettings,
 }
 
-fn parse_receiver(text: &str) -> Result<Uri, &'static str> {
-    let uri = text.parse::<Uri>().ok().filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some());
-    uri.ok_or("not the URL of a receiver; it looks like http://host:50052")
-}
-
 /// Relays until `shutdown`; then leases nothing more, and settles or releases what is in flight within the drain time.
 ///
 /// # Errors
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "outbox-relay starts");
+    if let Some(address) = settings.metrics_listen {
+        let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
+        measure::serve(address).map_err(unusable)?;
+    }
     let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
         return Ok(());
     };
@@ -93,40 +109,61 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
 /// that ends before shuts the process down.
 async fn run_workers(database: Database, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     let hurry = CancellationToken::new();
-    let wake = Wake::listen(settings.database_url.options(), Duration::from_millis(settings.poll_ms), shutdown.clone());
-    let route = Route::default();
-    let mut workers = JoinSet::new();
-    for number in 1..=settings.workers {
-        // A channel is one HTTP/2 connection: with one a worker, a receiver's replicas share the load.
-        let worker = Worker {
-            number,
-            database: database.clone(),
-            receiver: Receiver::connect_lazily(&settings),
-            settings: settings.clone(),
-            route: route.clone(),
-            wake: wake.clone(),
-            shutdown: shutdown.clone(),
-            hurry: hurry.clone(),
-        };
-        workers.spawn(worker.run());
-    }
-    let panicked = tokio::select! {
-        () = shutdown.cancelled() => false,
-        ended = workers.join_next() => matches!(ended, Some(Err(_))),
+    let mut tasks = start(&database, &settings, &shutdown, &hurry);
+    let ended = tokio::select! {
+        () = shutdown.cancelled() => Ok(()),
+        Some(ended) = tasks.join_next() => ended.unwrap_or(Err(RunError::Panicked("a worker"))),
     };
     shutdown.cancel();
     let drain = Duration::from_secs(settings.serve.drain_seconds);
-    if timeout(drain.mul_f32(0.6), join_all(&mut workers)).await.is_err() {
+    if timeout(drain.mul_f32(0.6), join_all(&mut tasks)).await.is_err() {
         hurry.cancel();
-        if timeout(drain.mul_f32(0.3), join_all(&mut workers)).await.is_err() {
+        if timeout(drain.mul_f32(0.3), join_all(&mut tasks)).await.is_err() {
             warn!("drain time is over: what is still leased is delivered again when its lease expires");
         }
     }
-    if panicked { Err(RunError::Panicked("a worker")) } else { Ok(()) }
+    ended
 }
 
-async fn join_all(workers: &mut JoinSet<()>) {
-    while let Some(ended) = workers.join_next().await {
+/// Starts the workers of every route, and the maintenance.
+fn start(
+    database: &Database,
+    settings: &Settings,
+    shutdown: &CancellationToken,
+    hurry: &CancellationToken,
+) -> JoinSet<Result<(), RunError>> {
+    let poll = Duration::from_millis(settings.poll_ms);
+    let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
+    let wakes = Wake::listen(settings.database_url.options(), poll, shutdown, routes.len());
+    let mut tasks = JoinSet::new();
+    for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
+        let earlier = &settings.routes[..index];
+        for number in 1..=settings.workers {
+            // A channel is one HTTP/2 connection: with one a worker, a receiver's replicas share the load.
+            let worker = Worker {
+                number,
+                database: database.clone(),
+                receiver: Receiver::connect_lazily(route.settings().receiver.clone(), settings.source.clone()),
+                settings: settings.clone(),
+                route: route.clone(),
+                terms: Terms::of(settings, route.settings(), earlier),
+                wake: wake.clone(),
+                shutdown: shutdown.clone(),
+                hurry: hurry.clone(),
+            };
+            tasks.spawn(worker.run());
+        }
+    }
+    let maintenance = Maintenance { database: database.clone(), routes, poll, shutdown: shutdown.clone() };
+    tasks.spawn(async move {
+        maintenance.run().await;
+        Ok(())
+    });
+    tasks
+}
+
+async fn join_all(tasks: &mut JoinSet<Result<(), RunError>>) {
+    while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {
             warn!(%error, "a worker ended early; its lease will expire");
         }

@@ -1,21 +1,23 @@
 //! The loop: lease, deliver, settle.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
-use chassis::Database;
+use chassis::{Database, RunError};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use crate::{
     Settings,
     deliver::{Delivery, Receiver, Verdict},
-    lease::{Lease, lease},
-    route::Route,
+    lease::{Lease, Terms, lease},
+    measure,
+    route::{Admission, Route, Turn},
     settle::{Policy, settle},
     wake::Wake,
 };
 
-/// One of the relay's workers. Any number of them, in any number of processes, share an outbox: what keeps them apart is
+/// One of a route's workers. Any number of them, in any number of processes, share an outbox: what keeps them apart is
 /// the lease, not any knowledge of each other.
 pub(crate) struct Worker {
     pub(crate) number: u32,
@@ -23,6 +25,7 @@ pub(crate) struct Worker {
     pub(crate) receiver: Receiver,
     pub(crate) settings: Settings,
     pub(crate) route: Route,
+    pub(crate) terms: Terms,
     pub(crate) wake: Wake,
     /// Lease nothing more.
     pub(crate) shutdown: CancellationToken,
@@ -32,7 +35,7 @@ pub(crate) struct Worker {
 
 /// How a round of the loop has ended.
 #[derive(Debug, PartialEq, Eq)]
-enum Round {
+pub(crate) enum Round {
     /// Events were leased. What they held back may be free now, so the next round follows at once.
     Worked,
     /// There was nothing to lease.
@@ -41,81 +44,132 @@ enum Round {
     Failed,
 }
 
+/// How far a batch was carried.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Carried {
+    /// To its end: the outbox gave so many events, and the receiver is up.
+    Through(usize),
+    /// Not to its end: the receiver is away, or this process is about to end.
+    Stopped,
+    /// Nowhere: the database did not answer.
+    NotLeased,
+}
+
 /// Pause after the database failed, so that it is not besieged; workers do not fail in step.
 const DATABASE_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 impl Worker {
-    pub(crate) async fn run(mut self) {
+    /// Works until shutdown, or until the receiver turns out to be one that nothing may be delivered to.
+    pub(crate) async fn run(mut self) -> Result<(), RunError> {
         while !self.shutdown.is_cancelled() {
-            match self.round().await {
+            match self.round().await? {
                 Round::Worked => {}
                 Round::Idle => self.wake.wait().await,
                 Round::Failed => self.pause().await,
             }
         }
+        Ok(())
     }
 
-    /// Leases a batch, delivers it, settles it.
-    async fn round(&mut self) -> Round {
+    async fn round(&mut self) -> Result<Round, RunError> {
         let route = self.route.clone();
-        let Some(admission) = self.shutdown.run_until_cancelled(route.admit()).await else {
-            return Round::Idle;
-        };
-        let asked = admission.batch(self.settings.batch);
-        let lease = match lease(&self.database, asked, self.settings.lease_seconds).await {
+        match self.shutdown.run_until_cancelled(route.admit()).await {
+            None => Ok(Round::Idle),
+            Some(Admission::Turn(turn)) => self.reopen(turn).await,
+            Some(Admission::Open { .. }) => Ok(match self.carry(self.settings.batch, None).await {
+                Carried::Through(0) => Round::Idle,
+                Carried::Through(_) | Carried::Stopped => Round::Worked,
+                Carried::NotLeased => Round::Failed,
+            }),
+        }
+    }
+
+    /// Leases a batch, delivers it, settles it; in a turn, as the only worker that does.
+    pub(crate) async fn carry(&mut self, asked: u32, turn: Option<&mut Turn<'_>>) -> Carried {
+        let mut lease = match lease(&self.database, &self.terms, asked).await {
             Ok(Some(lease)) => lease,
-            Ok(None) => return Round::Idle,
+            Ok(None) => return Carried::Through(0),
             Err(cause) => {
                 error!(%cause, "cannot lease");
-                return Round::Failed;
+                return Carried::NotLeased;
             }
         };
-        if lease.rows.len() == asked as usize {
+        let events = lease.rows.len();
+        if turn.is_none() && events == asked as usize {
             self.wake.wake_another();
         }
-        let verdicts = self.deliver_or_split(&lease).await;
+        let mut verdicts = self.verdicts_of_age(&lease);
+        let through = self.deliver(&mut lease, &mut verdicts, turn).await;
         self.settle(lease, &verdicts).await;
-        Round::Worked
+        if through { Carried::Through(events) } else { Carried::Stopped }
     }
 
-    /// Delivers the batch. If the receiver refuses it whole, though it is up, one of the events may be why: each is then
-    /// delivered alone, and only one that is refused alone is charged with it.
-    async fn deliver_or_split(&mut self, lease: &Lease) -> Vec<Verdict> {
-        match self.deliver(lease, 0..lease.rows.len()).await {
-            Delivery::Answered(verdicts) => verdicts,
-            Delivery::Unknown => vec![Verdict::Release; lease.rows.len()],
-            Delivery::Refused(reason) if lease.rows.len() == 1 => vec![Verdict::Retry(reason)],
-            Delivery::Refused(reason) => {
-                warn!(worker = self.number, events = lease.rows.len(), reason, "batch refused: delivering one by one");
-                self.deliver_singly(lease).await
+    /// What is known before anything is delivered: what is too old dies, undelivered, since the receiver may have
+    /// forgotten that it has applied it long ago.
+    fn verdicts_of_age(&self, lease: &Lease) -> Vec<Verdict> {
+        let hours = self.settings.max_age_hours;
+        let too_old = || Verdict::Dead(format!("EXPIRED: older than {hours} h, the most for an event to be delivered"));
+        lease.rows.iter().map(|row| if row.expired { too_old() } else { Verdict::Release }).collect()
+    }
+
+    /// Delivers the lease's batches and writes what became of each event into `verdicts`. Returns whether it got to the
+    /// end; what it did not get to is as it was.
+    ///
+    /// A batch that fails whole, though the receiver is up, may fail for one of its events, so its events are then
+    /// delivered each alone. If it was *refused*, the receiver is up, and that is done at once. If there was *silence*,
+    /// the receiver may have crashed, and with it every delivery under way: then only a worker in its turn does it, which
+    /// waits before each delivery until the receiver is up. An event is charged with what happened to it alone: with a
+    /// refusal always, with silence only in a turn, when nobody else's event can have been the cause.
+    async fn deliver(&mut self, lease: &mut Lease, verdicts: &mut [Verdict], mut turn: Option<&mut Turn<'_>>) -> bool {
+        let mut batches = lease.batches();
+        batches.reverse();
+        let mut through = true;
+        while let Some(batch) = batches.pop() {
+            let (mut alone, mut deadline) = (false, lease.deliver_before());
+            if let Some(turn) = turn.as_deref_mut() {
+                if !self.is_ready(turn, lease).await {
+                    return false;
+                }
+                alone = turn.is_alone();
+                deadline = if batch.len() > 1 { lease.split_before() } else { lease.deliver_before() };
+            }
+            let Some(delivery) = self.call(lease, batch.clone(), deadline).await else { return false };
+            match delivery {
+                Delivery::Answered(answers) => verdicts[batch].clone_from_slice(&answers),
+                Delivery::Refused { reason, .. } if batch.len() > 1 => {
+                    warn!(worker = self.number, events = batch.len(), reason, "batch refused: delivering one by one");
+                    batches.extend(batch.rev().map(|row| row..row + 1));
+                }
+                Delivery::Silent { reason } if batch.len() > 1 && turn.is_some() => {
+                    warn!(worker = self.number, events = batch.len(), reason, "no reply: delivering one by one");
+                    batches.extend(batch.rev().map(|row| row..row + 1));
+                }
+                Delivery::Refused { reason, retry_after } => {
+                    verdicts[batch.start] = Verdict::Retry { reason, after: retry_after };
+                }
+                Delivery::Silent { reason } if alone => {
+                    verdicts[batch.start] =
+                        Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
+                    through = false;
+                }
+                Delivery::Silent { .. } | Delivery::Outage { .. } | Delivery::Barred { .. } => return false,
             }
         }
+        through
     }
 
-    async fn deliver_singly(&mut self, lease: &Lease) -> Vec<Verdict> {
-        let mut verdicts = Vec::with_capacity(lease.rows.len());
-        for row in 0..lease.rows.len() {
-            match self.deliver(lease, row..row + 1).await {
-                Delivery::Answered(mut verdict) => verdicts.append(&mut verdict),
-                Delivery::Refused(reason) => verdicts.push(Verdict::Retry(reason)),
-                Delivery::Unknown => break,
-            }
+    /// One call of the receiver; `None` when its reply is not to be waited for any longer.
+    async fn call(&mut self, lease: &Lease, batch: Range<usize>, deadline: Instant) -> Option<Delivery> {
+        let calling = self.receiver.deliver(&lease.rows[batch], deadline);
+        let delivery = self.hurry.run_until_cancelled(calling).await?;
+        measure::delivered(self.route.pattern(), delivery.as_str());
+        match &delivery {
+            Delivery::Answered(_) | Delivery::Refused { .. } => self.route.answered(),
+            Delivery::Outage { reason, retry_after } => self.route.fail(reason, *retry_after),
+            Delivery::Silent { reason } => self.route.fail(reason, Duration::ZERO),
+            Delivery::Barred { reason } => self.route.bar(reason),
         }
-        verdicts.resize(lease.rows.len(), Verdict::Release);
-        verdicts
-    }
-
-    async fn deliver(&mut self, lease: &Lease, rows: std::ops::Range<usize>) -> Delivery {
-        let delivery = self
-            .hurry
-            .run_until_cancelled(self.receiver.deliver(&lease.rows[rows], lease.deliver_before))
-            .await
-            .unwrap_or(Delivery::Unknown);
-        match delivery {
-            Delivery::Unknown => self.route.failed(),
-            Delivery::Answered(_) | Delivery::Refused(_) => self.route.reached(),
-        }
-        delivery
+        Some(delivery)
     }
 
     /// A settlement that fails changes nothing that matters: the lease expires, the events are delivered again, and the
@@ -125,15 +179,8 @@ impl Worker {
         let events = lease.rows.len();
         match settle(&self.database, lease, verdicts, policy).await {
             Ok(settled) => {
-                debug!(
-                    worker = self.number,
-                    events,
-                    handled = settled.handled,
-                    retried = settled.retried,
-                    died = settled.died,
-                    released = settled.released,
-                    "settled"
-                );
+                measure::settled(self.route.pattern(), &settled);
+                debug!(worker = self.number, events, ?settled, "settled");
                 if settled.lost > 0 {
                     warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
                 }

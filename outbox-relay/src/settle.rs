@@ -1,5 +1,7 @@
 //! Ends a lease: the only place that changes a leased row, and only with the lease's token.
 
+use std::time::Duration;
+
 use chassis::Database;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -8,6 +10,7 @@ use crate::{
     Settings,
     deliver::Verdict,
     lease::{Lease, LeasedRow},
+    route::RETRY_AFTER_MAX,
 };
 
 /// A reason is kept up to this many characters.
@@ -80,12 +83,15 @@ struct Rows {
     aggregate_ids: Vec<Uuid>,
     sequences: Vec<i32>,
     reasons: Vec<String>,
+    /// Seconds that a failed row waits at least.
+    pauses: Vec<f64>,
 }
 
 impl Rows {
-    fn push(&mut self, row: &LeasedRow, reason: &str) {
+    fn push(&mut self, row: &LeasedRow, reason: &str, pause: Duration) {
         self.aggregate_ids.push(row.aggregate_id);
         self.sequences.push(row.sequence);
+        self.pauses.push(pause.min(RETRY_AFTER_MAX).as_secs_f64());
         // Postgres has no NUL in text, and a reason comes from outside: it must not keep the event from being settled.
         self.reasons.push(reason.chars().filter(|char| *char != '\0').take(REASON_CHARS_MAX).collect());
     }
@@ -104,10 +110,10 @@ impl Sorted {
         let mut sorted = Self::default();
         for (row, verdict) in rows.iter().zip(verdicts) {
             match verdict {
-                Verdict::Handled => sorted.handled.push(row, ""),
-                Verdict::Retry(reason) => sorted.failed.push(row, reason),
-                Verdict::Dead(reason) => sorted.dead.push(row, reason),
-                Verdict::Release => sorted.released.push(row, ""),
+                Verdict::Handled => sorted.handled.push(row, "", Duration::ZERO),
+                Verdict::Retry { reason, after } => sorted.failed.push(row, reason, *after),
+                Verdict::Dead(reason) => sorted.dead.push(row, reason, Duration::ZERO),
+                Verdict::Release => sorted.released.push(row, "", Duration::ZERO),
             }
         }
         sorted
@@ -133,8 +139,9 @@ async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows)
 }
 
 /// Spends an attempt of each row. Back-off doubles with every attempt up to its cap, with full jitter: any time between
-/// now and then, so that events which failed together do not come back together. Returns how many are to be retried,
-/// and how many had no attempt left.
+/// now and then, so that events which failed together do not come back together; but not earlier than the receiver has
+/// asked. Attempts from before a requeue do not count. Returns how many are to be retried, and how many had no attempt
+/// left.
 async fn reschedule(
     connection: &mut PgConnection,
     token: Uuid,
@@ -151,11 +158,13 @@ async fn reschedule(
             lease_token = NULL,
             last_error = failed.reason,
             visible_at = CASE
-                WHEN attempts + 1 >= $5 THEN 'infinity'
+                WHEN attempts + 1 - pardoned >= $5 THEN 'infinity'
                 -- The exponent is bounded, since 2^1024 is out of range and the cap long reached.
-                ELSE now() + make_interval(secs => random() * least($7, $6 * 2 ^ least(attempts, 40)))
+                ELSE now() + make_interval(secs =>
+                    greatest(failed.pause, random() * least($7, $6 * 2 ^ least(attempts - pardoned, 40))))
             END
-        FROM unnest($2::uuid[], $3::integer[], $4::text[]) AS failed (aggregate_id, sequence, reason)
+        FROM unnest($2::uuid[], $3::integer[], $4::text[], $8::double precision[])
+            AS failed (aggregate_id, sequence, reason, pause)
         WHERE outbox.aggregate_id = failed.aggregate_id AND outbox.sequence = failed.sequence AND lease_token = $1
         RETURNING visible_at = 'infinity' AS "died!""#,
         token,
@@ -165,6 +174,7 @@ async fn reschedule(
         policy.attempts_max,
         policy.back_off_seconds,
         policy.back_off_seconds_max,
+        &rows.pauses,
     )
     .fetch_all(connection)
     .await?;

@@ -16,7 +16,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(30);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
 
-/// What idle workers wait on. Clones share it.
+/// What the idle workers of a route wait on. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Wake {
     woken: Arc<Notify>,
@@ -25,12 +25,19 @@ pub(crate) struct Wake {
 }
 
 impl Wake {
-    /// Starts listening until `shutdown`.
-    pub(crate) fn listen(database: PgConnectOptions, poll: Duration, shutdown: CancellationToken) -> Self {
-        let wake = Self { woken: Arc::new(Notify::new()), poll, shutdown: shutdown.clone() };
-        let listening = listen_until_shutdown(database, wake.woken.clone());
-        tokio::spawn(async move { shutdown.run_until_cancelled(listening).await });
-        wake
+    /// Starts listening until `shutdown`, on one connection for all of the `routes`: a notification does not tell which
+    /// way the events go that it is about, so it wakes one worker of each.
+    pub(crate) fn listen(
+        database: PgConnectOptions,
+        poll: Duration,
+        shutdown: &CancellationToken,
+        routes: usize,
+    ) -> Vec<Self> {
+        let woken: Vec<_> = (0..routes).map(|_| Arc::new(Notify::new())).collect();
+        let listening = listen_until_shutdown(database, woken.clone());
+        let cancelled = shutdown.clone();
+        tokio::spawn(async move { cancelled.run_until_cancelled(listening).await });
+        woken.into_iter().map(|woken| Self { woken, poll, shutdown: shutdown.clone() }).collect()
     }
 
     /// Waits for a notification, for the poll interval at most, or for shutdown. A notification that came since the last
@@ -50,7 +57,7 @@ impl Wake {
     }
 }
 
-async fn listen_until_shutdown(database: PgConnectOptions, woken: Arc<Notify>) {
+async fn listen_until_shutdown(database: PgConnectOptions, woken: Vec<Arc<Notify>>) {
     loop {
         if let Err(error) = listen_until_silence(&database, &woken).await {
             warn!(%error, "not listening for notifications; polling meanwhile");
@@ -59,7 +66,8 @@ async fn listen_until_shutdown(database: PgConnectOptions, woken: Arc<Notify>) {
     }
 }
 
-async fn listen_until_silence(database: &PgConnectOptions, woken: &Notify) -> Result<(), sqlx::Error> {
+async fn listen_until_silence(database: &PgConnectOptions, woken: &[Arc<Notify>]) -> Result<(), sqlx::Error> {
+    let wake_all = || woken.iter().for_each(|woken| woken.notify_one());
     let pool =
         PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_LIMIT).connect_lazy_with(database.clone());
     let mut listener = PgListener::connect_with(&pool).await?;
@@ -67,13 +75,13 @@ async fn listen_until_silence(database: &PgConnectOptions, woken: &Notify) -> Re
         .await
         .map_err(|_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
     // Armed first, then looked: what was committed before is found by this look, what comes later is notified.
-    woken.notify_one();
+    wake_all();
     while let Ok(notification) = timeout(SILENCE_MAX, listener.try_recv()).await {
         // None: the connection broke and was made again; something may have been missed.
         if notification?.is_none() {
             debug!("listening again");
         }
-        woken.notify_one();
+        wake_all();
     }
     Ok(())
 }

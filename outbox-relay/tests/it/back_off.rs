@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use sqlx::types::time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use crate::{
     outbox::Outbox,
     receiver::{Receiver, Reply, retry},
     relay::Relay,
+    wait::until,
 };
 
 const FAILING: usize = 20;
@@ -84,4 +86,31 @@ async fn after_the_last_attempt_an_event_is_dead_and_kept_and_never_delivered_ag
     assert_eq!(dead[0].last_error.as_deref(), Some("BUSY: later"));
     assert_eq!(outbox.rows().await, dead);
     assert_eq!(receiver.read(|log| log.times(event_id)), 3);
+}
+
+#[tokio::test]
+async fn an_event_that_is_refused_backs_off_for_as_long_as_the_receiver_has_asked() {
+    let outbox = Outbox::create().await;
+    let event_id = outbox.insert_one().await;
+    let asked = Duration::from_secs(30);
+    let receiver = Receiver::start(move |_| Reply::Postpone(Code::Internal, asked)).await;
+    let before = outbox.clock().await;
+    let relay = Relay::start(&outbox, receiver.address, &["--back-off-ms", "1"]).await;
+    until("it is charged", async || outbox.row(event_id).await.unwrap().attempts == 1).await;
+    relay.stop().await;
+    let visible_at = sqlx::query_scalar::<_, OffsetDateTime>("SELECT visible_at FROM outbox");
+    assert!(visible_at.fetch_one(&outbox.pool).await.unwrap() - before >= asked);
+}
+
+#[tokio::test]
+async fn attempts_from_before_a_requeue_stay_on_record_and_do_not_count() {
+    let outbox = Outbox::create().await;
+    outbox.insert_one().await;
+    sqlx::query("UPDATE outbox SET attempts = 7, pardoned = 7").execute(&outbox.pool).await.unwrap();
+    let receiver = Receiver::start(|events| Reply::each(events, retry)).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--attempts", "3", "--back-off-ms", "1"]).await;
+    let dead = outbox.wait_for_dead(1).await;
+    relay.stop().await;
+    assert_eq!(dead[0].attempts, 10);
+    assert_eq!(receiver.read(|log| log.deliveries.len()), 3);
 }

@@ -1,16 +1,13 @@
 //! The end: settle or release what is in flight, lease nothing more, and be gone in time.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::Duration;
 
-use harness::processes::Process;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    binary::Binary,
     outbox::{Outbox, Row},
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -81,38 +78,14 @@ async fn a_relay_with_nothing_in_flight_ends_at_once() {
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
 }
 
-/// The binary, and the file it logs to, which is gone with it.
-struct Binary {
-    process: Process,
-    log: PathBuf,
-}
-
-impl Binary {
-    fn start(outbox: &Outbox, receiver: &Receiver) -> Self {
-        let log = std::env::temp_dir().join(format!("outbox-relay-{}", Uuid::new_v4().simple()));
-        let (database, peer) = (outbox.relay_url(), format!("http://{}", receiver.address));
-        let given = ["serve", "--listen", "127.0.0.1:0", "--poll-ms", "50", "--source", "orders"];
-        let arguments = given.into_iter().chain(["--database-url", &database, "--receiver", &peer]).chain(DRAIN_FLAGS);
-        let program = Path::new(env!("CARGO_BIN_EXE_outbox-relay"));
-        let process = Process::spawn("outbox-relay", program, arguments, [("RUST_LOG", "info")], &log).unwrap();
-        Self { process, log }
-    }
-
-    /// Grace is longer than the drain time, so that a late end is told from a killed one.
-    async fn assert_ends_in_time(&mut self) {
-        let asked = Instant::now();
-        let exit = self.process.terminate(DRAIN * 2).await.unwrap();
-        let took = asked.elapsed();
-        let log = self.process.log_tail(20);
-        assert_eq!((exit.status.code(), exit.killed), (Some(0), false), "{log}");
-        assert!(took <= DRAIN, "{took:?}: {log}");
-    }
-}
-
-impl Drop for Binary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.log);
-    }
+/// Grace is longer than the drain time, so that a late end is told from a killed one.
+async fn assert_ends_in_time(binary: &mut Binary) {
+    let asked = Instant::now();
+    let exit = binary.process.terminate(DRAIN * 2).await.unwrap();
+    let took = asked.elapsed();
+    let log = binary.process.log_tail(20);
+    assert_eq!((exit.status.code(), exit.killed), (Some(0), false), "{log}");
+    assert!(took <= DRAIN, "{took:?}: {log}");
 }
 
 #[tokio::test]
@@ -120,9 +93,9 @@ async fn sigterm_ends_the_process_in_time_with_code_0_though_its_peer_hangs() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let receiver = Receiver::start(|_| Reply::never()).await;
-    let mut binary = Binary::start(&outbox, &receiver);
+    let mut binary = Binary::start(&outbox, &receiver, &DRAIN_FLAGS);
     receiver.wait_for_deliveries(1).await;
-    binary.assert_ends_in_time().await;
+    assert_ends_in_time(&mut binary).await;
     assert_released(&outbox, &ids).await;
 }
 
@@ -133,14 +106,14 @@ async fn sigterm_lets_the_process_settle_what_its_peer_answers() {
     let answered = CancellationToken::new();
     let held = answered.clone();
     let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
-    let mut binary = Binary::start(&outbox, &receiver);
+    let mut binary = Binary::start(&outbox, &receiver, &DRAIN_FLAGS);
     receiver.wait_for_deliveries(1).await;
-    let log = binary.log.clone();
+    let log = binary.log_file();
     let answer_after_the_signal = async {
         let heard = async || std::fs::read_to_string(&log).unwrap().contains("SIGTERM");
         until("the signal is heard", heard).await;
         answered.cancel();
     };
-    tokio::join!(binary.assert_ends_in_time(), answer_after_the_signal);
+    tokio::join!(assert_ends_in_time(&mut binary), answer_after_the_signal);
     assert_eq!(outbox.count().await, 0);
 }

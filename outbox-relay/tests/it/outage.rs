@@ -3,15 +3,15 @@
 use std::{net::SocketAddr, time::Duration};
 
 use harness::processes::free_port;
+use tokio::time::{Instant, sleep};
 use tonic::Code;
 use uuid::Uuid;
 
 use crate::{
     line::Line,
     outbox::Outbox,
-    receiver::{Receiver, Reply, id_of},
+    receiver::{Receiver, Reply},
     relay::Relay,
-    wait::until,
 };
 
 /// Generous: a route that is down is probed at least every second.
@@ -30,18 +30,22 @@ fn assert_all_arrived(receiver: &Receiver, ids: &[Uuid], after: &str) {
     assert_eq!(missing, 0, "{after}");
 }
 
+/// An address that nobody listens on, until a receiver does.
+fn deserted() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()))
+}
+
+fn sizes(receiver: &Receiver) -> Vec<usize> {
+    receiver.read(|log| log.deliveries.iter().map(|delivery| delivery.events.len()).collect())
+}
+
 #[tokio::test]
 async fn events_wait_unharmed_for_a_receiver_that_is_not_there() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(50).await;
-    let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+    let address = deserted();
     let relay = Relay::start(&outbox, address, &NO_SECOND_CHANCE).await;
-    // A release moves them to the end of the line.
-    let released = "SELECT count(*) FROM outbox WHERE visible_at > created_at AND lease_token IS NULL";
-    until("every event was tried", async || {
-        sqlx::query_scalar::<_, i64>(released).fetch_one(&outbox.pool).await.unwrap() == 50
-    })
-    .await;
+    outbox.wait_for_route_state("DOWN").await;
     assert_nothing_was_charged(&outbox, "nobody listens").await;
 
     let receiver = Receiver::start_at(address, Reply::apply).await;
@@ -50,21 +54,41 @@ async fn events_wait_unharmed_for_a_receiver_that_is_not_there() {
     assert_all_arrived(&receiver, &ids, "nobody listened");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receiver_that_goes_away_under_load_costs_nothing_and_gets_the_backlog_at_once_when_it_is_back() {
+    let outbox = Outbox::create().await;
+    outbox.record_charges().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let address = receiver.address;
+    let relay = Relay::start(&outbox, address, &NO_SECOND_CHANCE).await;
+    outbox.insert_unrelated(300).await;
+    receiver.wait_for_deliveries(1).await;
+    drop(receiver);
+    // Load goes on until the route has been down for two seconds.
+    let since = "SELECT count(*) FROM outbox_routes WHERE state = 'DOWN' AND since < now() - interval '2 s'";
+    while sqlx::query_scalar::<_, i64>(since).fetch_one(&outbox.pool).await.unwrap() == 0 {
+        outbox.insert_unrelated(10).await;
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(outbox.count().await > 0);
+    assert_nothing_was_charged(&outbox, "it is away").await;
+
+    let receiver = Receiver::start_at(address, Reply::apply).await;
+    let back = Instant::now();
+    receiver.wait_for_deliveries(1).await;
+    // A probe a second, a jitter of a second at most, and a busy machine.
+    assert!(back.elapsed() < Duration::from_secs(4), "{:?}", back.elapsed());
+    outbox.wait_until_empty_within(RECOVERY).await;
+    relay.stop().await;
+    assert_eq!(outbox.charges().await, Vec::<Uuid>::new());
+}
+
 #[tokio::test]
 async fn a_status_that_tells_of_an_outage_costs_nothing() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &NO_SECOND_CHANCE).await;
-    for code in [
-        Code::Unavailable,
-        Code::Cancelled,
-        Code::DeadlineExceeded,
-        Code::ResourceExhausted,
-        Code::Aborted,
-        Code::Unimplemented,
-        Code::PermissionDenied,
-        Code::Unauthenticated,
-    ] {
+    for code in [Code::Unavailable, Code::ResourceExhausted, Code::Aborted] {
         receiver.follow(move |_| Reply::Refuse(code));
         let before = receiver.read(|log| log.deliveries.len());
         let ids = outbox.insert_unrelated(30).await;
@@ -78,25 +102,51 @@ async fn a_status_that_tells_of_an_outage_costs_nothing() {
     relay.stop().await;
 }
 
-#[tokio::test]
-async fn a_connection_that_breaks_during_the_call_costs_nothing() {
+/// A receiver that does not let the relay deliver, until somebody has done something about it.
+async fn bar_with(code: Code) {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(30).await;
-    let receiver = Receiver::start(|_| Reply::never()).await;
-    let line = Line::to("127.0.0.1", receiver.address.port()).await;
-    let cut = line.cutter();
-    receiver.follow(move |_| {
-        cut();
-        Reply::never()
-    });
-    let relay = Relay::start(&outbox, line.address, &NO_SECOND_CHANCE).await;
-    receiver.wait_for_deliveries(4).await;
-    assert_nothing_was_charged(&outbox, "the connection breaks").await;
+    let receiver = Receiver::start(move |_| Reply::Refuse(code)).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--attempts", "1", "--workers", "1"]).await;
+    outbox.wait_for_route_state("BARRED").await;
+    assert_nothing_was_charged(&outbox, &format!("{code:?}")).await;
+    receiver.wait_for_deliveries(2).await;
+    let probed = receiver.read(|log| log.deliveries[1].at - log.deliveries[0].at);
+    assert!(probed >= Duration::from_secs(5), "{probed:?}");
 
     receiver.follow(Reply::apply);
     outbox.wait_until_empty_within(RECOVERY).await;
     relay.stop().await;
+    assert_all_arrived(&receiver, &ids, &format!("{code:?}"));
+}
+
+#[tokio::test]
+async fn a_receiver_that_does_not_let_the_relay_deliver_is_asked_rarely_and_costs_nothing() {
+    tokio::join!(bar_with(Code::Unimplemented), bar_with(Code::PermissionDenied), bar_with(Code::Unauthenticated));
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_during_the_call_costs_nothing() {
+    let outbox = Outbox::create().await;
+    outbox.record_charges().await;
+    let ids = outbox.insert_unrelated(30).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let line = Line::to("127.0.0.1", receiver.address.port()).await;
+    let cut = line.cutter();
+    let mut cuts = 0;
+    receiver.follow(move |events| {
+        cuts += 1;
+        if cuts <= 2 {
+            cut();
+            return Reply::never();
+        }
+        Reply::apply(events)
+    });
+    let relay = Relay::start(&outbox, line.address, &NO_SECOND_CHANCE).await;
+    outbox.wait_until_empty_within(RECOVERY).await;
+    relay.stop().await;
     assert_all_arrived(&receiver, &ids, "the connection broke");
+    assert_eq!(outbox.charges().await, Vec::<Uuid>::new());
 }
 
 #[tokio::test]
@@ -107,51 +157,40 @@ async fn a_receiver_that_is_down_is_probed_by_one_worker_with_a_small_batch() {
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "5"]).await;
     receiver.wait_for_deliveries(5 + 4).await;
     relay.stop().await;
-    let sizes = receiver.read(|log| log.deliveries.iter().map(|delivery| delivery.events.len()).collect::<Vec<_>>());
+    let sizes = sizes(&receiver);
     // Every worker may have had a batch of its own under way when the first of them failed, and be slow to send it.
     assert!(sizes.iter().filter(|size| **size > 8).count() <= 5, "{sizes:?}");
 }
 
-/// Six events, one of which the receiver does not survive: `through` programs it so, and says where to reach it.
-async fn one_fatal_event_holds_back_no_other(through: impl AsyncFnOnce(&Receiver, Uuid) -> SocketAddr) {
+#[tokio::test]
+async fn a_receiver_that_is_back_gets_its_load_step_by_step() {
     let outbox = Outbox::create().await;
-    let ids = outbox.insert_unrelated(6).await;
+    outbox.insert_unrelated(1000).await;
     let receiver = Receiver::start(Reply::apply).await;
-    let address = through(&receiver, ids[2]).await;
-    let relay = Relay::start(&outbox, address, &["--lease-seconds", "1"]).await;
-    until("all others are delivered", async || outbox.count().await == 1).await;
+    // Away at first: what has never been away needs no care.
+    receiver.describe(|| Err(Code::Unavailable));
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "5"]).await;
+    outbox.wait_for_route_state("DOWN").await;
+    receiver.describe(|| Ok(Some(Duration::from_secs(7 * 24 * 3600))));
+    outbox.wait_until_empty_within(RECOVERY).await;
     relay.stop().await;
-    assert_nothing_was_charged(&outbox, "a receiver that dies of an event looks like one that is away").await;
+    assert_eq!(sizes(&receiver)[..5], [8, 16, 32, 64, 100]);
 }
 
 #[tokio::test]
-async fn an_event_on_which_the_receiver_breaks_off_holds_back_no_other() {
-    one_fatal_event_holds_back_no_other(async |receiver, fatal| {
-        let line = Line::to("127.0.0.1", receiver.address.port()).await;
-        let cut = line.cutter();
-        let address = line.address;
-        receiver.follow(move |events| {
-            // Holds the line for as long as it may be called, and so to the end of the test.
-            let _ = &line;
-            if events.iter().any(|event| id_of(event) == fatal) {
-                cut();
-                return Reply::never();
-            }
-            Reply::apply(events)
-        });
-        address
+async fn a_receiver_that_asks_for_time_gets_it() {
+    const TIME: Duration = Duration::from_secs(2);
+    let outbox = Outbox::create().await;
+    outbox.insert_unrelated(30).await;
+    let mut asked = false;
+    let receiver = Receiver::start(move |events| match std::mem::replace(&mut asked, true) {
+        false => Reply::Postpone(Code::ResourceExhausted, TIME),
+        true => Reply::apply(events),
     })
     .await;
-}
-
-#[tokio::test]
-async fn an_event_over_which_the_receiver_hangs_holds_back_no_other() {
-    one_fatal_event_holds_back_no_other(async |receiver, fatal| {
-        receiver.follow(move |events| match events.iter().any(|event| id_of(event) == fatal) {
-            true => Reply::never(),
-            false => Reply::apply(events),
-        });
-        receiver.address
-    })
-    .await;
+    let relay = Relay::start(&outbox, receiver.address, &["--attempts", "1", "--workers", "1"]).await;
+    outbox.wait_until_empty_within(RECOVERY).await;
+    relay.stop().await;
+    let waited = receiver.read(|log| log.deliveries[1].at - log.deliveries[0].at);
+    assert!(waited >= TIME, "{waited:?}");
 }

@@ -43,12 +43,6 @@ impl Outbox {
     pub(crate) async fn create() -> Self {
         let database = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
         let pool = database.pool().await;
-        sqlx::raw_sql(
-            "GRANT SELECT, UPDATE, DELETE ON outbox TO outbox_relay; GRANT SELECT ON _outbox_migrations TO outbox_relay",
-        )
-        .execute(&pool)
-        .await
-        .unwrap();
         Self { database, pool }
     }
 
@@ -58,17 +52,22 @@ impl Outbox {
 
     /// All in one transaction.
     pub(crate) async fn insert(&self, events: &[NewEvent]) {
+        self.insert_as("test.v1.Happened", events).await;
+    }
+
+    async fn insert_as(&self, event_type: &str, events: &[NewEvent]) {
         let aggregate_ids: Vec<_> = events.iter().map(|event| event.aggregate_id).collect();
         let sequences: Vec<_> = events.iter().map(|event| event.sequence).collect();
         let event_ids: Vec<_> = events.iter().map(|event| event.event_id).collect();
         sqlx::query(
             "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
-            SELECT aggregate_id, sequence, event_id, 'test.v1.Happened', ''
+            SELECT aggregate_id, sequence, event_id, $4, ''
             FROM unnest($1::uuid[], $2::integer[], $3::uuid[]) AS event (aggregate_id, sequence, event_id)",
         )
         .bind(aggregate_ids)
         .bind(sequences)
         .bind(event_ids)
+        .bind(event_type)
         .execute(&self.pool)
         .await
         .unwrap();
@@ -76,8 +75,12 @@ impl Outbox {
 
     /// Each the first of an aggregate of its own; returns their ids, in the order in which the relay sends them.
     pub(crate) async fn insert_unrelated(&self, count: usize) -> Vec<Uuid> {
+        self.insert_of_type("test.v1.Happened", count).await
+    }
+
+    pub(crate) async fn insert_of_type(&self, event_type: &str, count: usize) -> Vec<Uuid> {
         let events: Vec<_> = (0..count).map(|_| NewEvent::of(Uuid::new_v4(), 1)).collect();
-        self.insert(&events).await;
+        self.insert_as(event_type, &events).await;
         events.iter().map(|event| event.event_id).collect()
     }
 
@@ -161,6 +164,38 @@ impl Outbox {
 
     pub(crate) async fn notify(&self) {
         sqlx::query("SELECT pg_notify('outbox', '')").execute(&self.pool).await.unwrap();
+    }
+
+    /// Keeps a record of every attempt that is charged from now on, also to events that are gone in the end.
+    pub(crate) async fn record_charges(&self) {
+        sqlx::raw_sql(
+            "CREATE TABLE charges (event_id uuid NOT NULL);
+            CREATE FUNCTION charge() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+                'BEGIN INSERT INTO public.charges VALUES (NEW.event_id); RETURN NULL; END';
+            CREATE TRIGGER charge AFTER UPDATE ON outbox FOR EACH ROW
+                WHEN (NEW.attempts > OLD.attempts) EXECUTE FUNCTION charge()",
+        )
+        .execute(&self.pool)
+        .await
+        .unwrap();
+    }
+
+    /// One id per charged attempt.
+    pub(crate) async fn charges(&self) -> Vec<Uuid> {
+        sqlx::query_scalar::<_, Uuid>("SELECT event_id FROM charges").fetch_all(&self.pool).await.unwrap()
+    }
+
+    /// What the relays say of their routes, in the order of these.
+    pub(crate) async fn route_states(&self) -> Vec<(String, String)> {
+        sqlx::query_as::<_, (String, String)>("SELECT route, state FROM outbox_routes ORDER BY route")
+            .fetch_all(&self.pool)
+            .await
+            .unwrap()
+    }
+
+    pub(crate) async fn wait_for_route_state(&self, state: &str) {
+        until(&format!("the route is {state}"), async || self.route_states().await.iter().any(|(_, is)| is == state))
+            .await;
     }
 
     /// By the clock that back-off is measured with.

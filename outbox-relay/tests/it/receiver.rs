@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use proto::events::v1::{
@@ -20,6 +21,7 @@ use tonic::{
     Code, Request, Response, Status, async_trait,
     transport::{Server, server::TcpIncoming},
 };
+use tonic_types::{ErrorDetails, StatusExt};
 use uuid::Uuid;
 
 use crate::wait::AMPLE;
@@ -28,6 +30,8 @@ use crate::wait::AMPLE;
 pub(crate) enum Reply {
     Results(Vec<EventResult>),
     Refuse(Code),
+    /// With a hint when to come again.
+    Postpone(Code, Duration),
     /// Nothing, until the token is cancelled.
     Held(CancellationToken, Box<Reply>),
 }
@@ -87,6 +91,8 @@ pub(crate) struct Delivery {
 #[derive(Debug, Default)]
 pub(crate) struct Log {
     pub(crate) deliveries: Vec<Delivery>,
+    /// How often it was asked to describe itself.
+    pub(crate) described: usize,
     /// The batch in which a subject is being worked on.
     in_flight: HashMap<String, usize>,
     /// Events that came while another batch of their subject was being worked on, or out of sequence within their batch.
@@ -121,9 +127,14 @@ impl Log {
 }
 
 type Script = Box<dyn FnMut(&[Event]) -> Reply + Send>;
+type Description = Box<dyn FnMut() -> Result<Option<Duration>, Code> + Send>;
+
+/// What a receiver says it remembers, unless a test wants otherwise.
+const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
 struct State {
     script: Mutex<Script>,
+    description: Mutex<Description>,
     log: watch::Sender<Log>,
 }
 
@@ -158,12 +169,23 @@ impl EventReceiver for Service {
             match reply {
                 Reply::Results(results) => return Ok(Response::new(DeliverResponse { results })),
                 Reply::Refuse(code) => return Err(Status::new(code, "as the test wants it")),
+                Reply::Postpone(code, time) => {
+                    let details = ErrorDetails::with_retry_info(Some(time));
+                    return Err(Status::with_error_details(code, "as the test wants it", details));
+                }
                 Reply::Held(until, then) => {
                     until.cancelled().await;
                     reply = *then;
                 }
             }
         }
+    }
+
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        self.0.log.send_modify(|log| log.described += 1);
+        let described = (self.0.description.lock().unwrap())();
+        let retention = described.map_err(|code| Status::new(code, "as the test wants it"))?;
+        Ok(Response::new(DescribeResponse { retention: retention.map(|retention| retention.try_into().unwrap()) }))
     }
 }
 
@@ -182,7 +204,11 @@ impl Receiver {
     pub(crate) async fn start_at(address: SocketAddr, script: impl FnMut(&[Event]) -> Reply + Send + 'static) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let state = Arc::new(State { script: Mutex::new(Box::new(script)), log: watch::Sender::new(Log::default()) });
+        let state = Arc::new(State {
+            script: Mutex::new(Box::new(script)),
+            description: Mutex::new(Box::new(|| Ok(Some(RETENTION)))),
+            log: watch::Sender::new(Log::default()),
+        });
         let stop = CancellationToken::new();
         let server = Server::builder()
             .add_service(EventReceiverServer::new(Service(state.clone())))
@@ -194,6 +220,11 @@ impl Receiver {
     /// From the next batch on.
     pub(crate) fn follow(&self, script: impl FnMut(&[Event]) -> Reply + Send + 'static) {
         *self.state.script.lock().unwrap() = Box::new(script);
+    }
+
+    /// From the next time on that it is asked for what it remembers.
+    pub(crate) fn describe(&self, description: impl FnMut() -> Result<Option<Duration>, Code> + Send + 'static) {
+        *self.state.description.lock().unwrap() = Box::new(description);
     }
 
     pub(crate) fn read<T>(&self, read: impl FnOnce(&Log) -> T) -> T {

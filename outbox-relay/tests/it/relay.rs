@@ -30,10 +30,14 @@ impl Relay {
     }
 
     pub(crate) async fn start_on(database_url: &str, receiver: SocketAddr, flags: &[&str]) -> Self {
-        let receiver = format!("http://{receiver}");
-        let given = ["relay", "--poll-ms", "50", "--source", "orders", "--receiver", &receiver];
-        let database = ["--database-url", database_url];
-        let settings = Cli::try_parse_from(given.iter().chain(&database).chain(flags)).unwrap().settings;
+        Self::start_with_routes(database_url, &[&format!("*=http://{receiver}")], flags).await
+    }
+
+    pub(crate) async fn start_with_routes(database_url: &str, routes: &[&str], flags: &[&str]) -> Self {
+        let given = ["relay", "--poll-ms", "50", "--source", "orders", "--database-url", database_url];
+        let routes = routes.iter().flat_map(|route| ["--route", *route]);
+        let arguments = given.into_iter().chain(routes).chain(flags.iter().copied());
+        let settings = Cli::try_parse_from(arguments).unwrap().settings;
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(outbox_relay::run(listener, settings, shutdown.clone()));

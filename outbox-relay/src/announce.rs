@@ -1,0 +1,80 @@
+//! Tells operators, in the database they look at anyway, how this relay finds its receivers.
+
+use chassis::Database;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::route::Route;
+
+/// Writes the condition of each route, and removes what relays have left behind that were killed.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn announce(database: &Database, relay_id: Uuid, routes: &[Route]) -> Result<(), sqlx::Error> {
+    let patterns: Vec<_> = routes.iter().map(|route| route.pattern().to_owned()).collect();
+    let receivers: Vec<_> = routes.iter().map(|route| route.settings().receiver.to_string()).collect();
+    let states: Vec<_> = routes.iter().map(|route| route.condition().as_str().to_owned()).collect();
+    database
+        .run(move |connection| {
+            Box::pin(async move {
+                upsert(connection, relay_id, &patterns, &receivers, &states).await?;
+                sweep(connection).await
+            })
+        })
+        .await
+}
+
+/// Removes this relay: it is about to end.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn withdraw(database: &Database, relay_id: Uuid) -> Result<(), sqlx::Error> {
+    database.run(move |connection| Box::pin(delete(connection, relay_id))).await
+}
+
+async fn upsert(
+    connection: &mut PgConnection,
+    relay_id: Uuid,
+    patterns: &[String],
+    receivers: &[String],
+    states: &[String],
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: announce
+        INSERT INTO outbox_routes (relay_id, route, receiver, state)
+        SELECT $1::uuid, route, receiver, state
+        FROM unnest($2::text[], $3::text[], $4::text[]) AS routes (route, receiver, state)
+        ON CONFLICT (relay_id, route) DO UPDATE
+        SET state = excluded.state,
+            since = CASE WHEN outbox_routes.state = excluded.state THEN outbox_routes.since ELSE now() END,
+            seen_at = now()",
+        relay_id,
+        patterns,
+        receivers,
+        states,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn sweep(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: sweep routes
+        DELETE FROM outbox_routes WHERE seen_at < now() - interval '1 minute'"
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn delete(connection: &mut PgConnection, relay_id: Uuid) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: withdraw
+        DELETE FROM outbox_routes WHERE relay_id = $1",
+        relay_id
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}

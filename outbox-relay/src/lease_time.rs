@@ -1,0 +1,126 @@
+//! What a lease costs, whatever else is in the outbox.
+
+use std::time::Duration;
+
+use chassis::Database;
+use clap::Parser;
+use harness::TestDatabase;
+use sqlx::PgPool;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    Settings,
+    lease::{Terms, lease},
+    park::park,
+};
+
+const BATCH: u32 = 100;
+const ROUNDS: usize = 40;
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// An outbox, and the relay's access to it.
+struct Outbox {
+    pool: PgPool,
+    database: Database,
+    terms: Terms,
+    _test: TestDatabase,
+}
+
+impl Outbox {
+    async fn create() -> Self {
+        let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
+        let url = test.url_as("outbox_relay");
+        let arguments = ["relay", "--database-url", &url, "--route", "*=http://localhost:1", "--source", "orders"];
+        let settings = Cli::try_parse_from(arguments).unwrap().settings;
+        let never = CancellationToken::new();
+        let database = Database::connect(&settings.database_url, &settings.database, &never).await.unwrap().unwrap();
+        let terms = Terms::of(&settings, &settings.routes[0], &[]);
+        Self { pool: test.pool().await, database, terms, _test: test }
+    }
+
+    async fn run(&self, sql: &'static str) {
+        sqlx::raw_sql(sql).execute(&self.pool).await.unwrap();
+    }
+
+    /// Leases a batch, takes it away, and puts as many events at the end, so that every lease finds the same.
+    async fn time_one_lease(&self) -> Duration {
+        let began = Instant::now();
+        let leased = lease(&self.database, &self.terms, BATCH).await.unwrap().unwrap();
+        let took = began.elapsed();
+        assert_eq!(leased.rows.len(), BATCH as usize);
+        let aggregate_ids: Vec<Uuid> = leased.rows.iter().map(|row| row.aggregate_id).collect();
+        sqlx::query("DELETE FROM outbox WHERE aggregate_id = ANY ($1)")
+            .bind(aggregate_ids)
+            .execute(&self.pool)
+            .await
+            .unwrap();
+        self.run(WAITING_100).await;
+        took
+    }
+}
+
+const WAITING_100: &str = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+    SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '' FROM generate_series(1, 100)";
+
+const WAITING_MILLION: &str = "SET synchronous_commit = off;
+    INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at)
+    SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', now() - interval '1 hour' * (1000000 - n) / 1000000
+    FROM generate_series(1, 1000000) AS n";
+
+/// Half of them back off, half are dead; each has a successor, which stands at the very front of the line.
+const STUCK: &str = "SET synchronous_commit = off;
+    INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at, attempts, last_error)
+    SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '',
+        CASE WHEN n % 2 = 0 THEN 'infinity' ELSE now() + interval '1 hour' END, 1, 'BUSY: later'
+    FROM generate_series(1, 100000) AS n;
+    INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at)
+    SELECT aggregate_id, 2, gen_random_uuid(), 'test.v1.Happened', '', now() - interval '2 hours'
+    FROM outbox WHERE last_error IS NOT NULL";
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+#[tokio::test]
+async fn a_lease_takes_no_longer_with_a_million_events_waiting_and_200_000_stuck_than_with_next_to_none() {
+    let (full, empty) = (Outbox::create().await, Outbox::create().await);
+    full.run(WAITING_MILLION).await;
+    full.run(STUCK).await;
+    for _ in 0..3 {
+        empty.run(WAITING_100).await;
+    }
+    for outbox in [&full, &empty] {
+        outbox.run("ANALYZE outbox").await;
+    }
+    let unparked = full.time_one_lease().await;
+    let began = Instant::now();
+    let visible = "SELECT count(*) FROM outbox WHERE sequence > 1 AND visible_at <= now()";
+    while sqlx::query_scalar::<_, i64>(visible).fetch_one(&full.pool).await.unwrap() > 0 {
+        park(&full.database).await.unwrap();
+    }
+    let parked = began.elapsed();
+    // What autovacuum does by itself within a minute, in both.
+    for outbox in [&full, &empty] {
+        outbox.run("VACUUM (ANALYZE) outbox").await;
+    }
+
+    let (mut in_full, mut in_empty) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        in_full.push(full.time_one_lease().await);
+        in_empty.push(empty.time_one_lease().await);
+    }
+    let (in_full, in_empty) = (median(in_full), median(in_empty));
+    let ratio = in_full.as_secs_f64() / in_empty.as_secs_f64();
+    println!(
+        "before parking {unparked:.1?}; parked in {parked:.1?}; medians {in_full:.2?} / {in_empty:.2?} = {ratio:.2}"
+    );
+    assert!(ratio < 2.0, "{in_full:?} instead of {in_empty:?}");
+}

@@ -1,0 +1,60 @@
+//! Counts what the relay does, for whoever asks over HTTP.
+
+use std::net::SocketAddr;
+
+use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
+
+use crate::settle::Settled;
+
+const EVENTS: &str = "outbox_relay_events_total";
+const DELIVERIES: &str = "outbox_relay_deliveries_total";
+const ROUTE_OPEN: &str = "outbox_relay_route_open";
+
+/// Serves the metrics of this process in the text format of Prometheus.
+///
+/// # Errors
+/// When the address cannot be listened on.
+pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
+    PrometheusBuilder::new().with_http_listener(address).install()?;
+    describe_counter!(
+        EVENTS,
+        "Leased events by what was done with them: handled (deleted), retried (an attempt spent), died, released (nothing \
+         known of them), lost (the lease had expired and another relay took them: nothing was done)"
+    );
+    describe_counter!(
+        DELIVERIES,
+        "Calls of a receiver by what became of them: answered, refused, outage, silent, barred"
+    );
+    describe_gauge!(
+        ROUTE_OPEN,
+        "1 while the receiver of the route takes deliveries, 0 while it is away or refuses this relay"
+    );
+    Ok(())
+}
+
+/// Makes a route's metrics exist before anything has happened: a rate cannot be taken of what is not there.
+pub(crate) fn register(route: &str) {
+    settled(route, &Settled::default());
+    for outcome in ["answered", "refused", "outage", "silent", "barred"] {
+        counter!(DELIVERIES, "route" => route.to_owned(), "outcome" => outcome).increment(0);
+    }
+    route_open(route, false);
+}
+
+pub(crate) fn delivered(route: &str, outcome: &'static str) {
+    counter!(DELIVERIES, "route" => route.to_owned(), "outcome" => outcome).increment(1);
+}
+
+pub(crate) fn settled(route: &str, settled: &Settled) {
+    let Settled { handled, retried, died, released, lost } = *settled;
+    let counts = [("handled", handled), ("retried", retried), ("died", died), ("released", released), ("lost", lost)];
+    for (outcome, events) in counts {
+        let events = u64::try_from(events).unwrap_or(u64::MAX);
+        counter!(EVENTS, "route" => route.to_owned(), "outcome" => outcome).increment(events);
+    }
+}
+
+pub(crate) fn route_open(route: &str, open: bool) {
+    gauge!(ROUTE_OPEN, "route" => route.to_owned()).set(if open { 1.0 } else { 0.0 });
+}

@@ -1,0 +1,106 @@
+//! Opens a route: asks its receiver whether it is up and remembers long enough, and brings its load back step by step.
+
+use std::time::Duration;
+
+use chassis::RunError;
+use tokio::time::timeout_at;
+use tracing::error;
+
+use crate::{
+    deliver::Description,
+    lease::Lease,
+    relay::{Carried, Round, Worker},
+    route::Turn,
+};
+
+/// Events in the first batch for a receiver that was away: few, since they are likely to come back. Each further batch is
+/// twice as large. The others wait meanwhile: a receiver that has just started is not met by all of the backlog at once,
+/// and if there is an event it does not survive, that is found here.
+const FIRST_BATCH: u32 = 8;
+
+impl Worker {
+    /// Works alone until the receiver has taken a full batch, or all there is; then opens the route for all.
+    ///
+    /// # Errors
+    /// When nothing may be delivered to this receiver at all.
+    pub(crate) async fn reopen(&mut self, mut turn: Turn<'_>) -> Result<Round, RunError> {
+        let shutdown = self.shutdown.clone();
+        match shutdown.run_until_cancelled(self.until_described(&mut turn)).await {
+            None => return Ok(Round::Idle),
+            Some(described) => described?,
+        }
+        if turn.is_first() {
+            turn.open();
+            return Ok(Round::Worked);
+        }
+        let mut asked = FIRST_BATCH.min(self.settings.batch);
+        loop {
+            match self.carry(asked, Some(&mut turn)).await {
+                Carried::NotLeased => return Ok(Round::Failed),
+                Carried::Stopped => return Ok(Round::Worked),
+                Carried::Through(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),
+                Carried::Through(events) if asked == self.settings.batch || events < asked as usize => {
+                    turn.open();
+                    self.wake.wake_another();
+                    return Ok(if events == 0 { Round::Idle } else { Round::Worked });
+                }
+                Carried::Through(_) => asked = asked.saturating_mul(2).min(self.settings.batch),
+            }
+        }
+    }
+
+    /// Waits until the receiver is up, for as long as there is time under the lease, and sees to it that what is left of
+    /// the lease is enough to judge an event by: one over which the receiver hangs is known by nothing but its time.
+    pub(crate) async fn is_ready(&mut self, turn: &mut Turn<'_>, lease: &mut Lease) -> bool {
+        let shutdown = self.shutdown.clone();
+        let waiting = timeout_at(lease.deliver_before(), self.until_described(turn));
+        // A receiver that is unfit is found to be so again, with nothing leased, by the next turn.
+        if !matches!(shutdown.run_until_cancelled(waiting).await, Some(Ok(Ok(())))) {
+            return false;
+        }
+        // Good for one delivery.
+        turn.described = false;
+        if !lease.is_worn() {
+            return true;
+        }
+        lease.renew(&self.database).await.unwrap_or_else(|cause| {
+            error!(%cause, "cannot renew a lease");
+            false
+        })
+    }
+
+    /// Waits until the receiver has described itself since the last delivery. An answer is all that is asked of it: it
+    /// tells a receiver that is up from one that is away, without an event that might be at fault.
+    async fn until_described(&mut self, turn: &mut Turn<'_>) -> Result<(), RunError> {
+        while !turn.described {
+            turn.pause().await;
+            match self.receiver.describe().await {
+                Description::Retention(retention) => {
+                    self.check_retention(retention)?;
+                    turn.described = true;
+                }
+                Description::Unknown(fault) => return Err(self.unfit(fault)),
+                Description::Away { reason, retry_after } => self.route.fail(&reason, retry_after),
+                Description::Barred { reason } => self.route.bar(&reason),
+            }
+        }
+        Ok(())
+    }
+
+    fn check_retention(&self, retention: Duration) -> Result<(), RunError> {
+        let hours = self.settings.max_age_hours;
+        if retention > Duration::from_secs(u64::from(hours) * 3600) {
+            return Ok(());
+        }
+        Err(self.unfit(&format!(
+            "remembers for {} h what it has applied, and this relay delivers events up to {hours} h old, which would be \
+             applied twice: lengthen the receiver's retention, or shorten --max-age-hours (RELAY_MAX_AGE_HOURS)",
+            retention.as_secs_f64() / 3600.0
+        )))
+    }
+
+    fn unfit(&self, fault: &str) -> RunError {
+        let route = self.route.settings();
+        RunError::Unusable(format!("route {}: the receiver at {} {fault}", route.pattern, route.receiver))
+    }
+}

@@ -1,0 +1,112 @@
+//! What a relay asks a receiver before it delivers, and the age beyond which it delivers nothing.
+
+use std::time::Duration;
+
+use chassis::RunError;
+use tokio::time::timeout;
+use tonic::Code;
+
+use crate::{
+    binary::Binary,
+    outbox::Outbox,
+    receiver::{Receiver, Reply},
+    relay::Relay,
+    wait::{AMPLE, until},
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+#[tokio::test]
+async fn nothing_is_delivered_before_the_receiver_has_described_itself() {
+    let outbox = Outbox::create().await;
+    outbox.insert_unrelated(30).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.describe(|| Err(Code::Unavailable));
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    receiver.wait("it is asked again", |log| log.described >= 3).await;
+    outbox.wait_for_route_state("DOWN").await;
+    assert!(receiver.read(|log| log.deliveries.is_empty()));
+    assert!(outbox.rows().await.iter().all(|row| row.lease_token.is_none() && row.visible), "nothing is leased");
+
+    receiver.describe(|| Ok(Some(145 * HOUR)));
+    outbox.wait_until_empty().await;
+    outbox.wait_for_route_state("OPEN").await;
+    relay.stop().await;
+    assert_eq!(outbox.route_states().await, [], "it takes its name off");
+}
+
+/// How a relay ends whose receiver says this.
+async fn end_with(description: Result<Option<Duration>, Code>) -> String {
+    let outbox = Outbox::create().await;
+    outbox.insert_one().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.describe(move || description);
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    let refusal = relay.end().await.unwrap_err();
+    assert!(matches!(refusal, RunError::Unusable(_)), "{refusal:?}");
+    assert!(receiver.read(|log| log.deliveries.is_empty()));
+    refusal.to_string()
+}
+
+#[tokio::test]
+async fn it_refuses_a_receiver_that_forgets_before_its_events_are_too_old_and_says_what_to_do() {
+    let message = end_with(Ok(Some(144 * HOUR))).await;
+    for part in ["route *", "http://127.0.0.1:", "for 144 h", "up to 144 h", "RELAY_MAX_AGE_HOURS"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert!(end_with(Ok(Some(HOUR / 2))).await.contains("for 0.5 h"));
+}
+
+#[tokio::test]
+async fn it_refuses_a_receiver_that_does_not_say_how_long_it_remembers() {
+    assert!(end_with(Ok(None)).await.contains("route *: the receiver at http://127.0.0.1:"));
+    assert!(end_with(Err(Code::Unimplemented)).await.contains("does not implement"));
+}
+
+#[tokio::test]
+async fn a_receiver_that_comes_back_with_a_shorter_memory_is_refused_before_anything_is_delivered() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_for_a_later_event().await;
+    receiver.describe(|| Ok(Some(HOUR)));
+    receiver.follow(|_| Reply::Refuse(Code::Unavailable));
+    let event_id = outbox.insert_one().await;
+    let refusal = relay.end().await.unwrap_err();
+    assert!(matches!(refusal, RunError::Unusable(_)), "{refusal:?}");
+    let row = outbox.row(event_id).await.unwrap();
+    assert!(row.attempts == 0 && row.lease_token.is_none(), "{row:?}");
+    assert_eq!(receiver.read(|log| log.times(event_id)), 1, "that found it away");
+}
+
+#[tokio::test]
+async fn the_process_ends_with_code_1_and_one_line_when_it_may_not_deliver() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.describe(|| Ok(Some(HOUR)));
+    let mut binary = Binary::start(&outbox, &receiver, &[]);
+    let status = timeout(AMPLE, binary.process.wait()).await.expect("it ends").unwrap();
+    let last = binary.process.log_tail(1);
+    assert_eq!(status.code(), Some(1), "{last}");
+    assert!(last.starts_with("error: route *: the receiver at "), "{last}");
+}
+
+#[tokio::test]
+async fn an_event_that_is_too_old_is_not_delivered_but_kept_as_dead_with_the_reason() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    sqlx::query("UPDATE outbox SET created_at = now() - interval '61 minutes' WHERE event_id = $1")
+        .bind(ids[1])
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--max-age-hours", "1"]).await;
+    let dead = outbox.wait_for_dead(1).await;
+    until("the others are delivered", async || outbox.count().await == 1).await;
+    relay.stop().await;
+    let dead = dead.into_iter().find(|row| row.dead).unwrap();
+    assert_eq!(dead.event_id, ids[1]);
+    assert!(dead.last_error.as_ref().unwrap().starts_with("EXPIRED: older than 1 h"), "{dead:?}");
+    assert_eq!(receiver.read(|log| log.times(ids[1])), 0);
+}

@@ -1,0 +1,99 @@
+//! An event that the receiver does not survive: found, charged, and in the end dead, while all others arrive.
+
+use std::net::SocketAddr;
+
+use tonic::Code;
+use uuid::Uuid;
+
+use crate::{
+    line::Line,
+    outbox::Outbox,
+    receiver::{Receiver, Reply, id_of},
+    relay::Relay,
+    wait::until,
+};
+
+/// Fills an outbox, has the receiver fail over the events in the places `fatal`, and waits until these are dead and all
+/// others delivered: charged twice, each of them, and nobody else ever.
+async fn only_the_fatal_are_charged(
+    events: usize,
+    fatal: &[usize],
+    flags: &[&str],
+    fail_over: impl AsyncFnOnce(&Receiver, Vec<Uuid>) -> SocketAddr,
+) {
+    let outbox = Outbox::create().await;
+    outbox.record_charges().await;
+    let ids = outbox.insert_unrelated(events).await;
+    let fatal: Vec<_> = fatal.iter().map(|place| ids[*place]).collect();
+    let receiver = Receiver::start(Reply::apply).await;
+    let address = fail_over(&receiver, fatal.clone()).await;
+    let flags: Vec<_> = ["--attempts", "2", "--back-off-ms", "50"].iter().chain(flags).copied().collect();
+    let relay = Relay::start(&outbox, address, &flags).await;
+    let dead = outbox.wait_for_dead(fatal.len()).await;
+    until("all others are delivered", async || outbox.rows().await.len() == fatal.len()).await;
+    relay.stop().await;
+
+    assert!(dead.iter().all(|row| !row.dead || fatal.contains(&row.event_id)));
+    for row in outbox.rows().await {
+        assert_eq!((row.dead, row.attempts, row.lease_token), (true, 2, None));
+        assert!(row.last_error.as_ref().unwrap().starts_with("NO_REPLY: "), "{row:?}");
+    }
+    let mut charges = outbox.charges().await;
+    charges.sort_unstable();
+    let twice: Vec<_> = fatal.iter().flat_map(|event_id| [*event_id; 2]).collect();
+    assert_eq!(charges, twice);
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) > 0)));
+}
+
+/// Breaks the line over each batch with a fatal event.
+async fn break_off(receiver: &Receiver, fatal: Vec<Uuid>) -> SocketAddr {
+    let line = Line::to("127.0.0.1", receiver.address.port()).await;
+    let cut = line.cutter();
+    let address = line.address;
+    receiver.follow(move |events| {
+        // Holds the line for as long as it may be called, and so to the end of the test.
+        let _ = &line;
+        if events.iter().any(|event| fatal.contains(&id_of(event))) {
+            cut();
+            return Reply::never();
+        }
+        Reply::apply(events)
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_on_which_the_receiver_breaks_off_ends_dead_and_all_others_arrive() {
+    only_the_fatal_are_charged(300, &[137], &[], break_off).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_events_on_which_the_receiver_breaks_off_end_dead_and_all_others_arrive() {
+    only_the_fatal_are_charged(300, &[0, 1, 2, 150, 299], &[], break_off).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_over_which_the_receiver_hangs_ends_dead_and_all_others_arrive() {
+    only_the_fatal_are_charged(300, &[137], &["--lease-seconds", "2"], async |receiver, fatal| {
+        receiver.follow(move |events| match events.iter().any(|event| fatal.contains(&id_of(event))) {
+            true => Reply::never(),
+            false => Reply::apply(events),
+        });
+        receiver.address
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_event_for_which_the_receiver_cancels_the_call_ends_dead_and_all_others_arrive() {
+    for code in [Code::Cancelled, Code::DeadlineExceeded] {
+        only_the_fatal_are_charged(30, &[7], &[], async |receiver, fatal| {
+            receiver.follow(move |events| match events.iter().any(|event| fatal.contains(&id_of(event))) {
+                true => Reply::Refuse(code),
+                false => Reply::apply(events),
+            });
+            receiver.address
+        })
+        .await;
+    }
+}

@@ -1,0 +1,106 @@
+//! Which events go where, and that one way does not hold up another.
+
+use std::{net::SocketAddr, time::Duration};
+
+use harness::processes::free_port;
+use uuid::Uuid;
+
+use crate::{
+    outbox::{NewEvent, Outbox},
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+async fn start(outbox: &Outbox, routes: &[(&str, SocketAddr)]) -> Relay {
+    let routes: Vec<_> = routes.iter().map(|(pattern, address)| format!("{pattern}=http://{address}")).collect();
+    let routes: Vec<_> = routes.iter().map(String::as_str).collect();
+    Relay::start_with_routes(&outbox.relay_url(), &routes, &[]).await
+}
+
+fn sorted(mut ids: Vec<Uuid>) -> Vec<Uuid> {
+    ids.sort_unstable();
+    ids
+}
+
+#[tokio::test]
+async fn an_event_goes_the_first_way_that_takes_it_and_stays_if_there_is_none() {
+    let outbox = Outbox::create().await;
+    let exact = outbox.insert_of_type("orders.v1.OrderCreated", 150).await;
+    let prefix = outbox.insert_of_type("orders.v1.OrderCancelled", 150).await;
+    let stray = outbox.insert_of_type("orders_v1.OrderCreated", 1).await;
+    let other = outbox.insert_of_type("order_svc.v1.Moved", 1).await;
+    let almost = outbox.insert_of_type("order-svc.v1.Moved", 1).await;
+    let (first, second) = (Receiver::start(Reply::apply).await, Receiver::start(Reply::apply).await);
+    let routes =
+        [("orders.v1.OrderCreated", first.address), ("orders.v1.*", second.address), ("order_svc.*", second.address)];
+    let relay = start(&outbox, &routes).await;
+    until("all but the strays are delivered", async || outbox.count().await == 2).await;
+    outbox.insert_of_type("orders.v1.OrderCreated", 1).await;
+    until("another look", async || outbox.count().await == 2).await;
+    let states: Vec<_> = outbox.route_states().await;
+    relay.stop().await;
+
+    assert_eq!(sorted(first.read(Log::ids))[..150], exact);
+    assert_eq!(sorted(second.read(Log::ids)), sorted([prefix, other].concat()));
+    let left: Vec<_> = outbox.rows().await.iter().map(|row| row.event_id).collect();
+    assert_eq!(left, sorted([stray, almost].concat()));
+    assert_eq!(states.iter().map(|(route, _)| &**route).collect::<Vec<_>>().len(), 3);
+}
+
+#[tokio::test]
+async fn a_receiver_that_is_away_does_not_hold_up_another() {
+    let outbox = Outbox::create().await;
+    outbox.insert_of_type("a.v1.Happened", 300).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let away = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+    let relay = start(&outbox, &[("a.*", away), ("*", receiver.address)]).await;
+    let ids = outbox.insert_of_type("b.v1.Happened", 300).await;
+    until("all of the other's are delivered", async || outbox.count().await == 300).await;
+    let expected = [("*".to_owned(), "OPEN".to_owned()), ("a.*".to_owned(), "DOWN".to_owned())];
+    until("both routes are announced", async || outbox.route_states().await == expected).await;
+    relay.stop().await;
+    assert_eq!(sorted(receiver.read(Log::ids)), ids);
+    assert!(outbox.rows().await.iter().all(|row| row.attempts == 0 && row.visible));
+}
+
+#[tokio::test]
+async fn the_order_of_an_aggregate_holds_though_its_events_go_different_ways() {
+    let outbox = Outbox::create().await;
+    let aggregate_id = Uuid::new_v4();
+    let events = [NewEvent::of(aggregate_id, 1), NewEvent::of(aggregate_id, 2)];
+    outbox.insert(&events).await;
+    sqlx::query("UPDATE outbox SET event_type = 'b.v1.Happened' WHERE sequence = 2")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let (first, second) = (Receiver::start(Reply::apply).await, Receiver::start(Reply::apply).await);
+    first.describe(|| Err(tonic::Code::Unavailable));
+    let relay = start(&outbox, &[("test.*", first.address), ("b.*", second.address)]).await;
+    let other = outbox.insert_of_type("b.v1.Happened", 1).await;
+    outbox.wait_until_gone(other[0]).await;
+    assert_eq!(second.read(Log::ids), other, "the second event waits for the first");
+    first.describe(|| Ok(Some(Duration::from_secs(7 * 24 * 3600))));
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert_eq!(second.read(Log::ids), [other[0], events[1].event_id]);
+}
+
+#[tokio::test]
+async fn while_the_outbox_is_paused_nothing_is_leased_from_it() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = start(&outbox, &[("*", receiver.address)]).await;
+    outbox.wait_for_a_later_event().await;
+    let pause = "INSERT INTO outbox_pause (paused_by, reason) VALUES ('ann', 'to see')";
+    sqlx::query(pause).execute(&outbox.pool).await.unwrap();
+    let ids = outbox.insert_unrelated(10).await;
+    let passed = "SELECT extract(epoch FROM max(seen_at) - min(paused_at))::bigint FROM outbox_routes, outbox_pause";
+    let seen = async || sqlx::query_scalar::<_, i64>(passed).fetch_one(&outbox.pool).await.unwrap();
+    until("the relay has looked for two seconds", async || seen().await >= 2).await;
+    assert!(outbox.rows().await.iter().all(|row| row.lease_token.is_none() && row.visible));
+    sqlx::query("DELETE FROM outbox_pause").execute(&outbox.pool).await.unwrap();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 1)));
+}

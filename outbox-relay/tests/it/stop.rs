@@ -1,0 +1,55 @@
+//! A relay that is stopped in the midst of a delivery, longer than its lease lasts, and then goes on.
+
+use rustix::process::Signal;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    binary::Binary,
+    outbox::Outbox,
+    receiver::{Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+#[tokio::test]
+async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_what_it_lost() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    let (first, second) = (CancellationToken::new(), CancellationToken::new());
+    let (first_held, second_held) = (first.clone(), second.clone());
+    let mut deliveries = 0;
+    let receiver = Receiver::start(move |events| {
+        deliveries += 1;
+        // The first is answered while its relay is stopped, so that it finds the answer when it goes on.
+        Reply::apply(events).held(if deliveries == 1 { &first_held } else { &second_held })
+    })
+    .await;
+    let stopped = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "2", "--attempts", "1"]);
+    receiver.wait_for_deliveries(1).await;
+    stopped.process.signal(Signal::STOP).unwrap();
+    first.cancel();
+    let other = Relay::start(&outbox, receiver.address, &["--workers", "1", "--attempts", "1"]).await;
+    receiver.wait_for_deliveries(2).await;
+    let leased = outbox.rows().await;
+    assert!(leased.iter().all(|row| row.lease_token.is_some() && !row.visible));
+
+    stopped.process.signal(Signal::CONT).unwrap();
+    until("it counts what it lost", async || stopped.events("lost").await == 3).await;
+    assert_eq!(outbox.rows().await, leased, "the relay that lost its lease has changed something");
+    let log = std::fs::read_to_string(stopped.log_file()).unwrap();
+    assert!(log.contains("lease lost: another relay has these events"), "{log}");
+    let page = stopped.metrics().await;
+    assert!(
+        page.contains("outbox_relay_deliveries_total{") && page.contains("# HELP outbox_relay_events_total"),
+        "{page}"
+    );
+    assert!(page.contains("outbox_relay_route_open{route=\"*\"}"), "{page}");
+    for outcome in ["handled", "retried", "died", "released"] {
+        assert_eq!(stopped.events(outcome).await, 0, "{outcome}");
+    }
+
+    second.cancel();
+    outbox.wait_until_empty().await;
+    other.stop().await;
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)), "delivered again, once");
+}
