@@ -23,12 +23,16 @@ pub(crate) struct Binary {
 
 impl Binary {
     pub(crate) fn start(outbox: &Outbox, receiver: &Receiver, flags: &[&str]) -> Self {
+        Self::start_on_route(outbox, &format!("*=http://{}", receiver.address), flags)
+    }
+
+    pub(crate) fn start_on_route(outbox: &Outbox, route: &str, flags: &[&str]) -> Self {
         let log = std::env::temp_dir().join(format!("outbox-relay-{}", Uuid::new_v4().simple()));
         let metrics = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
-        let (database, route) = (outbox.relay_url(), format!("*=http://{}", receiver.address));
+        let database = outbox.relay_url();
         let given = ["serve", "--listen", "127.0.0.1:0", "--poll-ms", "50", "--source", "orders"];
         let listen = metrics.to_string();
-        let peers = ["--database-url", &database, "--route", &route, "--metrics-listen", &listen];
+        let peers = ["--database-url", &database, "--route", route, "--metrics-listen", &listen];
         let arguments = given.into_iter().chain(peers).chain(flags.iter().copied());
         let program = Path::new(env!("CARGO_BIN_EXE_outbox-relay"));
         let process = Process::spawn("outbox-relay", program, arguments, [("RUST_LOG", "info")], &log).unwrap();

@@ -125,28 +125,39 @@ async fn a_receiver_that_does_not_let_the_relay_deliver_is_asked_rarely_and_cost
     tokio::join!(bar_with(Code::Unimplemented), bar_with(Code::PermissionDenied), bar_with(Code::Unauthenticated));
 }
 
-#[tokio::test]
-async fn a_connection_that_breaks_during_the_call_costs_nothing() {
+/// Breaks the line over the first `cuts` deliveries.
+async fn break_connections(events: usize, cuts: usize) {
     let outbox = Outbox::create().await;
     outbox.record_charges().await;
-    let ids = outbox.insert_unrelated(30).await;
+    let ids = outbox.insert_unrelated(events).await;
     let receiver = Receiver::start(Reply::apply).await;
     let line = Line::to("127.0.0.1", receiver.address.port()).await;
     let cut = line.cutter();
-    let mut cuts = 0;
+    let mut deliveries = 0;
     receiver.follow(move |events| {
-        cuts += 1;
-        if cuts <= 2 {
+        deliveries += 1;
+        if deliveries <= cuts {
             cut();
             return Reply::never();
         }
         Reply::apply(events)
     });
-    let relay = Relay::start(&outbox, line.address, &NO_SECOND_CHANCE).await;
+    let relay = Relay::start(&outbox, line.address, &["--attempts", "1", "--workers", "1"]).await;
     outbox.wait_until_empty_within(RECOVERY).await;
     relay.stop().await;
     assert_all_arrived(&receiver, &ids, "the connection broke");
     assert_eq!(outbox.charges().await, Vec::<Uuid>::new());
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_during_the_call_costs_nothing() {
+    // Once while the route is open, and once more in the turn that follows.
+    break_connections(30, 2).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_over_a_single_event_costs_nothing_while_the_route_is_open() {
+    break_connections(1, 1).await;
 }
 
 #[tokio::test]

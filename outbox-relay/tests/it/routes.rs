@@ -6,6 +6,7 @@ use harness::processes::free_port;
 use uuid::Uuid;
 
 use crate::{
+    binary::Binary,
     outbox::{NewEvent, Outbox},
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -46,6 +47,24 @@ async fn an_event_goes_the_first_way_that_takes_it_and_stays_if_there_is_none() 
     let left: Vec<_> = outbox.rows().await.iter().map(|row| row.event_id).collect();
     assert_eq!(left, sorted([stray, almost].concat()));
     assert_eq!(states.iter().map(|(route, _)| &**route).collect::<Vec<_>>().len(), 3);
+}
+
+#[tokio::test]
+async fn events_that_no_way_takes_are_warned_about() {
+    let outbox = Outbox::create().await;
+    outbox.insert_of_type("orders.v2.OrderCreated", 3).await;
+    outbox.insert_of_type("orders.v1.OrderCreated", 1).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Binary::start_on_route(&outbox, &format!("orders.v1.*=http://{}", receiver.address), &[]);
+    let log = || std::fs::read_to_string(relay.log_file()).unwrap();
+    until("there is a warning", async || log().contains("no route of this relay takes these events")).await;
+    let log = log();
+    let warnings: Vec<_> = log.lines().filter(|line| line.contains("no route of this relay")).collect();
+    assert!(warnings.len() == 1, "{warnings:?}");
+    assert!(
+        warnings[0].contains("\"orders.v2.OrderCreated\",\"events\":3") && warnings[0].contains("WARN"),
+        "{warnings:?}"
+    );
 }
 
 #[tokio::test]

@@ -64,6 +64,30 @@ async fn an_expired_lease_is_taken_over_and_what_the_old_holder_releases_stays_l
 }
 
 #[tokio::test]
+async fn a_worker_that_has_lost_its_lease_while_it_looks_for_a_culprit_renews_nothing_and_delivers_no_more_of_it() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    let receiver = Receiver::start(|_| Reply::never()).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "2"]).await;
+    // Once while the route was open, and once in the turn that follows, from which on the worker goes one by one.
+    receiver.wait_for_deliveries(2).await;
+    sqlx::query("UPDATE outbox SET lease_token = gen_random_uuid(), visible_at = now() + interval '1 hour'")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let leased = outbox.rows().await;
+    receiver.follow(Reply::apply);
+    let later = outbox.insert_one().await;
+    outbox.wait_until_gone(later).await;
+    relay.stop().await;
+
+    assert_eq!(outbox.rows().await, leased, "the holder that lost its lease has changed something");
+    let renewed = "SELECT count(*) FROM outbox WHERE visible_at < now() + interval '30 minutes'";
+    assert_eq!(sqlx::query_scalar::<_, i64>(renewed).fetch_one(&outbox.pool).await.unwrap(), 0);
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)), "delivered no more");
+}
+
+#[tokio::test]
 async fn a_settle_after_expiry_holds_when_nobody_took_the_events() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
