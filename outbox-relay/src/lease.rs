@@ -53,7 +53,7 @@ impl Terms {
             like: route.like(),
             unlike: earlier.iter().map(RouteSettings::like).collect(),
             lease_seconds: settings.lease_seconds,
-            max_age_hours: settings.max_age_hours,
+            max_age_hours: settings.max_age.max_age_hours,
         }
     }
 }

@@ -3,11 +3,13 @@
 
 mod announce;
 mod deliver;
+mod grpc;
 mod lease;
 #[cfg(test)]
 mod lease_time;
 mod maintain;
 mod measure;
+pub mod operate;
 mod park;
 mod relay;
 mod reopen;
@@ -19,13 +21,23 @@ use std::{net::SocketAddr, time::Duration};
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
+use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::{info, warn};
 
-use crate::{deliver::Receiver, lease::Terms, maintain::Maintenance, relay::Worker, route::Route, wake::Wake};
+use crate::{
+    deliver::Receiver,
+    grpc::Admin,
+    lease::Terms,
+    maintain::Maintenance,
+    operate::{Descriptors, MaxAge},
+    relay::Worker,
+    route::Route,
+    wake::Wake,
+};
 
 pub use crate::route::RouteSettings;
 
@@ -68,13 +80,15 @@ pub struct Settings {
     /// Milliseconds any back-off of an event lasts at most.
     #[arg(long, env = "RELAY_BACK_OFF_MAX_MS", default_value_t = 60_000, value_parser = clap::value_parser!(u32).range(1..=86_400_000))]
     pub back_off_max_ms: u32,
-    /// Hours after which an event is not delivered any more, whatever became of it until then. Receivers have to remember
-    /// for longer what they have applied.
-    #[arg(long, env = "RELAY_MAX_AGE_HOURS", default_value_t = 144, value_parser = clap::value_parser!(u32).range(1..=87_600))]
-    pub max_age_hours: u32,
+    /// How old an event may be.
+    #[command(flatten)]
+    pub max_age: MaxAge,
     /// Address to serve metrics on, over HTTP in the text format of Prometheus; none are served without it.
     #[arg(long, env = "RELAY_METRICS_LISTEN")]
     pub metrics_listen: Option<SocketAddr>,
+    /// Descriptors of your own events, so that RelayAdmin can show them: an encoded FileDescriptorSet with all imports.
+    #[arg(long, env = "RELAY_DESCRIPTORS", value_name = "FILE")]
+    pub descriptors: Option<Descriptors>,
     /// Use of the database.
     #[command(flatten)]
     pub database: DatabaseSettings,
@@ -98,7 +112,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     };
     chassis::check_schema(&database, &MIGRATORS).await?;
     let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
-    let services = Services { routes: Routes::default(), names: &[], descriptors: proto::DESCRIPTORS };
+    let admin =
+        Admin { database: database.clone(), descriptors: settings.descriptors.clone(), max_age: settings.max_age };
+    let routes = Routes::new(RelayAdminServer::new(admin));
+    let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     let ended = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
     info!("outbox-relay ended");

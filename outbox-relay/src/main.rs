@@ -3,9 +3,10 @@
 use std::{net::SocketAddr, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use outbox_relay::Settings;
+use outbox_relay::{Settings, operate};
 
-/// Delivers the events of an outbox to the service that receives them, each at least once and in order per aggregate.
+/// Delivers the events of an outbox to the service that receives them, each at least once and in order per aggregate;
+/// shows what is in the outbox, and lets an operator decide about what could not be delivered.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
@@ -17,6 +18,8 @@ struct Cli {
 enum Command {
     /// Relay until SIGTERM or Ctrl-C.
     Serve(Box<Settings>),
+    #[command(flatten)]
+    Operate(Box<operate::Command>),
     /// Exit with 0 if the process listening on the address works, with 1 otherwise.
     Healthcheck {
         /// Address of the process.
@@ -28,17 +31,19 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = chassis::parse::<Cli>();
-    chassis::log_to_stdout();
     chassis::exit_code(run(cli.command).await)
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(settings) => {
+            chassis::log_to_stdout();
             let shutdown = chassis::shutdown_signal()?;
             let listener = chassis::bind(settings.listen).await?;
             outbox_relay::run(listener, *settings, shutdown).await?;
         }
+        // No logs: stdout is for the answer.
+        Command::Operate(command) => operate::run(*command).await?,
         Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
     }
     Ok(())

@@ -107,7 +107,7 @@ impl Worker {
     /// What is known before anything is delivered: what is too old dies, undelivered, since the receiver may have
     /// forgotten that it has applied it long ago.
     fn verdicts_of_age(&self, lease: &Lease) -> Vec<Verdict> {
-        let hours = self.settings.max_age_hours;
+        let hours = self.settings.max_age.max_age_hours;
         let too_old = || Verdict::Dead(format!("EXPIRED: older than {hours} h, the most for an event to be delivered"));
         lease.rows.iter().map(|row| if row.expired { too_old() } else { Verdict::Release }).collect()
     }

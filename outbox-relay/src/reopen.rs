@@ -88,7 +88,7 @@ impl Worker {
     }
 
     fn check_retention(&self, retention: Duration) -> Result<(), RunError> {
-        let hours = self.settings.max_age_hours;
+        let hours = self.settings.max_age.max_age_hours;
         if retention > Duration::from_secs(u64::from(hours) * 3600) {
             return Ok(());
         }

@@ -25,5 +25,13 @@ pub mod orders {
     }
 }
 
+/// Operating a relay.
+pub mod relay {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("relay.v1");
+    }
+}
+
 /// The encoded `FileDescriptorSet` of the whole contract with its imports, for server reflection.
 pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("descriptors");

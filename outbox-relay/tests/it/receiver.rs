@@ -154,10 +154,6 @@ struct Service(Arc<State>);
 
 #[async_trait]
 impl EventReceiver for Service {
-    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        Ok(Response::new(DescribeResponse::default()))
-    }
-
     async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
         let has_deadline = request.metadata().contains_key("grpc-timeout");
         let events = request.into_inner().events;

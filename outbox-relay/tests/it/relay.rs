@@ -19,6 +19,7 @@ struct Cli {
 
 /// A running relay. Told to stop when it is dropped.
 pub(crate) struct Relay {
+    pub(crate) address: SocketAddr,
     shutdown: CancellationToken,
     task: JoinHandle<Result<(), RunError>>,
 }
@@ -39,9 +40,10 @@ impl Relay {
         let arguments = given.into_iter().chain(routes).chain(flags.iter().copied());
         let settings = Cli::try_parse_from(arguments).unwrap().settings;
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(outbox_relay::run(listener, settings, shutdown.clone()));
-        Self { shutdown, task }
+        Self { address, shutdown, task }
     }
 
     pub(crate) fn shut_down(&self) {

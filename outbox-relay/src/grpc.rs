@@ -1,0 +1,191 @@
+//! An operator's powers as gRPC: requests in, answers out, and the only place that makes a `Status`.
+
+use std::collections::BTreeSet;
+
+use chassis::{Database, Fields, PAGE_SIZE_MAX, Refuse, Work};
+use proto::relay::v1::{
+    DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetStatusRequest,
+    ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest,
+    RequeueDeadEventsResponse, ResumeRequest, relay_admin_server::RelayAdmin,
+};
+use sqlx::PgConnection;
+use tokio::time::sleep;
+use tonic::{Code, Request, Response, Status};
+use uuid::Uuid;
+
+use crate::operate::{
+    self, Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, Reason, SAMPLE, Which, check_text,
+    list_dead, read_status, read_totals, show_dead,
+};
+
+const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
+
+/// Events that one request may name.
+const EVENT_IDS_MAX: usize = 1000;
+/// Bytes of a message. It travels in the headers, of which clients take 16 KiB at most.
+const MESSAGE_BYTES_MAX: usize = 4 * 1024;
+
+/// `relay.v1.RelayAdmin`.
+pub(crate) struct Admin {
+    pub(crate) database: Database,
+    pub(crate) descriptors: Option<Descriptors>,
+    pub(crate) max_age: MaxAge,
+}
+
+#[tonic::async_trait]
+impl RelayAdmin for Admin {
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<OutboxStatus>, Status> {
+        let earlier = self.run(|connection| Box::pin(async { Ok(read_totals(connection).await?) })).await?;
+        // Without a connection, which others may want.
+        sleep(SAMPLE).await;
+        self.run(move |connection| Box::pin(async move { Ok(read_status(connection, &earlier).await?.0) }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn list_dead_events(
+        &self,
+        request: Request<ListDeadEventsRequest>,
+    ) -> Result<Response<ListDeadEventsResponse>, Status> {
+        let page = read_page(request.into_inner())?;
+        self.run(move |connection| Box::pin(async move { Ok(list_dead(connection, &page).await?) }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_dead_event(
+        &self,
+        request: Request<GetDeadEventRequest>,
+    ) -> Result<Response<DeadEventContent>, Status> {
+        let mut fields = Fields::default();
+        let event_id = fields.uuid("event_id", &request.into_inner().event_id);
+        let event_id = fields.finish(event_id).map_err(|bad| REFUSE.invalid("INVALID_EVENT_ID", bad))?;
+        let descriptors = self.descriptors.clone();
+        self.run(move |connection| Box::pin(async move { show_dead(connection, event_id, descriptors.as_ref()).await }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn requeue_dead_events(
+        &self,
+        request: Request<RequeueDeadEventsRequest>,
+    ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
+        let (which, max_age) = (read_which(request.into_inner())?, self.max_age);
+        self.run(move |connection| Box::pin(async move { operate::requeue(connection, &which, max_age).await }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn discard_dead_event(
+        &self,
+        request: Request<DiscardDeadEventRequest>,
+    ) -> Result<Response<DiscardDeadEventResponse>, Status> {
+        let DiscardDeadEventRequest { event_id, discarded_by, reason } = request.into_inner();
+        let mut fields = Fields::default();
+        let event_id = fields.uuid("event_id", &event_id);
+        let by = read_text(&mut fields, "discarded_by", &discarded_by, NAME_CHARS);
+        let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
+        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_DISCARD", bad))?;
+        self.run(move |connection| Box::pin(async move { operate::discard(connection, event_id, &by, &reason).await }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<OutboxPause>, Status> {
+        let PauseRequest { paused_by, reason } = request.into_inner();
+        let mut fields = Fields::default();
+        let by = read_text(&mut fields, "paused_by", &paused_by, NAME_CHARS);
+        let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
+        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_PAUSE", bad))?;
+        self.run(move |connection| Box::pin(async move { operate::pause(connection, &by, &reason).await }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<OutboxPause>, Status> {
+        self.run(|connection| Box::pin(operate::resume(connection))).await.map(Response::new)
+    }
+}
+
+impl Admin {
+    async fn run<T, W>(&self, work: W) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, OperateError> + Send + 'static,
+    {
+        self.database.run(work).await.map_err(|error| refuse(&error))
+    }
+}
+
+fn refuse(error: &OperateError) -> Status {
+    let (code, reason) = match error {
+        OperateError::Database(cause) => return REFUSE.database(cause),
+        OperateError::AlreadyPaused(_) => (Code::FailedPrecondition, "ALREADY_PAUSED"),
+        OperateError::NotPaused => (Code::FailedPrecondition, "NOT_PAUSED"),
+        // Of several events, the reason is that of the first; the message tells each one's.
+        OperateError::NotApplicable(events) => match events.first().map(|event| &event.reason) {
+            Some(Reason::TooOld { .. }) => (Code::FailedPrecondition, "EVENT_TOO_OLD"),
+            Some(Reason::NotDead { .. }) => (Code::FailedPrecondition, "EVENT_NOT_DEAD"),
+            Some(Reason::Unknown | Reason::Discarded { .. }) | None => (Code::NotFound, "EVENT_NOT_FOUND"),
+        },
+    };
+    let mut message = error.to_string();
+    if message.len() > MESSAGE_BYTES_MAX {
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+        message.push('…');
+    }
+    REFUSE.with(code, reason, message)
+}
+
+fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
+    let ListDeadEventsRequest { page_size, page_token, r#type } = request;
+    let mut fields = Fields::default();
+    let size = chassis::page_size(page_size).unwrap_or_else(|| {
+        fields.refuse("page_size", format!("must be from 0 to {PAGE_SIZE_MAX}, and is {page_size}"));
+        0
+    });
+    let event_type = read_type(&mut fields, &r#type);
+    let list = Page::list(event_type.as_deref());
+    let before = match page_token.as_str() {
+        "" => Uuid::max(),
+        token => {
+            let last = chassis::decode_page_token(&list, token).and_then(|id| Uuid::try_parse(&id).ok());
+            last.unwrap_or_else(|| {
+                fields.refuse("page_token", "must be a next_page_token that this call gave for the same type");
+                Uuid::max()
+            })
+        }
+    };
+    fields.finish(Page { size, before, event_type }).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
+}
+
+fn read_which(request: RequeueDeadEventsRequest) -> Result<Which, Status> {
+    let RequeueDeadEventsRequest { event_ids, all, r#type } = request;
+    let mut fields = Fields::default();
+    if all != event_ids.is_empty() {
+        fields.refuse("event_ids", "must name events, or be empty where `all` is set");
+    }
+    if event_ids.len() > EVENT_IDS_MAX {
+        fields.refuse("event_ids", format!("must be at most {EVENT_IDS_MAX}, and are {}", event_ids.len()));
+    }
+    if !all && !r#type.is_empty() {
+        fields.refuse("type", "must be empty unless `all` is set");
+    }
+    let event_type = read_type(&mut fields, &r#type);
+    let numbered = event_ids.iter().take(EVENT_IDS_MAX).enumerate();
+    // In a set, since each is to be requeued once.
+    let ids: BTreeSet<_> = numbered.map(|(index, id)| fields.uuid(format!("event_ids[{index}]"), id)).collect();
+    let which = if all { Which::All { event_type } } else { Which::Named(ids.into_iter().collect()) };
+    fields.finish(which).map_err(|bad| REFUSE.invalid("INVALID_REQUEUE", bad))
+}
+
+fn read_type(fields: &mut Fields, text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| read_text(fields, "type", text, NAME_CHARS))
+}
+
+fn read_text(fields: &mut Fields, name: &str, text: &str, chars: std::ops::RangeInclusive<usize>) -> String {
+    check_text(text, chars).unwrap_or_else(|description| {
+        fields.refuse(name, description);
+        String::new()
+    })
+}

@@ -1,0 +1,105 @@
+//! Lists dead events, page by page.
+
+use proto::relay::v1::{DeadEvent, ListDeadEventsResponse};
+use sqlx::{PgConnection, types::time::OffsetDateTime};
+use uuid::Uuid;
+
+/// A page to be read.
+#[derive(Clone, Debug)]
+pub(crate) struct Page {
+    pub(crate) size: u16,
+    /// The last event of the page before; the newest there can be, for the first page.
+    pub(crate) before: Uuid,
+    /// Only events of this type, if it is given.
+    pub(crate) event_type: Option<String>,
+}
+
+impl Page {
+    /// What its page tokens are good for.
+    pub(crate) fn list(event_type: Option<&str>) -> String {
+        format!("dead {}", event_type.unwrap_or_default())
+    }
+}
+
+/// A dead row, without what it carries.
+pub(super) struct DeadRow {
+    pub(super) event_id: Uuid,
+    pub(super) event_type: String,
+    pub(super) aggregate_id: Uuid,
+    pub(super) sequence: i32,
+    pub(super) attempts: i32,
+    pub(super) created_at: OffsetDateTime,
+    pub(super) age_seconds: f64,
+    pub(super) reason: String,
+    pub(super) held_back: i64,
+}
+
+impl From<DeadRow> for DeadEvent {
+    fn from(row: DeadRow) -> Self {
+        Self {
+            event_id: row.event_id.to_string(),
+            r#type: row.event_type,
+            subject: row.aggregate_id.to_string(),
+            sequence: row.sequence.into(),
+            attempts: row.attempts,
+            create_time: Some(outbox::timestamp(row.created_at)),
+            age_seconds: row.age_seconds,
+            reason: row.reason,
+            held_back: row.held_back,
+        }
+    }
+}
+
+/// Newest first: ids are UUID v7. Reads one row more than the page holds, to know whether another page follows.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn list_dead(
+    connection: &mut PgConnection,
+    page: &Page,
+) -> Result<ListDeadEventsResponse, sqlx::Error> {
+    let mut rows = sqlx::query_as!(
+        DeadRow,
+        r#"-- operate: list dead
+        SELECT event_id, event_type, aggregate_id, sequence, attempts, created_at,
+            extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
+            coalesce(last_error, '') AS "reason!",
+            (SELECT count(*) FROM outbox AS later
+             WHERE later.aggregate_id = dead.aggregate_id AND later.sequence > dead.sequence) AS "held_back!"
+        FROM outbox AS dead
+        WHERE visible_at = 'infinity' AND event_id < $1 AND ($2::text IS NULL OR event_type = $2)
+        ORDER BY event_id DESC
+        LIMIT $3"#,
+        page.before,
+        page.event_type,
+        i64::from(page.size) + 1,
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    let more = rows.len() > usize::from(page.size);
+    if more {
+        rows.pop();
+    }
+    let list = Page::list(page.event_type.as_deref());
+    let last = rows.last().filter(|_| more);
+    let next_page_token = last.map(|row| chassis::encode_page_token(&list, &row.event_id.to_string()));
+    Ok(ListDeadEventsResponse {
+        dead_events: rows.into_iter().map(DeadEvent::from).collect(),
+        next_page_token: next_page_token.unwrap_or_default(),
+        total_size: count_dead(connection, page.event_type.as_deref()).await?,
+    })
+}
+
+/// How many dead events there are, of a type if it is given.
+///
+/// # Errors
+/// Those of the database.
+pub(super) async fn count_dead(connection: &mut PgConnection, event_type: Option<&str>) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- operate: count dead
+        SELECT count(*) AS "count!" FROM outbox WHERE visible_at = 'infinity' AND ($1::text IS NULL OR event_type = $1)"#,
+        event_type,
+    )
+    .fetch_one(connection)
+    .await
+}

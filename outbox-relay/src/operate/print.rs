@@ -1,0 +1,175 @@
+//! Answers for people.
+
+use std::fmt::Write;
+
+use proto::relay::v1::{
+    DeadEvent, DeadEventContent, ListDeadEventsResponse, OutboxStatus, dead_event_content::Payload,
+};
+
+use super::refuse::describe;
+
+/// The status as a page.
+pub(super) fn status(status: &OutboxStatus) -> String {
+    let oldest = status.oldest_seconds.map(|seconds| format!("the oldest of what is not dead: {}", age(seconds)));
+    let held_back = (status.held_back > 0).then(|| format!("{} of them behind dead events", status.held_back));
+    let numbers = [
+        line(["waiting", &status.waiting.to_string(), &held_back.unwrap_or_default()]),
+        line(["leased", &status.leased.to_string(), ""]),
+        line(["backing off", &status.backing_off.to_string(), ""]),
+        line(["dead", &status.dead.to_string(), ""]),
+        line(["in", &format!("{:.1}/s", status.in_per_second), ""]),
+        line(["out", &format!("{:.1}/s", status.out_per_second), ""]),
+    ];
+    let numbers = table(&numbers, &[1]);
+    let paused = status.pause.as_ref().map(|pause| format!("PAUSED {}\n", visible(&describe(pause))));
+    let mut page = numbers + &oldest.map(|oldest| oldest + "\n").unwrap_or_default() + &paused.unwrap_or_default();
+    page += "\n";
+    page += &routes(status);
+    if !status.types.is_empty() {
+        page += "\n";
+        page += &types(status);
+    }
+    page
+}
+
+fn routes(status: &OutboxStatus) -> String {
+    if status.routes.is_empty() {
+        return "no relay has reported within the last 10 seconds\n".into();
+    }
+    let mut rows = vec![line(["ROUTE", "STATE", "SINCE", "RECEIVER", "RELAY"])];
+    rows.extend(status.routes.iter().map(|route| {
+        let since = route.state_time.unwrap_or_default().to_string();
+        line([&route.route, &route.state, &since, &route.receiver, &route.relay_id])
+    }));
+    table(&rows, &[])
+}
+
+fn types(status: &OutboxStatus) -> String {
+    let mut rows = vec![line(["TYPE", "WAITING", "LEASED", "BACKING OFF", "DEAD"])];
+    rows.extend(status.types.iter().map(|of| {
+        let numbers = [of.waiting, of.leased, of.backing_off, of.dead].map(|number| number.to_string());
+        [line([&of.r#type]), numbers.to_vec()].concat()
+    }));
+    table(&rows, &[1, 2, 3, 4])
+}
+
+/// A list of dead events, and how many there are besides.
+pub(super) fn dead_events(list: &ListDeadEventsResponse) -> String {
+    if list.dead_events.is_empty() {
+        return "no dead events\n".into();
+    }
+    let mut rows = vec![line(["EVENT", "AGE", "ATTEMPTS", "HOLDS BACK", "TYPE", "AGGREGATE", "SEQUENCE", "REASON"])];
+    rows.extend(list.dead_events.iter().map(|event| {
+        let DeadEvent { event_id, r#type, subject, sequence, attempts, age_seconds, reason, held_back, .. } = event;
+        let (attempts, held_back, sequence) = (attempts.to_string(), held_back.to_string(), sequence.to_string());
+        line([event_id, &age(*age_seconds), &attempts, &held_back, r#type, subject, &sequence, reason])
+    }));
+    let more = list.total_size - i64::try_from(list.dead_events.len()).unwrap_or(i64::MAX);
+    let more = if more > 0 { format!("… and {more} older: --limit shows more of them\n") } else { String::new() };
+    table(&rows, &[1, 2, 3, 6]) + &more
+}
+
+/// A dead event with its payload; `payload` is that in JSON, if it could be read.
+pub(super) fn dead_event(content: &DeadEventContent, payload: Option<&str>) -> String {
+    let event = content.event.clone().unwrap_or_default();
+    let enqueued = format!("{}, {} ago", event.create_time.unwrap_or_default(), age(event.age_seconds));
+    let attempts = match content.pardoned {
+        0 => event.attempts.to_string(),
+        pardoned => format!("{}, {pardoned} of them before it was requeued", event.attempts),
+    };
+    let fields = [
+        line(["event", &event.event_id]),
+        line(["type", &event.r#type]),
+        line(["aggregate", &event.subject]),
+        line(["sequence", &event.sequence.to_string()]),
+        line(["enqueued", &enqueued]),
+        line(["attempts", &attempts]),
+        line(["reason", &event.reason]),
+        line(["holds back", &format!("{} later events of its aggregate", event.held_back)]),
+        line(["traceparent", if content.traceparent.is_empty() { "none" } else { &content.traceparent }]),
+        line(["tracestate", if content.tracestate.is_empty() { "none" } else { &content.tracestate }]),
+    ];
+    let mut page = table(&fields, &[]);
+    match (&content.payload, payload) {
+        (_, Some(json)) => page += &format!("payload\n{json}\n"),
+        (Some(Payload::Undecodable(reason)), _) => {
+            page += &format!("payload      {}\n", visible(reason));
+            page += &format!("{} bytes in hex\n{}", content.data.len(), hex(&content.data));
+        }
+        _ => {}
+    }
+    page
+}
+
+/// 32 bytes a line.
+fn hex(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for line in bytes.chunks(32) {
+        for byte in line {
+            // Writing to a String does not fail.
+            let _ = write!(text, "{byte:02x}");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn line<const CELLS: usize>(cells: [&str; CELLS]) -> Vec<String> {
+    cells.map(visible).to_vec()
+}
+
+/// Reasons come from other services: what a terminal would obey, it is shown instead.
+fn visible(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { '\u{FFFD}' } else { char }).collect()
+}
+
+/// Columns as wide as their widest cell, those of these indices with their text to the right.
+fn table(rows: &[Vec<String>], to_the_right: &[usize]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<_> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
+            if to_the_right.contains(&column) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        text += cells.collect::<Vec<_>>().join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// An age in its two largest units.
+fn age(seconds: f64) -> String {
+    let seconds = seconds.max(0.0);
+    let (days, hours, minutes) = (seconds / 86_400.0, seconds / 3600.0, seconds / 60.0);
+    match seconds {
+        ..10.0 => format!("{seconds:.1}s"),
+        ..60.0 => format!("{seconds:.0}s"),
+        ..3600.0 => format!("{:.0}m {:.0}s", minutes.floor(), (seconds % 60.0).floor()),
+        ..86_400.0 => format!("{:.0}h {:.0}m", hours.floor(), (minutes % 60.0).floor()),
+        _ => format!("{:.0}d {:.0}h", days.floor(), (hours % 24.0).floor()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{age, hex, line, table};
+
+    #[test]
+    fn an_age_is_told_in_its_two_largest_units() {
+        let ages = [0.04, 59.0, 61.5, 7325.0, 86_400.0 * 3.0 + 3600.0 * 4.5];
+        assert_eq!(ages.map(age), ["0.0s", "59s", "1m 1s", "2h 2m", "3d 4h"]);
+    }
+
+    #[test]
+    fn columns_are_aligned_and_nothing_in_them_reaches_the_terminal_as_a_command() {
+        let rows = [line(["TYPE", "DEAD", "REASON"]), line(["a.v1.B", "17", "\u{1b}[2Jgone\nnext"])];
+        assert_eq!(table(&rows, &[1]), "TYPE    DEAD  REASON\na.v1.B    17  \u{FFFD}[2Jgone\u{FFFD}next\n");
+    }
+
+    #[test]
+    fn bytes_are_shown_32_a_line() {
+        assert_eq!(hex(&[0xab; 33]), format!("{}\nab\n", "ab".repeat(32)));
+    }
+}

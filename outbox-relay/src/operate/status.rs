@@ -1,0 +1,137 @@
+//! Says what is in the outbox, how fast it comes and goes, and who relays it.
+
+use std::time::Duration;
+
+use proto::relay::v1::{OutboxStatus, RelayRoute, TypeCount};
+use sqlx::{PgConnection, types::time::OffsetDateTime};
+
+use super::pause::read_pause;
+
+/// Time between two readings that rates are taken from.
+pub(crate) const SAMPLE: Duration = Duration::from_secs(1);
+
+/// How many events have ever come and gone, as far as the server's statistics know.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Totals {
+    inserted: i64,
+    deleted: i64,
+    /// By the server's clock.
+    at: OffsetDateTime,
+}
+
+/// Reads the statistics of the table.
+///
+/// They are what tells of events that came and went between two looks, at no cost to anyone: a counter of our own would
+/// be one more row to write for every event. A session adds its share when a transaction ends, about once a second (and
+/// an idle one what is left after 10 s), so a rate over a second jumps, and one over ten does not. Inserts that were rolled
+/// back are in them; updates are not, and deletes are only what was delivered or discarded.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn read_totals(connection: &mut PgConnection) -> Result<Totals, sqlx::Error> {
+    sqlx::query_as!(
+        Totals,
+        r#"-- operate: read totals
+        SELECT pg_stat_get_tuples_inserted('outbox'::regclass) AS "inserted!",
+            pg_stat_get_tuples_deleted('outbox'::regclass) AS "deleted!",
+            clock_timestamp() AS "at!""#
+    )
+    .fetch_one(connection)
+    .await
+}
+
+impl Totals {
+    /// Events per second that came, and that went. Statistics that were reset in between count as none.
+    fn rates_since(&self, earlier: &Self) -> (f64, f64) {
+        let seconds = (self.at - earlier.at).as_seconds_f64().max(0.001);
+        let rate = |later: i64, earlier: i64| (later - earlier).max(0) as f64 / seconds;
+        (rate(self.inserted, earlier.inserted), rate(self.deleted, earlier.deleted))
+    }
+}
+
+/// Reads the status, with rates since the `earlier` totals; returns the totals of now with it.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn read_status(
+    connection: &mut PgConnection,
+    earlier: &Totals,
+) -> Result<(OutboxStatus, Totals), sqlx::Error> {
+    let totals = read_totals(connection).await?;
+    let (in_per_second, out_per_second) = totals.rates_since(earlier);
+    let time = Some(outbox::timestamp(totals.at));
+    let mut status = OutboxStatus { time, in_per_second, out_per_second, ..OutboxStatus::default() };
+    count_events(connection, &mut status).await?;
+    status.held_back = count_held_back(connection).await?;
+    status.pause = read_pause(connection).await?;
+    status.routes = read_routes(connection).await?;
+    Ok((status, totals))
+}
+
+/// One scan of the table, however many there are. What is neither dead nor leased nor backing off waits, also where its
+/// time is yet to come: a relay hides events for a while that wait for an earlier one, and those have no attempts, since
+/// an event is not tried before its predecessors are gone.
+async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) -> Result<(), sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"-- operate: count events
+        SELECT event_type, count(*) AS "events!",
+            count(*) FILTER (WHERE visible_at = 'infinity') AS "dead!",
+            count(*) FILTER (WHERE visible_at > now() AND lease_token IS NOT NULL) AS "leased!",
+            count(*) FILTER (
+                WHERE visible_at > now() AND visible_at < 'infinity' AND lease_token IS NULL AND attempts > pardoned
+            ) AS "backing_off!",
+            extract(epoch FROM now() - min(created_at) FILTER (WHERE visible_at < 'infinity'))::double precision
+                AS oldest_seconds
+        FROM outbox GROUP BY event_type ORDER BY event_type"#
+    )
+    .fetch_all(connection)
+    .await?;
+    for row in rows {
+        let waiting = row.events - row.dead - row.leased - row.backing_off;
+        status.waiting += waiting;
+        status.leased += row.leased;
+        status.backing_off += row.backing_off;
+        status.dead += row.dead;
+        status.oldest_seconds = [status.oldest_seconds, row.oldest_seconds].into_iter().flatten().reduce(f64::max);
+        status.types.push(TypeCount {
+            r#type: row.event_type,
+            waiting,
+            leased: row.leased,
+            backing_off: row.backing_off,
+            dead: row.dead,
+        });
+    }
+    Ok(())
+}
+
+async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- operate: count held back
+        SELECT count(*) AS "count!"
+        FROM outbox AS dead JOIN outbox AS later USING (aggregate_id)
+        WHERE dead.visible_at = 'infinity' AND later.sequence > dead.sequence"#
+    )
+    .fetch_one(connection)
+    .await
+}
+
+/// A relay reports every second; one that has not for ten is gone, and could not say so.
+async fn read_routes(connection: &mut PgConnection) -> Result<Vec<RelayRoute>, sqlx::Error> {
+    let rows = sqlx::query!(
+        "-- operate: read routes
+        SELECT relay_id, route, receiver, state, since
+        FROM outbox_routes
+        WHERE seen_at > now() - interval '10 s'
+        ORDER BY route, relay_id"
+    )
+    .fetch_all(connection)
+    .await?;
+    let routes = rows.into_iter().map(|row| RelayRoute {
+        relay_id: row.relay_id.to_string(),
+        route: row.route,
+        receiver: row.receiver,
+        state: row.state,
+        state_time: Some(outbox::timestamp(row.since)),
+    });
+    Ok(routes.collect())
+}

@@ -1,0 +1,252 @@
+//! Looking at dead events, and giving them up.
+
+use prost::Message;
+use prost_types::{
+    DescriptorProto, FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet,
+    field_descriptor_proto::{Label, Type},
+};
+use proto::orders::v1::{OrderCreated, OrderItem};
+use serde_json::json;
+use sqlx::types::time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::{
+    operator::{Listening, Operator, bury, count_discarded, insert_dead, insert_dead_with_successors},
+    outbox::Outbox,
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+};
+
+async fn set_payload(outbox: &Outbox, event_id: Uuid, event_type: &str, payload: &[u8]) {
+    sqlx::query("UPDATE outbox SET event_type = $2, payload = $3 WHERE event_id = $1")
+        .bind(event_id)
+        .bind(event_type)
+        .bind(payload)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+}
+
+async fn insert_dead_order(outbox: &Outbox) -> Uuid {
+    let event_id = insert_dead(outbox).await;
+    let items = vec![OrderItem { sku: "MUG".into(), quantity: 2, unit_price_minor: 1250 }];
+    let order = OrderCreated { order_id: Uuid::nil().into(), items, total_minor: 2500, ..OrderCreated::default() };
+    set_payload(outbox, event_id, "orders.v1.OrderCreated", &order.encode_to_vec()).await;
+    event_id
+}
+
+#[tokio::test]
+async fn a_list_begins_with_the_newest_and_says_how_many_more_there_are() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    assert_eq!(operator.does(&["dead", "list"]).await, "no dead events\n");
+    outbox.insert_unrelated(3).await;
+    let [oldest, ..] = insert_dead_with_successors(&outbox).await;
+    let order = insert_dead_order(&outbox).await;
+    let newest = insert_dead(&outbox).await;
+
+    let list = operator.reads(&["dead", "list", "--json"]).await;
+    let ids: Vec<_> = list["dead_events"].as_array().unwrap().iter().map(|event| event["event_id"].clone()).collect();
+    assert_eq!(ids, [newest, order, oldest.event_id].map(|id| json!(id.to_string())));
+    let last = &list["dead_events"][2];
+    assert_eq!((&last["held_back"], &last["attempts"], &last["sequence"]), (&json!(2), &json!(10), &json!(1)));
+    assert_eq!(last["subject"], oldest.aggregate_id.to_string());
+    assert_eq!((&last["type"], &last["reason"]), (&json!("test.v1.Happened"), &json!("UNDECODABLE: no such type")));
+    assert!(last["age_seconds"].as_f64().unwrap() >= 0.0 && last["create_time"].is_string());
+
+    let page = operator.does(&["dead", "list", "--limit", "1"]).await;
+    assert!(page.contains(&newest.to_string()) && page.contains("2 older"), "{page}");
+    let of_type = operator.reads(&["dead", "list", "--json", "--type", "orders.v1.OrderCreated"]).await;
+    assert_eq!((&of_type["total_size"], &of_type["dead_events"][0]["event_id"]), (&json!(1), &ids[1]));
+}
+
+#[tokio::test]
+async fn what_a_receiver_said_is_shown_and_not_obeyed() {
+    let outbox = Outbox::create().await;
+    let event_id = outbox.insert_one().await;
+    bury(&outbox, event_id, "BAD: \u{1b}[2J\nnext line").await;
+    let operator = Operator::of(&outbox);
+    for arguments in [&["dead", "list"][..], &["dead", "show", &event_id.to_string()]] {
+        let page = operator.does(arguments).await;
+        assert!(page.contains("\u{FFFD}[2J\u{FFFD}next line") && !page.contains('\u{1b}'), "{page}");
+    }
+}
+
+#[tokio::test]
+async fn the_payload_of_an_order_is_shown_as_json() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead_order(&outbox).await.to_string();
+    let operator = Operator::of(&outbox);
+    let shown = operator.reads(&["dead", "show", "--json", &event_id]).await;
+    let payload = json!({
+        "orderId": "00000000-0000-0000-0000-000000000000",
+        "items": [{"sku": "MUG", "quantity": 2, "unitPriceMinor": "1250"}],
+        "totalMinor": "2500",
+    });
+    assert_eq!(shown["payload"], payload);
+    assert_eq!((&shown["event"]["event_id"], &shown["event"]["attempts"]), (&json!(event_id), &json!(10)));
+    assert!(shown["data"].is_string() && shown.get("payload_json").is_none(), "{shown}");
+
+    let page = operator.does(&["dead", "show", &event_id]).await;
+    assert!(page.contains("\"sku\": \"MUG\"") && page.contains("UNDECODABLE: no such type"), "{page}");
+}
+
+#[tokio::test]
+async fn a_payload_that_is_no_message_of_its_type_is_shown_as_it_is_with_the_reason() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    set_payload(&outbox, event_id, "orders.v1.OrderCreated", b"\xff\xff\x01").await;
+    let (operator, event_id) = (Operator::of(&outbox), event_id.to_string());
+    let page = operator.does(&["dead", "show", &event_id]).await;
+    assert!(page.contains("not a orders.v1.OrderCreated: ") && page.contains("ffff01"), "{page}");
+    let shown = operator.reads(&["dead", "show", "--json", &event_id]).await;
+    assert_eq!(shown["data"], "//8B");
+    assert!(shown["undecodable"].as_str().unwrap().contains("not a orders.v1.OrderCreated"), "{shown}");
+}
+
+/// Descriptors of `test.v1.Happened { string what = 1; }`, in a file that is gone with the test.
+fn descriptors() -> tempfile::Path {
+    let field = FieldDescriptorProto {
+        name: Some("what".into()),
+        number: Some(1),
+        label: Some(Label::Optional.into()),
+        r#type: Some(Type::String.into()),
+        ..FieldDescriptorProto::default()
+    };
+    let message = DescriptorProto { name: Some("Happened".into()), field: vec![field], ..DescriptorProto::default() };
+    let file = FileDescriptorProto {
+        name: Some("test.proto".into()),
+        package: Some("test.v1".into()),
+        syntax: Some("proto3".into()),
+        message_type: vec![message],
+        ..FileDescriptorProto::default()
+    };
+    tempfile::write(&FileDescriptorSet { file: vec![file] }.encode_to_vec())
+}
+
+/// A file in the place for such.
+mod tempfile {
+    use std::path::PathBuf;
+
+    pub(super) struct Path(PathBuf);
+
+    impl Path {
+        pub(super) fn name(&self) -> &str {
+            self.0.to_str().unwrap()
+        }
+    }
+
+    impl Drop for Path {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    pub(super) fn write(content: &[u8]) -> Path {
+        let path = std::env::temp_dir().join(format!("outbox-relay-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::write(&path, content).unwrap();
+        Path(path)
+    }
+}
+
+#[tokio::test]
+async fn types_of_others_are_decoded_with_their_descriptors() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    set_payload(&outbox, event_id, "test.v1.Happened", b"\x0a\x04rain").await;
+    let (operator, event_id) = (Operator::of(&outbox), event_id.to_string());
+    let page = operator.does(&["dead", "show", &event_id]).await;
+    assert!(page.contains("--descriptors") && page.contains("0a047261696e"), "{page}");
+    let file = descriptors();
+    let shown = operator.reads(&["dead", "show", "--json", "--descriptors", file.name(), &event_id]).await;
+    assert_eq!(shown["payload"], json!({"what": "rain"}));
+
+    let garbage = tempfile::write(b"\xff\xff\xff");
+    let line = operator.is_misused(&["dead", "show", "--descriptors", garbage.name(), &event_id]).await;
+    assert!(line.contains("is not a complete FileDescriptorSet"), "{line}");
+    let line = operator.is_misused(&["dead", "show", "--descriptors", "/nowhere", &event_id]).await;
+    assert!(line.contains("cannot read /nowhere"), "{line}");
+}
+
+#[tokio::test]
+async fn a_discarded_event_is_kept_whole_with_who_did_it_and_why_and_when() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead_order(&outbox).await;
+    let kept = "SELECT (event_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
+        tracestate, last_error)::text FROM outbox";
+    let before = sqlx::query_scalar::<_, String>(kept).fetch_one(&outbox.pool).await.unwrap();
+    let begin = outbox.clock().await;
+    let said = Operator::of(&outbox)
+        .does(&["dead", "discard", &event_id.to_string(), "--reason", " test order of the pilot ", "--by", "Bob B."])
+        .await;
+    assert!(said.contains(&event_id.to_string()), "{said}");
+
+    assert_eq!(outbox.count().await, 0);
+    let kept = "SELECT (event_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
+        tracestate, last_error)::text FROM outbox_discarded";
+    assert_eq!(sqlx::query_scalar::<_, String>(kept).fetch_one(&outbox.pool).await.unwrap(), before);
+    let (by, reason, at): (String, String, OffsetDateTime) =
+        sqlx::query_as("SELECT discarded_by, reason, discarded_at FROM outbox_discarded")
+            .fetch_one(&outbox.pool)
+            .await
+            .unwrap();
+    assert_eq!((by.as_str(), reason.as_str()), ("Bob B.", "test order of the pilot"));
+    assert!(at >= begin && at <= outbox.clock().await);
+}
+
+#[tokio::test]
+async fn what_a_discarded_event_held_back_goes_at_once() {
+    let outbox = Outbox::create().await;
+    let [dead, second, third] = insert_dead_with_successors(&outbox).await;
+    let mut relays = Listening::to(&outbox).await;
+    let discard = ["dead", "discard", &dead.event_id.to_string(), "--reason", "typo"];
+    let said = Operator::of(&outbox).does(&discard).await;
+    assert!(said.contains("as ann") && said.contains("freed 2"), "{said}");
+    relays.hears().await;
+    assert!(outbox.row(third.event_id).await.unwrap().visible);
+
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), [second.event_id, third.event_id]);
+}
+
+#[tokio::test]
+async fn only_what_is_dead_can_be_shown_or_discarded_and_the_refusal_says_what_it_is() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    let (waiting, unknown) = (outbox.insert_one().await, Uuid::now_v7());
+    let leased = outbox.insert_hidden(Some(Uuid::new_v4()), std::time::Duration::from_secs(3600)).await;
+    for (event_id, state) in [(waiting, "it is waiting"), (leased, "it is leased"), (unknown, "is not in the outbox")] {
+        let event_id = event_id.to_string();
+        for arguments in [&["dead", "show", &event_id][..], &["dead", "discard", &event_id, "--reason", "why not"]] {
+            let line = operator.is_refused(arguments).await;
+            assert!(line.contains(&event_id) && line.contains(state), "{line}");
+        }
+    }
+    assert!(operator.is_refused(&["dead", "show", "17"]).await.contains("not an event id: \"17\""));
+    assert_eq!((outbox.count().await, count_discarded(&outbox).await), (2, 0));
+}
+
+#[tokio::test]
+async fn who_discards_again_is_told_who_was_first() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await.to_string();
+    let operator = Operator::of(&outbox);
+    operator.does(&["dead", "discard", &event_id, "--reason", "a typo", "--by", "bob"]).await;
+    let line = operator.is_refused(&["dead", "discard", &event_id, "--reason", "another"]).await;
+    assert!(line.contains("was discarded by bob at 20") && line.contains("a typo"), "{line}");
+    assert_eq!(count_discarded(&outbox).await, 1);
+}
+
+#[tokio::test]
+async fn nothing_is_discarded_without_a_reason() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await.to_string();
+    let operator = Operator::of(&outbox);
+    operator.is_misused(&["dead", "discard", &event_id]).await;
+    let line = operator.is_misused(&["dead", "discard", &event_id, "--reason", "  "]).await;
+    assert!(line.contains("--reason") && line.contains("must be 1 to 1000 characters"), "{line}");
+    assert_eq!(count_discarded(&outbox).await, 0);
+}

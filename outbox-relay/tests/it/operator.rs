@@ -1,0 +1,136 @@
+//! An operator at the command line, and the dead events there are to operate on.
+
+use std::process::Output;
+
+use serde_json::Value;
+use sqlx::postgres::PgListener;
+use tokio::{process::Command, time::timeout};
+use uuid::Uuid;
+
+use crate::{
+    outbox::{NewEvent, Outbox},
+    wait::AMPLE,
+};
+
+/// The binary, with the database in its environment and the operator's name; nothing else is in it.
+pub(crate) struct Operator {
+    url: String,
+}
+
+impl Operator {
+    pub(crate) fn of(outbox: &Outbox) -> Self {
+        Self::at(&outbox.relay_url())
+    }
+
+    pub(crate) fn at(url: &str) -> Self {
+        Self { url: url.to_owned() }
+    }
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outbox-relay"));
+        command.args(arguments).env_clear().env("RELAY_DATABASE_URL", &self.url).env("USER", "ann").kill_on_drop(true);
+        command
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Output {
+        timeout(AMPLE, self.command(arguments).output()).await.expect("the command ends").unwrap()
+    }
+
+    /// What it says when it has worked: all of it, and no log among it.
+    pub(crate) async fn does(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments).await;
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{arguments:?}");
+        text(&output.stdout)
+    }
+
+    pub(crate) async fn reads(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.does(arguments).await).unwrap()
+    }
+
+    /// The one line on stderr that says why not.
+    pub(crate) async fn is_refused(&self, arguments: &[&str]) -> String {
+        self.ends_with(1, arguments).await
+    }
+
+    /// The same of a command that makes no sense whatever is in the database.
+    pub(crate) async fn is_misused(&self, arguments: &[&str]) -> String {
+        self.ends_with(2, arguments).await
+    }
+
+    async fn ends_with(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.run(arguments).await;
+        let line = text(&output.stderr);
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(code), ""), "{arguments:?}: {line}");
+        assert_eq!(line.lines().count(), 1, "{arguments:?}: {line}");
+        assert!(line.starts_with("error: "), "{line}");
+        line
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Has the event die as a relay has it die, after 10 attempts.
+pub(crate) async fn bury(outbox: &Outbox, event_id: Uuid, reason: &str) {
+    sqlx::query("UPDATE outbox SET attempts = 10, last_error = $2, visible_at = 'infinity' WHERE event_id = $1")
+        .bind(event_id)
+        .bind(reason)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+}
+
+/// A dead event that holds back nothing.
+pub(crate) async fn insert_dead(outbox: &Outbox) -> Uuid {
+    let event_id = outbox.insert_one().await;
+    bury(outbox, event_id, "UNDECODABLE: no such type").await;
+    event_id
+}
+
+/// A dead event and two successors: one in sight, one parked for five minutes.
+pub(crate) async fn insert_dead_with_successors(outbox: &Outbox) -> [NewEvent; 3] {
+    let aggregate_id = Uuid::new_v4();
+    let line = [1, 2, 3].map(|sequence| NewEvent::of(aggregate_id, sequence));
+    outbox.insert(&line).await;
+    bury(outbox, line[0].event_id, "UNDECODABLE: no such type").await;
+    sqlx::query("UPDATE outbox SET visible_at = now() + interval '5 min' WHERE event_id = $1")
+        .bind(line[2].event_id)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    line
+}
+
+pub(crate) async fn grow_old(outbox: &Outbox, event_id: Uuid, hours: i32) {
+    sqlx::query("UPDATE outbox SET created_at = created_at - make_interval(hours => $2) WHERE event_id = $1")
+        .bind(event_id)
+        .bind(hours)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+}
+
+pub(crate) async fn pardoned(outbox: &Outbox, event_id: Uuid) -> i32 {
+    let pardoned = sqlx::query_scalar::<_, i32>("SELECT pardoned FROM outbox WHERE event_id = $1").bind(event_id);
+    pardoned.fetch_one(&outbox.pool).await.unwrap()
+}
+
+pub(crate) async fn count_discarded(outbox: &Outbox) -> i64 {
+    sqlx::query_scalar::<_, i64>("SELECT count(*) FROM outbox_discarded").fetch_one(&outbox.pool).await.unwrap()
+}
+
+/// Hears what relays hear.
+pub(crate) struct Listening(PgListener);
+
+impl Listening {
+    pub(crate) async fn to(outbox: &Outbox) -> Self {
+        let mut listener = PgListener::connect_with(&outbox.pool).await.unwrap();
+        listener.listen("outbox").await.unwrap();
+        Self(listener)
+    }
+
+    pub(crate) async fn hears(&mut self) {
+        timeout(AMPLE, self.0.recv()).await.expect("relays are notified").unwrap();
+    }
+}

@@ -1,0 +1,235 @@
+//! The operator's powers as gRPC.
+
+use std::fmt::Debug;
+
+use proto::relay::v1::{
+    DiscardDeadEventRequest, GetDeadEventRequest, GetStatusRequest, ListDeadEventsRequest, PauseRequest,
+    RequeueDeadEventsRequest, ResumeRequest, dead_event_content::Payload, relay_admin_client::RelayAdminClient,
+    relay_admin_server::SERVICE_NAME,
+};
+use tonic::{
+    Code, Response, Status,
+    transport::{Channel, Endpoint},
+};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_types::StatusExt;
+use uuid::Uuid;
+
+use crate::{
+    operator::{count_discarded, grow_old, insert_dead, insert_dead_with_successors},
+    outbox::Outbox,
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+/// A relay, and an outbox it delivers from, asked as an operator's program asks it.
+struct Admin {
+    outbox: Outbox,
+    receiver: Receiver,
+    relay: Relay,
+    channel: Channel,
+}
+
+impl Admin {
+    async fn start(outbox: Outbox) -> Self {
+        let receiver = Receiver::start(Reply::apply).await;
+        let relay = Relay::start(&outbox, receiver.address, &[]).await;
+        let channel = Endpoint::from_shared(format!("http://{}", relay.address)).unwrap().connect_lazy();
+        Self { outbox, receiver, relay, channel }
+    }
+
+    fn client(&self) -> RelayAdminClient<Channel> {
+        RelayAdminClient::new(self.channel.clone())
+    }
+
+    async fn stop(self) {
+        self.relay.stop().await;
+    }
+}
+
+/// Checks a refusal's code, the reason in its details, and its bad fields; returns what it says.
+fn assert_refused<T: Debug>(answer: Result<Response<T>, Status>, code: Code, reason: &str, fields: &[&str]) -> String {
+    let status = answer.expect_err("a refusal");
+    let details = status.get_error_details();
+    let info = details.error_info().expect("ErrorInfo");
+    assert_eq!((status.code(), info.reason.as_str(), info.domain.as_str()), (code, reason, "outbox-relay"));
+    let violations = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
+    assert_eq!(violations.iter().map(|bad| bad.field.as_str()).collect::<Vec<_>>(), fields);
+    status.message().to_owned()
+}
+
+#[tokio::test]
+async fn the_status_is_that_of_the_command_line() {
+    let outbox = Outbox::create().await;
+    insert_dead_with_successors(&outbox).await;
+    let admin = Admin::start(outbox).await;
+    let status = admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((status.dead, status.waiting, status.held_back, status.leased), (1, 2, 2, 0));
+    assert!(status.pause.is_none() && status.oldest_seconds.is_some() && status.types.len() == 1);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn dead_events_are_listed_in_pages_newest_first() {
+    let outbox = Outbox::create().await;
+    let mut dead = Vec::new();
+    for _ in 0..5 {
+        dead.push(insert_dead(&outbox).await.to_string());
+    }
+    dead.reverse();
+    let admin = Admin::start(outbox).await;
+    let (mut listed, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = ListDeadEventsRequest { page_size: 2, page_token, r#type: String::new() };
+        let page = admin.client().list_dead_events(request).await.unwrap().into_inner();
+        assert_eq!(page.total_size, 5);
+        listed.extend(page.dead_events.into_iter().map(|event| event.event_id));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+        let of_another_type =
+            ListDeadEventsRequest { page_token: page_token.clone(), r#type: "a.B".into(), page_size: -1 };
+        let refused = admin.client().list_dead_events(of_another_type).await;
+        assert_refused(refused, Code::InvalidArgument, "INVALID_PAGE", &["page_size", "page_token"]);
+    }
+    assert_eq!(listed, dead);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn a_dead_event_is_shown_with_its_payload_or_why_it_cannot_be_read() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    let admin = Admin::start(outbox).await;
+    let request = || GetDeadEventRequest { event_id: event_id.to_string() };
+    let shown = admin.client().get_dead_event(request()).await.unwrap().into_inner();
+    let Some(Payload::Undecodable(why)) = shown.payload else { panic!("{shown:?}") };
+    assert!(why.contains("no descriptor of test.v1.Happened"), "{why}");
+
+    sqlx::query("UPDATE outbox SET event_type = 'orders.v1.OrderCancelled', payload = $1")
+        .bind(b"\x0a\x01x")
+        .execute(&admin.outbox.pool)
+        .await
+        .unwrap();
+    let shown = admin.client().get_dead_event(request()).await.unwrap().into_inner();
+    assert_eq!(shown.payload, Some(Payload::PayloadJson(r#"{"orderId":"x"}"#.into())));
+    assert_eq!((&*shown.data, shown.event.unwrap().event_id), (&b"\x0a\x01x"[..], event_id.to_string()));
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn requeued_events_are_delivered_at_once_with_what_they_held_back() {
+    let outbox = Outbox::create().await;
+    let line = insert_dead_with_successors(&outbox).await;
+    let admin = Admin::start(outbox).await;
+    let event_ids = vec![line[0].event_id.to_string(); 2];
+    let request = RequeueDeadEventsRequest { event_ids, all: false, r#type: String::new() };
+    let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
+    assert_eq!((done.requeued, done.freed, done.too_old), (1, 2, 0));
+    admin.outbox.wait_until_empty().await;
+    assert_eq!(admin.receiver.read(Log::ids), line.map(|event| event.event_id));
+
+    let old = insert_dead(&admin.outbox).await;
+    grow_old(&admin.outbox, old, 200).await;
+    insert_dead(&admin.outbox).await;
+    let all = RequeueDeadEventsRequest { event_ids: vec![], all: true, r#type: "test.v1.Happened".into() };
+    let done = admin.client().requeue_dead_events(all).await.unwrap().into_inner();
+    assert_eq!((done.requeued, done.freed, done.too_old), (1, 0, 1));
+    until("only the old one is left", async || admin.outbox.count().await == 1).await;
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_requeued_is_refused_with_the_reason() {
+    let outbox = Outbox::create().await;
+    let (dead, old) = (insert_dead(&outbox).await, insert_dead(&outbox).await);
+    grow_old(&outbox, old, 200).await;
+    let backing_off = outbox.insert_hidden(None, std::time::Duration::from_secs(3600)).await;
+    sqlx::query("UPDATE outbox SET attempts = 1 WHERE event_id = $1")
+        .bind(backing_off)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let admin = Admin::start(outbox).await;
+    let requeue = async |other: Uuid| {
+        let event_ids = vec![dead.to_string(), other.to_string()];
+        let request = RequeueDeadEventsRequest { event_ids, all: false, r#type: String::new() };
+        admin.client().requeue_dead_events(request).await
+    };
+    let message = assert_refused(requeue(Uuid::now_v7()).await, Code::NotFound, "EVENT_NOT_FOUND", &[]);
+    assert!(message.contains("is not in the outbox"), "{message}");
+    let message = assert_refused(requeue(backing_off).await, Code::FailedPrecondition, "EVENT_NOT_DEAD", &[]);
+    assert!(message.contains("it is backing off"), "{message}");
+    assert_refused(requeue(old).await, Code::FailedPrecondition, "EVENT_TOO_OLD", &[]);
+
+    let request = RequeueDeadEventsRequest { event_ids: vec!["1".into()], all: true, r#type: "\n".into() };
+    let refused = admin.client().requeue_dead_events(request).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids", "type", "event_ids[0]"]);
+    let refused = admin.client().requeue_dead_events(RequeueDeadEventsRequest::default()).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids"]);
+    let unknown = (0..1000).map(|_| Uuid::now_v7().to_string()).collect();
+    let request = RequeueDeadEventsRequest { event_ids: unknown, all: false, r#type: String::new() };
+    let message =
+        assert_refused(admin.client().requeue_dead_events(request).await, Code::NotFound, "EVENT_NOT_FOUND", &[]);
+    assert!(message.ends_with('…'), "{message}");
+    assert!(admin.outbox.row(dead).await.unwrap().dead, "none was requeued");
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn a_discarded_event_is_gone_and_what_it_held_back_is_delivered() {
+    let outbox = Outbox::create().await;
+    let [dead, second, third] = insert_dead_with_successors(&outbox).await;
+    let admin = Admin::start(outbox).await;
+    let request = || DiscardDeadEventRequest {
+        event_id: dead.event_id.to_string(),
+        discarded_by: "ann".into(),
+        reason: "a typo".into(),
+    };
+    let done = admin.client().discard_dead_event(request()).await.unwrap().into_inner();
+    assert!(done.freed == 2 && done.discard_time.is_some(), "{done:?}");
+    admin.outbox.wait_until_empty().await;
+    assert_eq!(admin.receiver.read(Log::ids), [second.event_id, third.event_id]);
+
+    let refused = admin.client().discard_dead_event(request()).await;
+    let message = assert_refused(refused, Code::NotFound, "EVENT_NOT_FOUND", &[]);
+    assert!(message.contains("was discarded by ann"), "{message}");
+    let bad = DiscardDeadEventRequest { reason: "n\0ul".into(), ..DiscardDeadEventRequest::default() };
+    let refused = admin.client().discard_dead_event(bad).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_DISCARD", &["event_id", "discarded_by", "reason"]);
+    let refused = admin.client().get_dead_event(GetDeadEventRequest { event_id: "x".into() }).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_EVENT_ID", &["event_id"]);
+    assert_eq!(count_discarded(&admin.outbox).await, 1);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn a_pause_is_begun_once_and_ended_once() {
+    let admin = Admin::start(Outbox::create().await).await;
+    let request = || PauseRequest { paused_by: "ann".into(), reason: "moving".into() };
+    let paused = admin.client().pause(request()).await.unwrap().into_inner();
+    let status = admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.pause.as_ref(), Some(&paused));
+    let message =
+        assert_refused(admin.client().pause(request()).await, Code::FailedPrecondition, "ALREADY_PAUSED", &[]);
+    assert!(message.contains("by ann: moving"), "{message}");
+    assert_eq!(admin.client().resume(ResumeRequest {}).await.unwrap().into_inner(), paused);
+    assert_refused(admin.client().resume(ResumeRequest {}).await, Code::FailedPrecondition, "NOT_PAUSED", &[]);
+    let refused = admin.client().pause(PauseRequest::default()).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_PAUSE", &["paused_by", "reason"]);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn it_is_known_to_health() {
+    let admin = Admin::start(Outbox::create().await).await;
+    until("it serves", async || {
+        let request = HealthCheckRequest { service: SERVICE_NAME.to_owned() };
+        let answer = HealthClient::new(admin.channel.clone()).check(request).await;
+        answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving)
+    })
+    .await;
+    admin.stop().await;
+}

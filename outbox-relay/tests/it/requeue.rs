@@ -1,0 +1,198 @@
+//! Having dead events delivered again.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::{
+    operator::{Listening, Operator, grow_old, insert_dead, insert_dead_with_successors, pardoned},
+    outbox::{Outbox, Row},
+    receiver::{Log, Receiver, Reply},
+    relay::Relay,
+    wait::until,
+};
+
+#[tokio::test]
+async fn a_requeued_event_keeps_its_id_and_its_history_and_is_delivered() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    let said = Operator::of(&outbox).does(&["dead", "requeue", &event_id.to_string()]).await;
+    assert!(said.contains("requeued 1 event"), "{said}");
+    let expected = Row {
+        event_id,
+        attempts: 10,
+        lease_token: None,
+        last_error: Some("UNDECODABLE: no such type".into()),
+        visible: true,
+        dead: false,
+    };
+    assert_eq!(outbox.rows().await, [expected]);
+    assert_eq!(pardoned(&outbox, event_id).await, 10);
+
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), [event_id]);
+}
+
+#[tokio::test]
+async fn what_it_held_back_follows_at_once_and_in_sequence() {
+    let outbox = Outbox::create().await;
+    let line = insert_dead_with_successors(&outbox).await;
+    let mut relays = Listening::to(&outbox).await;
+    let said = Operator::of(&outbox).does(&["dead", "requeue", &line[0].event_id.to_string()]).await;
+    assert!(said.contains("freed 2"), "{said}");
+    relays.hears().await;
+    assert!(outbox.rows().await.iter().all(|row| row.visible));
+
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), line.map(|event| event.event_id));
+}
+
+#[tokio::test]
+async fn a_successor_that_is_being_parked_meanwhile_is_waited_for_and_freed() {
+    let outbox = Outbox::create().await;
+    let [dead, second, _] = insert_dead_with_successors(&outbox).await;
+    let mut parking = outbox.pool.begin().await.unwrap();
+    sqlx::query("UPDATE outbox SET visible_at = now() + interval '5 min' WHERE event_id = $1")
+        .bind(second.event_id)
+        .execute(&mut *parking)
+        .await
+        .unwrap();
+    let (operator, dead) = (Operator::of(&outbox), dead.event_id.to_string());
+    let arguments = ["dead", "requeue", &dead];
+    let waits = "SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND usename = 'outbox_relay' AND wait_event_type = 'Lock'";
+    let park = async {
+        let waiting = async || sqlx::query_scalar::<_, i64>(waits).fetch_one(&outbox.pool).await.unwrap() == 1;
+        until("the requeue waits", waiting).await;
+        parking.commit().await.unwrap();
+    };
+    tokio::join!(operator.does(&arguments), park);
+    assert!(outbox.row(second.event_id).await.unwrap().visible);
+}
+
+#[tokio::test]
+async fn of_several_events_all_are_requeued_or_none_and_each_that_cannot_be_is_named() {
+    let outbox = Outbox::create().await;
+    let (dead, other, waiting) = (insert_dead(&outbox).await, insert_dead(&outbox).await, outbox.insert_one().await);
+    let unknown = Uuid::now_v7();
+    let before = outbox.rows().await;
+    let operator = Operator::of(&outbox);
+    let [dead, other, waiting, unknown] = [dead, other, waiting, unknown].map(|id| id.to_string());
+    let line = operator.is_refused(&["dead", "requeue", &dead, &waiting, &unknown]).await;
+    assert!(line.contains(&format!("event {waiting} is not dead: it is waiting")), "{line}");
+    assert!(line.contains(&format!("event {unknown} is not in the outbox")), "{line}");
+    assert!(!line.contains(&dead), "{line}");
+    let line = operator.is_refused(&["dead", "requeue", &dead, "x", "y"]).await;
+    assert!(line.contains("not event ids: \"x\", \"y\""), "{line}");
+    assert_eq!(outbox.rows().await, before);
+
+    // Named twice, and in another way of writing it.
+    let said = operator.does(&["dead", "requeue", &dead, &dead.to_uppercase(), &other]).await;
+    assert!(said.contains("requeued 2 events"), "{said}");
+    let line = operator.is_refused(&["dead", "requeue", &dead]).await;
+    assert!(line.contains("it was requeued, and is waiting"), "{line}");
+}
+
+#[tokio::test]
+async fn an_event_older_than_receivers_remember_stays_dead() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    grow_old(&outbox, event_id, 145).await;
+    let (operator, event_id) = (Operator::of(&outbox), event_id.to_string());
+    let line = operator.is_refused(&["dead", "requeue", &event_id]).await;
+    assert!(line.contains("145 hours old") && line.contains("144 (--max-age-hours)"), "{line}");
+    assert!(outbox.rows().await[0].dead);
+    operator.does(&["dead", "requeue", &event_id, "--max-age-hours", "146"]).await;
+    assert!(outbox.rows().await[0].visible);
+}
+
+#[tokio::test]
+async fn all_are_all_that_are_not_too_old_and_has_to_be_said_twice() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    let line = operator.is_refused(&["dead", "requeue", "--all", "--yes"]).await;
+    assert!(line.contains("there are no dead events"), "{line}");
+    let (young, old, leased) = (insert_dead(&outbox).await, insert_dead(&outbox).await, Uuid::new_v4());
+    grow_old(&outbox, old, 200).await;
+    outbox.insert_hidden(Some(leased), Duration::from_secs(3600)).await;
+    let before = outbox.rows().await;
+
+    let line = operator.is_refused(&["dead", "requeue", "--all"]).await;
+    assert!(line.contains("would requeue 2 events") && line.contains("--yes"), "{line}");
+    assert_eq!(outbox.rows().await, before);
+    let said = operator.does(&["dead", "requeue", "--all", "--yes"]).await;
+    assert!(said.contains("requeued 1 event,") && said.contains("1 event older than 144 hours"), "{said}");
+    assert!(outbox.row(young).await.unwrap().visible && outbox.row(old).await.unwrap().dead);
+    assert!(outbox.rows().await.iter().any(|row| row.lease_token == Some(leased)));
+}
+
+#[tokio::test]
+async fn all_of_a_type_are_none_of_another() {
+    let outbox = Outbox::create().await;
+    let (one, other) = (insert_dead(&outbox).await, insert_dead(&outbox).await);
+    sqlx::query("UPDATE outbox SET event_type = 'other.v1.Thing' WHERE event_id = $1")
+        .bind(other)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let operator = Operator::of(&outbox);
+    let line = operator.is_refused(&["dead", "requeue", "--all", "--yes", "--type", "other.v1.Thin"]).await;
+    assert!(line.contains("no dead events of type other.v1.Thin"), "{line}");
+    operator.does(&["dead", "requeue", "--all", "--yes", "--type", "other.v1.Thing"]).await;
+    assert!(outbox.row(one).await.unwrap().dead && outbox.row(other).await.unwrap().visible);
+}
+
+#[tokio::test]
+async fn what_makes_no_sense_is_refused_before_the_database_is_asked() {
+    let operator = Operator::at("postgres://nobody@127.0.0.1:1/nowhere");
+    let id = Uuid::nil().to_string();
+    for arguments in [
+        &["dead", "requeue"][..],
+        &["dead", "requeue", "--all", &id],
+        &["dead", "requeue", "--yes", &id],
+        &["dead", "requeue", "--type", "a.B", &id],
+        &["dead", "requeue", "--max-age-hours", "0", &id],
+        &["dead", "list", "--limit", "0"],
+    ] {
+        operator.is_misused(arguments).await;
+    }
+}
+
+#[tokio::test]
+async fn two_operators_who_requeue_the_same_events_do_not_requeue_them_twice() {
+    let outbox = Outbox::create().await;
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        ids.push(insert_dead(&outbox).await.to_string());
+    }
+    let operator = Operator::of(&outbox);
+    let named: Vec<_> = ["dead", "requeue"].into_iter().chain(ids.iter().map(String::as_str)).collect();
+    let reversed: Vec<_> = ["dead", "requeue"].into_iter().chain(ids.iter().rev().map(String::as_str)).collect();
+    let (mut one, mut other) = (operator.command(&named), operator.command(&reversed));
+    let both = async { tokio::join!(one.output(), other.output()) };
+    let (one, other) = timeout(Duration::from_secs(20), both).await.expect("both end");
+    let mut codes = [one.unwrap(), other.unwrap()].map(|output| output.status.code());
+    codes.sort_unstable();
+    assert_eq!(codes, [Some(0), Some(1)]);
+}
+
+#[tokio::test]
+async fn a_requeued_event_that_dies_again_can_be_requeued_again() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    let (operator, id) = (Operator::of(&outbox), event_id.to_string());
+    operator.does(&["dead", "requeue", &id]).await;
+    sqlx::query("UPDATE outbox SET attempts = 20").execute(&outbox.pool).await.unwrap();
+    sqlx::query("UPDATE outbox SET visible_at = 'infinity'").execute(&outbox.pool).await.unwrap();
+    let page = operator.does(&["dead", "show", &id]).await;
+    assert!(page.contains("20, 10 of them before it was requeued"), "{page}");
+    operator.does(&["dead", "requeue", &id]).await;
+    assert_eq!(pardoned(&outbox, event_id).await, 20);
+}

@@ -1,0 +1,215 @@
+//! What an operator sees of an outbox.
+
+use std::{process::Stdio, time::Duration};
+
+use harness::TestDatabase;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    net::TcpListener,
+    process::Command,
+    time::{Instant, timeout},
+};
+use uuid::Uuid;
+
+use crate::{
+    operator::{Operator, bury, grow_old, insert_dead_with_successors},
+    outbox::{NewEvent, Outbox},
+    wait::AMPLE,
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+async fn execute(outbox: &Outbox, sql: &'static str) {
+    sqlx::raw_sql(sql).execute(&outbox.pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn every_event_is_counted_once_by_what_it_waits_for() {
+    let outbox = Outbox::create().await;
+    outbox.insert_unrelated(5).await;
+    // A lease that has expired is none.
+    outbox.insert_hidden(Some(Uuid::new_v4()), Duration::ZERO).await;
+    outbox.insert_hidden(Some(Uuid::new_v4()), HOUR).await;
+    for _ in 0..2 {
+        outbox.insert_hidden(None, HOUR).await;
+    }
+    execute(&outbox, "UPDATE outbox SET attempts = 1 WHERE visible_at > now() AND lease_token IS NULL").await;
+    insert_dead_with_successors(&outbox).await;
+    // Requeued once, and waiting as any other.
+    execute(
+        &outbox,
+        "UPDATE outbox SET attempts = 3, pardoned = 3 WHERE lease_token IS NOT NULL AND visible_at <= now()",
+    )
+    .await;
+    let other = outbox.insert_one().await;
+    execute(&outbox, "UPDATE outbox SET event_type = 'a.v1.Other' WHERE event_id = (SELECT max(event_id) FROM outbox)")
+        .await;
+    bury(&outbox, other, "gone").await;
+
+    let status = Operator::of(&outbox).reads(&["status", "--json"]).await;
+    let numbers = ["waiting", "held_back", "leased", "backing_off", "dead"].map(|key| status[key].as_i64().unwrap());
+    assert_eq!(numbers, [8, 2, 1, 2, 2]);
+    assert_eq!(
+        status["types"],
+        json!([
+            {"type": "a.v1.Other", "waiting": 0, "leased": 0, "backing_off": 0, "dead": 1},
+            {"type": "test.v1.Happened", "waiting": 8, "leased": 1, "backing_off": 2, "dead": 1},
+        ])
+    );
+}
+
+#[tokio::test]
+async fn the_oldest_is_the_oldest_that_is_not_dead() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    grow_old(&outbox, ids[0], 9).await;
+    bury(&outbox, ids[0], "gone").await;
+    grow_old(&outbox, ids[1], 2).await;
+    let status = Operator::of(&outbox).reads(&["status", "--json"]).await;
+    let oldest = status["oldest_seconds"].as_f64().unwrap();
+    assert!((7200.0..7300.0).contains(&oldest), "{oldest}");
+}
+
+#[tokio::test]
+async fn an_empty_outbox_has_a_status_with_the_same_keys() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    let status = operator.reads(&["status", "--json"]).await;
+    let keys: Vec<_> = status.as_object().unwrap().keys().map(String::as_str).collect();
+    let numbers = ["waiting", "held_back", "leased", "backing_off", "dead"];
+    let expected = [&["time"], &numbers[..], &["in_per_second", "out_per_second", "routes", "types"]].concat();
+    assert_eq!(keys, expected, "and neither a pause nor an oldest event");
+    assert!(numbers.iter().all(|key| status[*key] == 0));
+    assert!(status["time"].as_str().unwrap().ends_with('Z'));
+
+    let page = operator.does(&["status"]).await;
+    assert!(page.starts_with("waiting") && page.contains("no relay has reported"), "{page}");
+}
+
+#[tokio::test]
+async fn routes_are_those_of_relays_that_reported_lately() {
+    let outbox = Outbox::create().await;
+    execute(
+        &outbox,
+        "INSERT INTO outbox_routes (relay_id, route, receiver, state, since, seen_at) VALUES
+            ('00000000-0000-4000-8000-000000000001', 'orders.v1.*', 'http://inventory:50052', 'DOWN',
+                '2026-01-02 03:04:05Z', now()),
+            ('00000000-0000-4000-8000-000000000002', '*', 'http://gone:1', 'OPEN', now(), now() - interval '1 min')",
+    )
+    .await;
+    let operator = Operator::of(&outbox);
+    let status = operator.reads(&["status", "--json"]).await;
+    let expected = json!([{
+        "relay_id": "00000000-0000-4000-8000-000000000001",
+        "route": "orders.v1.*",
+        "receiver": "http://inventory:50052",
+        "state": "DOWN",
+        "state_time": "2026-01-02T03:04:05Z",
+    }]);
+    assert_eq!(status["routes"], expected);
+    let page = operator.does(&["status"]).await;
+    assert!(page.contains("orders.v1.*") && page.contains("DOWN") && !page.contains("gone"), "{page}");
+}
+
+/// What is printed by one that watches, line by line.
+struct Watch {
+    child: tokio::process::Child,
+    lines: tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
+}
+
+impl Watch {
+    fn start(operator: &Operator) -> Self {
+        let mut child = operator.command(&["status", "--watch", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, lines }
+    }
+
+    async fn next(&mut self) -> Value {
+        let line = timeout(AMPLE, self.lines.next_line()).await.expect("a line").unwrap();
+        serde_json::from_str(&line.expect("one more line")).unwrap()
+    }
+
+    async fn interrupt(mut self) -> Option<i32> {
+        let id = self.child.id().unwrap().to_string();
+        assert!(Command::new("kill").args(["-INT", &id]).status().await.unwrap().success());
+        timeout(AMPLE, self.child.wait()).await.expect("it ends").unwrap().code()
+    }
+}
+
+#[tokio::test]
+async fn a_watcher_sees_a_line_a_second_with_the_rates_until_it_is_interrupted() {
+    let outbox = Outbox::create().await;
+    let mut watch = Watch::start(&Operator::of(&outbox));
+    let (mut came, mut went) = (0.0, 0.0);
+    let deadline = Instant::now() + AMPLE;
+    while came == 0.0 || went == 0.0 {
+        assert!(Instant::now() < deadline, "rates: {came} in, {went} out");
+        outbox.insert_unrelated(100).await;
+        execute(&outbox, "DELETE FROM outbox").await;
+        let status = watch.next().await;
+        came = status["in_per_second"].as_f64().unwrap();
+        went = status["out_per_second"].as_f64().unwrap();
+    }
+    // A hundred each second, of which some lines saw nothing yet.
+    assert!(came <= 400.0 && went <= 400.0, "{came} {went}");
+    assert_eq!(watch.interrupt().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_watcher_outlives_an_outage_of_the_database() {
+    let outbox = Outbox::create().await;
+    let mut watch = Watch::start(&Operator::of(&outbox));
+    watch.next().await;
+    outbox.allow_connections(false).await;
+    // Those that were made before are over at the latest with the second line.
+    for _ in 0..2 {
+        if timeout(Duration::from_secs(3), watch.lines.next_line()).await.is_err() {
+            break;
+        }
+    }
+    outbox.allow_connections(true).await;
+    watch.next().await;
+    assert_eq!(watch.interrupt().await, Some(0));
+}
+
+#[tokio::test]
+async fn who_cannot_be_connected_to_is_named_and_the_password_is_not() {
+    let closed = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = closed.local_addr().unwrap();
+    drop(closed);
+    let line = Operator::at(&format!("postgres://outbox_relay:secret@{address}/orders")).is_refused(&["status"]).await;
+    assert!(line.contains(&format!("cannot connect to outbox_relay@{address}/orders")), "{line}");
+    assert!(line.contains("is it up") && !line.contains("secret"), "{line}");
+}
+
+#[tokio::test]
+async fn a_server_that_accepts_and_stays_silent_is_given_up() {
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("postgres://outbox_relay@{}/orders", silent.local_addr().unwrap());
+    let line = Operator::at(&url).is_refused(&["dead", "list"]).await;
+    assert!(line.contains("no answer within 5s"), "{line}");
+}
+
+#[tokio::test]
+async fn a_database_without_the_schema_is_told_from_one_that_is_away() {
+    let database = TestDatabase::create("orders_owner", &[]).await;
+    let line = Operator::at(&database.url_as("outbox_relay")).is_refused(&["dead", "list"]).await;
+    assert!(line.contains("run the `migrate` command"), "{line}");
+}
+
+#[tokio::test]
+async fn what_a_role_may_not_do_is_told_as_that() {
+    let outbox = Outbox::create().await;
+    let line = Operator::at(&outbox.database.url_as("order_service")).is_refused(&["dead", "list"]).await;
+    assert!(line.contains("connect as outbox_relay"), "{line}");
+}
+
+#[tokio::test]
+async fn a_successor_that_waits_for_one_that_is_not_dead_is_not_held_back() {
+    let outbox = Outbox::create().await;
+    let aggregate_id = Uuid::new_v4();
+    outbox.insert(&[1, 2].map(|sequence| NewEvent::of(aggregate_id, sequence))).await;
+    let status = Operator::of(&outbox).reads(&["status", "--json"]).await;
+    assert_eq!((&status["waiting"], &status["held_back"]), (&json!(2), &json!(0)));
+}
