@@ -35,11 +35,16 @@ const WATCHED_READINGS: usize = 10;
 pub enum Command {
     /// Show what is in the outbox, how fast it comes and goes, and who relays it
     ///
-    /// waiting: may be taken now, or waits for an earlier event of its aggregate. leased: being delivered. backing off:
-    /// failed, tried again later. dead: not tried again until you requeue it. in and out: events enqueued, and delivered
-    /// or discarded, a second. They come from the statistics of the database server, to which its sessions add about once
-    /// a second each: over the second that `status` takes they jump; --watch takes them over the last ten.
-    #[command(after_long_help = "Examples:
+    /// in and out are events enqueued, and events delivered or discarded, per second. They come from the statistics of the
+    /// database server, to which its sessions add about once a second each: over the second that `status` takes they jump;
+    /// --watch takes them over the last ten. Enqueuings that were rolled back are among them.
+    #[command(after_long_help = "Every event is one of:
+  waiting      may be taken now, or waits for an earlier event of its aggregate
+  leased       is being delivered
+  backing off  failed, and is tried again later
+  dead         is not tried again until you requeue it
+
+Examples:
   outbox-relay status
   outbox-relay status --watch
   outbox-relay status --json | jq .dead")]
@@ -160,10 +165,10 @@ pub struct RequeueArguments {
     #[arg(long)]
     all: bool,
     /// With --all, only events of this type.
-    #[arg(long = "type", value_name = "TYPE", requires = "all", value_parser = parse_name)]
+    #[arg(long = "type", value_name = "TYPE", conflicts_with = "event_ids", value_parser = parse_name)]
     event_type: Option<String>,
     /// With --all, do not ask.
-    #[arg(long, requires = "all")]
+    #[arg(long, conflicts_with = "event_ids")]
     yes: bool,
     #[command(flatten)]
     max_age: MaxAge,
