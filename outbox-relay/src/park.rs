@@ -5,11 +5,11 @@ use std::time::Duration;
 use chassis::Database;
 use sqlx::PgConnection;
 
-/// Rows that one statement parks, and the front of the line it looks at.
+/// Rows at the front of the line that one statement looks at.
 const ROWS_MAX: i64 = 5000;
 /// Statements in one go, so that the other maintenance has its turn.
 const STATEMENTS_MAX: u32 = 40;
-/// A front of which less than this was parked consists of events that wait for one that is about to go.
+/// Of a front of which fewer are parked than this, most are about to go: the next statement would see the same rows.
 const WORTH_ANOTHER: u64 = 500;
 /// How long a row is out of sight at most. This bounds what a wrong guess about its predecessor can cost.
 const PARKED_MAX: Duration = Duration::from_secs(300);
@@ -19,7 +19,8 @@ const PARKED_MAX: Duration = Duration::from_secs(300);
 ///
 /// A parked row needs nobody to wake it: its own time brings it back, when its predecessor may go or after a few minutes,
 /// whichever is earlier, and then it is leased, or parked again. So there is no wake-up that could be lost, and no state
-/// that could disagree with its predecessor's for longer than that. Deadness is not inherited: infinity is for dead rows.
+/// that could disagree with its predecessor's for longer than that. A dead predecessor's infinity is not copied: it would
+/// make its successors dead too.
 ///
 /// # Errors
 /// Those of the database.
@@ -32,13 +33,14 @@ pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// A row that was requeued or released while this statement runs is left alone: a row that somebody else has locked is
-/// skipped, and one that changed after the snapshot was taken is no longer where `ctid` says. A predecessor may become
-/// visible at the same moment; whoever sees to that sees to its successors too, and waits for this statement's locks.
+/// Looks at the front of the line only: leases begin there as well, so a row is in their way only once it has come there.
+/// Both arrays and the look at the predecessor are such that no statistics can make the plan read more than that.
 ///
-/// Rows are parked one link of a chain at a time: a parked row is itself backing off, as far as its successor is
-/// concerned. It is looked at no further than the front of the line, since leases begin there as well: behind rows that
-/// are about to go, and in front of which nothing stands, parked or not makes no difference yet.
+/// Whatever others do to these rows meanwhile stands: a row that somebody has locked is skipped, and one that was changed
+/// after the snapshot is no longer where its `ctid` says. Whoever makes a predecessor visible makes its successors so too,
+/// and waits for the locks of this statement to do it.
+///
+/// Chains are parked link by link, a parked row being no different from one that backs off.
 async fn park_front(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
     let parked = sqlx::query!(
         "-- relay: park
@@ -51,18 +53,15 @@ async fn park_front(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
         WHERE ctid = ANY (ARRAY (
             SELECT waiting.ctid
             FROM outbox AS waiting
-            WHERE waiting.sequence > 1
-              AND waiting.visible_at <= now()
-              AND waiting.visible_at <= (
-                  SELECT max(front.visible_at)
-                  FROM (SELECT visible_at FROM outbox WHERE sequence > 1 ORDER BY visible_at LIMIT $1) AS front)
-              AND EXISTS (
-                  SELECT FROM outbox AS earlier
-                  WHERE earlier.aggregate_id = waiting.aggregate_id
-                    AND earlier.sequence = waiting.sequence - 1
-                    AND earlier.lease_token IS NULL
-                    AND earlier.visible_at > now())
-            LIMIT $1
+            WHERE waiting.ctid = ANY (ARRAY (
+                    SELECT front.ctid
+                    FROM outbox AS front
+                    WHERE front.sequence > 1 AND front.visible_at <= now()
+                    ORDER BY front.visible_at
+                    LIMIT $1))
+              AND (SELECT earlier.lease_token IS NULL AND earlier.visible_at > now()
+                   FROM outbox AS earlier
+                   WHERE earlier.aggregate_id = waiting.aggregate_id AND earlier.sequence = waiting.sequence - 1)
             FOR UPDATE OF waiting SKIP LOCKED))",
         ROWS_MAX,
         PARKED_MAX.as_secs_f64(),

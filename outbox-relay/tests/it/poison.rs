@@ -1,7 +1,9 @@
 //! An event that the receiver does not survive: found, charged, and in the end dead, while all others arrive.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use uuid::Uuid;
 
@@ -82,6 +84,37 @@ async fn an_event_over_which_the_receiver_hangs_ends_dead_and_all_others_arrive(
         receiver.address
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_event_over_which_the_receiver_takes_its_time_is_not_taken_for_its_neighbour_over_which_it_hangs() {
+    let outbox = Outbox::create().await;
+    outbox.record_charges().await;
+    let ids = outbox.insert_unrelated(2).await;
+    let (slow, fatal) = (ids[0], ids[1]);
+    let receiver = Receiver::start(move |events| {
+        if events.iter().any(|event| id_of(event) == fatal) {
+            return Reply::never();
+        }
+        if events.iter().all(|event| id_of(event) != slow) {
+            return Reply::apply(events);
+        }
+        // More than is left of a lease when half of it was spent on finding out that one of the two is at fault.
+        let done = CancellationToken::new();
+        let reply = Reply::apply(events).held(&done);
+        tokio::spawn(async move {
+            sleep(Duration::from_millis(800)).await;
+            done.cancel();
+        });
+        reply
+    })
+    .await;
+    let relay = Relay::start(&outbox, receiver.address, &["--lease-seconds", "2", "--attempts", "1"]).await;
+    outbox.wait_for_dead(1).await;
+    outbox.wait_for_a_later_event().await;
+    relay.stop().await;
+    assert_eq!(outbox.charges().await, [fatal]);
+    assert_eq!(outbox.rows().await.len(), 1);
 }
 
 #[tokio::test]

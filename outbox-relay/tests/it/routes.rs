@@ -117,7 +117,8 @@ async fn while_the_outbox_is_paused_nothing_is_leased_from_it() {
     let passed = "SELECT extract(epoch FROM max(seen_at) - min(paused_at))::bigint FROM outbox_routes, outbox_pause";
     let seen = async || sqlx::query_scalar::<_, i64>(passed).fetch_one(&outbox.pool).await.unwrap();
     until("the relay has looked for two seconds", async || seen().await >= 2).await;
-    assert!(outbox.rows().await.iter().all(|row| row.lease_token.is_none() && row.visible));
+    let rows = outbox.rows().await;
+    assert!(rows.len() == 10 && rows.iter().all(|row| row.lease_token.is_none() && row.visible), "{rows:?}");
     sqlx::query("DELETE FROM outbox_pause").execute(&outbox.pool).await.unwrap();
     outbox.wait_until_empty().await;
     relay.stop().await;
