@@ -94,7 +94,7 @@ impl Lease {
     }
 
     /// Begins the lease anew, for a worker that has found out something in its time and needs more to make use of it.
-    /// Returns whether it still had all of the rows; they need not be leased any more, as long as nobody else has.
+    /// Returns whether it still had all of the rows: an expired lease can be renewed until somebody else takes one of them.
     pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
         let (token, seconds) = (self.token, self.length.as_secs_f64());
         let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
