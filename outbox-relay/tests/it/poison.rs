@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::{
     line::Line,
     outbox::Outbox,
-    receiver::{Receiver, Reply, id_of},
+    receiver::{Delivery, Receiver, Reply, id_of},
     relay::Relay,
     wait::until,
 };
@@ -45,6 +45,27 @@ async fn only_the_fatal_are_charged(
     let twice: Vec<_> = fatal.iter().flat_map(|event_id| [*event_id; 2]).collect();
     assert_eq!(charges, twice);
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) > 0)));
+}
+
+#[tokio::test]
+async fn events_that_have_failed_before_are_delivered_each_alone_and_after_the_others() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(6).await;
+    let failed = [ids[1], ids[3]];
+    sqlx::query("UPDATE outbox SET attempts = 1 WHERE event_id = ANY ($1)")
+        .bind(failed)
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1"]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    let deliveries = receiver.read(|log| {
+        let ids = |delivery: &Delivery| delivery.events.iter().map(id_of).collect::<Vec<_>>();
+        log.deliveries.iter().map(ids).collect::<Vec<_>>()
+    });
+    assert_eq!(deliveries, [vec![ids[0], ids[2], ids[4], ids[5]], vec![ids[1]], vec![ids[3]]]);
 }
 
 /// Breaks the line over each batch with a fatal event.
