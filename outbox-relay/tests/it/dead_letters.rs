@@ -250,3 +250,30 @@ async fn nothing_is_discarded_without_a_reason() {
     assert!(line.contains("--reason") && line.contains("must be 1 to 1000 characters"), "{line}");
     assert_eq!(count_discarded(&outbox).await, 0);
 }
+
+#[tokio::test]
+async fn what_an_operator_was_told_is_done_is_durable_though_the_role_of_the_relay_is_not() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await.to_string();
+    sqlx::raw_sql(
+        "CREATE TABLE commits (synchronous text);
+        CREATE FUNCTION record_commit() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+            $$BEGIN INSERT INTO public.commits VALUES (current_setting('synchronous_commit')); RETURN NULL; END$$;
+        CREATE TRIGGER record_commit AFTER UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION record_commit();
+        CREATE TRIGGER record_commit AFTER INSERT ON outbox_discarded FOR EACH ROW EXECUTE FUNCTION record_commit();
+        CREATE TRIGGER record_commit AFTER INSERT OR DELETE ON outbox_pause
+            FOR EACH ROW EXECUTE FUNCTION record_commit()",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+    let operator = Operator::of(&outbox);
+    operator.does(&["dead", "requeue", &event_id]).await;
+    bury(&outbox, event_id.parse().unwrap(), "again").await;
+    operator.does(&["dead", "discard", &event_id, "--reason", "typo"]).await;
+    operator.does(&["pause", "--reason", "moving"]).await;
+    operator.does(&["resume"]).await;
+    let commits = sqlx::query_scalar::<_, String>("SELECT synchronous FROM commits");
+    // The one of the test itself is among them.
+    assert_eq!(commits.fetch_all(&outbox.pool).await.unwrap(), ["on"; 5]);
+}
