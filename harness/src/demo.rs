@@ -9,9 +9,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use prost::{Message, Name};
 use proto::{
     events::v1::Outcome,
-    orders::v1::{CancelOrderRequest, CreateOrderRequest, Order, OrderItem, OrderStatus, WatchOrderRequest},
+    orders::v1::{
+        CancelOrderRequest, CreateOrderRequest, Order, OrderCreated, OrderItem, OrderStatus, WatchOrderRequest,
+    },
 };
 use tokio::{
     select,
@@ -24,7 +27,7 @@ use crate::{
     audit::audit,
     processes::Process,
     replay::{available, name, replay, wait_until_applied},
-    stress::{Load, place_orders, wait_until_delivered},
+    stress::{Load, count_dead, place_orders, wait_until_delivered},
     system::{Layout, ServerArguments, Service, stop},
     target::Target,
 };
@@ -78,6 +81,7 @@ async fn show(arguments: &Arguments) -> Result<()> {
     processes.push(show_reply(&layout, &target, order_id).await?);
     show_rejection(&target).await?;
     show_cancellation(&target, order_id, before).await?;
+    show_dead_letter(&layout, &target).await?;
     show_workers(&layout, &target).await?;
     show_replay(&target).await?;
     show_audit(&target).await?;
@@ -188,8 +192,57 @@ async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Resu
     Ok(())
 }
 
+async fn show_dead_letter(layout: &Layout, target: &Target) -> Result<()> {
+    println!("\n  6. An event that cannot be applied dies alone, with its reason, and waits for a person.");
+    let event_id = enqueue_poison(target).await?.to_string();
+    wait_for_dead(target).await?;
+    for arguments in [
+        &["dead", "list"][..],
+        &["dead", "show", &event_id],
+        &["dead", "discard", &event_id, "--by", "demo", "--reason", "an order without items"],
+    ] {
+        let quoted = arguments.iter().map(|text| if text.contains(' ') { format!("'{text}'") } else { (*text).into() });
+        println!("     $ outbox-relay {}", quoted.collect::<Vec<String>>().join(" "));
+        for line in layout.operate(Service::OrdersRelay, arguments).await?.lines() {
+            println!("       {line}");
+        }
+    }
+    Ok(())
+}
+
+/// As a service with a bug would: the event of an order without items, which order-service accepts from nobody.
+async fn enqueue_poison(target: &Target) -> Result<Uuid> {
+    let (order_id, event_id) = (Uuid::now_v7(), Uuid::now_v7());
+    let poison = OrderCreated {
+        order_id: order_id.into(),
+        customer_id: "nobody".into(),
+        currency_code: "EUR".into(),
+        ..OrderCreated::default()
+    };
+    sqlx::query!(
+        "-- demo: enqueue poison
+        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload) VALUES ($1, 1, $2, $3, $4)",
+        order_id,
+        event_id,
+        OrderCreated::full_name(),
+        poison.encode_to_vec(),
+    )
+    .execute(&mut target.databases.orders().await?)
+    .await?;
+    Ok(event_id)
+}
+
+async fn wait_for_dead(target: &Target) -> Result<()> {
+    let started = Instant::now();
+    while count_dead(&target.databases).await? == 0 {
+        ensure!(started.elapsed() < DRAIN_LIMIT, "the event is not dead after {DRAIN_LIMIT:?}");
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
 async fn show_workers(layout: &Layout, target: &Target) -> Result<()> {
-    println!("\n  6. Fifty orders at once, shared out over the relay's workers by SKIP LOCKED.");
+    println!("\n  7. Fifty orders at once, shared out over the relay's workers by SKIP LOCKED.");
     let already = read_shares(layout)?;
     let started = Instant::now();
     let load = Load { orders: 50, concurrency: 50, retry_for: Duration::ZERO };
@@ -235,7 +288,7 @@ fn read_shares(layout: &Layout) -> Result<Shares> {
 }
 
 async fn show_replay(target: &Target) -> Result<()> {
-    println!("\n  7. One event delivered twice, as after a lost reply.");
+    println!("\n  8. One event delivered twice, as after a lost reply.");
     let replay = replay(target, SKU).await?;
     let [before, after_first, after_second] = replay.stock;
     println!("     event {}", replay.event_id);
@@ -245,7 +298,7 @@ async fn show_replay(target: &Target) -> Result<()> {
 }
 
 async fn show_audit(target: &Target) -> Result<()> {
-    println!("\n  8. The audit: both databases held against each other, row by row.");
+    println!("\n  9. The audit: both databases held against each other, row by row.");
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
     let audit = audit(&target.databases).await?;
     for line in audit.lines() {

@@ -220,7 +220,11 @@ fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
     Ok(())
 }
 
-async fn count_dead(databases: &Databases) -> Result<i64> {
+/// Dead events in both outboxes.
+///
+/// # Errors
+/// When a database cannot be read.
+pub async fn count_dead(databases: &Databases) -> Result<i64> {
     let mut dead = 0;
     for mut database in [databases.orders().await?, databases.inventory().await?] {
         dead += sqlx::query_scalar!(

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use tokio::process::Command;
 
 use crate::{
     bootstrap::{bootstrap, create_databases},
@@ -209,6 +210,20 @@ impl Layout {
         let mut process = self.spawn(service, "serve", &environment)?;
         process.wait_healthy(self.address(service), HEALTHY_LIMIT).await?;
         Ok(process)
+    }
+
+    /// Runs an operator's command of `outbox-relay` on the outbox of a relay, and returns what it prints.
+    ///
+    /// # Errors
+    /// When the command fails; the error shows its message.
+    pub async fn operate(&self, relay: Service, arguments: &[&str]) -> Result<String> {
+        let database = if relay == Service::InventoryRelay { &self.inventory } else { &self.orders };
+        let mut command = Command::new(binary("outbox-relay")?);
+        command.args(arguments).env("RELAY_DATABASE_URL", self.server.url_for("outbox_relay", database));
+        let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "outbox-relay {} failed: {said}", arguments.join(" "));
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     fn spawn(&self, service: Service, command: &str, environment: &[(&str, &str)]) -> Result<Process> {

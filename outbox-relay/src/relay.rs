@@ -180,7 +180,7 @@ impl Worker {
         match settle(&self.database, lease, verdicts, policy).await {
             Ok(settled) => {
                 measure::settled(self.route.pattern(), &settled);
-                debug!(worker = self.number, events, ?settled, "settled");
+                debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
                 if settled.lost > 0 {
                     warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
                 }
