@@ -67,7 +67,8 @@ async fn it_refuses_a_receiver_that_does_not_say_how_long_it_remembers() {
 async fn a_receiver_that_comes_back_with_a_shorter_memory_is_refused_before_anything_is_delivered() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
-    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    // One worker: another might be about to deliver when the first finds the receiver away.
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1"]).await;
     outbox.wait_for_a_later_event().await;
     receiver.describe(|| Ok(Some(HOUR)));
     receiver.follow(|_| Reply::Refuse(Code::Unavailable));
