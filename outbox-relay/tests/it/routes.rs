@@ -114,7 +114,7 @@ async fn while_the_outbox_is_paused_nothing_is_leased_from_it() {
     let pause = "INSERT INTO outbox_pause (paused_by, reason) VALUES ('ann', 'to see')";
     sqlx::query(pause).execute(&outbox.pool).await.unwrap();
     let ids = outbox.insert_unrelated(10).await;
-    let passed = "SELECT extract(epoch FROM max(seen_at) - min(paused_at))::bigint FROM outbox_routes, outbox_pause";
+    let passed = "SELECT coalesce(extract(epoch FROM max(seen_at) - min(paused_at)), 0)::bigint FROM outbox_routes, outbox_pause";
     let seen = async || sqlx::query_scalar::<_, i64>(passed).fetch_one(&outbox.pool).await.unwrap();
     until("the relay has looked for two seconds", async || seen().await >= 2).await;
     let rows = outbox.rows().await;
