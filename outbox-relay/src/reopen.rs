@@ -35,16 +35,23 @@ impl Worker {
         }
         let mut asked = FIRST_BATCH.min(self.settings.batch);
         loop {
-            match self.carry(asked, Some(&mut turn)).await {
+            let events = match self.carry(asked, Some(&mut turn)).await {
                 Carried::NotLeased => return Ok(Round::Failed),
                 Carried::Stopped => return Ok(Round::Worked),
                 Carried::Through(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),
-                Carried::Through(events) if asked == self.settings.batch || events < asked as usize => {
-                    turn.open();
-                    self.wake.wake_another();
-                    return Ok(if events == 0 { Round::Idle } else { Round::Worked });
-                }
-                Carried::Through(_) => asked = asked.saturating_mul(2).min(self.settings.batch),
+                Carried::Through(events) => events,
+            };
+            let all = events < asked as usize;
+            if all && !turn.is_alone() {
+                // What others took while the route was open is likely to be given back: this is not all there is.
+                self.wake.wait().await;
+                turn.described = false;
+            } else if all || asked == self.settings.batch {
+                turn.open();
+                self.wake.wake_another();
+                return Ok(if events == 0 { Round::Idle } else { Round::Worked });
+            } else {
+                asked = asked.saturating_mul(2).min(self.settings.batch);
             }
         }
     }
