@@ -133,7 +133,7 @@ pub struct ListArguments {
     /// Only events of this type: a full protobuf name, such as orders.v1.OrderCreated.
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_name)]
     event_type: Option<String>,
-    /// Print JSON: the fields of relay.v1.ListDeadEventsResponse.
+    /// Print JSON: the events and their number on all pages, as in relay.v1.ListDeadEventsResponse.
     #[arg(long)]
     json: bool,
 }
@@ -357,7 +357,15 @@ async fn list(arguments: ListArguments) -> Result<(), CommandError> {
     let ListArguments { outbox, limit, event_type, json } = arguments;
     let page = Page { size: limit, before: Uuid::max(), event_type };
     let list = outbox.ask(async |connection| list_dead(connection, &page).await).await?;
-    if json { say_json(&answer(&list)?) } else { say(&print::dead_events(&list)) }
+    if !json {
+        return say(&print::dead_events(&list));
+    }
+    let mut shown = answer(&list)?;
+    if let Some(fields) = shown.as_object_mut() {
+        // For callers of RelayAdmin: here it is --limit that shows more.
+        fields.remove("next_page_token");
+    }
+    say_json(&shown)
 }
 
 async fn show(arguments: ShowArguments) -> Result<(), CommandError> {

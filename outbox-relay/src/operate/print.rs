@@ -10,21 +10,19 @@ use super::refuse::describe;
 
 /// The status as a page.
 pub(super) fn status(status: &OutboxStatus) -> String {
-    let oldest = status.oldest_seconds.map(|seconds| format!("the oldest of what is not dead: {}", age(seconds)));
     let held_back = (status.held_back > 0).then(|| format!("{} of them behind dead events", status.held_back));
+    let oldest = status.oldest_seconds.map(|seconds| line(["oldest", &age(seconds), "of what is not dead"]));
     let numbers = [
         line(["waiting", &status.waiting.to_string(), &held_back.unwrap_or_default()]),
         line(["leased", &status.leased.to_string(), ""]),
         line(["backing off", &status.backing_off.to_string(), ""]),
         line(["dead", &status.dead.to_string(), ""]),
+        oldest.unwrap_or_else(|| line(["oldest", "none", ""])),
         line(["in", &format!("{:.1}/s", status.in_per_second), ""]),
         line(["out", &format!("{:.1}/s", status.out_per_second), ""]),
     ];
-    let numbers = table(&numbers, &[1]);
     let paused = status.pause.as_ref().map(|pause| format!("PAUSED {}\n", visible(&describe(pause))));
-    let mut page = numbers + &oldest.map(|oldest| oldest + "\n").unwrap_or_default() + &paused.unwrap_or_default();
-    page += "\n";
-    page += &routes(status);
+    let mut page = format!("{}{}\n{}", table(&numbers, &[1]), paused.unwrap_or_default(), routes(status));
     if !status.types.is_empty() {
         page += "\n";
         page += &types(status);
@@ -85,7 +83,7 @@ pub(super) fn dead_event(content: &DeadEventContent, payload: Option<&str>) -> S
         line(["enqueued", &enqueued]),
         line(["attempts", &attempts]),
         line(["reason", &event.reason]),
-        line(["holds back", &format!("{} later events of its aggregate", event.held_back)]),
+        line(["holds back", &format!("{} later of its aggregate", event.held_back)]),
         line(["traceparent", if content.traceparent.is_empty() { "none" } else { &content.traceparent }]),
         line(["tracestate", if content.tracestate.is_empty() { "none" } else { &content.tracestate }]),
     ];

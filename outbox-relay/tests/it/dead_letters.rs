@@ -47,6 +47,7 @@ async fn a_list_begins_with_the_newest_and_says_how_many_more_there_are() {
 
     let list = operator.reads(&["dead", "list", "--json"]).await;
     let ids: Vec<_> = list["dead_events"].as_array().unwrap().iter().map(|event| event["event_id"].clone()).collect();
+    assert_eq!(list.as_object().unwrap().keys().collect::<Vec<_>>(), ["dead_events", "total_size"]);
     assert_eq!(ids, [newest, order, oldest.event_id].map(|id| json!(id.to_string())));
     let last = &list["dead_events"][2];
     assert_eq!((&last["held_back"], &last["attempts"], &last["sequence"]), (&json!(2), &json!(10), &json!(1)));
