@@ -34,7 +34,8 @@ struct Admin {
 impl Admin {
     async fn start(outbox: Outbox) -> Self {
         let receiver = Receiver::start(Reply::apply).await;
-        let relay = Relay::start(&outbox, receiver.address, &[]).await;
+        // Patient: on a busy machine a connection may take longer to make than callers should wait.
+        let relay = Relay::start(&outbox, receiver.address, &["--database-acquire-ms", "8000"]).await;
         let channel = Endpoint::from_shared(format!("http://{}", relay.address)).unwrap().connect_lazy();
         Self { outbox, receiver, relay, channel }
     }
