@@ -54,14 +54,14 @@ impl Refuse {
         if !may_pass(cause) {
             return self.with(Code::Internal, "INTERNAL", "internal error");
         }
-        self.unavailable("DATABASE_UNAVAILABLE", "the database does not answer; try again")
+        self.later(Code::Unavailable, "DATABASE_UNAVAILABLE", "the database does not answer; try again")
     }
 
-    /// UNAVAILABLE, with the hint when to come again.
-    pub fn unavailable(self, reason: &str, message: impl Into<String>) -> Status {
+    /// A refusal that passes, with the hint when to come again.
+    pub fn later(self, code: Code, reason: &str, message: impl Into<String>) -> Status {
         let mut details = self.details(reason);
         details.set_retry_info(Some(RETRY_AFTER));
-        Status::with_error_details(Code::Unavailable, message, details)
+        Status::with_error_details(code, message, details)
     }
 
     fn details(self, reason: &str) -> ErrorDetails {

@@ -111,11 +111,16 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
     audit.dead = ordered.dead + done.dead;
     let mut disagreeing = Vec::new();
     for (order_id, order) in &ordered.orders {
+        let (waits, given_up) =
+            (ordered.outbox.creations.contains(order_id), ordered.discarded.creations.contains(order_id));
         match done.effects.get(order_id) {
-            Some(effect) => check_effect(*order_id, &order.demand, effect, &mut audit),
-            None if ordered.on_their_way.contains(order_id) => audit.on_their_way += 1,
-            None if ordered.given_up.contains(order_id) => audit.given_up += 1,
-            None => {
+            // Its cancellation alone is no effect of an order, unless its creation was given up.
+            Some(effect) if effect.asked || waits || given_up => {
+                check_effect(*order_id, &order.demand, effect, &mut audit);
+            }
+            None if waits => audit.on_their_way += 1,
+            None if given_up => audit.given_up += 1,
+            _ => {
                 audit.findings.push(format!("LOST: order {order_id} has no effect and no event on its way"));
                 continue;
             }
@@ -141,11 +146,30 @@ type Quantities = String;
 /// One snapshot of the orders database.
 struct Ordered {
     orders: HashMap<Uuid, Order>,
-    /// Orders that have an event in the outbox.
-    on_their_way: HashSet<Uuid>,
-    /// Orders of which an event was discarded.
-    given_up: HashSet<Uuid>,
+    outbox: Events,
+    discarded: Events,
     dead: usize,
+}
+
+/// Events, by the order they are about.
+#[derive(Default)]
+struct Events {
+    any: HashSet<Uuid>,
+    /// Orders whose first event is among them.
+    creations: HashSet<Uuid>,
+}
+
+impl Events {
+    fn of(rows: impl Iterator<Item = (Uuid, i32)>) -> Self {
+        let mut events = Self::default();
+        for (order_id, sequence) in rows {
+            events.any.insert(order_id);
+            if sequence == 1 {
+                events.creations.insert(order_id);
+            }
+        }
+        events
+    }
 }
 
 struct Order {
@@ -156,10 +180,9 @@ struct Order {
 /// One snapshot of the inventory database.
 struct Done {
     effects: HashMap<Uuid, Effect>,
-    /// Orders that have an answer in the outbox.
-    answered: HashSet<Uuid>,
-    /// Orders of which an answer was discarded.
-    given_up: HashSet<Uuid>,
+    /// The answers.
+    outbox: Events,
+    discarded: Events,
     dead: usize,
 }
 
@@ -167,12 +190,13 @@ struct Effect {
     status: String,
     /// Whether the order was asked for; if not, only its cancellation has come.
     asked: bool,
+    cancelled: bool,
     taken: Quantities,
     returned: Quantities,
 }
 
 fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mut Audit) {
-    let Effect { status, asked, taken, returned } = effect;
+    let Effect { status, asked, taken, returned, .. } = effect;
     let nothing = &Quantities::new();
     let (count, should_have_taken, should_have_returned) = match status.as_str() {
         "RESERVED" => (&mut audit.reserved, demand, nothing),
@@ -192,15 +216,16 @@ fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mu
 /// How the two sides disagree about an order, if they do.
 fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String> {
     let order = ordered.orders.get(&order_id)?;
-    let effect = done.effects.get(&order_id).map(|effect| effect.status.as_str());
-    let told = ordered.on_their_way.contains(&order_id) || ordered.given_up.contains(&order_id);
-    let answered = done.answered.contains(&order_id) || done.given_up.contains(&order_id);
+    let effect = done.effects.get(&order_id);
+    let cancelled = effect.is_some_and(|effect| effect.cancelled);
+    let effect = effect.map(|effect| effect.status.as_str());
+    let told = ordered.outbox.any.contains(&order_id) || ordered.discarded.any.contains(&order_id);
+    let answered = done.outbox.any.contains(&order_id) || done.discarded.any.contains(&order_id);
     let agree = match (order.status.as_str(), effect) {
         ("PENDING", None) => told,
         ("PENDING", Some(_)) => answered,
         ("CONFIRMED", Some("RESERVED")) | ("REJECTED", Some("REJECTED")) => true,
-        ("CANCELLED", Some("RELEASED" | "REJECTED")) => true,
-        ("CANCELLED", _) => told,
+        ("CANCELLED", _) => cancelled || told,
         _ => false,
     };
     let status = &order.status;
@@ -241,7 +266,9 @@ async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> R
         SELECT order_id, status, coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!"
         FROM orders
         LEFT JOIN (
-            SELECT order_id, sku, sum(quantity) AS quantity FROM order_items GROUP BY order_id, sku
+            SELECT order_id, sku, sum(quantity) AS quantity FROM order_items
+            WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
+            GROUP BY order_id, sku
         ) AS demand USING (order_id)
         WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
         GROUP BY order_id"#,
@@ -251,8 +278,8 @@ async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> R
     .await?;
     let orders = orders.into_iter().map(|row| (row.order_id, Order { status: row.status, demand: row.demand }));
     let orders = orders.collect();
-    let (on_their_way, dead) = read_outbox(&mut tx).await?;
-    Ok(Ordered { orders, on_their_way, given_up: read_discarded(&mut tx).await?, dead })
+    let (outbox, dead) = read_outbox(&mut tx).await?;
+    Ok(Ordered { orders, outbox, discarded: read_discarded(&mut tx).await?, dead })
 }
 
 /// Effects, and the answers in inventory's outbox: all, or those of the ids.
@@ -261,13 +288,14 @@ async fn read_done(connection: &mut PgConnection, only: Option<&[Uuid]>, finding
     let rows = sqlx::query!(
         r#"-- audit: effects
         SELECT coalesce(order_id, reference) AS "order_id!", status AS "status?", event_id IS NOT NULL AS "asked!",
+            cancelled_by IS NOT NULL AS "cancelled!",
             coalesce(string_agg(sku || '=' || -delta, ' ' ORDER BY sku) FILTER (WHERE kind = 'RESERVATION'), '') AS "taken!",
             coalesce(string_agg(sku || '=' || delta, ' ' ORDER BY sku) FILTER (WHERE kind = 'RELEASE'), '') AS "returned!"
         FROM reservations
         FULL JOIN (SELECT * FROM stock_ledger WHERE kind IN ('RESERVATION', 'RELEASE')) AS movement
             ON reference = order_id
         WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
-        GROUP BY 1, 2, 3"#,
+        GROUP BY 1, 2, 3, 4"#,
         only as Option<&[Uuid]>,
     )
     .fetch_all(&mut *tx)
@@ -278,32 +306,33 @@ async fn read_done(connection: &mut PgConnection, only: Option<&[Uuid]>, finding
             findings.push(format!("WRONG: order {} took \"{}\" without a reservation", row.order_id, row.taken));
             continue;
         };
-        effects.insert(row.order_id, Effect { status, asked: row.asked, taken: row.taken, returned: row.returned });
+        let (asked, cancelled) = (row.asked, row.cancelled);
+        effects.insert(row.order_id, Effect { status, asked, cancelled, taken: row.taken, returned: row.returned });
     }
-    let (answered, dead) = read_outbox(&mut tx).await?;
-    Ok(Done { effects, answered, given_up: read_discarded(&mut tx).await?, dead })
+    let (outbox, dead) = read_outbox(&mut tx).await?;
+    Ok(Done { effects, outbox, discarded: read_discarded(&mut tx).await?, dead })
 }
 
-/// The aggregates that have an event in the outbox, and how many events are dead.
-async fn read_outbox(tx: &mut Transaction<'_, Postgres>) -> Result<(HashSet<Uuid>, usize)> {
+/// What is in the outbox, and how much of it is dead.
+async fn read_outbox(tx: &mut Transaction<'_, Postgres>) -> Result<(Events, usize)> {
     let rows = sqlx::query!(
         r#"-- audit: outbox
-        SELECT aggregate_id, visible_at = 'infinity' AS "dead!" FROM outbox"#
+        SELECT aggregate_id, sequence, visible_at = 'infinity' AS "dead!" FROM outbox"#
     )
     .fetch_all(&mut **tx)
     .await?;
     let dead = rows.iter().filter(|row| row.dead).count();
-    Ok((rows.into_iter().map(|row| row.aggregate_id).collect(), dead))
+    Ok((Events::of(rows.into_iter().map(|row| (row.aggregate_id, row.sequence))), dead))
 }
 
-async fn read_discarded(tx: &mut Transaction<'_, Postgres>) -> Result<HashSet<Uuid>> {
-    let discarded = sqlx::query_scalar!(
+async fn read_discarded(tx: &mut Transaction<'_, Postgres>) -> Result<Events> {
+    let rows = sqlx::query!(
         "-- audit: discarded
-        SELECT aggregate_id FROM outbox_discarded"
+        SELECT aggregate_id, sequence FROM outbox_discarded"
     )
     .fetch_all(&mut **tx)
     .await?;
-    Ok(discarded.into_iter().collect())
+    Ok(Events::of(rows.into_iter().map(|row| (row.aggregate_id, row.sequence))))
 }
 
 /// What must hold within the inventory database alone, in one snapshot.
@@ -340,8 +369,8 @@ async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
     Ok(())
 }
 
-/// An effect and its inbox row are one transaction, so neither is there without the other, until the inbox forgets: it
-/// does so oldest first, and what is left tells how far it has come.
+/// An effect and its inbox row are one transaction, so neither is there without the other, until the inbox forgets: not
+/// before two hours (the shortest retention and its margin), oldest first, and what is left tells how far it has come.
 async fn check_inbox(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> Result<()> {
     let rows = sqlx::query!(
         r#"-- audit: inbox
@@ -353,7 +382,8 @@ async fn check_inbox(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
         SELECT order_id AS "order_id?", coalesce(event_id, message_id) AS "event_id!"
         FROM effect FULL JOIN processed_messages ON message_id = event_id
         WHERE event_id IS NULL
-            OR message_id IS NULL AND at > (SELECT min(processed_at) FROM processed_messages)"#
+            OR message_id IS NULL
+                AND (at > (SELECT min(processed_at) FROM processed_messages) OR at > now() - interval '2 hours')"#
     )
     .fetch_all(&mut **tx)
     .await?;

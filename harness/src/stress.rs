@@ -110,7 +110,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     let audit = audit(&target.databases).await?;
     audit.print();
     let died = count_dead(&target.databases).await? - dead_before;
-    ensure!(died == 0, "{died} events died meanwhile: see `outbox-relay dead list`");
+    ensure!(died <= 0, "{died} events died meanwhile: see `outbox-relay dead list`");
     Ok(if audit.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -237,11 +237,15 @@ pub async fn count_dead(databases: &Databases) -> Result<i64> {
     Ok(dead)
 }
 
-/// Events that wait in an outbox, dead ones not counted.
+/// Events that wait in an outbox to be delivered: not those that are dead, or wait for one that is.
 async fn count_waiting(database: &mut PgConnection) -> Result<u64> {
     let waiting = sqlx::query_scalar!(
         r#"-- stress: waiting events
-        SELECT count(*) AS "waiting!" FROM outbox WHERE visible_at < 'infinity'"#
+        SELECT count(*) AS "waiting!" FROM outbox AS waiting
+        WHERE visible_at < 'infinity' AND (sequence = 1 OR NOT EXISTS (
+            SELECT FROM outbox AS earlier
+            WHERE earlier.aggregate_id = waiting.aggregate_id AND earlier.sequence < waiting.sequence
+                AND earlier.visible_at = 'infinity'))"#
     )
     .fetch_one(database)
     .await?;

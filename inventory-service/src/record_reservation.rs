@@ -111,7 +111,7 @@ impl Reservations {
     /// When the batch has one for this order already; one that only the table has is found by [`Self::write`].
     pub(crate) fn add(&mut self, order_id: Uuid, reservation: Reservation) -> Result<(), Refusal> {
         match self.0.entry(order_id) {
-            Entry::Occupied(_) => Err(already_reserved(order_id)),
+            Entry::Occupied(_) => Err(already_decided(order_id)),
             Entry::Vacant(vacant) => {
                 vacant.insert(reservation);
                 Ok(())
@@ -192,7 +192,7 @@ impl Reservations {
 /// that came to a reservation unseen finds it the next time.
 fn refuse(order_id: Uuid, reservation: &Reservation) -> Vec<(Uuid, Refusal)> {
     match (reservation.event_id, reservation.cancelled_by) {
-        (Some(event_id), _) => vec![(event_id, already_reserved(order_id))],
+        (Some(event_id), _) => vec![(event_id, already_decided(order_id))],
         (None, Some(event_id)) => {
             let detail = format!("order {order_id} was reserved at the same moment");
             vec![(event_id, Refusal::retry("RESERVED_MEANWHILE", detail))]
@@ -201,8 +201,8 @@ fn refuse(order_id: Uuid, reservation: &Reservation) -> Vec<(Uuid, Refusal)> {
     }
 }
 
-fn already_reserved(order_id: Uuid) -> Refusal {
-    Refusal::reject("ALREADY_RESERVED", format!("another event has decided on order {order_id}"))
+fn already_decided(order_id: Uuid) -> Refusal {
+    Refusal::reject("ALREADY_DECIDED", format!("another event has decided on order {order_id}"))
 }
 
 /// What the ledger says was reserved; it never changes.

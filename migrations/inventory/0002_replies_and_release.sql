@@ -18,3 +18,4 @@ COMMENT ON COLUMN reservations.cancelled_by IS 'The event that cancelled the ord
 GRANT UPDATE ON reservations TO inventory_service;
 GRANT DELETE ON processed_messages TO inventory_service;
 GRANT INSERT ON outbox TO inventory_service;
+GRANT SELECT, INSERT, UPDATE ON inbox_pruned TO inventory_service;

@@ -8,3 +8,4 @@ COMMENT ON COLUMN orders.rejection IS 'Why inventory reserved nothing, item by i
 
 GRANT UPDATE ON orders TO order_service;
 GRANT SELECT, INSERT, DELETE ON processed_messages TO order_service;
+GRANT SELECT, INSERT, UPDATE ON inbox_pruned TO order_service;

@@ -52,3 +52,9 @@ GRANT SELECT, INSERT ON outbox_discarded TO outbox_relay;
 
 -- Pruning the inbox goes by time.
 CREATE INDEX processed_messages_processed_at ON processed_messages (processed_at);
+CREATE TABLE inbox_pruned (
+    singleton boolean     NOT NULL DEFAULT true CONSTRAINT inbox_pruned_pkey PRIMARY KEY,
+    until     timestamptz NOT NULL,
+    CONSTRAINT inbox_pruned_one_row CHECK (singleton)
+);
+COMMENT ON TABLE inbox_pruned IS 'How far the inbox has forgotten: what stays refused as stale when the retention is made longer.';

@@ -24,6 +24,10 @@ pub(crate) const CHANNEL: &str = "order_status";
 
 /// How often is looked when no notification comes.
 const POLL: Duration = Duration::from_secs(1);
+/// Orders found settled by one look at most: what a long outage has left is worked off in pieces that fit into a unit of work.
+const FOUND_MAX: u16 = 500;
+/// Orders that are watched through one process at most: a look asks for all of them.
+const WATCHED_MAX: usize = 10_000;
 /// Between two looks at least: under load, what changed meanwhile is found by one.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -55,15 +59,19 @@ impl Watchers {
         watchers
     }
 
-    /// To be called before the order is read: whatever settles it after that read is then told of.
-    pub(crate) fn register(&self, order_id: Uuid) -> oneshot::Receiver<Order> {
+    /// To be called before the order is read: whatever settles it after that read is then told of. `None` when too many
+    /// orders are watched already.
+    pub(crate) fn register(&self, order_id: Uuid) -> Option<oneshot::Receiver<Order>> {
         let (sender, receiver) = oneshot::channel();
         let mut watched = self.lock();
+        if watched.len() >= WATCHED_MAX && !watched.contains_key(&order_id) {
+            return None;
+        }
         // Looked at under the lock, which the task takes once more to end all channels there are then.
         if !self.shutdown.is_cancelled() {
             watched.entry(order_id).or_default().push(sender);
         }
-        receiver
+        Some(receiver)
     }
 
     async fn tell_when_settled(self, database: Database, woken: Arc<Notify>) {
@@ -75,7 +83,12 @@ impl Watchers {
                 continue;
             }
             match database.run(|connection| Box::pin(find_settled(connection, order_ids))).await {
-                Ok(orders) => self.tell(orders),
+                Ok(orders) => {
+                    if orders.len() == usize::from(FOUND_MAX) {
+                        woken.notify_one();
+                    }
+                    self.tell(orders);
+                }
                 Err(cause) => warn!(%cause, "cannot look after watched orders"),
             }
             sleep(PAUSE).await;
@@ -117,8 +130,9 @@ pub(crate) fn is_settled(order: &Order) -> bool {
 async fn find_settled(connection: &mut PgConnection, order_ids: Vec<Uuid>) -> Result<Vec<Order>, sqlx::Error> {
     let settled = sqlx::query_scalar!(
         "-- orders: find settled
-        SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status <> 'PENDING'",
+        SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status <> 'PENDING' LIMIT $2",
         &order_ids,
+        i64::from(FOUND_MAX),
     )
     .fetch_all(&mut *connection)
     .await?;

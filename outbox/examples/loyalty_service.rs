@@ -1,5 +1,5 @@
 //! A third service: it gives its customers points for what they order, each order counted once, however often its event
-//! arrives. This is all it takes; route events to it with `outbox-relay serve --route …`, or try it alone:
+//! arrives. This is all it takes, on a server with the roles of migrations/bootstrap; route events to it with `outbox-relay serve --route …`, or try it alone:
 //!
 //! ```text
 //! cargo run -p outbox --example loyalty_service -- --database-url postgres://owner:password@127.0.0.1/loyalty
@@ -20,7 +20,13 @@ impl Handler for Loyalty {
     type Event = OrderCreated;
 
     fn read(&self, envelope: &Envelope<'_>) -> Result<OrderCreated, Refusal> {
-        if envelope.carries::<OrderCreated>() { Ok(envelope.decode()?) } else { Err(Refusal::unknown_type(envelope)) }
+        if !envelope.carries::<OrderCreated>() {
+            return Err(Refusal::unknown_type(envelope));
+        }
+        let order: OrderCreated = envelope.decode()?;
+        // Postgres has no NUL in text; it would fail the whole batch.
+        let sound = !order.customer_id.contains('\0');
+        sound.then_some(order).ok_or_else(|| Refusal::reject("INVALID_ORDER", "no sound customer_id"))
     }
 
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, orders: &[&OrderCreated]) -> Result<(), ApplyError> {

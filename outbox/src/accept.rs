@@ -5,6 +5,8 @@ use std::{collections::HashMap, time::Duration};
 use sqlx::{Postgres, Transaction, types::time::OffsetDateTime};
 use uuid::Uuid;
 
+use crate::prune::CLOCK_MARGIN;
+
 /// What the inbox knows of an event that arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Acceptance {
@@ -25,7 +27,7 @@ pub(crate) enum Acceptance {
 /// Ids are inserted in their order, so two overlapping batches wait for each other in the same order and cannot deadlock.
 ///
 /// Age is judged by this database's clock, as pruning is: an event that is not stale here is not pruned yet, if it was
-/// ever applied (see `prune`).
+/// ever applied (see `prune`). What was pruned under a shorter retention stays stale under a longer one.
 pub(crate) async fn accept(
     tx: &mut Transaction<'_, Postgres>,
     events: &[(Uuid, OffsetDateTime)],
@@ -35,7 +37,9 @@ pub(crate) async fn accept(
     let rows = sqlx::query!(
         r#"-- inbox: accept
         WITH arrived AS (
-            SELECT id, max(time) > now() - make_interval(secs => $3) AS young
+            SELECT id, max(time) > greatest(
+                now() - make_interval(secs => $3),
+                (SELECT until + make_interval(secs => $4) FROM inbox_pruned)) AS young
             FROM unnest($1::uuid[], $2::timestamptz[]) AS event (id, time)
             GROUP BY id
         ), recorded AS (
@@ -50,6 +54,7 @@ pub(crate) async fn accept(
         &ids,
         &times,
         retention.as_secs_f64(),
+        CLOCK_MARGIN.as_secs_f64(),
     )
     .fetch_all(&mut **tx)
     .await?;

@@ -13,10 +13,16 @@ pub struct TraceContext {
 
 impl TraceContext {
     /// Takes the two headers as a caller sent them. What is longer than the standard obliges anyone to carry (55 and
-    /// 512 characters) is dropped: a caller must not decide how large an outbox row is.
+    /// 512 characters) is dropped, and so is what a header cannot hold: a caller must not decide how large an outbox row
+    /// is, nor whether it can be written (Postgres has no NUL in text).
     pub fn from_headers(traceparent: Option<&str>, tracestate: Option<&str>) -> Self {
         let bounded = |header: Option<&str>, chars_max| {
-            header.filter(|text| !text.is_empty() && text.len() <= chars_max).map(str::to_owned)
+            let sound = |text: &&str| {
+                !text.is_empty()
+                    && text.len() <= chars_max
+                    && text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
+            };
+            header.filter(sound).map(str::to_owned)
         };
         Self { traceparent: bounded(traceparent, 55), tracestate: bounded(tracestate, 512) }
     }
@@ -51,6 +57,9 @@ impl NewEvent {
 /// # Errors
 /// Those of the database; a violation of `outbox_pkey` means that the aggregate already has an event of this sequence.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> Result<(), sqlx::Error> {
+    if events.is_empty() {
+        return Ok(());
+    }
     let aggregate_ids: Vec<Uuid> = events.iter().map(|event| event.aggregate_id).collect();
     let sequences: Vec<i32> = events.iter().map(|event| event.sequence).collect();
     let event_ids: Vec<Uuid> = events.iter().map(|_| Uuid::now_v7()).collect();
@@ -83,6 +92,7 @@ mod tests {
     fn trace_headers_longer_than_the_standard_are_dropped() {
         let trace = TraceContext::from_headers(Some(&"0".repeat(56)), Some(&"k=v,".repeat(129)));
         assert_eq!((trace.traceparent, trace.tracestate), (None, None));
+        assert_eq!(TraceContext::from_headers(Some("00-\0"), None).traceparent, None);
         let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         assert_eq!(TraceContext::from_headers(Some(parent), Some("")).traceparent.as_deref(), Some(parent));
     }

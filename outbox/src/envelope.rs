@@ -90,6 +90,7 @@ pub fn timestamp(time: OffsetDateTime) -> prost_types::Timestamp {
 }
 
 fn read_timestamp(timestamp: &prost_types::Timestamp) -> Option<OffsetDateTime> {
-    let time = OffsetDateTime::from_unix_timestamp(timestamp.seconds).ok()?;
+    // From year 1, as the contract's timestamps are: Postgres does not go as far back as the calendar here does.
+    let time = OffsetDateTime::from_unix_timestamp(timestamp.seconds).ok().filter(|time| time.year() >= 1)?;
     time.replace_nanosecond(timestamp.nanos.try_into().ok()?).ok()
 }

@@ -4,7 +4,8 @@
 //! committed. A service that receives implements [`Handler`] and serves a [`Receiver`], which has each event applied once,
 //! however often it arrives.
 //!
-//! The tables are defined here, for every database: run [`MIGRATOR`] before the service's own.
+//! The tables are defined here, for every database: run [`MIGRATOR`] before the service's own. It gives the relay's role,
+//! `outbox_relay`, its rights, so that role must exist.
 
 mod accept;
 mod enqueue;

@@ -197,10 +197,11 @@ async fn apply_batch<H: Handler>(
                 accepted.insert(id, Acceptance::Duplicate);
                 result(event, Outcome::Applied)
             }
-            Some(Acceptance::Duplicate) | None => {
+            Some(Acceptance::Duplicate) => {
                 info!(event_id = %id, subject = event.subject, "duplicate skipped");
                 result(event, Outcome::Duplicate)
             }
+            None => refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox said nothing about it")),
         },
     });
     Ok(results.collect())
@@ -254,8 +255,8 @@ fn refuse<E>(
             found = true;
         }
     }
-    // The batch would be tried for ever.
-    let none = || sqlx::Error::Protocol("the handler refused events that it was not given".into());
+    // The batch would be tried for ever here; and by relays, if they were told that the database is away.
+    let none = || sqlx::Error::InvalidArgument("the handler refused events that it was not given".into());
     found.then_some(()).ok_or_else(none)
 }
 

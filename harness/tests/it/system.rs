@@ -221,6 +221,16 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
             "INSERT INTO reservations VALUES (gen_random_uuid(), gen_random_uuid(), 'REJECTED', 'of no order')",
         ),
         (
+            "LOST: ",
+            &inventory,
+            // As if only a cancellation had come.
+            "WITH one AS (SELECT order_id FROM reservations WHERE status = 'RESERVED' ORDER BY order_id LIMIT 1),
+                ledger AS (DELETE FROM stock_ledger WHERE reference IN (SELECT order_id FROM one))
+            UPDATE reservations SET status = 'RELEASED', event_id = NULL, cancelled_by = event_id, cancelled_at = now()
+            WHERE order_id IN (SELECT order_id FROM one)",
+        ),
+        ("WRONG: order ", &inventory, "DELETE FROM processed_messages"),
+        (
             "DISAGREE: ",
             &orders,
             "UPDATE orders SET status = 'PENDING' WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::{
     client::{Client, refusal},
     inventory::{Inventory, at_once},
-    orders::order,
+    orders::{cancellation_of, order},
 };
 
 const CLIENTS: u64 = 8;
@@ -83,6 +83,37 @@ async fn overlapping_batches_in_any_order_apply_each_event_once_without_deadlock
     }
     assert_eq!(inventory.count("SELECT count(*) FROM processed_messages").await, 1000);
     assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RESERVED'").await, 1000);
+    for sku in SKUS {
+        assert_eq!(inventory.client.get_stock(sku).await.unwrap(), 1_000_000 - taken[sku], "{sku}");
+    }
+    inventory.stop().await;
+}
+
+/// Orders that are cancelled, in batches in which new ones come as well: reservations are locked here, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn overlapping_batches_of_cancellations_give_everything_back_once_without_deadlock() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&SKUS.map(|sku| (sku, 1_000_000))).await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(Client::connect(inventory.address).await);
+    }
+    let mut taken = BTreeMap::<&str, i64>::new();
+    for round in 0..3 {
+        let (created, _) = random_orders(&mut Rng::with_seed(round), 100);
+        assert_eq!(inventory.client.deliver(&created).await.unwrap(), vec!["APPLIED"; 100]);
+        let (mut events, taken_now) = random_orders(&mut Rng::with_seed(1000 + round), 100);
+        for (sku, quantity) in taken_now {
+            *taken.entry(sku).or_default() += quantity;
+        }
+        events.extend(created.iter().map(cancellation_of));
+        let start = Arc::new(Barrier::new(clients.len()));
+        let calls = clients.iter().zip(0..).map(|(client, number)| {
+            deliver_shuffled(client.clone(), events.clone(), round * CLIENTS + number, start.clone())
+        });
+        assert_eq!(at_once(calls).await.into_iter().sum::<usize>(), 200);
+    }
+    assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RELEASED'").await, 300);
     for sku in SKUS {
         assert_eq!(inventory.client.get_stock(sku).await.unwrap(), 1_000_000 - taken[sku], "{sku}");
     }

@@ -64,8 +64,8 @@ async fn an_order_cancelled_before_it_was_seen_is_never_reserved() {
     let created = order(&[("MUG", 2)]);
 
     let outcomes = inventory.client.deliver([&cancellation_of(&created), &created]).await.unwrap();
-    assert_eq!(outcomes, ["APPLIED", "REJECTED ALREADY_RESERVED"]);
-    assert_eq!(inventory.client.deliver([&created]).await.unwrap(), ["REJECTED ALREADY_RESERVED"]);
+    assert_eq!(outcomes, ["APPLIED", "REJECTED ALREADY_DECIDED"]);
+    assert_eq!(inventory.client.deliver([&created]).await.unwrap(), ["REJECTED ALREADY_DECIDED"]);
 
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 10);
     assert_eq!(inventory.answers(&created).await, [""; 0]);

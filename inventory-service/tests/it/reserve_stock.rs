@@ -76,7 +76,7 @@ async fn another_event_for_an_order_in_the_same_batch_is_rejected() {
     let batch = [first.clone(), second.clone(), other, third.clone(), second.clone()];
     let outcomes = inventory.client.deliver(&batch).await.unwrap();
 
-    let rejected = "REJECTED ALREADY_RESERVED";
+    let rejected = "REJECTED ALREADY_DECIDED";
     assert_eq!(outcomes, ["APPLIED", rejected, "APPLIED", rejected, rejected]);
     assert_eq!(inventory.reservation(&first).await, ("RESERVED".to_owned(), true));
     assert!(!inventory.is_in_inbox(&second).await && !inventory.is_in_inbox(&third).await);
@@ -97,7 +97,7 @@ async fn another_event_for_an_order_in_a_later_batch_is_rejected_and_the_rest_of
     let batch = [new.clone(), of_reserved.clone(), reserved, of_rejected.clone(), new_too];
     let outcomes = inventory.client.deliver(&batch).await.unwrap();
 
-    let already = "REJECTED ALREADY_RESERVED";
+    let already = "REJECTED ALREADY_DECIDED";
     assert_eq!(outcomes, ["APPLIED", already, "DUPLICATE", already, "APPLIED"]);
     assert!(!inventory.is_in_inbox(&of_reserved).await && !inventory.is_in_inbox(&of_rejected).await);
     assert_eq!(inventory.reservation(&of_reserved).await, ("RESERVED".to_owned(), false));
@@ -121,7 +121,7 @@ async fn of_many_events_for_one_order_at_once_exactly_one_is_applied() {
     let outcomes = at_once(calls).await;
 
     assert_eq!(outcomes.iter().filter(|outcomes| **outcomes == ["APPLIED", "APPLIED"]).count(), 1);
-    let rejected = outcomes.iter().filter(|outcomes| **outcomes == ["REJECTED ALREADY_RESERVED", "APPLIED"]);
+    let rejected = outcomes.iter().filter(|outcomes| **outcomes == ["REJECTED ALREADY_DECIDED", "APPLIED"]);
     assert_eq!(rejected.count(), 19);
     assert_eq!(inventory.count("SELECT count(*) FROM reservations").await, 21);
     inventory.stop().await;

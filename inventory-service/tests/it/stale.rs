@@ -58,7 +58,23 @@ async fn ids_are_forgotten_once_no_event_that_old_would_be_accepted() {
     eventually("the oldest are forgotten", async || inventory.count(kept).await == 5000).await;
     let wrongly = "SELECT count(*) FROM processed_messages WHERE processed_at < now() - interval '25 hours'";
     assert_eq!(inventory.count(wrongly).await, 0);
+    let remembered = "SELECT round(extract(epoch FROM now() - until) / 3600)::bigint FROM inbox_pruned";
+    assert_eq!(inventory.count(remembered).await, 26);
     sqlx::query("DELETE FROM processed_messages").execute(&inventory.pool).await.unwrap();
+    inventory.stop().await;
+}
+
+/// The retention is made longer, and the relay's maximum age with it: what was forgotten before stays forgotten.
+#[tokio::test]
+async fn an_event_forgotten_under_a_shorter_retention_is_stale_under_a_longer_one() {
+    let inventory = Inventory::serve(&["--retention-hours", "168"]).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    sqlx::query("INSERT INTO inbox_pruned (until) VALUES (now() - interval '25 hours')")
+        .execute(&inventory.pool)
+        .await
+        .unwrap();
+    let (forgotten, young) = (hours_ago(&order(&[("MUG", 1)]), 30), hours_ago(&order(&[("MUG", 2)]), 23));
+    assert_eq!(inventory.client.deliver([&forgotten, &young]).await.unwrap(), ["REJECTED STALE", "APPLIED"]);
     inventory.stop().await;
 }
 

@@ -37,6 +37,16 @@ async fn what_is_settled_or_cancelled_stays_so_whatever_is_answered() {
         let order = service.get(&order_id).await;
         assert_eq!((order.status(), order.rejection.as_str()), (OrderStatus::Cancelled, ""));
     }
+    // No inventory contradicts itself; but whatever comes, what a customer was told stays true.
+    for (first, second, stays) in [
+        (reserved as fn(&str) -> Event, rejected as fn(&str) -> Event, OrderStatus::Confirmed),
+        (rejected, reserved, OrderStatus::Rejected),
+    ] {
+        let order_id = service.place(order()).await.order_id;
+        assert_eq!(service.deliver(&[first(&order_id), second(&order_id)]).await, ["APPLIED", "APPLIED"]);
+        assert_eq!(service.deliver(&[second(&order_id)]).await, ["APPLIED"]);
+        assert_eq!(service.get(&order_id).await.status(), stays);
+    }
     service.end().await;
 }
 

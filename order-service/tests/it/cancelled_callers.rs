@@ -94,7 +94,7 @@ async fn calls_given_up_leave_no_transaction_open_and_no_order_torn() {
 #[tokio::test]
 async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays_are_notified() {
     let service = Service::start().await;
-    let mut listener = listen(&service).await;
+    let mut listener = listen(&service, outbox::CHANNEL).await;
     let request = order_once();
     let lock = service.lock_orders().await;
     let mut orders = service.orders();

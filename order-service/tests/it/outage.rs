@@ -62,7 +62,7 @@ async fn take_database_away(service: &Service) {
 #[tokio::test]
 async fn calls_are_asked_to_retry_while_the_database_is_away_and_work_once_it_is_back() {
     let service = Service::start().await;
-    let mut listener = listen(&service).await;
+    let mut listener = listen(&service, outbox::CHANNEL).await;
     let placed = service.place(order()).await;
     hear(&mut listener).await;
 

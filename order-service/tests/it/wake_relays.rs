@@ -5,9 +5,9 @@ use tokio::time::timeout;
 
 use crate::service::{LIMIT, ONE_ORDER, Service, order_once};
 
-pub(crate) async fn listen(service: &Service) -> PgListener {
+pub(crate) async fn listen(service: &Service, channel: &str) -> PgListener {
     let mut listener = PgListener::connect(&service.database.url_as("outbox_relay")).await.unwrap();
-    listener.listen(outbox::CHANNEL).await.unwrap();
+    listener.listen(channel).await.unwrap();
     listener
 }
 
@@ -18,7 +18,7 @@ pub(crate) async fn hear(listener: &mut PgListener) -> String {
 #[tokio::test]
 async fn relays_are_notified_of_a_committed_order_and_not_of_a_repeated_request() {
     let service = Service::start().await;
-    let mut listener = listen(&service).await;
+    let mut listener = listen(&service, outbox::CHANNEL).await;
     let request = order_once();
     service.place(request.clone()).await;
     assert_eq!(hear(&mut listener).await, "");
@@ -36,7 +36,7 @@ async fn relays_are_notified_of_a_committed_order_and_not_of_a_repeated_request(
 #[tokio::test]
 async fn relays_are_notified_of_each_order() {
     let service = Service::start().await;
-    let mut listener = listen(&service).await;
+    let mut listener = listen(&service, outbox::CHANNEL).await;
     for _ in 0..5 {
         service.place(order_once()).await;
         hear(&mut listener).await;

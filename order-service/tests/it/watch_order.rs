@@ -1,11 +1,14 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::orders::v1::{Order, OrderStatus, WatchOrderRequest};
 use tokio::time::timeout;
 use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
 
-use crate::service::{LIMIT, Service, order, refusal, rejected, reserved};
+use crate::{
+    service::{LIMIT, Service, order, refusal, rejected, reserved},
+    wake_relays::{hear, listen},
+};
 
 async fn watch(service: &Service, order_id: &str) -> Streaming<Order> {
     service.orders().watch_order(WatchOrderRequest { order_id: order_id.into() }).await.unwrap().into_inner()
@@ -47,7 +50,7 @@ async fn a_change_by_another_process_is_seen() {
 }
 
 #[tokio::test]
-async fn a_hundred_watchers_are_told_at_once_and_cost_no_query_each() {
+async fn a_hundred_watchers_are_all_told() {
     let service = Service::start().await;
     let mut streams = Vec::new();
     let mut order_ids = Vec::new();
@@ -63,6 +66,37 @@ async fn a_hundred_watchers_are_told_at_once_and_cost_no_query_each() {
     for stream in &mut streams {
         assert_eq!(next(stream).await.unwrap(), Some(OrderStatus::Confirmed));
     }
+    service.end().await;
+}
+
+/// Not by the poll alone, which would make them wait for up to a second.
+#[tokio::test]
+async fn the_processes_that_watch_are_notified_of_a_reply_and_of_a_cancellation() {
+    let service = Service::start().await;
+    let order_ids = [service.place(order()).await.order_id, service.place(order()).await.order_id];
+    let mut listener = listen(&service, "order_status").await;
+    service.deliver(&[reserved(&order_ids[0])]).await;
+    assert_eq!(hear(&mut listener).await, "");
+    let mut of_relays = listen(&service, outbox::CHANNEL).await;
+    service.cancel(&order_ids[1], "").await.unwrap();
+    assert_eq!(hear(&mut listener).await, "");
+    assert_eq!(hear(&mut of_relays).await, "");
+    service.end().await;
+}
+
+/// Ten in a row, which the poll would take five seconds for on average.
+#[tokio::test]
+async fn a_watcher_is_told_within_moments() {
+    let service = Service::start().await;
+    let started = Instant::now();
+    for _ in 0..10 {
+        let order_id = service.place(order()).await.order_id;
+        let mut stream = watch(&service, &order_id).await;
+        assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
+        service.deliver(&[reserved(&order_id)]).await;
+        assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Confirmed));
+    }
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     service.end().await;
 }
 
