@@ -63,7 +63,9 @@ impl System {
         let inventory = TestDatabase::create("inventory_owner", &[]).await;
         let server = Server::parse(&std::env::var("POSTGRES_URL").unwrap()).unwrap();
         let scratch = Scratch::new();
-        let layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
+        let mut layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
+        // On a busy machine a connection may take longer to be made than a call should wait for it.
+        layout.settings.push(("DATABASE_ACQUIRE_MS".into(), "20000".into()));
         layout.prepare().await.unwrap();
         let processes =
             vec![layout.start(Service::Inventory).await.unwrap(), layout.start(Service::Orders).await.unwrap()];

@@ -14,7 +14,7 @@ use sqlx::PgPool;
 use crate::scratch::Scratch;
 
 const LIMIT: Duration = Duration::from_secs(20);
-const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: Duration::ZERO };
+const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: LIMIT };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_of_sixty_lines_applies_each_event_once() {
