@@ -1,6 +1,6 @@
 //! Applies inventory's answers to the orders they are about.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use outbox::{ApplyError, Envelope, Handler, Notifier, Refusal};
 use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockReleased, StockReserved};
@@ -59,22 +59,28 @@ impl Handler for OrderKeeper {
     /// after the other, and a cancellation locks one order only.
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, replies: &[&Reply]) -> Result<(), ApplyError> {
         let order_ids: Vec<Uuid> = replies.iter().map(|reply| reply.order_id).collect();
-        let statuses: Vec<Option<String>> = replies.iter().map(|reply| reply.becomes.as_ref().map(name)).collect();
-        let rejections: Vec<Option<String>> =
-            replies.iter().map(|reply| reply.becomes.as_ref().and_then(why)).collect();
+        // The first of each order: an UPDATE that finds two rows to join takes any of them.
+        let mut seen = HashSet::new();
+        let settled: Vec<(Uuid, &Settled)> = replies
+            .iter()
+            .filter_map(|reply| reply.becomes.as_ref().map(|becomes| (reply.order_id, becomes)))
+            .filter(|(order_id, _)| seen.insert(*order_id))
+            .collect();
+        let settled_ids: Vec<Uuid> = settled.iter().map(|(order_id, _)| *order_id).collect();
+        let statuses: Vec<String> = settled.iter().map(|(_, becomes)| name(becomes)).collect();
+        let rejections: Vec<Option<String>> = settled.iter().map(|(_, becomes)| why(becomes)).collect();
         let unknown = sqlx::query_scalar!(
             r#"-- orders: apply replies
-            WITH reply AS (
-                SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS reply (order_id, status, rejection)
-            ), settled AS (
+            WITH settled AS (
                 UPDATE orders SET status = reply.status, rejection = reply.rejection
-                FROM reply
-                WHERE orders.order_id = reply.order_id AND orders.status = 'PENDING' AND reply.status IS NOT NULL
+                FROM unnest($2::uuid[], $3::text[], $4::text[]) AS reply (order_id, status, rejection)
+                WHERE orders.order_id = reply.order_id AND orders.status = 'PENDING'
             )
-            SELECT order_id AS "order_id!" FROM reply
+            SELECT order_id AS "order_id!" FROM unnest($1::uuid[]) AS reply (order_id)
             WHERE NOT EXISTS (SELECT FROM orders WHERE orders.order_id = reply.order_id)"#,
             &order_ids,
-            &statuses as &[Option<String>],
+            &settled_ids,
+            &statuses,
             &rejections as &[Option<String>],
         )
         .fetch_all(&mut **tx)

@@ -29,6 +29,9 @@ pub(crate) enum Verdict {
     Dead(String),
     /// Nothing is known of it: make it visible again, at no cost to it.
     Release,
+    /// The same, but it may be why nothing is known: make it visible before all others, so that whoever delivers next, as
+    /// a rule in a turn, finds out.
+    Suspect,
 }
 
 /// What became of a delivery.

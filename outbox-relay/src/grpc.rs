@@ -23,7 +23,7 @@ const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
 /// Events that one request may name.
 const EVENT_IDS_MAX: usize = 1000;
 /// Bytes of a message. It travels in the headers, of which clients take 16 KiB at most.
-const MESSAGE_BYTES_MAX: usize = 4 * 1024;
+const MESSAGE_BYTES_MAX: usize = 2 * 1024;
 
 /// `relay.v1.RelayAdmin`.
 pub(crate) struct Admin {

@@ -103,6 +103,11 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "outbox-relay starts");
+    let mut patterns: Vec<_> = settings.routes.iter().map(|route| &route.pattern).collect();
+    patterns.sort_unstable();
+    if let Some(twice) = patterns.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(RunError::Unusable(format!("two routes for {}: give each pattern one receiver", twice[0])));
+    }
     if let Some(address) = settings.metrics_listen {
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
         measure::serve(address).map_err(unusable)?;

@@ -125,6 +125,10 @@ impl Worker {
         batches.reverse();
         let mut through = true;
         while let Some(batch) = batches.pop() {
+            // Those that are delivered one by one may be too many for one lease: that is no silence of the receiver's.
+            if turn.is_none() && Instant::now() > lease.split_before() {
+                return false;
+            }
             let (mut alone, mut deadline) = (false, lease.deliver_before());
             if let Some(turn) = turn.as_deref_mut() {
                 if !self.is_ready(turn, lease).await {
@@ -152,7 +156,11 @@ impl Worker {
                         Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
                     through = false;
                 }
-                Delivery::Silent { .. } | Delivery::Outage { .. } | Delivery::Barred { .. } => return false,
+                Delivery::Silent { .. } => {
+                    verdicts[batch].fill(Verdict::Suspect);
+                    return false;
+                }
+                Delivery::Outage { .. } | Delivery::Barred { .. } => return false,
             }
         }
         through

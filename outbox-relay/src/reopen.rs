@@ -83,10 +83,9 @@ impl Worker {
             turn.pause().await;
             match self.receiver.describe().await {
                 Description::Retention(retention) => {
-                    self.check_retention(retention)?;
-                    turn.described = true;
+                    turn.described = self.check_retention(retention)?;
                 }
-                Description::Unknown(fault) => return Err(self.unfit(fault)),
+                Description::Unknown(fault) => self.refuse_receiver(fault)?,
                 Description::Away { reason, retry_after } => self.route.fail(&reason, retry_after),
                 Description::Barred { reason } => self.route.bar(&reason),
             }
@@ -94,20 +93,28 @@ impl Worker {
         Ok(())
     }
 
-    fn check_retention(&self, retention: Duration) -> Result<(), RunError> {
+    fn check_retention(&self, retention: Duration) -> Result<bool, RunError> {
         let hours = self.settings.max_age.max_age_hours;
         if retention > Duration::from_secs(u64::from(hours) * 3600) {
-            return Ok(());
+            return Ok(true);
         }
-        Err(self.unfit(&format!(
+        self.refuse_receiver(&format!(
             "remembers for {} h what it has applied, and this relay delivers events up to {hours} h old, which would be \
              applied twice: lengthen the receiver's retention, or shorten --max-age-hours (RELAY_MAX_AGE_HOURS)",
             retention.as_secs_f64() / 3600.0
-        )))
+        ))?;
+        Ok(false)
     }
 
-    fn unfit(&self, fault: &str) -> RunError {
+    /// Nothing may be delivered to this receiver. A relay that has not begun to does not; one that has serves its other
+    /// routes on, and bars this one.
+    fn refuse_receiver(&self, fault: &str) -> Result<(), RunError> {
         let route = self.route.settings();
-        RunError::Unusable(format!("route {}: the receiver at {} {fault}", route.pattern, route.receiver))
+        if !self.route.was_open() {
+            let (pattern, receiver) = (&route.pattern, &route.receiver);
+            return Err(RunError::Unusable(format!("route {pattern}: the receiver at {receiver} {fault}")));
+        }
+        self.route.bar(&format!("the receiver {fault}"));
+        Ok(())
     }
 }

@@ -106,6 +106,8 @@ struct Health {
     condition: Condition,
     /// In a row, since the receiver last answered a delivery.
     failures: u32,
+    /// Whether the route has ever been open.
+    opened: bool,
     /// The receiver has asked to be left alone until then.
     not_before: Instant,
 }
@@ -128,7 +130,7 @@ pub(crate) struct Turn<'a> {
 
 impl Route {
     pub(crate) fn new(settings: RouteSettings) -> Self {
-        let health = Health { condition: Condition::Starting, failures: 0, not_before: Instant::now() };
+        let health = Health { condition: Condition::Starting, failures: 0, opened: false, not_before: Instant::now() };
         measure::register(&settings.pattern);
         let state = State {
             settings,
@@ -149,6 +151,11 @@ impl Route {
 
     pub(crate) fn condition(&self) -> Condition {
         self.state.health.borrow().condition
+    }
+
+    /// Whether the receiver was fit to be delivered to, at some time.
+    pub(crate) fn was_open(&self) -> bool {
+        self.state.health.borrow().opened
     }
 
     /// Waits while the route is not open: until another worker has opened it, or for this worker's turn to. Dropping the
@@ -207,8 +214,8 @@ impl Turn<'_> {
     /// Waits for as long as the receiver is to be left alone: nothing after an answer, otherwise with full jitter, so that
     /// relays which lost it together do not come back together.
     pub(crate) async fn pause(&self) {
-        let Health { condition, failures, not_before } = *self.route.state.health.borrow();
-        if failures == 0 {
+        let Health { condition, failures, not_before, .. } = *self.route.state.health.borrow();
+        if failures == 0 && not_before <= Instant::now() {
             return;
         }
         let pause = match condition {
@@ -235,6 +242,7 @@ impl Turn<'_> {
         self.route.state.health.send_modify(|health| {
             health.condition = Condition::Open;
             health.failures = 0;
+            health.opened = true;
         });
         measure::route_open(self.route.pattern(), true);
         info!(route = self.route.pattern(), "route open");

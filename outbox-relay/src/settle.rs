@@ -68,7 +68,8 @@ pub(crate) async fn settle(
                 let handled = delete_handled(connection, token, &sorted.handled).await?;
                 let (retried, died_late) = reschedule(connection, token, &sorted.failed, policy).await?;
                 let died_now = bury(connection, token, &sorted.dead).await?;
-                let released = release(connection, token, &sorted.released).await?;
+                let released = release(connection, token, &sorted.released, false).await?
+                    + release(connection, token, &sorted.suspects, true).await?;
                 let died = died_late + died_now;
                 let lost = leased - (handled + retried + died + released);
                 Ok(Settled { handled, retried, died, released, lost })
@@ -103,6 +104,7 @@ struct Sorted {
     failed: Rows,
     dead: Rows,
     released: Rows,
+    suspects: Rows,
 }
 
 impl Sorted {
@@ -114,6 +116,7 @@ impl Sorted {
                 Verdict::Retry { reason, after } => sorted.failed.push(row, reason, *after),
                 Verdict::Dead(reason) => sorted.dead.push(row, reason, Duration::ZERO),
                 Verdict::Release => sorted.released.push(row, "", Duration::ZERO),
+                Verdict::Suspect => sorted.suspects.push(row, "", Duration::ZERO),
             }
         }
         sorted
@@ -202,20 +205,23 @@ async fn bury(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result
     Ok(count(buried.rows_affected()))
 }
 
-/// Back where they were: visible at once. What keeps a receiver that is down from being besieged is the route's back-off.
-async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result<usize, sqlx::Error> {
+/// Visible at once: behind what waits already, or, as `first`, before it. What keeps a receiver that is down from being
+/// besieged is the route's back-off. Suspects go first, because behind a line that fills as fast as it is worked off their
+/// turn would never come: the receiver would be crashed over and over, by an event that is never found out.
+async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows, first: bool) -> Result<usize, sqlx::Error> {
     if rows.sequences.is_empty() {
         return Ok(0);
     }
     let released = sqlx::query!(
         "-- relay: release
         UPDATE outbox
-        SET lease_token = NULL, visible_at = now()
+        SET lease_token = NULL, visible_at = CASE WHEN $4 THEN created_at ELSE now() END
         FROM unnest($2::uuid[], $3::integer[]) AS released (aggregate_id, sequence)
         WHERE outbox.aggregate_id = released.aggregate_id AND outbox.sequence = released.sequence AND lease_token = $1",
         token,
         &rows.aggregate_ids,
         &rows.sequences,
+        first,
     )
     .execute(connection)
     .await?;

@@ -158,7 +158,10 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             .map_err(|error| self.refuse.database(&error))
     }
 
+    /// Asks the database too: a relay takes the answer for the sign that a delivery can be applied.
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        let answers = self.database.run(|connection| Box::pin(connection.ping()));
+        answers.await.map_err(|error| self.refuse.database(&error))?;
         let seconds = self.retention.as_secs().cast_signed();
         Ok(Response::new(DescribeResponse { retention: Some(prost_types::Duration { seconds, nanos: 0 }) }))
     }

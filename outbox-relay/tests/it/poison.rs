@@ -68,6 +68,32 @@ async fn events_that_have_failed_before_are_delivered_each_alone_and_after_the_o
     assert_eq!(deliveries, [vec![ids[0], ids[2], ids[4], ids[5]], vec![ids[1]], vec![ids[3]]]);
 }
 
+/// Behind a line that fills as fast as it is worked off, they would never be found out.
+#[tokio::test]
+async fn those_that_met_silence_go_first_when_the_receiver_is_back() {
+    let outbox = Outbox::create().await;
+    outbox.insert_unrelated(10).await;
+    outbox.insert_unrelated(40).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let line = Line::to("127.0.0.1", receiver.address.port()).await;
+    let cut = line.cutter();
+    let mut deliveries = 0;
+    receiver.follow(move |events| {
+        deliveries += 1;
+        if deliveries == 1 {
+            cut();
+            return Reply::never();
+        }
+        Reply::apply(events)
+    });
+    let relay = Relay::start(&outbox, line.address, &["--workers", "1", "--batch", "10"]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    let [silent, next] = receiver.read(|log| [0, 1].map(|number| log.deliveries[number].events.clone()));
+    assert_eq!((silent.len(), next.len()), (10, 8));
+    assert!(next.iter().all(|event| silent.contains(event)), "{next:?}");
+}
+
 /// Breaks the line over each batch with a fatal event.
 async fn break_off(receiver: &Receiver, fatal: Vec<Uuid>) -> SocketAddr {
     let line = Line::to("127.0.0.1", receiver.address.port()).await;
@@ -97,7 +123,7 @@ async fn several_events_on_which_the_receiver_breaks_off_end_dead_and_all_others
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_over_which_the_receiver_hangs_ends_dead_and_all_others_arrive() {
-    only_the_fatal_are_charged(300, &[137], &["--lease-seconds", "2"], async |receiver, fatal| {
+    only_the_fatal_are_charged(300, &[137], &["--lease-seconds", "4"], async |receiver, fatal| {
         receiver.follow(move |events| match events.iter().any(|event| fatal.contains(&id_of(event))) {
             true => Reply::never(),
             false => Reply::apply(events),

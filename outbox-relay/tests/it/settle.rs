@@ -68,7 +68,7 @@ async fn a_worker_that_has_lost_its_lease_while_it_looks_for_a_culprit_renews_no
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let receiver = Receiver::start(|_| Reply::never()).await;
-    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "2"]).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "8"]).await;
     // Once while the route was open, and once in the turn that follows, from which on the worker goes one by one.
     receiver.wait_for_deliveries(2).await;
     sqlx::query("UPDATE outbox SET lease_token = gen_random_uuid(), visible_at = now() + interval '1 hour'")

@@ -24,7 +24,7 @@ async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_wh
         Reply::apply(events).held(if deliveries == 1 { &first_held } else { &second_held })
     })
     .await;
-    let stopped = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "2", "--attempts", "1"]);
+    let stopped = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "4", "--attempts", "1"]);
     receiver.wait_for_deliveries(1).await;
     stopped.process.signal(Signal::STOP).unwrap();
     first.cancel();
