@@ -28,7 +28,7 @@ const DIRECTORY_PREFIX: &str = "target/postgres-";
 ///
 /// Sets POSTGRES_URL for the command to a superuser's URL, with this project's roles in place, and exits with the
 /// command's exit code. If POSTGRES_URL is set already that server is used; else a private one is started on a free port
-/// under ./target, and is gone afterwards.
+/// under ./target, and is gone afterwards; it does not wait for the disk, so measure nothing on it.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// A superuser's URL of an existing server, to be used instead of a private one
@@ -57,7 +57,8 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 
 async fn prepare(url: Option<&str>) -> Result<(Server, Option<Cluster>)> {
     let directory = format!("{DIRECTORY_PREFIX}{}", process::id()).into();
-    let (server, cluster) = postgres::provide(url, Options { directory, port: None, keep: false }).await?;
+    let (server, cluster) =
+        postgres::provide(url, Options { directory, port: None, keep: false, durable: false }).await?;
     if cluster.is_some() {
         postgres::remove_abandoned(Path::new(DIRECTORY_PREFIX)).await?;
     }
