@@ -5,6 +5,8 @@ use std::ops::RangeInclusive;
 use tonic_types::FieldViolation;
 use uuid::Uuid;
 
+use crate::page::{PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX};
+
 /// Collects what is wrong with a request. Each check names its field by path (`items[2].sku`) and goes on.
 #[derive(Debug, Default)]
 pub struct Fields {
@@ -31,6 +33,18 @@ impl Fields {
         if !allowed.contains(&number) {
             let (least, most) = allowed.into_inner();
             self.refuse(field, format!("must be from {least} to {most}, and is {number}"));
+        }
+    }
+
+    /// How many entries a page of a list is to hold: the default for 0, at most 500.
+    pub fn page_size(&mut self, field: impl Into<String>, asked: i32) -> u16 {
+        match asked {
+            ..0 => {
+                self.refuse(field, format!("must be from 0 to {PAGE_SIZE_MAX}, and is {asked}"));
+                PAGE_SIZE_DEFAULT
+            }
+            0 => PAGE_SIZE_DEFAULT,
+            _ => u16::try_from(asked).unwrap_or(PAGE_SIZE_MAX).min(PAGE_SIZE_MAX),
         }
     }
 

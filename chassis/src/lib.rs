@@ -19,7 +19,7 @@ pub use cli::parse;
 pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work};
 pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
-pub use page::{PAGE_SIZE_MAX, decode_page_token, encode_page_token, page_size};
+pub use page::{decode_page_token, encode_page_token};
 pub use refuse::Refuse;
 pub use run::{RunError, bind, exit_code};
 pub use schema::{SchemaError, check_schema, migrate};

@@ -3,17 +3,8 @@
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 
 /// The largest page; asking for more answers this many.
-pub const PAGE_SIZE_MAX: u16 = 500;
-const PAGE_SIZE_DEFAULT: u16 = 50;
-
-/// The size of page to answer: the default for 0, at most [`PAGE_SIZE_MAX`]. `None` below 0.
-pub fn page_size(asked: i32) -> Option<u16> {
-    match asked {
-        ..0 => None,
-        0 => Some(PAGE_SIZE_DEFAULT),
-        _ => Some(u16::try_from(asked).unwrap_or(PAGE_SIZE_MAX).min(PAGE_SIZE_MAX)),
-    }
-}
+pub(crate) const PAGE_SIZE_MAX: u16 = 500;
+pub(crate) const PAGE_SIZE_DEFAULT: u16 = 50;
 
 /// A token that continues the list named `list` after `last`. Neither may hold a newline.
 pub fn encode_page_token(list: &str, last: &str) -> String {

@@ -5,7 +5,7 @@
 //! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster that is started and stopped.
 //! - [`bootstrap`]: what the superuser makes once per server: the roles and the two databases.
 //! - [`processes`]: child processes: spawned, awaited, signalled, and read when they fail.
-//! - [`system`]: the three services as such processes; [`target`]: where a running system is.
+//! - [`system`]: the two services and two relays as such processes; [`target`]: where a running system is.
 //! - [`test_database`]: a database of its own for every test.
 //!
 //! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`with_postgres`].

@@ -5,8 +5,10 @@ use std::{
     fs,
     fs::File,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    ops::Range,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -149,10 +151,29 @@ impl Process {
     }
 }
 
-/// A port of 127.0.0.1 that nobody listens on at this moment.
+/// Below the ports that systems lend to outgoing connections (Linux from 32768, macOS from 49152). A port that the system
+/// chose would be free again as soon as it is let go, and be lent to the next connection before the process it was meant
+/// for is up, or while that process is down between two starts.
+const PORTS: Range<u32> = 20_000..32_000;
+/// How many ports one program asks for, roughly; programs that run at once begin this far apart.
+const PORTS_OF_ONE_PROGRAM: u32 = 512;
+
+/// A port of 127.0.0.1 that nobody listens on. No later call of this program gives it again, so it stays free for whoever
+/// it was asked for, however often that one is stopped and started.
+///
+/// # Errors
+/// When none is free.
 pub fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port on 127.0.0.1")?;
-    Ok(listener.local_addr()?.port())
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(PORTS_OF_ONE_PROGRAM);
+    for _ in PORTS {
+        let next = first.wrapping_add(ASKED.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(PORTS.start + next % (PORTS.end - PORTS.start))?;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("every port of 127.0.0.1 from {} to {} is in use", PORTS.start, PORTS.end)
 }
 
 /// The path of another binary of this workspace, which Cargo or the image put beside the running one.

@@ -1,6 +1,6 @@
 //! Reads stock.
 
-use chassis::{Fields, PAGE_SIZE_MAX};
+use chassis::Fields;
 use proto::inventory::v1::{ListStockRequest, ListStockResponse, StockLevel};
 use sqlx::PgConnection;
 use tonic_types::FieldViolation;
@@ -29,10 +29,7 @@ pub(crate) struct Page {
 
 pub(crate) fn validate_page(request: &ListStockRequest) -> Result<Page, Vec<FieldViolation>> {
     let mut fields = Fields::default();
-    let size = chassis::page_size(request.page_size).unwrap_or_else(|| {
-        fields.refuse("page_size", format!("must be from 0 to {PAGE_SIZE_MAX}, and is {}", request.page_size));
-        0
-    });
+    let size = fields.page_size("page_size", request.page_size);
     let after = match request.page_token.as_str() {
         "" => String::new(),
         // A NUL cannot be in a SKU, and Postgres would refuse it as text.

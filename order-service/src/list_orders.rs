@@ -1,6 +1,6 @@
 //! Lists a customer's orders, page by page.
 
-use chassis::{Fields, PAGE_SIZE_MAX};
+use chassis::Fields;
 use proto::orders::v1::{ListOrdersRequest, ListOrdersResponse};
 use sqlx::PgConnection;
 use tonic_types::FieldViolation;
@@ -20,10 +20,7 @@ pub(crate) struct Page {
 pub(crate) fn validate_page(request: ListOrdersRequest) -> Result<Page, Vec<FieldViolation>> {
     let mut fields = Fields::default();
     fields.name("customer_id", &request.customer_id);
-    let size = chassis::page_size(request.page_size).unwrap_or_else(|| {
-        fields.refuse("page_size", format!("must be from 0 to {PAGE_SIZE_MAX}, and is {}", request.page_size));
-        0
-    });
+    let size = fields.page_size("page_size", request.page_size);
     let token = || chassis::decode_page_token(&request.customer_id, &request.page_token);
     let before = match request.page_token.as_str() {
         "" => Uuid::max(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use chassis::{Database, Fields, PAGE_SIZE_MAX, Refuse, Work};
+use chassis::{Database, Fields, Refuse, Work};
 use proto::relay::v1::{
     DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetStatusRequest,
     ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest,
@@ -140,10 +140,7 @@ fn refuse(error: &OperateError) -> Status {
 fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
     let ListDeadEventsRequest { page_size, page_token, r#type } = request;
     let mut fields = Fields::default();
-    let size = chassis::page_size(page_size).unwrap_or_else(|| {
-        fields.refuse("page_size", format!("must be from 0 to {PAGE_SIZE_MAX}, and is {page_size}"));
-        0
-    });
+    let size = fields.page_size("page_size", page_size);
     let event_type = read_type(&mut fields, &r#type);
     let list = Page::list(event_type.as_deref());
     let before = match page_token.as_str() {

@@ -78,8 +78,7 @@ async fn free_successors(tx: &mut Transaction<'_, Postgres>, places: &[Place]) -
 /// To be called after the commit. A relay that is not told looks by itself within its poll interval, so a failure here is
 /// none of the operator's.
 async fn wake_relays(connection: &mut PgConnection) {
-    let notified = sqlx::query!("-- operate: wake relays\nSELECT pg_notify($1, '')", outbox::CHANNEL);
-    if let Err(cause) = notified.execute(connection).await {
+    if let Err(cause) = outbox::notify(connection, outbox::CHANNEL).await {
         tracing::warn!(%cause, "relays not notified; they poll meanwhile");
     }
 }

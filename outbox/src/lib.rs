@@ -17,7 +17,7 @@ mod wake;
 pub use enqueue::{NewEvent, TraceContext, enqueue};
 pub use envelope::{Envelope, Malformed, timestamp};
 pub use receive::{ApplyError, Handler, InboxSettings, Receiver, Refusal};
-pub use wake::{CHANNEL, Notifier, listen};
+pub use wake::{CHANNEL, Notifier, listen, notify};
 
 /// Creates the tables of the outbox and the inbox. Its history is kept apart from the service's own.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();

@@ -56,7 +56,7 @@ async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, w
     loop {
         // Notify holds one permit: any number of wishes during a round trip become one more round trip.
         wanted.notified().await;
-        match timeout(NOTIFY_LIMIT, notify(&database, channel, connection.take())).await {
+        match timeout(NOTIFY_LIMIT, notify_on(connection.take(), &database, channel)).await {
             Ok(Ok(alive)) => connection = Some(alive),
             Ok(Err(error)) => {
                 warn!(%error, channel, "not notified; listeners poll meanwhile");
@@ -71,18 +71,27 @@ async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, w
     }
 }
 
-async fn notify(
+/// Gives the connection back only if the notification succeeded on it: it may have broken since the one before.
+async fn notify_on(
+    connection: Option<PgConnection>,
     database: &PgConnectOptions,
     channel: &str,
-    connection: Option<PgConnection>,
 ) -> Result<PgConnection, sqlx::Error> {
     let mut connection = match connection {
         Some(connection) => connection,
         None => database.connect().await?,
     };
-    // An earlier notification on this connection may have left it broken: execute reports that and the caller drops it.
-    sqlx::query!("-- outbox: notify\nSELECT pg_notify($1, '')", channel).execute(&mut connection).await?;
+    notify(&mut connection, channel).await?;
     Ok(connection)
+}
+
+/// Notifies a channel once, for who does so too rarely to keep a [`Notifier`]. Not within a transaction: see there.
+///
+/// # Errors
+/// The database's. Whoever listens then finds out within its poll interval.
+pub async fn notify(connection: &mut PgConnection, channel: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!("-- outbox: notify\nSELECT pg_notify($1, '')", channel).execute(connection).await?;
+    Ok(())
 }
 
 /// Calls `wake` for every notification of the channel, and whenever one may have been missed; never returns. Polling

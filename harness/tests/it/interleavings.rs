@@ -2,12 +2,10 @@
 //! happen. The test is the relay: it delivers, one event after the other, what it wants to see happen next.
 
 use harness::{
-    TestDatabase,
     audit::audit,
-    postgres::Server,
     processes::Process,
     replay::available,
-    system::{Layout, Service, stop},
+    system::{Service, stop},
     target::Target,
 };
 use proto::{
@@ -18,7 +16,7 @@ use sqlx::{FromRow, PgPool, types::time::OffsetDateTime};
 use tonic::{Code, transport::Channel};
 use uuid::Uuid;
 
-use crate::scratch::Scratch;
+use crate::site::Site;
 
 /// Of the demo stock.
 const SKU: &str = "LAST-OF-ITS-KIND";
@@ -44,8 +42,7 @@ struct System {
     orders: PgPool,
     inventory: PgPool,
     processes: Vec<Process>,
-    _databases: [TestDatabase; 2],
-    _scratch: Scratch,
+    _site: Site,
 }
 
 #[derive(FromRow)]
@@ -59,24 +56,17 @@ struct Row {
 
 impl System {
     async fn start() -> Self {
-        let orders = TestDatabase::create("orders_owner", &[]).await;
-        let inventory = TestDatabase::create("inventory_owner", &[]).await;
-        let server = Server::parse(&std::env::var("POSTGRES_URL").unwrap()).unwrap();
-        let scratch = Scratch::new();
-        let mut layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
         // On a busy machine a connection may take longer to be made than a call should wait for it.
-        layout.settings.push(("DATABASE_ACQUIRE_MS".into(), "20000".into()));
-        layout.prepare().await.unwrap();
+        let site = Site::prepare(&[("DATABASE_ACQUIRE_MS", "20000")]).await;
+        let layout = &site.layout;
         let processes =
             vec![layout.start(Service::Inventory).await.unwrap(), layout.start(Service::Orders).await.unwrap()];
-        let (orders_pool, inventory_pool) = (orders.pool().await, inventory.pool().await);
         Self {
             target: layout.target().unwrap(),
-            orders: orders_pool,
-            inventory: inventory_pool,
+            orders: site.orders.pool().await,
+            inventory: site.inventory.pool().await,
             processes,
-            _databases: [orders, inventory],
-            _scratch: scratch,
+            _site: site,
         }
     }
 

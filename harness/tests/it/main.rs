@@ -3,6 +3,8 @@
 
 mod scratch;
 
+mod site;
+
 mod bootstrap;
 
 mod cluster;

@@ -3,18 +3,16 @@
 use std::{future::Future, time::Duration};
 
 use harness::{
-    TestDatabase,
     audit::audit,
-    postgres::Server,
     processes::Process,
     replay::replay,
     stress::{Load, place_orders, wait_until_delivered},
-    system::{Layout, Service, stop},
+    system::{Service, stop},
 };
 use sqlx::PgPool;
 use tokio::{process::Command, time::sleep};
 
-use crate::scratch::Scratch;
+use crate::site::Site;
 
 const LOAD: Load = Load { orders: 1500, concurrency: 16, retry_for: Duration::from_secs(30) };
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
@@ -22,28 +20,19 @@ const KILLS: u32 = 4;
 
 /// A system of its own for one test.
 struct System {
-    layout: Layout,
-    orders: TestDatabase,
-    inventory: TestDatabase,
+    site: Site,
     services: Vec<(Service, Process)>,
-    _scratch: Scratch,
 }
 
 impl System {
     async fn start() -> Self {
-        let orders = TestDatabase::create("orders_owner", &[]).await;
-        let inventory = TestDatabase::create("inventory_owner", &[]).await;
-        let server = Server::parse(&std::env::var("POSTGRES_URL").unwrap()).unwrap();
-        let scratch = Scratch::new();
-        let mut layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
         // Leases that a killed relay leaves behind are over in test time, not in 30 s.
-        layout.settings.push(("RELAY_LEASE_SECONDS".into(), "2".into()));
-        layout.prepare().await.unwrap();
+        let site = Site::prepare(&[("RELAY_LEASE_SECONDS", "2")]).await;
         let mut services = Vec::new();
         for service in Service::ALL {
-            services.push((service, layout.start(service).await.unwrap()));
+            services.push((service, site.layout.start(service).await.unwrap()));
         }
-        Self { layout, orders, inventory, services, _scratch: scratch }
+        Self { site, services }
     }
 
     fn process(&mut self, service: Service) -> &mut Process {
@@ -52,9 +41,9 @@ impl System {
 
     /// Puts the load on the system while `trouble` goes on, then demands that nothing of it was lost or doubled.
     async fn survives(mut self, trouble: impl AsyncFnOnce(&mut Self, &PgPool)) {
-        let target = self.layout.target().unwrap();
+        let target = self.site.layout.target().unwrap();
         let load = tokio::spawn(async move { place_orders(&target, LOAD).await });
-        let observer = self.orders.pool().await;
+        let observer = self.site.orders.pool().await;
         trouble(&mut self, &observer).await;
         let placed = load.await.unwrap();
         let placed = placed.unwrap_or_else(|error| panic!("{error}\n{}", self.process(Service::Orders).log_tail(20)));
@@ -63,12 +52,12 @@ impl System {
     }
 
     async fn ends_clean(self) {
-        let target = self.layout.target().unwrap();
+        let target = self.site.layout.target().unwrap();
         wait_until_delivered(&target.databases, DRAIN_LIMIT).await.unwrap();
         let audit = audit(&target.databases).await.unwrap();
         assert_eq!(audit.findings, [""; 0]);
         let confirmed: i64 = sqlx::query_scalar("SELECT count(*) FROM orders WHERE status = 'CONFIRMED'")
-            .fetch_one(&self.orders.pool().await)
+            .fetch_one(&self.site.orders.pool().await)
             .await
             .unwrap();
         assert_eq!(confirmed, i64::from(LOAD.orders), "every answer arrived");
@@ -85,7 +74,7 @@ impl System {
         for kill in 1..=KILLS {
             wait_for_orders(observer, LOAD.orders * kill / (KILLS + 1)).await;
             self.process(service).kill().await.unwrap();
-            *self.process(service) = self.layout.start(service).await.unwrap();
+            *self.process(service) = self.site.layout.start(service).await.unwrap();
         }
     }
 }
@@ -141,7 +130,7 @@ async fn database_sessions_terminated_under_load_lose_and_double_nothing() {
     let trouble = async |system: &mut System, observer: &PgPool| {
         for share in 1..=KILLS {
             wait_for_orders(observer, LOAD.orders * share / (KILLS + 1)).await;
-            for database in [system.orders.name(), system.inventory.name()] {
+            for database in [system.site.orders.name(), system.site.inventory.name()] {
                 sqlx::query(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                     WHERE datname = $1 AND usename IN ('order_service', 'inventory_service', 'outbox_relay')",
@@ -164,7 +153,7 @@ async fn every_process_restarted_in_an_orderly_way_under_load_loses_and_doubles_
             wait_for_orders(observer, LOAD.orders * share / 5).await;
             let exit = system.process(service).terminate(Duration::from_secs(8)).await.unwrap();
             assert!(exit.status.success() && !exit.killed, "{service:?} {exit:?}");
-            *system.process(service) = system.layout.start(service).await.unwrap();
+            *system.process(service) = system.site.layout.start(service).await.unwrap();
         }
     };
     System::start().await.survives(trouble).await;
@@ -173,21 +162,21 @@ async fn every_process_restarted_in_an_orderly_way_under_load_loses_and_doubles_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receiver_that_is_away_costs_no_event_an_attempt() {
     let mut system = System::start().await;
-    let target = system.layout.target().unwrap();
+    let target = system.site.layout.target().unwrap();
     system.process(Service::Inventory).kill().await.unwrap();
     place_orders(&target, LOAD).await.unwrap();
-    let orders = system.orders.pool().await;
+    let orders = system.site.orders.pool().await;
     let (waiting, attempts): (i64, i64) =
         sqlx::query_as("SELECT count(*), sum(attempts) FROM outbox").fetch_one(&orders).await.unwrap();
     assert_eq!((waiting, attempts), (i64::from(LOAD.orders), 0));
-    *system.process(Service::Inventory) = system.layout.start(Service::Inventory).await.unwrap();
+    *system.process(Service::Inventory) = system.site.layout.start(Service::Inventory).await.unwrap();
     system.ends_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_delivered_twice_deducts_stock_once() {
     let system = System::start().await;
-    let replay = replay(&system.layout.target().unwrap(), "MUG").await.unwrap();
+    let replay = replay(&system.site.layout.target().unwrap(), "MUG").await.unwrap();
     replay.check().unwrap();
     stop(system.services.into_iter().map(|(_, process)| process)).await.unwrap();
 }
@@ -195,13 +184,13 @@ async fn an_event_delivered_twice_deducts_stock_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     let mut system = System::start().await;
-    let target = system.layout.target().unwrap();
+    let target = system.site.layout.target().unwrap();
     let few = Load { orders: 20, ..LOAD };
     place_orders(&target, few).await.unwrap();
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await.unwrap();
     assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
 
-    let (orders, inventory) = (system.orders.pool().await, system.inventory.pool().await);
+    let (orders, inventory) = (system.site.orders.pool().await, system.site.inventory.pool().await);
     let damages = [
         ("UNBALANCED: MUG", &inventory, "UPDATE stock SET available = available - 1 WHERE sku = 'MUG'"),
         (
@@ -251,8 +240,11 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     }
     let printed = Command::new(env!("CARGO_BIN_EXE_harness"))
         .arg("audit")
-        .env("ORDERS_DATABASE_URL", system.layout.server.url_for("orders_owner", system.orders.name()))
-        .env("INVENTORY_DATABASE_URL", system.layout.server.url_for("inventory_owner", system.inventory.name()))
+        .env("ORDERS_DATABASE_URL", system.site.layout.server.url_for("orders_owner", system.site.orders.name()))
+        .env(
+            "INVENTORY_DATABASE_URL",
+            system.site.layout.server.url_for("inventory_owner", system.site.inventory.name()),
+        )
         .output()
         .await
         .unwrap();

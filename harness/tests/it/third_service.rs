@@ -4,29 +4,21 @@ use std::time::Duration;
 
 use harness::{
     TestDatabase,
-    postgres::Server,
     processes::{Process, binary},
     stress::{Load, place_orders, wait_until_delivered},
-    system::{Layout, Service, stop},
+    system::{Service, stop},
 };
 use sqlx::PgPool;
 
-use crate::scratch::Scratch;
+use crate::site::Site;
 
 const LIMIT: Duration = Duration::from_secs(20);
 const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: LIMIT };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_of_sixty_lines_applies_each_event_once() {
-    let [orders, inventory, loyalty] = [
-        TestDatabase::create("orders_owner", &[]).await,
-        TestDatabase::create("inventory_owner", &[]).await,
-        TestDatabase::create("inventory_owner", &[]).await,
-    ];
-    let server = Server::parse(&std::env::var("POSTGRES_URL").unwrap()).unwrap();
-    let scratch = Scratch::new();
-    let layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
-    layout.prepare().await.unwrap();
+    let Site { layout, orders, scratch, .. } = &Site::prepare(&[]).await;
+    let loyalty = TestDatabase::create("inventory_owner", &[]).await;
     let (address, url) = (layout.inventory_service.to_string(), loyalty.url_as("inventory_owner"));
     let arguments = ["--listen", &address, "--database-url", &url];
     let program = binary("examples/loyalty_service").unwrap();

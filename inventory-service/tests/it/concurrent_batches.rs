@@ -59,27 +59,37 @@ async fn deliver_shuffled(client: Client, mut events: Vec<Event>, seed: u64, sta
     applied
 }
 
+async fn connect_all(inventory: &Inventory) -> Vec<Client> {
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(Client::connect(inventory.address).await);
+    }
+    clients
+}
+
+/// Has every client deliver all events, in an order of its own, at once. Answers how many were applied by all together.
+async fn deliver_overlapping(clients: &[Client], events: &[Event], round: u64) -> usize {
+    let start = Arc::new(Barrier::new(clients.len()));
+    let calls = clients.iter().zip(0..).map(|(client, number)| {
+        deliver_shuffled(client.clone(), events.to_vec(), round * CLIENTS + number, start.clone())
+    });
+    at_once(calls).await.into_iter().sum()
+}
+
 /// Unless all batches insert their ids in one order, these run into deadlocks within the first round; `stop` looks for
 /// them as well.
 #[tokio::test(flavor = "multi_thread")]
 async fn overlapping_batches_in_any_order_apply_each_event_once_without_deadlock() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&SKUS.map(|sku| (sku, 1_000_000))).await;
-    let mut clients = Vec::new();
-    for _ in 0..CLIENTS {
-        clients.push(Client::connect(inventory.address).await);
-    }
+    let clients = connect_all(&inventory).await;
     let mut taken = BTreeMap::<&str, i64>::new();
     for round in 0..5 {
         let (events, taken_now) = random_orders(&mut Rng::with_seed(round), 200);
         for (sku, quantity) in taken_now {
             *taken.entry(sku).or_default() += quantity;
         }
-        let start = Arc::new(Barrier::new(clients.len()));
-        let calls = clients.iter().zip(0..).map(|(client, number)| {
-            deliver_shuffled(client.clone(), events.clone(), round * CLIENTS + number, start.clone())
-        });
-        assert_eq!(at_once(calls).await.into_iter().sum::<usize>(), 200);
+        assert_eq!(deliver_overlapping(&clients, &events, round).await, 200);
     }
     assert_eq!(inventory.count("SELECT count(*) FROM processed_messages").await, 1000);
     assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RESERVED'").await, 1000);
@@ -94,10 +104,7 @@ async fn overlapping_batches_in_any_order_apply_each_event_once_without_deadlock
 async fn overlapping_batches_of_cancellations_give_everything_back_once_without_deadlock() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&SKUS.map(|sku| (sku, 1_000_000))).await;
-    let mut clients = Vec::new();
-    for _ in 0..CLIENTS {
-        clients.push(Client::connect(inventory.address).await);
-    }
+    let clients = connect_all(&inventory).await;
     let mut taken = BTreeMap::<&str, i64>::new();
     for round in 0..3 {
         let (created, _) = random_orders(&mut Rng::with_seed(round), 100);
@@ -107,11 +114,7 @@ async fn overlapping_batches_of_cancellations_give_everything_back_once_without_
             *taken.entry(sku).or_default() += quantity;
         }
         events.extend(created.iter().map(cancellation_of));
-        let start = Arc::new(Barrier::new(clients.len()));
-        let calls = clients.iter().zip(0..).map(|(client, number)| {
-            deliver_shuffled(client.clone(), events.clone(), round * CLIENTS + number, start.clone())
-        });
-        assert_eq!(at_once(calls).await.into_iter().sum::<usize>(), 200);
+        assert_eq!(deliver_overlapping(&clients, &events, round).await, 200);
     }
     assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RELEASED'").await, 300);
     for sku in SKUS {

@@ -10,7 +10,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, sync::DropGuard};
 
-use crate::wait::AMPLE;
+use crate::{
+    receiver::{Receiver, Reply},
+    wait::AMPLE,
+};
 
 /// A listener that passes each connection on, until it is dropped.
 pub(crate) struct Line {
@@ -33,6 +36,20 @@ impl Line {
     }
 
     /// What cuts the connections there are; new ones are passed on.
+    /// Makes the receiver behind this line break off over its first `count` deliveries, and apply the others.
+    pub(crate) fn break_over_the_first(&self, count: usize, receiver: &Receiver) {
+        let cut = self.cutter();
+        let mut deliveries = 0;
+        receiver.follow(move |events| {
+            deliveries += 1;
+            if deliveries <= count {
+                cut();
+                return Reply::never();
+            }
+            Reply::apply(events)
+        });
+    }
+
     pub(crate) fn cutter(&self) -> impl Fn() + Send + use<> {
         let cut = self.cut.clone();
         move || cut.notify_waiters()

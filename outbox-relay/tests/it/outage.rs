@@ -17,6 +17,9 @@ use crate::{
 /// Generous: a route that is down is probed at least every second.
 const RECOVERY: Duration = Duration::from_secs(15);
 
+/// The relay's default.
+const FULL_BATCH: usize = 100;
+
 /// Any attempt that is counted would be the last, and seen for good.
 const NO_SECOND_CHANCE: [&str; 2] = ["--attempts", "1"];
 
@@ -81,6 +84,11 @@ async fn a_receiver_that_goes_away_under_load_costs_nothing_and_gets_the_backlog
     outbox.wait_until_empty_within(RECOVERY).await;
     relay.stop().await;
     assert_eq!(outbox.charges().await, Vec::<Uuid>::new());
+    let until_full = receiver.read(|log| {
+        let full = log.deliveries.iter().find(|delivery| delivery.events.len() == FULL_BATCH);
+        full.expect("the backlog was longer than that").at - log.deliveries[0].at
+    });
+    assert!(until_full < Duration::from_secs(2), "{until_full:?}");
 }
 
 #[tokio::test]
@@ -132,16 +140,7 @@ async fn break_connections(events: usize, cuts: usize) {
     let ids = outbox.insert_unrelated(events).await;
     let receiver = Receiver::start(Reply::apply).await;
     let line = Line::to("127.0.0.1", receiver.address.port()).await;
-    let cut = line.cutter();
-    let mut deliveries = 0;
-    receiver.follow(move |events| {
-        deliveries += 1;
-        if deliveries <= cuts {
-            cut();
-            return Reply::never();
-        }
-        Reply::apply(events)
-    });
+    line.break_over_the_first(cuts, &receiver);
     let relay = Relay::start(&outbox, line.address, &["--attempts", "1", "--workers", "1"]).await;
     outbox.wait_until_empty_within(RECOVERY).await;
     relay.stop().await;

@@ -76,16 +76,7 @@ async fn those_that_met_silence_go_first_when_the_receiver_is_back() {
     outbox.insert_unrelated(40).await;
     let receiver = Receiver::start(Reply::apply).await;
     let line = Line::to("127.0.0.1", receiver.address.port()).await;
-    let cut = line.cutter();
-    let mut deliveries = 0;
-    receiver.follow(move |events| {
-        deliveries += 1;
-        if deliveries == 1 {
-            cut();
-            return Reply::never();
-        }
-        Reply::apply(events)
-    });
+    line.break_over_the_first(1, &receiver);
     let relay = Relay::start(&outbox, line.address, &["--workers", "1", "--batch", "10"]).await;
     outbox.wait_until_empty().await;
     relay.stop().await;

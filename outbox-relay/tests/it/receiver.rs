@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use harness::processes::free_port;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
     event_receiver_server::{EventReceiver, EventReceiverServer},
@@ -194,7 +195,7 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) async fn start(script: impl FnMut(&[Event]) -> Reply + Send + 'static) -> Self {
-        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), script).await
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], free_port().unwrap())), script).await
     }
 
     pub(crate) async fn start_at(address: SocketAddr, script: impl FnMut(&[Event]) -> Reply + Send + 'static) -> Self {
