@@ -112,6 +112,32 @@ async fn several_events_on_which_the_receiver_breaks_off_end_dead_and_all_others
     only_the_fatal_are_charged(300, &[0, 1, 2, 150, 299], &[], break_off).await;
 }
 
+/// New events come as fast as the others go, so that there are always more before it than a turn delivers before the route
+/// is open again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_on_which_the_receiver_breaks_off_is_found_out_under_a_load_that_never_ends() {
+    const BEHIND: i64 = 2000;
+    let outbox = Outbox::create().await;
+    outbox.record_charges().await;
+    outbox.insert_unrelated(2000).await;
+    let fatal = outbox.insert_one().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let address = break_off(&receiver, vec![fatal]).await;
+    let relay = Relay::start(&outbox, address, &["--attempts", "2", "--back-off-ms", "50"]).await;
+    let mut arrived = 0;
+    until("it is dead", async || {
+        if outbox.count().await < BEHIND {
+            arrived += outbox.insert_unrelated(500).await.len();
+        }
+        outbox.row(fatal).await.unwrap().dead
+    })
+    .await;
+    outbox.wait_for_a_later_event().await;
+    relay.stop().await;
+    assert!(arrived >= 500, "{arrived} events are no load");
+    assert_eq!(outbox.charges().await, [fatal; 2]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_over_which_the_receiver_hangs_ends_dead_and_all_others_arrive() {
     only_the_fatal_are_charged(300, &[137], &["--lease-seconds", "4"], async |receiver, fatal| {
