@@ -144,7 +144,7 @@ impl Database {
         W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, E> + Send + 'static,
     {
         let Self { pool, acquire_limit, work_limit } = self.clone();
-        let (begin, mut begun) = oneshot::channel();
+        let (begin, begun) = oneshot::channel();
         let task = tokio::spawn(async move {
             let mut connection = pool.acquire().await?;
             if begin.send(()).is_err() {
@@ -162,12 +162,8 @@ impl Database {
         });
         // Only the caller stops waiting here, not the task: after an outage every connection is made anew, and on a busy
         // machine that may take longer than a call may wait. Were each try cut off with its caller, none would succeed.
-        if timeout(acquire_limit, &mut begun).await.is_err() {
-            // Closed first, so that a task which begins at this moment either is told not to, or is waited for.
-            begun.close();
-            if begun.try_recv().is_err() {
-                return Err(E::from(sqlx::Error::PoolTimedOut));
-            }
+        if !begins_within(acquire_limit, begun).await {
+            return Err(E::from(sqlx::Error::PoolTimedOut));
         }
         task.await.unwrap_or_else(|_| Err(E::from(sqlx::Error::WorkerCrashed)))
     }
@@ -176,6 +172,17 @@ impl Database {
     pub(crate) fn probe(&self) -> Probe {
         Probe { options: self.pool.connect_options().as_ref().clone(), limit: self.work_limit, connection: None }
     }
+}
+
+/// Whether what is to send on `begin`'s channel before it begins does so in time. If not, its send fails from now on, and
+/// it must not begin.
+pub async fn begins_within(limit: Duration, mut begun: oneshot::Receiver<()>) -> bool {
+    if timeout(limit, &mut begun).await.is_ok() {
+        return true;
+    }
+    // Closed first, so that what begins at this moment either is told not to, or is waited for.
+    begun.close();
+    begun.try_recv().is_ok()
 }
 
 /// Asks the database whether it answers, over a connection of its own: a pool that is busy is not a database that is

@@ -16,11 +16,11 @@ mod shutdown;
 mod telemetry;
 
 pub use cli::parse;
-pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work};
+pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work, begins_within};
 pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use page::{decode_page_token, encode_page_token};
-pub use refuse::Refuse;
+pub use refuse::{Refuse, may_pass};
 pub use run::{RunError, bind, exit_code};
 pub use schema::{SchemaError, check_schema, migrate};
 pub use serve::{ServeError, ServeSettings, Services, serve};

@@ -84,9 +84,9 @@ fn cut_to_size(violations: &mut Vec<FieldViolation>) {
 }
 
 /// Whether the same call may work later. Only what the call brought with it can be its fault: its data (class 22), the
-/// constraints it violates (23) or the triggers that turn it down (P0). Anything else a database says, a read-only standby, a missing right, a changed password,
-/// is for an operator to mend, and a relay must not hold it against an event.
-fn may_pass(cause: &sqlx::Error) -> bool {
+/// constraints it violates (23) or the triggers that turn it down (P0). Anything else
+/// a database says, a read-only standby, a missing right, a changed password, is for an operator to mend, and a relay must not hold it against an event.
+pub fn may_pass(cause: &sqlx::Error) -> bool {
     match cause {
         sqlx::Error::Database(error) => {
             !error.code().is_some_and(|code| ["22", "23", "P0"].iter().any(|class| code.starts_with(class)))

@@ -1,8 +1,10 @@
-//! Commits an order and its event in one transaction: the outbox pattern's first half.
+//! Commits orders, each with its event, in one transaction: the outbox pattern's first half.
+
+use std::collections::HashMap;
 
 use outbox::{NewEvent, TraceContext};
-use proto::orders::v1::{Order, OrderCreated, OrderItem, OrderStatus};
-use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
+use proto::orders::v1::{Order, OrderCreated, OrderStatus};
+use sqlx::{PgConnection, types::time::OffsetDateTime};
 use uuid::Uuid;
 
 use crate::{get_order::get_orders, validate_order::NewOrder};
@@ -10,113 +12,212 @@ use crate::{get_order::get_orders, validate_order::NewOrder};
 /// `OrderCreated` is the first event of every order.
 const SEQUENCE: i32 = 1;
 
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum CreateOrderError {
-    #[error("the request_id was used for an order with other content")]
-    RequestIdReused,
-    #[error(transparent)]
-    Database(#[from] sqlx::Error),
-}
-
-/// An order that is committed, by this call or by an earlier one with the same request id.
+/// An order that is about to be placed, and the event that tells of it.
 #[derive(Debug)]
-pub(crate) struct Placed {
-    pub(crate) order: Order,
-    pub(crate) by_this_call: bool,
+pub(crate) struct Draft {
+    order_id: Uuid,
+    request_id: Option<Uuid>,
+    created: OrderCreated,
+    event: NewEvent,
 }
 
-/// Places the order, or finds the one its request id has placed.
+impl Draft {
+    pub(crate) fn of(new: NewOrder, trace: &TraceContext) -> Self {
+        let order_id = Uuid::now_v7();
+        let NewOrder { request_id, customer_id, currency_code, items, total_minor } = new;
+        let created = OrderCreated { order_id: order_id.to_string(), customer_id, currency_code, items, total_minor };
+        let event = NewEvent::of(order_id, SEQUENCE, &created, trace);
+        Self { order_id, request_id, created, event }
+    }
+
+    /// The order, once it is placed.
+    pub(crate) fn placed_at(self, created_at: OffsetDateTime) -> Order {
+        let OrderCreated { order_id, customer_id, currency_code, items, total_minor } = self.created;
+        Order {
+            order_id,
+            customer_id,
+            status: OrderStatus::Pending.into(),
+            currency_code,
+            items,
+            total_minor,
+            create_time: Some(outbox::timestamp(created_at)),
+            rejection: String::new(),
+        }
+    }
+
+    fn is_of(&self, order: &Order) -> bool {
+        let Self { created, .. } = self;
+        order.customer_id == created.customer_id
+            && order.currency_code == created.currency_code
+            && order.items == created.items
+    }
+}
+
+/// What became of a draft.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The order and its event are committed, created at this time.
+    Placed(OffsetDateTime),
+    /// An earlier call with the same request id has placed the order, with the same content.
+    Found(Order),
+    /// An earlier call with the same request id has placed an order with other content.
+    RequestIdReused,
+}
+
+/// Places the orders, or finds those their request ids have placed; one outcome per draft, in their order.
 ///
-/// After `Ok` the order and its event are durable. After a database error they may be, if it struck at the commit: the
-/// caller repeats the call with the same request id and learns it.
-pub(crate) async fn create_order(
+/// After `Ok` every order and its event are durable. After an error they may be, if it struck at the commit: the callers
+/// repeat their calls with the same request ids and learn it.
+pub(crate) async fn create_orders(
     connection: &mut PgConnection,
-    new: NewOrder,
-    trace: TraceContext,
-) -> Result<Placed, CreateOrderError> {
-    let mut tx = connection.begin().await?;
-    let order_id = Uuid::now_v7();
-    let Some(created_at) = insert_order(&mut tx, order_id, &new).await? else {
-        tx.rollback().await?;
-        return find_placed(connection, new).await;
+    drafts: &[Draft],
+) -> Result<Vec<Outcome>, sqlx::Error> {
+    let placed = insert_orders(connection, drafts).await?;
+    let repeated = drafts.iter().filter(|draft| !placed.contains_key(&draft.order_id));
+    let found = find_placed(connection, repeated).await?;
+    let outcome = |draft: &Draft| match placed.get(&draft.order_id) {
+        Some(created_at) => Ok(Outcome::Placed(*created_at)),
+        None => match draft.request_id.and_then(|request_id| found.get(&request_id)) {
+            Some(order) if draft.is_of(order) => Ok(Outcome::Found(order.clone())),
+            Some(_) => Ok(Outcome::RequestIdReused),
+            None => Err(sqlx::Error::RowNotFound),
+        },
     };
-    insert_items(&mut tx, order_id, &new.items).await?;
-    let created = OrderCreated {
-        order_id: order_id.to_string(),
-        customer_id: new.customer_id,
-        currency_code: new.currency_code,
-        items: new.items,
-        total_minor: new.total_minor,
-    };
-    outbox::enqueue(&mut tx, &[NewEvent::of(order_id, SEQUENCE, &created, &trace)]).await?;
-    tx.commit().await?;
-
-    let OrderCreated { order_id, customer_id, currency_code, items, total_minor } = created;
-    let create_time = Some(outbox::timestamp(created_at));
-    let status = OrderStatus::Pending.into();
-    let rejection = String::new();
-    let order = Order { order_id, customer_id, status, currency_code, items, total_minor, create_time, rejection };
-    Ok(Placed { order, by_this_call: true })
+    drafts.iter().map(outcome).collect()
 }
 
-/// `None` when the request id has placed an order before. The unique key decides: a second call with the same id, at the
-/// same moment, waits here for the first to commit or roll back.
-async fn insert_order(
-    tx: &mut Transaction<'_, Postgres>,
-    order_id: Uuid,
-    new: &NewOrder,
-) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-    sqlx::query_scalar!(
-        "-- orders: insert order
-        INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
-        VALUES ($1, $2, $3, $4, $5)
-        ON CONFLICT ON CONSTRAINT orders_request_id_key DO NOTHING
-        RETURNING created_at",
-        order_id,
-        new.request_id,
-        new.customer_id,
-        new.currency_code,
-        new.total_minor,
+/// One statement, and so one transaction, one round trip and one wait for the disk, for any number of orders: each with
+/// its items and its event, or not at all. Returns when the orders were created, leaving out those whose request id has
+/// placed one before: of these nothing is written. The unique key decides it. An order with the same id that another
+/// transaction is placing is waited for; one that comes earlier in this statement counts as well.
+///
+/// Orders go in by request id, so that two statements which share several ids wait one for the other, not each for the
+/// other.
+///
+/// All rows are fetched, to the end: only there the server says whether the commit succeeded.
+async fn insert_orders(
+    connection: &mut PgConnection,
+    drafts: &[Draft],
+) -> Result<HashMap<Uuid, OffsetDateTime>, sqlx::Error> {
+    let orders = OrderRows::of(drafts);
+    let items = ItemRows::of(drafts);
+    let events = outbox::Rows::of(drafts.iter().map(|draft| &draft.event));
+    let placed = sqlx::query!(
+        "-- orders: create orders
+        WITH placed AS (
+            INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
+            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::bigint[])
+                AS new (order_id, request_id, customer_id, currency_code, total_minor)
+            ORDER BY request_id
+            ON CONFLICT ON CONSTRAINT orders_request_id_key DO NOTHING
+            RETURNING order_id, created_at
+        ), items AS (
+            INSERT INTO order_items (order_id, line, sku, quantity, unit_price_minor)
+            SELECT item.*
+            FROM unnest($6::uuid[], $7::integer[], $8::text[], $9::integer[], $10::bigint[])
+                AS item (order_id, line, sku, quantity, unit_price_minor)
+            JOIN placed USING (order_id)
+        ), events AS (
+            INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
+            SELECT event.*
+            FROM unnest($11::uuid[], $12::integer[], $13::uuid[], $14::text[], $15::bytea[], $16::text[], $17::text[])
+                AS event (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
+            JOIN placed ON placed.order_id = event.aggregate_id
+        )
+        SELECT order_id, created_at FROM placed",
+        &orders.order_ids,
+        &orders.request_ids as &[Option<Uuid>],
+        &orders.customer_ids as &[&str],
+        &orders.currency_codes as &[&str],
+        &orders.totals_minor,
+        &items.order_ids,
+        &items.lines,
+        &items.skus as &[&str],
+        &items.quantities,
+        &items.unit_prices_minor,
+        &events.aggregate_ids,
+        &events.sequences,
+        &events.event_ids,
+        &events.event_types as &[&str],
+        &events.payloads as &[&[u8]],
+        &events.traceparents as &[Option<&str>],
+        &events.tracestates as &[Option<&str>],
     )
-    .fetch_optional(&mut **tx)
-    .await
-}
-
-async fn insert_items(
-    tx: &mut Transaction<'_, Postgres>,
-    order_id: Uuid,
-    items: &[OrderItem],
-) -> Result<(), sqlx::Error> {
-    let skus: Vec<_> = items.iter().map(|item| item.sku.clone()).collect();
-    let quantities: Vec<_> = items.iter().map(|item| item.quantity).collect();
-    let prices: Vec<_> = items.iter().map(|item| item.unit_price_minor).collect();
-    sqlx::query!(
-        "-- orders: insert items
-        INSERT INTO order_items (order_id, line, sku, quantity, unit_price_minor)
-        SELECT $1, line, sku, quantity, unit_price_minor
-        FROM unnest($2::text[], $3::integer[], $4::bigint[]) WITH ORDINALITY
-            AS item (sku, quantity, unit_price_minor, line)",
-        order_id,
-        &skus,
-        &quantities,
-        &prices,
-    )
-    .execute(&mut **tx)
+    .fetch_all(connection)
     .await?;
-    Ok(())
+    Ok(placed.into_iter().map(|row| (row.order_id, row.created_at)).collect())
 }
 
-/// The order that `new`'s request id has placed. It is committed: the insert above waited for it.
-async fn find_placed(connection: &mut PgConnection, new: NewOrder) -> Result<Placed, CreateOrderError> {
-    let order_id = sqlx::query_scalar!(
-        "-- orders: find by request id
-        SELECT order_id FROM orders WHERE request_id = $1",
-        new.request_id,
+/// Orders as the arrays the statement takes.
+#[derive(Default)]
+struct OrderRows<'d> {
+    order_ids: Vec<Uuid>,
+    request_ids: Vec<Option<Uuid>>,
+    customer_ids: Vec<&'d str>,
+    currency_codes: Vec<&'d str>,
+    totals_minor: Vec<i64>,
+}
+
+impl<'d> OrderRows<'d> {
+    fn of(drafts: &'d [Draft]) -> Self {
+        let mut rows = Self::default();
+        for Draft { order_id, request_id, created, .. } in drafts {
+            rows.order_ids.push(*order_id);
+            rows.request_ids.push(*request_id);
+            rows.customer_ids.push(&created.customer_id);
+            rows.currency_codes.push(&created.currency_code);
+            rows.totals_minor.push(created.total_minor);
+        }
+        rows
+    }
+}
+
+/// Their items, likewise.
+#[derive(Default)]
+struct ItemRows<'d> {
+    order_ids: Vec<Uuid>,
+    lines: Vec<i32>,
+    skus: Vec<&'d str>,
+    quantities: Vec<i32>,
+    unit_prices_minor: Vec<i64>,
+}
+
+impl<'d> ItemRows<'d> {
+    fn of(drafts: &'d [Draft]) -> Self {
+        let mut rows = Self::default();
+        for Draft { order_id, created, .. } in drafts {
+            for (item, line) in created.items.iter().zip(1..) {
+                rows.order_ids.push(*order_id);
+                rows.lines.push(line);
+                rows.skus.push(&item.sku);
+                rows.quantities.push(item.quantity);
+                rows.unit_prices_minor.push(item.unit_price_minor);
+            }
+        }
+        rows
+    }
+}
+
+/// The orders that the drafts' request ids have placed, by request id. They are committed: the insert waited for them.
+async fn find_placed(
+    connection: &mut PgConnection,
+    drafts: impl Iterator<Item = &Draft>,
+) -> Result<HashMap<Uuid, Order>, sqlx::Error> {
+    let request_ids: Vec<Uuid> = drafts.filter_map(|draft| draft.request_id).collect();
+    if request_ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let placed = sqlx::query!(
+        r#"-- orders: find by request id
+        SELECT request_id AS "request_id!", order_id FROM orders WHERE request_id = ANY ($1)"#,
+        &request_ids,
     )
-    .fetch_one(&mut *connection)
+    .fetch_all(&mut *connection)
     .await?;
-    let order = get_orders(connection, &[order_id]).await?.pop().ok_or(sqlx::Error::RowNotFound)?;
-    let same =
-        order.customer_id == new.customer_id && order.currency_code == new.currency_code && order.items == new.items;
-    if same { Ok(Placed { order, by_this_call: false }) } else { Err(CreateOrderError::RequestIdReused) }
+    let order_ids: Vec<Uuid> = placed.iter().map(|row| row.order_id).collect();
+    let orders = get_orders(connection, &order_ids).await?;
+    let by_id: HashMap<String, Order> = orders.into_iter().map(|order| (order.order_id.clone(), order)).collect();
+    let found =
+        placed.into_iter().filter_map(|row| Some((row.request_id, by_id.get(&row.order_id.to_string())?.clone())));
+    Ok(found.collect())
 }

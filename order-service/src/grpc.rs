@@ -15,8 +15,9 @@ use uuid::Uuid;
 
 use crate::{
     cancel_order::{CancelOrderError, cancel_order, validate_cancellation},
-    create_order::{CreateOrderError, create_order},
+    create_order::Draft,
     get_order::get_orders,
+    intake::{CreateOrderError, Intake},
     list_orders::{list_orders, validate_page},
     validate_order::validate_order,
     watch_order::{Watchers, is_settled},
@@ -27,6 +28,7 @@ pub(crate) const REFUSE: Refuse = Refuse { domain: "order-service" };
 /// `orders.v1.OrderService`.
 pub(crate) struct Orders {
     pub(crate) database: Database,
+    pub(crate) intake: Intake,
     /// Told of new events.
     pub(crate) relay: Notifier,
     /// Told of new statuses.
@@ -39,23 +41,7 @@ impl OrderService for Orders {
     async fn create_order(&self, request: Request<CreateOrderRequest>) -> Result<Response<Order>, Status> {
         let trace = trace_context(request.metadata());
         let new = validate_order(request.into_inner()).map_err(|bad| REFUSE.invalid("INVALID_ORDER", bad))?;
-        let relay = self.relay.clone();
-        let placed = self
-            .database
-            .run(|connection| {
-                Box::pin(async move {
-                    let placed = create_order(connection, new, trace).await?;
-                    // Inside the unit of work, so that a caller who hung up after the commit does not leave its event to
-                    // the next poll.
-                    if placed.by_this_call {
-                        relay.notify();
-                    }
-                    Ok(placed)
-                })
-            })
-            .await
-            .map_err(refuse_create)?;
-        Ok(Response::new(placed.order))
+        self.intake.place(Draft::of(new, &trace)).await.map(Response::new).map_err(refuse_create)
     }
 
     async fn get_order(&self, request: Request<GetOrderRequest>) -> Result<Response<Order>, Status> {
@@ -150,8 +136,10 @@ fn refuse_cancel(error: CancelOrderError) -> Status {
 }
 
 fn refuse_create(error: CreateOrderError) -> Status {
+    let message = error.to_string();
     match error {
-        CreateOrderError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", error.to_string()),
+        CreateOrderError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", message),
+        CreateOrderError::Overloaded => REFUSE.later(Code::ResourceExhausted, "OVERLOADED", message),
         CreateOrderError::Database(cause) => REFUSE.database(&cause),
     }
 }

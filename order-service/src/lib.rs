@@ -6,11 +6,12 @@ mod cancel_order;
 mod create_order;
 mod get_order;
 mod grpc;
+mod intake;
 mod list_orders;
 mod validate_order;
 mod watch_order;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
@@ -25,7 +26,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::info;
 
-use crate::{apply_reply::OrderKeeper, watch_order::Watchers};
+pub use crate::intake::IntakeSettings;
+use crate::{apply_reply::OrderKeeper, intake::Intake, watch_order::Watchers};
 
 /// Creates the tables of orders; run after [`outbox::MIGRATOR`].
 pub static MIGRATOR: Migrator = sqlx::migrate!();
@@ -42,6 +44,9 @@ pub struct Settings {
     /// The orders database, as the role order_service: postgres://user:password@host:5432/database.
     #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
+    /// How orders are taken in.
+    #[command(flatten)]
+    pub intake: IntakeSettings,
     /// The inbox.
     #[command(flatten)]
     pub inbox: InboxSettings,
@@ -68,7 +73,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let keeper = OrderKeeper { watchers: status.clone() };
     let receiver = Receiver::start(&database, keeper, grpc::REFUSE, &settings.inbox, shutdown.clone());
     let watchers = Watchers::start(database.clone(), settings.database_url.options(), shutdown.clone());
-    let orders = grpc::Orders { database: database.clone(), relay: notifier(outbox::CHANNEL), status, watchers };
+    let relay = notifier(outbox::CHANNEL);
+    let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
+    let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
+    let orders = grpc::Orders { database: database.clone(), intake, relay, status, watchers };
     let services = Services {
         routes: Routes::new(receiver).add_service(OrderServiceServer::new(orders)),
         names: &[event_receiver_server::SERVICE_NAME, order_service_server::SERVICE_NAME],

@@ -60,28 +60,53 @@ pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) ->
     if events.is_empty() {
         return Ok(());
     }
-    let aggregate_ids: Vec<Uuid> = events.iter().map(|event| event.aggregate_id).collect();
-    let sequences: Vec<i32> = events.iter().map(|event| event.sequence).collect();
-    let event_ids: Vec<Uuid> = events.iter().map(|_| Uuid::now_v7()).collect();
-    let event_types: Vec<String> = events.iter().map(|event| event.event_type.clone()).collect();
-    let payloads: Vec<Vec<u8>> = events.iter().map(|event| event.payload.clone()).collect();
-    let traceparents: Vec<Option<String>> = events.iter().map(|event| event.trace.traceparent.clone()).collect();
-    let tracestates: Vec<Option<String>> = events.iter().map(|event| event.trace.tracestate.clone()).collect();
+    let rows = Rows::of(events);
     sqlx::query!(
         "-- outbox: enqueue
         INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
         SELECT * FROM unnest($1::uuid[], $2::integer[], $3::uuid[], $4::text[], $5::bytea[], $6::text[], $7::text[])",
-        &aggregate_ids,
-        &sequences,
-        &event_ids,
-        &event_types,
-        &payloads,
-        &traceparents as &[Option<String>],
-        &tracestates as &[Option<String>],
+        &rows.aggregate_ids,
+        &rows.sequences,
+        &rows.event_ids,
+        &rows.event_types as &[&str],
+        &rows.payloads as &[&[u8]],
+        &rows.traceparents as &[Option<&str>],
+        &rows.tracestates as &[Option<&str>],
     )
     .execute(&mut **tx)
     .await?;
     Ok(())
+}
+
+/// The columns of the outbox that events fill, as the arrays a statement takes. For who writes change and event in one
+/// statement of its own; everybody else calls [`enqueue`].
+#[derive(Debug, Default)]
+#[expect(missing_docs, reason = "the columns are documented in the schema")]
+pub struct Rows<'e> {
+    pub aggregate_ids: Vec<Uuid>,
+    pub sequences: Vec<i32>,
+    pub event_ids: Vec<Uuid>,
+    pub event_types: Vec<&'e str>,
+    pub payloads: Vec<&'e [u8]>,
+    pub traceparents: Vec<Option<&'e str>>,
+    pub tracestates: Vec<Option<&'e str>>,
+}
+
+impl<'e> Rows<'e> {
+    /// A row per event, in their order; each is given its id here.
+    pub fn of(events: impl IntoIterator<Item = &'e NewEvent>) -> Self {
+        let mut rows = Self::default();
+        for event in events {
+            rows.aggregate_ids.push(event.aggregate_id);
+            rows.sequences.push(event.sequence);
+            rows.event_ids.push(Uuid::now_v7());
+            rows.event_types.push(&event.event_type);
+            rows.payloads.push(&event.payload);
+            rows.traceparents.push(event.trace.traceparent.as_deref());
+            rows.tracestates.push(event.trace.tracestate.as_deref());
+        }
+        rows
+    }
 }
 
 #[cfg(test)]

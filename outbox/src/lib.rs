@@ -14,7 +14,7 @@ mod prune;
 mod receive;
 mod wake;
 
-pub use enqueue::{NewEvent, TraceContext, enqueue};
+pub use enqueue::{NewEvent, Rows, TraceContext, enqueue};
 pub use envelope::{Envelope, Malformed, timestamp};
 pub use receive::{ApplyError, Handler, InboxSettings, Receiver, Refusal};
 pub use wake::{CHANNEL, Notifier, listen, notify};

@@ -8,6 +8,8 @@ mod create_order;
 
 mod failed_writes;
 
+mod intake;
+
 mod repeat_request;
 
 mod cancelled_callers;

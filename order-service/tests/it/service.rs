@@ -75,6 +75,14 @@ impl Service {
         service
     }
 
+    /// Another process of the service on the same database, as far as the database can tell. It ends with this one.
+    pub(crate) async fn start_another(&self) -> OrderServiceClient<Channel> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(order_service::run(listener, settings(&self.database, &[]), self.shutdown.clone()));
+        OrderServiceClient::connect(format!("http://{address}")).await.unwrap()
+    }
+
     pub(crate) fn orders(&self) -> OrderServiceClient<Channel> {
         OrderServiceClient::new(self.channel.clone())
     }

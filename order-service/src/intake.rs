@@ -1,0 +1,152 @@
+//! Group commit: calls that come at the same time place their orders in one transaction, each as if it were alone.
+
+use std::{slice, sync::Arc, time::Duration};
+
+use chassis::{Database, begins_within, may_pass};
+use clap::Args;
+use outbox::Notifier;
+use proto::orders::v1::Order;
+use sqlx::PgConnection;
+use tokio::sync::{Mutex, mpsc, oneshot};
+
+use crate::create_order::{Draft, Outcome, create_orders};
+
+/// Orders in one transaction at most: it bounds how long the first of them waits for the last, and 512 of the smallest
+/// are past the size at which a larger group is any faster.
+const GROUP_MAX: usize = 512;
+
+/// How orders are taken in.
+#[derive(Args, Clone, Debug)]
+pub struct IntakeSettings {
+    /// Transactions that place orders at once; calls that come while all are under way share the next.
+    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub writers: u32,
+    /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
+    #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub queue: u32,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CreateOrderError {
+    #[error("the request_id was used for an order with other content")]
+    RequestIdReused,
+    #[error("too many orders are waiting to be placed; try again")]
+    Overloaded,
+    /// Shared by all calls of the transaction that failed.
+    #[error(transparent)]
+    Database(Arc<sqlx::Error>),
+}
+
+impl From<sqlx::Error> for CreateOrderError {
+    fn from(cause: sqlx::Error) -> Self {
+        Self::Database(Arc::new(cause))
+    }
+}
+
+/// Where calls bring their orders, to be placed by the writers behind it. The writers end with the last clone.
+///
+/// There is no timer: a writer takes what is there when it has committed what was there before. So a lone order waits for
+/// nobody, and groups grow by themselves as far as the load asks for it. Two writers, because while one waits for the disk
+/// the other can fill its statement; with four, groups are smaller and the same work takes more transactions.
+#[derive(Clone, Debug)]
+pub(crate) struct Intake {
+    queue: mpsc::Sender<Call>,
+    begin_limit: Duration,
+}
+
+#[derive(Debug)]
+struct Call {
+    draft: Draft,
+    /// Tells the caller that its order is on its way to the database. A caller who is gone, or has waited for too long,
+    /// does not hear it any more, and then nothing is begun.
+    begin: oneshot::Sender<()>,
+    answer: oneshot::Sender<Result<Order, CreateOrderError>>,
+}
+
+impl Intake {
+    /// Starts the writers; `relay` is told of new events. An order whose turn has not come within `begin_limit` is refused.
+    pub(crate) fn start(
+        database: &Database,
+        settings: &IntakeSettings,
+        relay: &Notifier,
+        begin_limit: Duration,
+    ) -> Self {
+        let (queue, calls) = mpsc::channel(settings.queue as usize);
+        let calls = Arc::new(Mutex::new(calls));
+        for _ in 0..settings.writers {
+            tokio::spawn(write(calls.clone(), database.clone(), relay.clone()));
+        }
+        Self { queue, begin_limit }
+    }
+
+    /// Places the order together with those of other calls, and answers once it is committed.
+    ///
+    /// From the moment its transaction has begun the order is placed whether or not the caller still waits.
+    pub(crate) async fn place(&self, draft: Draft) -> Result<Order, CreateOrderError> {
+        let (begin, begun) = oneshot::channel();
+        let (answer, answered) = oneshot::channel();
+        self.queue.try_send(Call { draft, begin, answer }).map_err(|_| CreateOrderError::Overloaded)?;
+        if !begins_within(self.begin_limit, begun).await {
+            return Err(sqlx::Error::PoolTimedOut.into());
+        }
+        answered.await.unwrap_or_else(|_| Err(sqlx::Error::WorkerCrashed.into()))
+    }
+}
+
+/// Places group after group until nobody can bring an order any more.
+async fn write(calls: Arc<Mutex<mpsc::Receiver<Call>>>, database: Database, relay: Notifier) {
+    loop {
+        let mut group = Vec::new();
+        // The other writers wait for the lock meanwhile: each order goes to one of them.
+        if calls.lock().await.recv_many(&mut group, GROUP_MAX).await == 0 {
+            return;
+        }
+        let wanted =
+            group.into_iter().filter_map(|call| call.begin.send(()).is_ok().then_some((call.draft, call.answer)));
+        let (drafts, answers): (Vec<_>, Vec<_>) = wanted.unzip();
+        if drafts.is_empty() {
+            continue;
+        }
+        let relay = relay.clone();
+        let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
+        // Whoever does not wait for the answer any more learns it by repeating the call.
+        match placed {
+            Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
+            Err(cause) => {
+                let cause = Arc::new(cause);
+                let failed = || Err(CreateOrderError::Database(cause.clone()));
+                answers.into_iter().for_each(|answer| drop(answer.send(failed())));
+            }
+        }
+    }
+}
+
+async fn place_group(
+    connection: &mut PgConnection,
+    drafts: Vec<Draft>,
+    relay: Notifier,
+) -> Result<Vec<Result<Order, CreateOrderError>>, sqlx::Error> {
+    let outcomes: Vec<_> = match create_orders(connection, &drafts).await {
+        // One of them is at fault, and the others have to do without it.
+        Err(cause) if drafts.len() > 1 && !may_pass(&cause) => place_each_alone(connection, &drafts).await,
+        outcomes => outcomes?.into_iter().map(Ok).collect(),
+    };
+    if outcomes.iter().any(|outcome| matches!(outcome, Ok(Outcome::Placed(_)))) {
+        relay.notify();
+    }
+    let order = |(draft, outcome): (Draft, _)| match outcome? {
+        Outcome::Placed(created_at) => Ok(draft.placed_at(created_at)),
+        Outcome::Found(order) => Ok(order),
+        Outcome::RequestIdReused => Err(CreateOrderError::RequestIdReused),
+    };
+    Ok(drafts.into_iter().zip(outcomes).map(order).collect())
+}
+
+async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Vec<Result<Outcome, sqlx::Error>> {
+    let mut outcomes = Vec::with_capacity(drafts.len());
+    for draft in drafts {
+        let alone = create_orders(connection, slice::from_ref(draft)).await;
+        outcomes.push(alone.and_then(|mut outcome| outcome.pop().ok_or(sqlx::Error::RowNotFound)));
+    }
+    outcomes
+}

@@ -1,0 +1,138 @@
+//! Calls that come at once share transactions, and nothing else.
+
+use proto::orders::v1::{CreateOrderRequest, Order};
+use tokio::task::JoinSet;
+use tonic::{Code, Response, Status};
+use uuid::Uuid;
+
+use crate::service::{Service, order, refusal};
+
+type Answer = Result<Response<Order>, Status>;
+
+const QUEUE: usize = 8;
+const ONE_WRITER: [&str; 6] = ["--writers", "1", "--queue", "8", "--database-acquire-ms", "8000"];
+
+fn place_for(service: &Service, calls: &mut JoinSet<Answer>, customer_id: &str) {
+    let mut orders = service.orders();
+    let request = CreateOrderRequest { customer_id: customer_id.into(), ..order() };
+    calls.spawn(async move { orders.create_order(request).await });
+}
+
+/// Has one order hold up the only writer and as many wait behind it as may, for these customers by turns. What is more is
+/// refused at once; returns the others, among them the first, when they are answered.
+async fn place_as_one_group(service: &Service, customer_ids: &[&str]) -> Vec<Answer> {
+    let lock = service.lock_orders().await;
+    let mut calls = JoinSet::new();
+    place_for(service, &mut calls, "first");
+    service.waits_for_a_lock().await;
+    for customer_id in customer_ids.iter().cycle().take(3 * QUEUE) {
+        place_for(service, &mut calls, customer_id);
+    }
+    // That all of these are refused says that the others wait.
+    for _ in 0..2 * QUEUE {
+        let refused = refusal(calls.join_next().await.unwrap().unwrap());
+        refused.is(Code::ResourceExhausted, "OVERLOADED");
+        assert!(refused.retry_after.is_some_and(|after| !after.is_zero()), "{refused:?}");
+    }
+    lock.rollback().await.unwrap();
+    calls.join_all().await
+}
+
+async fn transactions(service: &Service) -> i64 {
+    sqlx::query_scalar("SELECT count(DISTINCT xmin::text) FROM orders").fetch_one(&service.pool).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_comes_while_a_writer_is_busy_is_one_transaction_and_what_is_too_much_is_refused_at_once() {
+    let service = Service::start_with(&ONE_WRITER).await;
+    let answers = place_as_one_group(&service, &["ann", "bob"]).await;
+    assert_eq!(answers.len(), 1 + QUEUE);
+    for answer in answers {
+        let order = answer.unwrap().into_inner();
+        assert_eq!(service.get(&order.order_id).await, order);
+        assert_eq!(service.events_of(&order.order_id).await, ["orders.v1.OrderCreated"]);
+    }
+    assert_eq!(transactions(&service).await, 2);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn an_order_that_the_database_turns_down_fails_none_of_its_group() {
+    let service = Service::start_with(&ONE_WRITER).await;
+    service
+        .execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;
+            CREATE TRIGGER t AFTER INSERT ON orders FOR EACH ROW WHEN (NEW.customer_id = 'bad')
+                EXECUTE FUNCTION refuse()",
+        )
+        .await;
+    let (placed, failed): (Vec<_>, Vec<_>) =
+        place_as_one_group(&service, &["bad", "good"]).await.into_iter().partition(Result::is_ok);
+    assert_eq!((placed.len(), failed.len()), (1 + QUEUE / 2, QUEUE / 2));
+    for answer in failed {
+        refusal(answer).is(Code::Internal, "INTERNAL");
+    }
+    for answer in placed {
+        let order = answer.unwrap().into_inner();
+        assert_ne!(order.customer_id, "bad");
+        assert_eq!(service.get(&order.order_id).await, order);
+    }
+    service.end().await;
+}
+
+#[tokio::test]
+async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed() {
+    let service = Service::start_with(&["--writers", "1", "--database-acquire-ms", "200"]).await;
+    let lock = service.lock_orders().await;
+    let mut calls = JoinSet::new();
+    place_for(&service, &mut calls, "first");
+    service.waits_for_a_lock().await;
+    refusal(service.orders().create_order(order()).await).asks_to_retry();
+    lock.rollback().await.unwrap();
+    assert_eq!(calls.join_all().await[0].as_ref().unwrap().get_ref().customer_id, "first");
+
+    let behind = service.place(order()).await;
+    let placed: Vec<String> =
+        sqlx::query_scalar("SELECT order_id::text FROM orders").fetch_all(&service.pool).await.unwrap();
+    assert_eq!(placed.len(), 2);
+    assert!(placed.contains(&behind.order_id));
+    service.end().await;
+}
+
+/// Unless all groups go in by request id, these run into deadlocks.
+#[tokio::test(flavor = "multi_thread")]
+async fn groups_of_two_processes_that_share_request_ids_do_not_deadlock() {
+    const IDS: usize = 20;
+    const ROUNDS: usize = 5;
+    let service = Service::start().await;
+    let other = service.start_another().await;
+    // So that no group is through before another begins.
+    service
+        .execute(
+            "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_sleep(0.005); RETURN NEW; END $$;
+            CREATE TRIGGER t BEFORE INSERT ON orders FOR EACH ROW EXECUTE FUNCTION dawdle()",
+        )
+        .await;
+    for _ in 0..ROUNDS {
+        let request_ids: Vec<_> = (0..IDS).map(|_| Uuid::new_v4()).collect();
+        let there = request_ids.iter().map(|request_id| (service.orders(), request_id));
+        let back = request_ids.iter().rev().map(|request_id| (other.clone(), request_id));
+        let mut calls = JoinSet::new();
+        for (mut orders, request_id) in there.chain(back) {
+            let request = CreateOrderRequest { request_id: request_id.to_string(), ..order() };
+            calls.spawn(async move { orders.create_order(request).await });
+        }
+        while let Some(answer) = calls.join_next().await {
+            answer.unwrap().unwrap();
+        }
+    }
+    assert_eq!(usize::try_from(service.written().await.orders).unwrap(), IDS * ROUNDS);
+    let deadlocks: i64 =
+        sqlx::query_scalar("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+            .fetch_one(&service.pool)
+            .await
+            .unwrap();
+    assert_eq!(deadlocks, 0);
+    service.end().await;
+}
