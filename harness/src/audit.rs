@@ -258,20 +258,21 @@ async fn read_disagreements(
     Ok(disagreements)
 }
 
-/// Orders with what they ask for, and what is in their outbox: all, or those of the ids.
+/// Orders with what they ask for, and what is in their outbox: all, or those of the ids. An order of which there are only
+/// items has the status MISSING, which agrees with nothing.
 async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> Result<Ordered> {
     let mut tx = begin_snapshot(connection).await?;
     let orders = sqlx::query!(
         r#"-- audit: orders
-        SELECT order_id, status, coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!"
+        SELECT order_id AS "order_id!", coalesce(status, 'MISSING') AS "status!", coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!"
         FROM orders
-        LEFT JOIN (
+        FULL JOIN (
             SELECT order_id, sku, sum(quantity) AS quantity FROM order_items
             WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
             GROUP BY order_id, sku
         ) AS demand USING (order_id)
         WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
-        GROUP BY order_id"#,
+        GROUP BY order_id, status"#,
         only as Option<&[Uuid]>,
     )
     .fetch_all(&mut *tx)
@@ -345,13 +346,13 @@ async fn check_inventory(connection: &mut PgConnection, audit: &mut Audit) -> Re
 async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> Result<()> {
     let rows = sqlx::query!(
         r#"-- audit: stock
-        SELECT sku, available,
+        SELECT sku AS "sku!", coalesce(available, -1) AS "available!",
             coalesce(sum(delta) FILTER (WHERE kind = 'OPENING'), 0)::bigint AS "opening!",
             coalesce(sum(delta) FILTER (WHERE kind = 'ADJUSTMENT'), 0)::bigint AS "adjusted!",
             coalesce(-sum(delta) FILTER (WHERE kind = 'RESERVATION'), 0)::bigint AS "reserved!",
             coalesce(sum(delta) FILTER (WHERE kind = 'RELEASE'), 0)::bigint AS "released!"
-        FROM stock LEFT JOIN stock_ledger USING (sku)
-        GROUP BY sku"#
+        FROM stock FULL JOIN stock_ledger USING (sku)
+        GROUP BY sku, available"#
     )
     .fetch_all(&mut **tx)
     .await?;

@@ -46,26 +46,22 @@ pub(crate) async fn adjust_stock(
 ) -> Result<StockLevel, AdjustStockError> {
     let mut tx = connection.begin().await?;
     introduce_sku(&mut tx, &adjustment).await?;
-    match record_movement(&mut tx, &adjustment).await {
-        Ok(true) => {}
-        Ok(false) => {
-            tx.rollback().await?;
-            return repeat_adjustment(connection, adjustment).await;
-        }
-        Err(error) if violates(&error, "stock_ledger_sku_fkey") => {
-            return Err(AdjustStockError::InsufficientStock { sku: adjustment.sku });
-        }
-        Err(error) => return Err(error.into()),
+    if !record_movement(&mut tx, &adjustment).await? {
+        tx.rollback().await?;
+        return repeat_adjustment(connection, adjustment).await;
     }
-    let level = match change_stock(&mut tx, &adjustment).await {
-        Ok(level) => level,
-        Err(error) if violates(&error, "stock_available_not_negative") => {
-            return Err(AdjustStockError::InsufficientStock { sku: adjustment.sku });
+    match change_stock(&mut tx, &adjustment).await {
+        Ok(Some(level)) => {
+            tx.commit().await?;
+            Ok(level)
         }
-        Err(error) => return Err(error.into()),
-    };
-    tx.commit().await?;
-    Ok(level)
+        // Of a SKU nobody knows there is less than of any other.
+        Ok(None) => Err(AdjustStockError::InsufficientStock { sku: adjustment.sku }),
+        Err(error) if violates(&error, "stock_available_not_negative") => {
+            Err(AdjustStockError::InsufficientStock { sku: adjustment.sku })
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What is added may be of a SKU nobody knew.
@@ -97,7 +93,11 @@ async fn record_movement(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjust
     Ok(inserted.rows_affected() == 1)
 }
 
-async fn change_stock(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjustment) -> Result<StockLevel, sqlx::Error> {
+/// `None` when nobody knows the SKU.
+async fn change_stock(
+    tx: &mut Transaction<'_, Postgres>,
+    adjustment: &Adjustment,
+) -> Result<Option<StockLevel>, sqlx::Error> {
     sqlx::query_as!(
         StockLevel,
         "-- inventory: change stock
@@ -105,7 +105,7 @@ async fn change_stock(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjustmen
         adjustment.sku,
         adjustment.delta,
     )
-    .fetch_one(&mut **tx)
+    .fetch_optional(&mut **tx)
     .await
 }
 

@@ -64,7 +64,7 @@ impl Stock {
         self.available.get(sku).copied()
     }
 
-    /// Moves stock of a SKU that is under lock; the ledger refuses any other (`stock_ledger_sku_fkey`).
+    /// Moves stock of a SKU that is under lock.
     pub(crate) fn move_by(&mut self, order_id: Uuid, movement: Movement, sku: &str, delta: i64) {
         if let Some(available) = self.available.get_mut(sku) {
             *available += delta;

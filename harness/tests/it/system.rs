@@ -181,6 +181,63 @@ async fn an_event_delivered_twice_deducts_stock_once() {
     stop(system.services.into_iter().map(|(_, process)| process)).await.unwrap();
 }
 
+#[derive(Clone, Copy)]
+enum Side {
+    Orders,
+    Inventory,
+}
+
+/// What the audit says of it, first; then what is done, where.
+const DAMAGES: &[(&str, Side, &str)] = &[
+    ("UNBALANCED: MUG", Side::Inventory, "UPDATE stock SET available = available - 1 WHERE sku = 'MUG'"),
+    (
+        "LOST: ",
+        Side::Inventory,
+        "DELETE FROM reservations WHERE order_id = (SELECT order_id FROM reservations ORDER BY order_id LIMIT 1)",
+    ),
+    ("WRONG: event ", Side::Inventory, "INSERT INTO processed_messages VALUES (gen_random_uuid())"),
+    (
+        "WRONG: order ",
+        Side::Orders,
+        "UPDATE order_items SET quantity = quantity + 1 WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
+    ),
+    (
+        "PHANTOM: ",
+        Side::Inventory,
+        "INSERT INTO reservations VALUES (gen_random_uuid(), gen_random_uuid(), 'REJECTED', 'of no order')",
+    ),
+    (
+        "LOST: ",
+        Side::Inventory,
+        // As if only a cancellation had come.
+        "WITH one AS (SELECT order_id FROM reservations WHERE status = 'RESERVED' ORDER BY order_id LIMIT 1),
+            ledger AS (DELETE FROM stock_ledger WHERE reference IN (SELECT order_id FROM one))
+        UPDATE reservations SET status = 'RELEASED', event_id = NULL, cancelled_by = event_id, cancelled_at = now()
+        WHERE order_id IN (SELECT order_id FROM one)",
+    ),
+    ("WRONG: order ", Side::Inventory, "DELETE FROM processed_messages"),
+    (
+        "DISAGREE: ",
+        Side::Orders,
+        "UPDATE orders SET status = 'PENDING' WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
+    ),
+    (
+        "DISAGREE: ",
+        Side::Orders,
+        "UPDATE orders SET status = 'CANCELLED' WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
+    ),
+    (
+        "DISAGREE: ",
+        Side::Orders,
+        "DELETE FROM orders WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders WHERE status = 'CONFIRMED')",
+    ),
+    (
+        "UNBALANCED: NO-SUCH-SKU ",
+        Side::Inventory,
+        "INSERT INTO stock_ledger VALUES (gen_random_uuid(), 'RESERVATION', 'NO-SUCH-SKU', -1)",
+    ),
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     let mut system = System::start().await;
@@ -191,50 +248,15 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
 
     let (orders, inventory) = (system.site.orders.pool().await, system.site.inventory.pool().await);
-    let damages = [
-        ("UNBALANCED: MUG", &inventory, "UPDATE stock SET available = available - 1 WHERE sku = 'MUG'"),
-        (
-            "LOST: ",
-            &inventory,
-            "DELETE FROM reservations WHERE order_id = (SELECT order_id FROM reservations ORDER BY order_id LIMIT 1)",
-        ),
-        ("WRONG: event ", &inventory, "INSERT INTO processed_messages VALUES (gen_random_uuid())"),
-        (
-            "WRONG: order ",
-            &orders,
-            "UPDATE order_items SET quantity = quantity + 1 WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
-        ),
-        (
-            "PHANTOM: ",
-            &inventory,
-            "INSERT INTO reservations VALUES (gen_random_uuid(), gen_random_uuid(), 'REJECTED', 'of no order')",
-        ),
-        (
-            "LOST: ",
-            &inventory,
-            // As if only a cancellation had come.
-            "WITH one AS (SELECT order_id FROM reservations WHERE status = 'RESERVED' ORDER BY order_id LIMIT 1),
-                ledger AS (DELETE FROM stock_ledger WHERE reference IN (SELECT order_id FROM one))
-            UPDATE reservations SET status = 'RELEASED', event_id = NULL, cancelled_by = event_id, cancelled_at = now()
-            WHERE order_id IN (SELECT order_id FROM one)",
-        ),
-        ("WRONG: order ", &inventory, "DELETE FROM processed_messages"),
-        (
-            "DISAGREE: ",
-            &orders,
-            "UPDATE orders SET status = 'PENDING' WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
-        ),
-        (
-            "DISAGREE: ",
-            &orders,
-            "UPDATE orders SET status = 'CANCELLED' WHERE order_id = (SELECT max(order_id::text)::uuid FROM orders)",
-        ),
-    ];
     let mut known: Vec<String> = Vec::new();
-    for (finding, database, damage) in damages {
-        sqlx::query(damage).execute(database).await.unwrap();
+    for (finding, side, damage) in DAMAGES {
+        let database = match side {
+            Side::Orders => &orders,
+            Side::Inventory => &inventory,
+        };
+        sqlx::query(*damage).execute(database).await.unwrap();
         let findings = audit(&target.databases).await.unwrap().findings;
-        let is_new = |found: &&String| found.starts_with(finding) && !known.contains(*found);
+        let is_new = |found: &&String| found.starts_with(*finding) && !known.contains(*found);
         assert!(findings.iter().any(|found| is_new(&found)), "{finding} is new in {findings:?}");
         known = findings;
     }
