@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     move_stock::Stock, record_reservation::Reservations, release_stock::release_stock, reserve_stock::reserve_stock,
+    write_batch::write_batch,
 };
 
 const SKU_BYTES_MAX: usize = 64;
@@ -31,8 +32,8 @@ pub(crate) enum Change {
     Cancelled,
 }
 
-/// Applies events in batches: what a batch moves is decided in memory, under locks, and written with one statement a
-/// table; a SKU that every order wants is updated once.
+/// Applies events in batches: what a batch moves is decided in memory, under locks, and written with one statement; a SKU
+/// that every order wants is updated once.
 #[derive(Debug)]
 pub(crate) struct StockKeeper {
     /// Tells the relay of the answers.
@@ -72,10 +73,7 @@ impl Handler for StockKeeper {
         if !refusals.is_empty() {
             return Err(ApplyError::Refused(refusals));
         }
-        reservations.write(tx).await?;
-        stock.write(tx).await?;
-        outbox::enqueue(tx, &answers).await?;
-        Ok(())
+        write_batch(tx, &reservations, &stock, &answers).await
     }
 
     fn committed(&self) {

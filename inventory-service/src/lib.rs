@@ -9,6 +9,7 @@ mod record_reservation;
 mod release_stock;
 mod reserve_stock;
 mod seed;
+mod write_batch;
 
 use std::net::SocketAddr;
 

@@ -41,7 +41,7 @@ struct Entry {
 impl Stock {
     /// Locks the SKUs, all at once in the order of their names, so that two batches never wait for each other.
     ///
-    /// NO KEY UPDATE is the lock the deduction itself takes; it lets the ledger's foreign key be checked meanwhile.
+    /// NO KEY UPDATE is the lock the deduction itself takes.
     pub(crate) async fn lock(
         tx: &mut Transaction<'_, Postgres>,
         skus: impl Iterator<Item = &String>,
@@ -72,52 +72,40 @@ impl Stock {
         self.movements.push(Entry { order_id, movement, sku: sku.to_owned(), delta });
     }
 
-    pub(crate) async fn write(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
-        if self.movements.is_empty() {
-            return Ok(());
+    /// The entries of the ledger to be, as the arrays a statement takes.
+    pub(crate) fn ledger(&self) -> LedgerRows<'_> {
+        let mut rows = LedgerRows::default();
+        for entry in &self.movements {
+            rows.order_ids.push(entry.order_id);
+            rows.kinds.push(entry.movement.kind());
+            rows.skus.push(&entry.sku);
+            rows.deltas.push(entry.delta);
         }
-        self.insert_ledger(tx).await?;
-        self.update_stock(tx).await
+        rows
     }
 
-    async fn insert_ledger(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
-        let order_ids: Vec<Uuid> = self.movements.iter().map(|entry| entry.order_id).collect();
-        let kinds: Vec<String> = self.movements.iter().map(|entry| entry.movement.kind().to_owned()).collect();
-        let skus: Vec<String> = self.movements.iter().map(|entry| entry.sku.clone()).collect();
-        let deltas: Vec<i64> = self.movements.iter().map(|entry| entry.delta).collect();
-        sqlx::query!(
-            "-- inventory: insert ledger
-            INSERT INTO stock_ledger (reference, kind, sku, delta)
-            SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bigint[])",
-            &order_ids,
-            &kinds,
-            &skus,
-            &deltas,
-        )
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
-    }
-
-    /// The rows are locked and were decided on, so the table's check (never below zero) is here a second look, not the
-    /// guard.
-    async fn update_stock(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
-        let mut totals: BTreeMap<&String, i64> = BTreeMap::new();
+    /// How much each SKU was moved. The rows are locked and were decided on, so the table's check (never below zero) is
+    /// a second look, not the guard.
+    pub(crate) fn totals(&self) -> TotalRows<'_> {
+        let mut totals: BTreeMap<&str, i64> = BTreeMap::new();
         for Entry { sku, delta, .. } in &self.movements {
             *totals.entry(sku).or_default() += delta;
         }
-        let (skus, deltas): (Vec<String>, Vec<i64>) =
-            totals.into_iter().map(|(sku, delta)| (sku.clone(), delta)).unzip();
-        sqlx::query!(
-            "-- inventory: update stock
-            UPDATE stock SET available = available + moved.delta
-            FROM unnest($1::text[], $2::bigint[]) AS moved (sku, delta)
-            WHERE stock.sku = moved.sku",
-            &skus,
-            &deltas,
-        )
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
+        let (skus, deltas) = totals.into_iter().unzip();
+        TotalRows { skus, deltas }
     }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct LedgerRows<'s> {
+    pub(crate) order_ids: Vec<Uuid>,
+    pub(crate) kinds: Vec<&'static str>,
+    pub(crate) skus: Vec<&'s str>,
+    pub(crate) deltas: Vec<i64>,
+}
+
+#[derive(Debug)]
+pub(crate) struct TotalRows<'s> {
+    pub(crate) skus: Vec<&'s str>,
+    pub(crate) deltas: Vec<i64>,
 }

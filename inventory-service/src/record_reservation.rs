@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, hash_map::Entry};
 
-use outbox::{ApplyError, Refusal};
+use outbox::Refusal;
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
@@ -108,7 +108,7 @@ impl Reservations {
     }
 
     /// # Errors
-    /// When the batch has one for this order already; one that only the table has is found by [`Self::write`].
+    /// When the batch has one for this order already; one that only the table has is found by `write_batch`.
     pub(crate) fn add(&mut self, order_id: Uuid, reservation: Reservation) -> Result<(), Refusal> {
         match self.0.entry(order_id) {
             Entry::Occupied(_) => Err(already_decided(order_id)),
@@ -119,72 +119,55 @@ impl Reservations {
         }
     }
 
-    /// # Errors
-    /// [`ApplyError::Refused`] when orders are reserved by other events: nothing of the batch may be committed.
-    pub(crate) async fn write(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), ApplyError> {
-        self.insert_new(tx).await?;
-        self.update_cancelled(tx).await?;
-        Ok(())
+    /// Why the events cannot be applied whose reservations are new, and were not inserted: others have made them.
+    pub(crate) fn refuse_all_but(&self, inserted: &HashSet<Uuid>) -> HashMap<Uuid, Refusal> {
+        let new = self.0.iter().filter(|(_, reservation)| !reservation.stored);
+        let conflicting = new.filter(|(order_id, _)| !inserted.contains(order_id));
+        conflicting.flat_map(|(order_id, reservation)| refuse(*order_id, reservation)).collect()
     }
+}
 
-    /// Ordered by key, as every insert that may wait for another transaction's.
-    async fn insert_new(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), ApplyError> {
-        let new: Vec<(&Uuid, &Reservation)> = self.0.iter().filter(|(_, reservation)| !reservation.stored).collect();
-        if new.is_empty() {
-            return Ok(());
+/// Reservations that the table does not have, as the arrays a statement takes.
+#[derive(Debug, Default)]
+pub(crate) struct NewRows<'r> {
+    pub(crate) order_ids: Vec<Uuid>,
+    pub(crate) event_ids: Vec<Option<Uuid>>,
+    pub(crate) statuses: Vec<&'static str>,
+    pub(crate) rejections: Vec<Option<&'r str>>,
+    pub(crate) cancelled_by: Vec<Option<Uuid>>,
+}
+
+impl<'r> NewRows<'r> {
+    pub(crate) fn of(reservations: &'r Reservations) -> Self {
+        let mut rows = Self::default();
+        for (order_id, reservation) in reservations.0.iter().filter(|(_, reservation)| !reservation.stored) {
+            rows.order_ids.push(*order_id);
+            rows.event_ids.push(reservation.event_id);
+            rows.statuses.push(reservation.status.name());
+            rows.rejections.push(reservation.rejection.as_deref());
+            rows.cancelled_by.push(reservation.cancelled_by);
         }
-        let order_ids: Vec<Uuid> = new.iter().map(|(order_id, _)| **order_id).collect();
-        let event_ids: Vec<Option<Uuid>> = new.iter().map(|(_, reservation)| reservation.event_id).collect();
-        let statuses: Vec<String> = new.iter().map(|(_, reservation)| reservation.status.name().to_owned()).collect();
-        let rejections: Vec<Option<String>> =
-            new.iter().map(|(_, reservation)| reservation.rejection.clone()).collect();
-        let cancelled_by: Vec<Option<Uuid>> = new.iter().map(|(_, reservation)| reservation.cancelled_by).collect();
-        let inserted = sqlx::query_scalar!(
-            "-- inventory: insert reservations
-            INSERT INTO reservations (order_id, event_id, status, rejection, cancelled_by, cancelled_at)
-            SELECT order_id, event_id, status, rejection, cancelled_by, CASE WHEN cancelled_by IS NOT NULL THEN now() END
-            FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[])
-                AS decided (order_id, event_id, status, rejection, cancelled_by)
-            ORDER BY order_id
-            ON CONFLICT DO NOTHING
-            RETURNING order_id",
-            &order_ids,
-            &event_ids as &[Option<Uuid>],
-            &statuses,
-            &rejections as &[Option<String>],
-            &cancelled_by as &[Option<Uuid>],
-        )
-        .fetch_all(&mut **tx)
-        .await?;
-        let inserted: HashSet<Uuid> = inserted.into_iter().collect();
-        let conflicting = new.iter().filter(|(order_id, _)| !inserted.contains(order_id));
-        let refusals: HashMap<Uuid, Refusal> =
-            conflicting.flat_map(|(order_id, reservation)| refuse(**order_id, reservation)).collect();
-        if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused(refusals)) }
+        rows
     }
+}
 
-    async fn update_cancelled(&self, tx: &mut Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
-        let stored: Vec<(&Uuid, &Reservation)> = self.0.iter().filter(|(_, reservation)| reservation.stored).collect();
-        if stored.is_empty() {
-            return Ok(());
+/// Those that it has, and that are cancelled now, likewise.
+#[derive(Debug, Default)]
+pub(crate) struct CancelledRows {
+    pub(crate) order_ids: Vec<Uuid>,
+    pub(crate) statuses: Vec<&'static str>,
+    pub(crate) cancelled_by: Vec<Option<Uuid>>,
+}
+
+impl CancelledRows {
+    pub(crate) fn of(reservations: &Reservations) -> Self {
+        let mut rows = Self::default();
+        for (order_id, reservation) in reservations.0.iter().filter(|(_, reservation)| reservation.stored) {
+            rows.order_ids.push(*order_id);
+            rows.statuses.push(reservation.status.name());
+            rows.cancelled_by.push(reservation.cancelled_by);
         }
-        let order_ids: Vec<Uuid> = stored.iter().map(|(order_id, _)| **order_id).collect();
-        let statuses: Vec<String> =
-            stored.iter().map(|(_, reservation)| reservation.status.name().to_owned()).collect();
-        let cancelled_by: Vec<Option<Uuid>> = stored.iter().map(|(_, reservation)| reservation.cancelled_by).collect();
-        sqlx::query!(
-            "-- inventory: cancel reservations
-            UPDATE reservations
-            SET status = cancelled.status, cancelled_by = cancelled.cancelled_by, cancelled_at = now()
-            FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS cancelled (order_id, status, cancelled_by)
-            WHERE reservations.order_id = cancelled.order_id",
-            &order_ids,
-            &statuses,
-            &cancelled_by as &[Option<Uuid>],
-        )
-        .execute(&mut **tx)
-        .await?;
-        Ok(())
+        rows
     }
 }
 

@@ -77,7 +77,8 @@ impl Handler for OrderKeeper {
                 WHERE orders.order_id = reply.order_id AND orders.status = 'PENDING'
             )
             SELECT order_id AS "order_id!" FROM unnest($1::uuid[]) AS reply (order_id)
-            WHERE NOT EXISTS (SELECT FROM orders WHERE orders.order_id = reply.order_id)"#,
+            -- Looked up one by one; NOT EXISTS may be made a join with all orders.
+            WHERE (SELECT true FROM orders WHERE orders.order_id = reply.order_id) IS NULL"#,
             &order_ids,
             &settled_ids,
             &statuses,

@@ -150,10 +150,15 @@ impl Inventory {
 
     /// Takes the database away from the service: it loses its connections and gets no new ones.
     pub(crate) async fn cut_database(&self) {
+        // Made before, since the pool gets no new ones either.
+        let mut connection = self.pool.acquire().await.unwrap();
         self.allow_connections(false).await;
         let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
             WHERE datname = current_database() AND usename = 'inventory_service'";
-        eventually("the service's sessions end", async || count(&self.pool, sql).await == 0).await;
+        eventually("the service's sessions end", async || {
+            sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut *connection).await.unwrap() == 0
+        })
+        .await;
     }
 
     pub(crate) async fn restore_database(&self) {
@@ -222,7 +227,7 @@ async fn audit(pool: &PgPool) {
 }
 
 /// Waits for what is sure to come, and fails if it does not.
-pub(crate) async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let polling = async {
         while !holds().await {
             sleep(Duration::from_millis(10)).await;

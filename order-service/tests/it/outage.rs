@@ -48,12 +48,14 @@ async fn allow_connections(service: &Service, allow: bool) {
 }
 
 async fn take_database_away(service: &Service) {
+    // Made before, since the pool gets no new ones either.
+    let mut connection = service.pool.acquire().await.unwrap();
     allow_connections(service, false).await;
     let ended: Vec<bool> = sqlx::query_scalar(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
         WHERE datname = current_database() AND usename = 'order_service'",
     )
-    .fetch_all(&service.pool)
+    .fetch_all(&mut *connection)
     .await
     .unwrap();
     assert!(!ended.is_empty() && ended.iter().all(|ended| *ended), "{ended:?}");
