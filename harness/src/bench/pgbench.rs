@@ -64,7 +64,7 @@ pub(super) async fn run(installation: &Installation, directory: &Path, run: Run<
     fs::create_dir_all(&scratch).with_context(|| scratch.display().to_string())?;
     let script = scratch.join(run.script.name).with_extension("sql");
     fs::write(&script, run.script.text)?;
-    let mut pgbench = Command::new(installation.program("pgbench"));
+    let mut pgbench = Command::new(installation.client("pgbench"));
     pgbench.args(["--no-vacuum", "--protocol=prepared", "--log", "--log-prefix"]).arg(scratch.join("log"));
     pgbench.arg("--file").arg(&script).arg(format!("--client={}", run.clients));
     // A thread for each core, as the services have.
