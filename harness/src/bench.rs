@@ -23,7 +23,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
@@ -132,13 +132,20 @@ async fn run_part(part: u8, site: &Site, report: &mut Report) -> Result<()> {
 
 fn print_machine(machine: &Value) {
     println!();
-    for (name, value) in machine.as_object().into_iter().flatten().filter(|(name, _)| *name != "settings") {
-        println!("  {name:<14}{}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    for (name, value) in machine.as_object().into_iter().flatten() {
+        let value = value.as_object().map_or_else(|| text(value), |values| list(values));
+        println!("  {name:<14}{value}");
     }
-    let settings = machine["settings"].as_object().into_iter().flatten();
-    let settings: Vec<String> =
-        settings.map(|(name, value)| format!("{name} = {}", value.as_str().unwrap_or_default())).collect();
-    println!("  {:<14}{}\n", "settings", settings.join(", "));
+    println!();
+}
+
+fn list(values: &Map<String, Value>) -> String {
+    let values: Vec<String> = values.iter().map(|(name, value)| format!("{name}: {}", text(value))).collect();
+    values.join("; ")
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn minutes(time: Duration) -> String {

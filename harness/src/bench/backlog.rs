@@ -28,6 +28,8 @@ use crate::{
 
 const SAMPLE_PAUSE: Duration = Duration::from_millis(25);
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
+const PAUSE: [&str; 5] = ["pause", "--by", "bench", "--reason", "bench"];
+const RESUME: [&str; 1] = ["resume"];
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
 const KEEP_ORDERS: &str = "-- bench: keep the backlog
@@ -71,7 +73,7 @@ impl Backlog {
         fill(layout.order_service, orders, shape).await?;
         sqlx::raw_sql(KEEP_ORDERS).execute(&mut orders_database).await?;
         sqlx::raw_sql(KEEP_INVENTORY).execute(&mut inventory).await?;
-        layout.operate(Service::OrdersRelay, &["pause", "--reason", "bench"]).await?;
+        layout.operate(Service::OrdersRelay, &PAUSE).await?;
         Ok(Self { layout, processes, orders: orders_database, inventory })
     }
 
@@ -107,7 +109,7 @@ impl Backlog {
         timeout(OPEN_LIMIT, wait_until_open(metrics)).await.context("the relay has not opened its route")??;
 
         let begin = Instant::now();
-        layout.operate(Service::OrdersRelay, &["resume"]).await?;
+        layout.operate(Service::OrdersRelay, &RESUME).await?;
         let mut samples = vec![(0.0, events)];
         let drained = loop {
             let handled = read_metric(metrics, "outbox_relay_events_total", "outcome=\"handled\"").await?;
@@ -119,7 +121,7 @@ impl Backlog {
             ensure!(elapsed < DRAIN_LIMIT, "{} events are left after {DRAIN_LIMIT:?}", events - handled);
             sleep(SAMPLE_PAUSE).await;
         };
-        layout.operate(Service::OrdersRelay, &["pause", "--reason", "bench"]).await?;
+        layout.operate(Service::OrdersRelay, &PAUSE).await?;
         stop([relay]).await?;
         if time.is_none() {
             let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox").fetch_one(&mut self.orders).await?;
@@ -130,7 +132,7 @@ impl Backlog {
 
     /// Brings the answers of the last drain back, and audits. That drain must have been of the whole backlog.
     pub(super) async fn finish(mut self, report: &mut Report) -> Result<()> {
-        self.layout.operate(Service::OrdersRelay, &["resume"]).await?;
+        self.layout.operate(Service::OrdersRelay, &RESUME).await?;
         self.processes.extend(start(&self.layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
         wait_until_delivered(&self.layout.target()?.databases, DRAIN_LIMIT).await?;
         finish(&self.layout, self.processes, report).await

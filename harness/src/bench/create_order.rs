@@ -62,15 +62,15 @@ impl Measured {
 }
 
 fn calls(at_once: u32) -> String {
-    format!("CreateOrder, {at_once} calls")
+    format!("CreateOrder, {at_once} at once")
 }
 
 fn clients(clients: u32) -> String {
-    format!("pgbench, {clients} clients")
+    format!("pgbench, {clients} at once")
 }
 
-const NOOP: &str = "gRPC alone, 256 calls";
-const GROUPED: &str = "grouped inserts, 2 clients";
+const NOOP: &str = "gRPC alone, 256 at once";
+const GROUPED: &str = "grouped inserts, 2 at once";
 
 /// Measures, prints and plots.
 pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {

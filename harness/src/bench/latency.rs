@@ -3,7 +3,7 @@
 //! Orders are placed as they are due (see [`super::open_loop`]), and timed by the databases' own commit timestamps (see
 //! [`super::commit_times`]), every one of them. From due to stock is by the caller's clock and the database's, which are
 //! the same machine's. The highest rate is searched for: doubled until the p99 from due to stock is no longer under
-//! 100 ms, or less than 98 % of the rate is achieved, then narrowed down.
+//! 100 ms, or less than 98 % of the rate is achieved, twice in a row, then narrowed down.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -171,10 +171,17 @@ async fn find_highest(site: &Site, layout: &Layout, report: &mut Report) -> Resu
     let mut steps = Vec::new();
     let mut next = FIRST_STEP;
     while next <= LAST_STEP && failed - passed > site.size(500, 1000) {
-        let run = measure(layout, Schedule { rate: next, time }, "3  search:", report).await?;
-        let p99 = run.due_to_stock.at(P99);
-        let passes = p99 < BOUND_MS && run.achieved >= ACHIEVED_AT_LEAST * f64::from(next);
-        steps.push(json!({ "rate": next, "achieved": run.achieved, "due_to_stock_p99_ms": p99, "passes": passes }));
+        let mut passes = false;
+        // A second look, since a rate once failed is never looked at again: the machine may have hiccuped.
+        for _ in 0..2 {
+            let run = measure(layout, Schedule { rate: next, time }, "3  search:", report).await?;
+            let p99 = run.due_to_stock.at(P99);
+            passes = p99 < BOUND_MS && run.achieved >= ACHIEVED_AT_LEAST * f64::from(next);
+            steps.push(json!({ "rate": next, "achieved": run.achieved, "due_to_stock_p99_ms": p99, "passes": passes }));
+            if passes {
+                break;
+            }
+        }
         *(if passes { &mut passed } else { &mut failed }) = next;
         next = if failed > LAST_STEP { passed * 2 } else { (passed + failed) / 2 };
     }

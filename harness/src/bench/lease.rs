@@ -56,23 +56,29 @@ const HOLD: &str = "-- bench: hold the horizon
 #[derive(Clone, Copy, Debug)]
 enum State {
     Waiting(i32),
+    /// The most that wait.
+    Backlog(i32),
     BackedOff(i32),
     HeldDead(i32),
 }
 
 impl State {
-    const ALL: [Self; 6] = [
-        Self::Waiting(FEW),
-        Self::Waiting(10_000),
-        Self::Waiting(100_000),
-        Self::Waiting(1_000_000),
-        Self::BackedOff(100_000),
-        Self::HeldDead(400_000),
-    ];
+    /// The first is what the others are compared with.
+    fn all(site: &Site) -> [Self; 6] {
+        let part = site.size(1, 10);
+        [
+            Self::Waiting(FEW),
+            Self::Waiting(10_000 / part),
+            Self::Waiting(100_000 / part),
+            Self::Backlog(1_000_000 / part),
+            Self::BackedOff(100_000 / part),
+            Self::HeldDead(400_000 / part),
+        ]
+    }
 
     fn name(self) -> String {
         match self {
-            Self::Waiting(events) => format!("{} waiting", number(events.into())),
+            Self::Waiting(events) | Self::Backlog(events) => format!("{} waiting", number(events.into())),
             Self::BackedOff(events) => format!("{FEW} waiting, {} backed off", number(events.into())),
             Self::HeldDead(rows) => format!("{FEW} waiting, {} dead tuples held", number(rows.into())),
         }
@@ -93,16 +99,16 @@ struct Prepared {
 /// Measures and prints.
 pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let mut states = Vec::new();
-    for (number, state) in State::ALL.into_iter().enumerate() {
+    for (number, state) in State::all(site).into_iter().enumerate() {
         println!("bench: 5  preparing an outbox with {}", state.name());
         states.push(prepare(site, state, &format!("lease{number}")).await?);
     }
     site.checkpoint().await?;
-    for round in 1..=3 {
+    for round in 1..=site.rounds() {
         for prepared in &mut states {
             let leases = measure(site, prepared).await?;
             let (p50, p99) = (number(leases.at(P50)), number(leases.at(P99)));
-            println!("bench: 5  round {round}  {:<36} p50 {p50:>6} ms  p99 {p99:>6} ms", prepared.state.name());
+            println!("bench: 5  round {round}  {:<40} p50 {p50:>6} ms  p99 {p99:>6} ms", prepared.state.name());
             prepared.rounds.push(leases);
         }
     }
@@ -119,7 +125,7 @@ async fn prepare(site: &Site, state: State, name: &str) -> Result<Prepared> {
     let mut held = None;
     match state {
         State::Waiting(FEW) => {}
-        State::Waiting(events) => enqueue_since(&mut outbox, events, -1800.0, 0).await?,
+        State::Waiting(events) | State::Backlog(events) => enqueue_since(&mut outbox, events, -1800.0, 0).await?,
         State::BackedOff(events) => enqueue_since(&mut outbox, events, 3600.0, 1).await?,
         State::HeldDead(rows) => {
             let mut holder = site.connect(&layout.orders).await?;
@@ -129,7 +135,7 @@ async fn prepare(site: &Site, state: State, name: &str) -> Result<Prepared> {
             held = Some(holder);
         }
     }
-    if !matches!(state, State::Waiting(events) if events > FEW) {
+    if matches!(state, State::Waiting(FEW) | State::BackedOff(_) | State::HeldDead(_)) {
         sqlx::query(ENQUEUE).bind(FEW).execute(&mut outbox).await?;
     }
     sqlx::raw_sql("ANALYZE outbox").execute(&mut outbox).await?;
@@ -174,7 +180,7 @@ fn report_figures(states: &[Prepared], report: &mut Report) {
         let leases: usize = prepared.rounds.iter().map(|leases| leases.all().len()).sum();
         table.row([prepared.state.name(), leases.to_string(), number(p50), number(p99), number(p50 / empty)]);
         match prepared.state {
-            State::Waiting(1_000_000) => report.figure("lease_1m_over_empty", p50 / empty),
+            State::Backlog(_) => report.figure("lease_1m_over_empty", p50 / empty),
             State::BackedOff(_) => report.figure("lease_backoff_over_empty", p50 / empty),
             State::HeldDead(_) => report.figure("lease_held_over_empty", p50 / empty),
             State::Waiting(_) => {}

@@ -12,16 +12,22 @@ const SETTINGS: &str = "-- bench: read settings
     WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes', 'wal_sync_method', 'wal_level', 'commit_delay',
             'shared_buffers', 'max_wal_size', 'checkpoint_timeout', 'autovacuum', 'jit', 'data_checksums',
             'track_commit_timestamp', 'max_connections')
-        OR source IN ('command line', 'configuration file', 'database', 'user')
+        OR source = 'command line' AND name NOT IN ('port', 'listen_addresses', 'unix_socket_directories', 'data_directory')
     ORDER BY name";
+
+/// What roles have otherwise, above all the relay's `synchronous_commit`.
+const ROLE_SETTINGS: &str = "-- bench: read settings of roles
+    SELECT rolname::text, array_to_string(setconfig, ', ')
+    FROM pg_db_role_setting JOIN pg_roles ON pg_roles.oid = setrole
+    ORDER BY rolname";
 
 /// Machine, versions and settings of the server.
 pub(super) async fn describe(connection: &mut PgConnection) -> Result<Value> {
     let version: String = sqlx::query_scalar("SELECT version()").fetch_one(&mut *connection).await?;
-    let settings: Vec<(String, String)> = sqlx::query_as(SETTINGS).fetch_all(connection).await?;
-    // Where its files are is this run's own business.
-    let settings = settings.into_iter().filter(|(name, _)| !name.ends_with("_file") && !name.ends_with("_directory"));
-    let settings: Map<String, Value> = settings.map(|(name, value)| (name, value.into())).collect();
+    let settings: Vec<(String, String)> = sqlx::query_as(SETTINGS).fetch_all(&mut *connection).await?;
+    let roles: Vec<(String, String)> = sqlx::query_as(ROLE_SETTINGS).fetch_all(connection).await?;
+    let [settings, roles] = [settings, roles]
+        .map(|pairs| pairs.into_iter().map(|(name, value)| (name, value.into())).collect::<Map<String, Value>>());
     Ok(json!({
         "cores": std::thread::available_parallelism()?.get(),
         "cpu": field("/proc/cpuinfo", "model name", ':'),
@@ -32,6 +38,8 @@ pub(super) async fn describe(connection: &mut PgConnection) -> Result<Value> {
         "postgresql": version,
         "harness": env!("CARGO_PKG_VERSION"),
         "settings": settings,
+        "roles": roles,
+        "services": "default settings, but for what a part says",
     }))
 }
 

@@ -62,9 +62,9 @@ const fn most(target: f64, reach: f64) -> Aim {
 type Figure = (u8, &'static str, &'static str, Aim);
 
 const FIGURES: [Figure; 15] = [
-    (1, "create64_over_pgbench64", "CreateOrder, 64 calls / pgbench, 64 clients", least(4.0, 6.0)),
-    (1, "create256_over_pgbench64", "CreateOrder, 256 calls / pgbench, 64 clients", least(6.0, 9.0)),
-    (1, "create256_over_bound", "CreateOrder, 256 calls / bound", least(0.75, 0.9)),
+    (1, "create64_over_pgbench64", "CreateOrder, 64 at once / pgbench, 64 at once", least(4.0, 6.0)),
+    (1, "create256_over_pgbench64", "CreateOrder, 256 at once / pgbench, 64 at once", least(6.0, 9.0)),
+    (1, "create256_over_bound", "CreateOrder, 256 at once / bound", least(0.75, 0.9)),
     (1, "lone_p50_over_plain", "p50 of a lone CreateOrder / of the plain transaction", most(1.0, 0.7)),
     (2, "drain_over_inventory_sql", "drain / inventory's SQL alone", least(0.5, 0.7)),
     (2, "drain_over_single", "drain / one event at a time", least(15.0, 25.0)),
