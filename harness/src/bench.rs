@@ -133,7 +133,7 @@ async fn run_part(part: u8, site: &Site, report: &mut Report) -> Result<()> {
 fn print_machine(machine: &Value) {
     println!();
     for (name, value) in machine.as_object().into_iter().flatten() {
-        let value = value.as_object().map_or_else(|| text(value), |values| list(values));
+        let value = value.as_object().map_or_else(|| text(value), list);
         println!("  {name:<14}{value}");
     }
     println!();
