@@ -5,12 +5,12 @@
 //! the median taken. So it says something on any machine, also on a busy one. The parts, and how each thing is measured,
 //! are a module each:
 //!
-//! 1. [`create_order`]: orders a second, against pgbench and against a bound.
-//! 2. [`drain`]: a backlog through the relay into inventory-service.
-//! 3. [`latency`]: from accepted to stock and to CONFIRMED, at constant rates.
-//! 4. [`hot_sku`]: one SKU that every order wants.
-//! 5. [`lease`]: the time of a lease, whatever is in the outbox.
-//! 6. [`soak`]: ten minutes at one rate; only when asked for.
+//! 1. `create_order`: orders a second, against pgbench and against a bound.
+//! 2. `drain`: a backlog through the relay into inventory-service.
+//! 3. `latency`: from accepted to stock and to CONFIRMED, at constant rates.
+//! 4. `hot_sku`: one SKU that every order wants.
+//! 5. `lease`: the time of a lease, whatever is in the outbox.
+//! 6. `soak`: ten minutes at one rate; only when asked for.
 //!
 //! The system is the real binaries with their default settings, in databases of each part's own. Every answer is checked,
 //! every part that places orders ends with an audit, and a run in which anything was wrong does not count.
@@ -91,11 +91,11 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 async fn measure(arguments: &Arguments) -> Result<bool> {
     let directory = std::path::absolute(DIRECTORY)?;
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    // Processes append to their logs.
-    let _ = fs::remove_dir_all(directory.join("logs"));
     let began = Instant::now();
     println!("bench: starting PostgreSQL");
     let site = Site::start(&directory, arguments.quick).await?;
+    // Processes append to their logs. Only now is it sure that no other bench is at work here.
+    let _ = fs::remove_dir_all(directory.join("logs"));
     let machine = site.describe().await?;
     print_machine(&machine);
 
@@ -115,6 +115,9 @@ async fn measure(arguments: &Arguments) -> Result<bool> {
     let summary = Path::new(DIRECTORY).join("summary.json");
     report.write(&summary, &machine, arguments.quick)?;
     let verdict = if counts { "the run counts" } else { "the run does NOT count, see INVALID above" };
+    if arguments.quick {
+        println!("bench: this was a quick run: small sizes, one round, and figures that mean little");
+    }
     println!("bench: {verdict}; {} in all; {} and plots beside it", minutes(began.elapsed()), summary.display());
     Ok(counts)
 }

@@ -20,7 +20,10 @@ pub(super) struct CommitTimes {
     pub(super) confirmed: i64,
 }
 
-/// Of the orders that were placed since then and are CONFIRMED.
+/// A transaction may have begun before the first of its orders was due.
+const MARGIN_MICROS: i64 = 200_000;
+
+/// Of the orders that were placed since then, or shortly before, and are CONFIRMED.
 pub(super) async fn read(databases: &Databases, since_micros: i64) -> Result<HashMap<Uuid, CommitTimes>> {
     let orders: Vec<(Uuid, i64, i64)> = sqlx::query_as(
         "-- bench: read commit times of orders
@@ -29,7 +32,7 @@ pub(super) async fn read(databases: &Databases, since_micros: i64) -> Result<Has
         FROM orders JOIN order_items USING (order_id)
         WHERE line = 1 AND status = 'CONFIRMED' AND created_at >= to_timestamp($1::float8 / 1000000)",
     )
-    .bind(since_micros)
+    .bind(since_micros - MARGIN_MICROS)
     .fetch_all(&mut databases.orders().await?)
     .await?;
     let reservations: Vec<(Uuid, i64)> = sqlx::query_as(
@@ -37,7 +40,7 @@ pub(super) async fn read(databases: &Databases, since_micros: i64) -> Result<Has
         SELECT order_id, (extract(epoch FROM pg_xact_commit_timestamp(xmin)) * 1000000)::bigint
         FROM reservations WHERE created_at >= to_timestamp($1::float8 / 1000000)",
     )
-    .bind(since_micros)
+    .bind(since_micros - MARGIN_MICROS)
     .fetch_all(&mut databases.inventory().await?)
     .await?;
     let stocked: HashMap<Uuid, i64> = reservations.into_iter().collect();

@@ -100,7 +100,7 @@ fn report_figures(drains: &[Drained], singles: &[f64], sql: &[Vec<f64>; 2], repo
     let rates: Vec<f64> = drains.iter().map(|drained| drained.rate).collect();
     let (drain, single) = (median(&rates), median(singles));
     let [alone, lone] = [&sql[0], &sql[1]].map(|rates| median(rates));
-    let mut table = Table::new("2. Drain", &["", "events/s", "rounds"]);
+    let mut table = Table::new("2. Drain (the relay of the answers is not running)", &["", "events/s", "rounds"]);
     for (name, rate, rounds) in [
         ("through the relay into inventory-service", drain, rates.as_slice()),
         ("inventory's SQL alone, 5 at once", alone, &sql[0]),

@@ -29,7 +29,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
             rates.push(drained.rate);
         }
     }
-    let mut table = Table::new("4. Hot SKU", &["", "events/s"]);
+    let mut table = Table::new("4. Hot SKU: drains as in part 2", &["", "events/s"]);
     for (name, rates) in [("one hot SKU", &hot_rates), ("1,000 SKUs", &spread_rates)] {
         table.row([name.into(), number(median(rates))]);
     }

@@ -76,6 +76,12 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
         }
     }
     report_figures(&measured, report);
+    for (rate, runs) in &measured {
+        let achieved = median(&runs.iter().map(|run| run.achieved).collect::<Vec<_>>());
+        if achieved < ACHIEVED_AT_LEAST * f64::from(*rate) {
+            println!("  {rate} orders/s were too many here: what is said of them is of a system that is overloaded");
+        }
+    }
     if let Some(runs) = measured.get(&RATE_OF_FIGURES) {
         plot::latencies(site.directory(), runs)?;
     }

@@ -26,8 +26,9 @@ use super::{
     requests::{Failures, Shape, connect, place},
 };
 
-/// Calls under way at most. Beyond, the services would be right to refuse some.
-const AT_ONCE: u32 = 512;
+/// Calls under way at most: the most that part 1 has. Beyond what it can do, a service is right to refuse calls that would
+/// wait too long, and what is asked here is how long orders take, not when that begins.
+const AT_ONCE: u32 = 256;
 /// For how long after the last call is due others may still be sent.
 const GRACE: Duration = Duration::from_secs(1);
 

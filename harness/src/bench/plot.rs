@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use super::{backlog::Drained, latency::Measured, quantiles::Latencies, soak::Look};
+use super::{backlog::Drained, latency::Measured, quantiles::Latencies, report::number, soak::Look};
 
 const SIZE: (u32, u32) = (900, 480);
 const FONT: (&str, u32) = ("sans-serif", 18);
@@ -19,6 +19,10 @@ struct Lines<'l> {
     title: &'l str,
     x: &'l str,
     y: &'l str,
+    /// How a place on the x axis is labelled.
+    label: fn(&f64) -> String,
+    /// Where there are no lines.
+    legend: SeriesLabelPosition,
     /// Each with its name.
     lines: Vec<(String, Vec<(f64, f64)>)>,
 }
@@ -29,8 +33,9 @@ pub(super) fn throughput(directory: &Path, service: &[(u32, f64)], pgbench: &[(u
     let points = |points: &[(u32, f64)]| points.iter().map(|(x, y)| (f64::from(*x).log2(), *y)).collect();
     let lines =
         vec![("CreateOrder".into(), points(service)), ("pgbench, an order a transaction".into(), points(pgbench))];
-    let (title, x) = ("Orders a second over concurrency", "concurrent calls, log2");
-    draw_lines(directory, &Lines { file: "throughput.svg", title, x, y: "orders/s", lines })
+    let (title, x) = ("Orders a second over concurrency", "concurrent calls");
+    let (label, legend) = (|x: &f64| number(x.exp2().round()), SeriesLabelPosition::UpperLeft);
+    draw_lines(directory, &Lines { file: "throughput.svg", title, x, y: "orders/s", label, legend, lines })
 }
 
 /// Events left over time.
@@ -41,7 +46,8 @@ pub(super) fn backlog(directory: &Path, drains: &[Drained]) -> Result<()> {
     };
     let lines = drains.iter().enumerate().map(line).collect();
     let (title, x, y) = ("Backlog while it is drained", "s", "events left");
-    draw_lines(directory, &Lines { file: "backlog.svg", title, x, y, lines })
+    let (label, legend) = (|x: &f64| number(*x), SeriesLabelPosition::UpperRight);
+    draw_lines(directory, &Lines { file: "backlog.svg", title, x, y, label, legend, lines })
 }
 
 /// Size and lease time over time.
@@ -49,10 +55,13 @@ pub(super) fn soak(directory: &Path, looks: &[Look]) -> Result<()> {
     let sizes = looks.iter().map(|look| (look.seconds, look.kilobytes)).collect();
     let lines = vec![("table and indexes".into(), sizes)];
     let (title, x) = ("Size of the outbox", "s");
-    draw_lines(directory, &Lines { file: "soak_size.svg", title, x, y: "kB", lines })?;
+    let label = |x: &f64| number(*x);
+    let legend = || SeriesLabelPosition::LowerRight;
+    draw_lines(directory, &Lines { file: "soak_size.svg", title, x, y: "kB", label, legend: legend(), lines })?;
     let leases = looks.iter().map(|look| (look.seconds, look.lease_ms)).collect();
     let lines = vec![("median of 10 s".into(), leases)];
-    draw_lines(directory, &Lines { file: "soak_lease.svg", title: "Time of a lease", x, y: "ms", lines })
+    let title = "Time of a lease";
+    draw_lines(directory, &Lines { file: "soak_lease.svg", title, x, y: "ms", label, legend: legend(), lines })
 }
 
 fn draw_lines(directory: &Path, plot: &Lines<'_>) -> Result<()> {
@@ -69,13 +78,16 @@ fn draw_lines(directory: &Path, plot: &Lines<'_>) -> Result<()> {
             .x_label_area_size(45)
             .y_label_area_size(85)
             .build_cartesian_2d(0.0..width, 0.0..height)?;
-        chart.configure_mesh().light_line_style(TRANSPARENT).x_desc(plot.x).y_desc(plot.y).label_style(FONT).draw()?;
+        let mut mesh = chart.configure_mesh();
+        mesh.light_line_style(TRANSPARENT).x_desc(plot.x).y_desc(plot.y).label_style(FONT);
+        mesh.x_label_formatter(&plot.label).y_label_formatter(&|y| number(*y)).draw()?;
         for ((name, points), colour) in plot.lines.iter().zip(COLOURS.iter().cycle()) {
             let line = LineSeries::new(points.iter().copied(), colour.stroke_width(2));
             let legend = move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2));
             chart.draw_series(line)?.label(name).legend(legend);
         }
-        chart.configure_series_labels().border_style(BLACK).background_style(WHITE).label_font(FONT).draw()?;
+        let mut labels = chart.configure_series_labels();
+        labels.position(plot.legend.clone()).border_style(BLACK).background_style(WHITE).label_font(FONT).draw()?;
         Ok(root.present()?)
     };
     draw().map_err(|error| anyhow!("cannot plot {}: {error}", plot.file))
@@ -100,20 +112,18 @@ pub(super) fn latencies(directory: &Path, runs: &[Measured]) -> Result<()> {
             .x_label_area_size(45)
             .y_label_area_size(85)
             .build_cartesian_2d((from..to).log_scale(), 0.0..highest * 1.05)?;
-        chart
-            .configure_mesh()
-            .light_line_style(TRANSPARENT)
-            .x_desc("ms")
-            .y_desc("% of orders")
-            .label_style(FONT)
-            .draw()?;
+        let mut mesh = chart.configure_mesh();
+        mesh.light_line_style(TRANSPARENT).x_desc("ms").y_desc("% of orders").label_style(FONT);
+        mesh.x_label_formatter(&|x| number(*x)).y_label_formatter(&|y| number(*y)).draw()?;
         for ((name, bins), colour) in series.iter().zip(COLOURS) {
             let style = colour.mix(0.5).filled();
             let bars = bins.iter().map(|bin| Rectangle::new([(bin.from, 0.0), (bin.to, bin.percent)], style));
             let legend = move |(x, y)| Rectangle::new([(x, y - 5), (x + 20, y + 5)], style);
             chart.draw_series(bars)?.label(*name).legend(legend);
         }
-        chart.configure_series_labels().border_style(BLACK).background_style(WHITE).label_font(FONT).draw()?;
+        let mut labels = chart.configure_series_labels();
+        labels.position(SeriesLabelPosition::UpperRight);
+        labels.border_style(BLACK).background_style(WHITE).label_font(FONT).draw()?;
         Ok(root.present()?)
     };
     draw().map_err(|error| anyhow!("cannot plot latency.svg: {error}"))

@@ -7,6 +7,7 @@ use proto::{
     inventory::v1::AdjustStockRequest,
     orders::v1::{CreateOrderRequest, Order, OrderItem, order_service_client::OrderServiceClient},
 };
+use tokio::task::JoinSet;
 use tonic::{
     Request,
     transport::{Channel, Endpoint},
@@ -21,6 +22,7 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 const CALLS_PER_CONNECTION: u32 = 64;
 /// Enough of each SKU for any run; the most that one adjustment may add.
 const STOCK: i64 = 1_000_000_000;
+const STOCK_CALLERS: u32 = 8;
 
 /// What orders are about.
 #[derive(Clone, Copy, Debug)]
@@ -53,12 +55,20 @@ impl Shape {
 
     /// Puts more of every SKU in than will be ordered.
     pub(super) async fn put_stock_in(self, target: &Target) -> Result<()> {
-        let mut inventory = target.inventory();
-        for number in 0..self.skus {
-            let request = AdjustStockRequest { request_id: Uuid::new_v4().into(), sku: sku(number), delta: STOCK };
-            inventory.adjust_stock(request).await.context("cannot put stock in")?;
+        let inventory = target.inventory();
+        let mut callers = JoinSet::new();
+        for caller in 0..STOCK_CALLERS {
+            let (mut inventory, skus) = (inventory.clone(), self.skus);
+            callers.spawn(async move {
+                for number in (caller..skus).step_by(STOCK_CALLERS as usize) {
+                    let request_id = Uuid::new_v4().into();
+                    let request = AdjustStockRequest { request_id, sku: sku(number), delta: STOCK };
+                    inventory.adjust_stock(request).await.context("cannot put stock in")?;
+                }
+                Ok::<_, anyhow::Error>(())
+            });
         }
-        Ok(())
+        callers.join_all().await.into_iter().collect()
     }
 }
 
