@@ -110,7 +110,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
 async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()?));
     let arguments = ["bench-noop".to_owned(), format!("--listen={address}")];
-    let log = site.directory().join("noop.log");
+    let log = site.directory().join("logs/noop.log");
     let mut process =
         Process::spawn("noop", &std::env::current_exe()?, arguments, std::iter::empty::<(&str, &str)>(), &log)?;
     let deadline = Instant::now() + Duration::from_secs(5);
