@@ -59,8 +59,8 @@ const PARTS: [u8; 5] = [1, 2, 3, 4, 5];
 
 /// Measure the system against what PostgreSQL and gRPC alone can do here
 ///
-/// Takes up to 15 minutes and a machine that does nothing else. Starts a private durable PostgreSQL, runs the real
-/// binaries on it, prints a table for each part and the figures against their targets at the end, and writes
+/// Takes up to 15 minutes and a machine that does nothing else. Starts a private durable PostgreSQL, whatever
+/// POSTGRES_URL says, runs the real binaries on it, prints a table for each part and the figures against their targets at the end, and writes
 /// target/bench/summary.json and plots (SVG) beside it. Exits with 1 when the run does not count: a call failed, an audit
 /// was not clean, a deadlock happened, or something could not be measured; never for a figure.
 ///

@@ -129,13 +129,20 @@ async fn measure_calls(
     measured: &mut Measured,
     report: &mut Report,
 ) -> Result<()> {
-    let (warm_up, time) = site.size((1000, 4000), (300, 1000));
-    let (warm_up, time) = (Duration::from_millis(warm_up), Duration::from_millis(time));
+    let (warm_up, time) = times(site);
     let answered = closed_loop::call(address, Load { at_once, warm_up, time, shape: Shape::USUAL }).await?;
     report.failed(&variant, &answered.failures);
     let latencies = &answered.latencies;
     measured.add(variant, Round { rate: answered.rate, p50: latencies.at(P50), p99: latencies.at(P99) });
     Ok(())
+}
+
+/// Of every run: warm-up, and what counts; together less than whole seconds, which is what pgbench can be told.
+fn times(site: &Site) -> (Duration, Duration) {
+    site.size(
+        (Duration::from_millis(900), Duration::from_secs(4)),
+        (Duration::from_millis(300), Duration::from_secs(1)),
+    )
 }
 
 /// Of the events that order-service has written, so that pgbench writes as much.
@@ -151,7 +158,8 @@ async fn payload_bytes(orders: &mut PgConnection) -> Result<u32> {
 
 async fn measure_pgbench(site: &Site, plain: &Layout, bytes: u32, measured: &mut Measured) -> Result<()> {
     let url = site.superuser_url(&plain.orders);
-    let until = Until::Seconds(site.size(4, 1));
+    let (warm_up, time) = times(site);
+    let until = Until::Time { warm_up, time };
     let variables = &[("bytes", bytes)];
     let plain = CLIENTS.map(|count| (clients(count), pgbench::CREATE_ORDER, count, 1.0));
     let grouped = (GROUPED.to_owned(), pgbench::GROUPED_ORDERS, GROUPED_CLIENTS, ORDERS_OF_A_GROUP);

@@ -1,10 +1,6 @@
 //! PostgreSQL's own load generator, on the same rows: what the services are compared with.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Output,
-};
+use std::{fs, path::Path, process::Output, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use tokio::process::Command;
@@ -32,7 +28,11 @@ pub(super) const APPLY_BATCH: Script =
 /// When a run ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Until {
-    Seconds(u64),
+    /// What ends in the warm-up does not count, as with the services: clients prepare their statements in it.
+    Time {
+        warm_up: Duration,
+        time: Duration,
+    },
     TransactionsOfEach(u32),
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Run<'r> {
 pub(super) struct Outcome {
     /// Transactions a second, without the time it took to connect.
     pub(super) rate: f64,
-    /// Of every transaction.
+    /// Of every transaction that counts.
     pub(super) latencies: Latencies,
 }
 
@@ -71,7 +71,7 @@ pub(super) async fn run(installation: &Installation, directory: &Path, run: Run<
     let threads = std::thread::available_parallelism()?.get().min(usize::try_from(run.clients)?);
     pgbench.arg(format!("--jobs={threads}"));
     pgbench.arg(match run.until {
-        Until::Seconds(seconds) => format!("--time={seconds}"),
+        Until::Time { warm_up, time } => format!("--time={}", (warm_up + time).as_secs_f64().ceil()),
         Until::TransactionsOfEach(transactions) => format!("--transactions={transactions}"),
     });
     for (name, value) in run.variables {
@@ -80,7 +80,11 @@ pub(super) async fn run(installation: &Installation, directory: &Path, run: Run<
     let output = pgbench.arg(run.url).kill_on_drop(true).output().await;
     let output = output.context("cannot run pgbench, which is part of the package of PostgreSQL's server")?;
     let rate = read_output(&output).with_context(|| format!("pgbench of {}", run.script.name))?;
-    Ok(Outcome { rate, latencies: read_logs(&scratch)? })
+    let transactions = read_logs(&scratch)?;
+    Ok(match run.until {
+        Until::Time { warm_up, time } => count(&transactions, warm_up, time),
+        Until::TransactionsOfEach(_) => Outcome { rate, latencies: latencies(&transactions) },
+    })
 }
 
 fn read_output(output: &Output) -> Result<f64> {
@@ -96,26 +100,51 @@ fn parse_rate(said: &str) -> Option<f64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-fn read_logs(scratch: &Path) -> Result<Latencies> {
-    let logs = fs::read_dir(scratch)?.collect::<Result<Vec<_>, _>>()?;
-    let logs = logs.iter().filter(|entry| entry.file_name().to_string_lossy().starts_with("log."));
-    let paths: Vec<PathBuf> = logs.map(fs::DirEntry::path).collect();
-    let mut latencies = Vec::new();
-    for path in paths {
-        latencies.extend(fs::read_to_string(path)?.lines().filter_map(parse_latency));
-    }
-    Ok(Latencies::of(latencies))
+/// A line of the log.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Transaction {
+    /// In seconds since 1970.
+    ended: f64,
+    milliseconds: f64,
 }
 
-/// Of `client transaction microseconds script second microsecond`, in milliseconds.
-fn parse_latency(line: &str) -> Option<f64> {
-    let micros: f64 = line.split(' ').nth(2)?.parse().ok()?;
-    Some(micros / 1e3)
+/// Those that ended within the time that counts, from the end of the first.
+fn count(transactions: &[Transaction], warm_up: Duration, time: Duration) -> Outcome {
+    let first = transactions.iter().map(|transaction| transaction.ended).fold(f64::MAX, f64::min);
+    let begin = first + warm_up.as_secs_f64();
+    let counts = begin..begin + time.as_secs_f64();
+    let counted: Vec<_> =
+        transactions.iter().filter(|transaction| counts.contains(&transaction.ended)).copied().collect();
+    Outcome { rate: counted.len() as f64 / time.as_secs_f64(), latencies: latencies(&counted) }
+}
+
+fn latencies(transactions: &[Transaction]) -> Latencies {
+    Latencies::of(transactions.iter().map(|transaction| transaction.milliseconds).collect())
+}
+
+fn read_logs(scratch: &Path) -> Result<Vec<Transaction>> {
+    let mut transactions = Vec::new();
+    for entry in fs::read_dir(scratch)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("log.") {
+            transactions.extend(fs::read_to_string(entry.path())?.lines().filter_map(parse_transaction));
+        }
+    }
+    Ok(transactions)
+}
+
+/// Of `client transaction microseconds script second microsecond`.
+fn parse_transaction(line: &str) -> Option<Transaction> {
+    let fields: Vec<f64> = line.split(' ').map_while(|field| field.parse().ok()).collect();
+    let [_, _, micros, _, second, microsecond, ..] = fields[..] else { return None };
+    Some(Transaction { ended: second + microsecond / 1e6, milliseconds: micros / 1e3 })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_latency, parse_rate};
+    use std::time::Duration;
+
+    use super::{Transaction, count, parse_rate, parse_transaction};
 
     #[test]
     fn what_pgbench_prints() {
@@ -123,6 +152,16 @@ mod tests {
                     initial connection time = 95.5 ms\ntps = 3184.072718 (without initial connection time)\n";
         assert_eq!(parse_rate(said), Some(3184.072718));
         assert_eq!(parse_rate("pgbench: error"), None);
-        assert_eq!(parse_latency("0 199 2241 0 1175850568 995598"), Some(2.241));
+        let transaction = Transaction { ended: 1_175_850_568.5, milliseconds: 2.241 };
+        assert_eq!(parse_transaction("0 199 2241 0 1175850568 500000"), Some(transaction));
+        assert_eq!(parse_transaction("0 199 failed 0 1175850568 500000"), None);
+    }
+
+    #[test]
+    fn the_warm_up_and_what_comes_late_do_not_count() {
+        let ended = [100.0, 100.9, 101.5, 102.5, 103.1];
+        let transactions = ended.map(|ended| Transaction { ended, milliseconds: ended });
+        let outcome = count(&transactions, Duration::from_secs(1), Duration::from_secs(2));
+        assert_eq!((outcome.rate, outcome.latencies.all()), (1.0, &[101.5, 102.5][..]));
     }
 }
