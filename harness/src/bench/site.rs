@@ -9,7 +9,7 @@ use super::{machine, report::Report};
 use crate::{
     audit::audit,
     bootstrap::{bootstrap, create_database},
-    postgres::{Cluster, Installation, Options},
+    postgres::{self, Cluster, Installation, Options},
     processes::Process,
     system::{Layout, Service, stop},
 };
@@ -37,8 +37,11 @@ pub(super) struct Site {
 impl Site {
     /// Starts the cluster in the directory, which also gets logs and scratch files.
     pub(super) async fn start(directory: &Path, quick: bool) -> Result<Self> {
+        let home = directory.join("postgres");
+        // That of a killed bench has databases of the same names.
+        postgres::remove_abandoned(&home).await?;
         let options = Options {
-            directory: directory.join("postgres"),
+            directory: home,
             port: None,
             keep: false,
             durable: true,

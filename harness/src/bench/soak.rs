@@ -4,9 +4,9 @@
 //! that wait, dead tuples by the server's statistics, and the median time of a lease since the last look, from the
 //! server's log. All workers lease, so many leases find little.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -40,7 +40,14 @@ pub(super) struct Look {
     pub(super) lease_ms: f64,
 }
 
-/// Measures, prints, plots, and writes `soak.json`.
+impl Look {
+    fn as_json(&self) -> Value {
+        let Self { seconds, kilobytes, waiting, dead, lease_ms } = self;
+        json!({ "seconds": seconds, "kilobytes": kilobytes, "waiting": waiting, "dead": dead, "lease_ms": lease_ms })
+    }
+}
+
+/// Measures, prints and plots.
 pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let time = Duration::from_secs(site.size(600, 60));
     let layout = site.databases("soak").await?;
@@ -68,7 +75,9 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     }
     table.print();
     plot::soak(site.directory(), &looks)?;
-    write(site, &looks, &measured, report)?;
+    let looks: Vec<Value> = looks.iter().map(Look::as_json).collect();
+    report
+        .raw("soak", json!({ "rate": RATE, "achieved": measured.achieved, "unsent": measured.unsent, "looks": looks }));
     finish(&layout, processes, report).await
 }
 
@@ -97,18 +106,4 @@ async fn look_for(mut outbox: PgConnection, mut log: StatementLog, time: Duratio
         looks.push(Look { seconds: begin.elapsed().as_secs_f64(), kilobytes, waiting, dead, lease_ms });
     }
     Ok(looks)
-}
-
-fn write(site: &Site, looks: &[Look], measured: &latency::Measured, report: &mut Report) -> Result<()> {
-    let looks: Vec<Value> = looks
-        .iter()
-        .map(|Look { seconds, kilobytes, waiting, dead, lease_ms }| {
-            json!({ "seconds": seconds, "kilobytes": kilobytes, "waiting": waiting, "dead": dead, "lease_ms": lease_ms })
-        })
-        .collect();
-    let soak = json!({ "rate": RATE, "achieved": measured.achieved, "unsent": measured.unsent, "looks": looks });
-    let path = site.directory().join("soak.json");
-    fs::write(&path, format!("{soak:#}\n")).with_context(|| path.display().to_string())?;
-    report.raw("soak", soak);
-    Ok(())
 }
