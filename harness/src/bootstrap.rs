@@ -1,6 +1,7 @@
 //! What the superuser makes once per server: the roles, and the two databases.
 
 use anyhow::{Context, Result};
+use sqlx::{Connection, Executor, QueryBuilder};
 
 use crate::postgres::Server;
 
@@ -37,4 +38,14 @@ pub async fn create_databases(server: &Server) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes a database of any name; its owner is a role of [`bootstrap`].
+pub async fn create_database(server: &Server, name: &str, owner: &str) -> Result<()> {
+    let mut connection = server.connect().await?;
+    // Of template0, which nobody can be connected to: a template in use cannot be copied.
+    let mut statement = QueryBuilder::<sqlx::Postgres>::new("-- harness: create database\nCREATE DATABASE ");
+    statement.push(name).push(" TEMPLATE template0 OWNER ").push(owner);
+    connection.execute(statement.build().persistent(false)).await?;
+    Ok(connection.close().await?)
 }

@@ -8,9 +8,10 @@
 //! - [`system`]: the two services and two relays as such processes; [`target`]: where a running system is.
 //! - [`test_database`]: a database of its own for every test.
 //!
-//! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`with_postgres`].
+//! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`mod@bench`], [`with_postgres`].
 
 pub mod audit;
+pub mod bench;
 pub mod bootstrap;
 pub mod demo;
 pub mod postgres;

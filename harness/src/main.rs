@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use harness::{audit, demo, replay, stress, up, with_postgres};
+use harness::{audit, bench, demo, replay, stress, up, with_postgres};
 
 /// Run the whole system on one machine.
 ///
@@ -23,6 +23,9 @@ enum Command {
     Stress(stress::Arguments),
     Replay(replay::Arguments),
     Audit(audit::Arguments),
+    Bench(bench::Arguments),
+    #[command(hide = true)]
+    BenchNoop(bench::noop::Arguments),
     WithPostgres(with_postgres::Arguments),
 }
 
@@ -34,6 +37,8 @@ async fn main() -> ExitCode {
         Command::Stress(arguments) => stress::run(arguments).await,
         Command::Replay(arguments) => replay::run(arguments).await,
         Command::Audit(arguments) => audit::run(arguments).await,
+        Command::Bench(arguments) => bench::run(arguments).await,
+        Command::BenchNoop(arguments) => bench::noop::run(arguments).await,
         Command::WithPostgres(arguments) => with_postgres::run(arguments).await,
     };
     outcome.unwrap_or_else(|error| {

@@ -206,7 +206,7 @@ fn request(number: u32) -> CreateOrderRequest {
     }
 }
 
-fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
+pub(crate) fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
     let total: i64 = request.items.iter().map(|item| item.unit_price_minor * i64::from(item.quantity)).sum();
     // A call that is repeated finds its order as it stands by then.
     let status = matches!(order.status(), OrderStatus::Pending | OrderStatus::Confirmed);

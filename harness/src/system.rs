@@ -40,7 +40,8 @@ impl ServerArguments {
     /// # Errors
     /// When there is none and none can be started; the error says what to do.
     pub async fn provide(&self, directory: &Path, keep: bool) -> Result<(Server, Option<Cluster>)> {
-        let options = Options { directory: directory.into(), port: Some(self.port), keep, durable: true };
+        let options =
+            Options { directory: directory.into(), port: Some(self.port), keep, durable: true, settings: Vec::new() };
         let (server, cluster) = postgres::provide(self.postgres_url.as_deref(), options).await?;
         bootstrap(&server).await?;
         create_databases(&server).await?;

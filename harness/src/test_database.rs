@@ -9,7 +9,10 @@ use sqlx::{
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-use crate::{bootstrap::bootstrap, postgres::Server};
+use crate::{
+    bootstrap::{bootstrap, create_database},
+    postgres::Server,
+};
 
 static SERVER: OnceCell<Server> = OnceCell::const_new();
 
@@ -51,10 +54,7 @@ impl TestDatabase {
     }
 
     async fn make(&self, owner_role: &str) -> Result<()> {
-        // Of template0, which nobody can be connected to: a template in use cannot be copied.
-        let mut statement = QueryBuilder::new("-- harness: create test database\nCREATE DATABASE ");
-        statement.push(&self.name).push(" TEMPLATE template0 OWNER ").push(owner_role);
-        execute(&self.server, statement).await
+        create_database(&self.server, &self.name, owner_role).await
     }
 
     async fn migrate(&self, owner_role: &str, migrators: &[&Migrator]) -> Result<()> {

@@ -58,7 +58,8 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 async fn prepare(url: Option<&str>) -> Result<(Server, Option<Cluster>)> {
     let directory = format!("{DIRECTORY_PREFIX}{}", process::id()).into();
     let (server, cluster) =
-        postgres::provide(url, Options { directory, port: None, keep: false, durable: false }).await?;
+        postgres::provide(url, Options { directory, port: None, keep: false, durable: false, settings: Vec::new() })
+            .await?;
     if cluster.is_some() {
         postgres::remove_abandoned(Path::new(DIRECTORY_PREFIX)).await?;
     }

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -31,6 +31,8 @@ pub struct Options {
     /// Whether what is committed outlives a loss of power. Without it the server still loses nothing when it is killed, and
     /// tests, which make and drop a database each, take a third of the time.
     pub durable: bool,
+    /// Other settings of the server, each as `name=value`.
+    pub settings: Vec<String>,
 }
 
 /// A running private cluster. Dropping it stops the server at once, as a crash would; [`Cluster::stop`] does it properly.
@@ -38,6 +40,8 @@ pub struct Options {
 pub struct Cluster {
     server: Server,
     process: Process,
+    installation: Installation,
+    log: PathBuf,
     // Last, because what is in it may be deleted only when no process uses it any more.
     _home: Home,
 }
@@ -53,7 +57,7 @@ impl Cluster {
             Some(port) => claim(port)?,
             None => free_port()?,
         };
-        let mut cluster = launch(&installation, home, port, options.durable)?;
+        let mut cluster = launch(installation, home, port, &options)?;
         cluster.wait_until_ready().await?;
         Ok(cluster)
     }
@@ -61,6 +65,16 @@ impl Cluster {
     /// The addresses of its databases.
     pub fn server(&self) -> &Server {
         &self.server
+    }
+
+    /// The programs it is made of; clients of the same version are among them.
+    pub fn installation(&self) -> &Installation {
+        &self.installation
+    }
+
+    /// The file with what the server has logged.
+    pub fn log(&self) -> &Path {
+        &self.log
     }
 
     /// Ends all sessions, stops the server, and deletes its directory unless that is to be kept.
@@ -150,19 +164,24 @@ fn claim(port: u16) -> Result<u16> {
     }
 }
 
-fn launch(installation: &Installation, home: Home, port: u16, durable: bool) -> Result<Cluster> {
+fn launch(installation: Installation, home: Home, port: u16, options: &Options) -> Result<Cluster> {
     let mut postgres = home.command(&installation.program("postgres"));
     postgres.arg("-D").arg(home.data()).args(["-p", &port.to_string()]);
     // No socket: its directory would be one more thing to own, and all our clients speak TCP.
     for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=300"] {
         postgres.args(["-c", setting]);
     }
-    if !durable {
+    if !options.durable {
         postgres.args(["-c", "fsync=off", "-c", "full_page_writes=off"]);
+    }
+    for setting in &options.settings {
+        postgres.args(["-c", setting]);
     }
     Ok(Cluster {
         server: Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{port}/postgres"))?,
         process: Process::spawn_command("PostgreSQL", postgres, &home.log())?,
+        installation,
+        log: home.log(),
         _home: home,
     })
 }

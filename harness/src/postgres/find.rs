@@ -29,6 +29,14 @@ impl Installation {
         self.directory.join(name)
     }
 
+    /// The path of a client's program of the same version. The directory may hold links to the server's programs only;
+    /// the clients are then where these lead to.
+    pub fn client(&self, name: &str) -> PathBuf {
+        let server = fs::canonicalize(self.program("postgres")).unwrap_or_default();
+        let beside_server = server.with_file_name(name);
+        if beside_server.is_file() { beside_server } else { self.program(name) }
+    }
+
     /// The major version, such as 17.
     pub fn major(&self) -> u32 {
         self.major

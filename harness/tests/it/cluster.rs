@@ -23,7 +23,7 @@ pub(crate) fn can_be_made() -> bool {
 }
 
 fn options(directory: &Path, keep: bool) -> Options {
-    Options { directory: directory.join("cluster"), port: None, keep, durable: true }
+    Options { directory: directory.join("cluster"), port: None, keep, durable: true, settings: Vec::new() }
 }
 
 async fn number(url: &str, sql: &'static str) -> i64 {
@@ -102,7 +102,7 @@ async fn takes_no_directory_with_other_files() {
     }
     let scratch = Scratch::new();
     fs::write(scratch.join("letter"), "dear").unwrap();
-    let in_use = Options { directory: scratch.clone(), port: None, keep: false, durable: true };
+    let in_use = Options { directory: scratch.clone(), port: None, keep: false, durable: true, settings: Vec::new() };
     let message = Cluster::start(in_use).await.unwrap_err().to_string();
     assert!(message.contains("another directory"), "{message}");
     assert!(scratch.join("letter").exists());

@@ -121,7 +121,10 @@ async fn what_a_killed_run_leaves_can_be_taken_over() {
     harness.kill().await.unwrap();
 
     let left = fs::read_dir(scratch.join("target")).unwrap().next().unwrap().unwrap().path();
-    let cluster = Cluster::start(Options { directory: left, port: None, keep: false, durable: true }).await.unwrap();
+    let cluster =
+        Cluster::start(Options { directory: left, port: None, keep: false, durable: true, settings: Vec::new() })
+            .await
+            .unwrap();
     cluster.stop().await.unwrap();
     assert_eq!(clusters(&scratch), 0);
 }

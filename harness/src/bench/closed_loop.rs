@@ -1,0 +1,106 @@
+//! Load by callers who each wait for an answer before they call again: what throughput is measured with.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use proto::orders::v1::order_service_client::OrderServiceClient;
+use tokio::task::JoinSet;
+use tonic::transport::Channel;
+
+use super::{
+    quantiles::Latencies,
+    requests::{Failures, Shape, connect, place},
+};
+
+/// Callers of a fill.
+const FILLERS: u32 = 128;
+
+/// So many calls at once, for so long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    pub(super) at_once: u32,
+    /// What is answered in this time is not counted.
+    pub(super) warm_up: Duration,
+    pub(super) time: Duration,
+    pub(super) shape: Shape,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Answered {
+    /// Answers a second, within the time that counts.
+    pub(super) rate: f64,
+    pub(super) latencies: Latencies,
+    pub(super) failures: Failures,
+}
+
+/// Calls `CreateOrder` at the address and checks every answer.
+pub(super) async fn call(address: SocketAddr, load: Load) -> Result<Answered> {
+    let clients = connect(address, load.at_once)?;
+    let begin = Instant::now() + load.warm_up;
+    let mut callers = JoinSet::new();
+    for client in clients.iter().cycle().zip(0..load.at_once).map(|(client, _)| client.clone()) {
+        callers.spawn(call_until(client, load.shape, begin, begin + load.time));
+    }
+    let (mut latencies, mut failures) = (Vec::new(), Failures::default());
+    while let Some(caller) = callers.join_next().await {
+        let (counted, failed) = caller?;
+        latencies.extend(counted);
+        failures.merge(failed);
+    }
+    let rate = latencies.len() as f64 / load.time.as_secs_f64();
+    Ok(Answered { rate, latencies: Latencies::of(latencies), failures })
+}
+
+/// One caller. What ends after `end` is not counted: it may have been alone at last.
+async fn call_until(
+    mut client: OrderServiceClient<Channel>,
+    shape: Shape,
+    begin: Instant,
+    end: Instant,
+) -> (Vec<f64>, Failures) {
+    let (mut latencies, mut failures) = (Vec::new(), Failures::default());
+    loop {
+        let called = Instant::now();
+        if called >= end {
+            return (latencies, failures);
+        }
+        let placed = place(&mut client, shape).await;
+        let answered = Instant::now();
+        match placed {
+            Ok(_) if answered >= begin && answered < end => latencies.push((answered - called).as_secs_f64() * 1e3),
+            Ok(_) => {}
+            Err(error) => failures.add(&error),
+        }
+    }
+}
+
+/// Places so many orders, as fast as they are taken.
+///
+/// # Errors
+/// The first that is not: what is measured later would be another backlog.
+pub(super) async fn fill(address: SocketAddr, orders: u64, shape: Shape) -> Result<()> {
+    let left = Arc::new(AtomicU64::new(orders));
+    let mut callers = JoinSet::new();
+    let clients = connect(address, FILLERS)?;
+    for mut client in clients.iter().cycle().zip(0..FILLERS).map(|(client, _)| client.clone()) {
+        let left = left.clone();
+        callers.spawn(async move {
+            while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+                place(&mut client, shape).await?;
+            }
+            Ok::<_, anyhow::Error>(())
+        });
+    }
+    while let Some(caller) = callers.join_next().await {
+        caller??;
+    }
+    ensure!(left.load(Ordering::Relaxed) == 0, "not all orders were placed");
+    Ok(())
+}
