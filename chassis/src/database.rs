@@ -15,6 +15,9 @@ use tracing::{error, info};
 /// How long one try to connect may take, if calls do not wait longer for a connection than that.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a connection is trusted without being asked.
+const REST_MAX: Duration = Duration::from_millis(500);
+
 /// A unit of database work: the future a closure passed to [`Database::run`] returns.
 pub type Work<'c, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>>;
 
@@ -97,6 +100,8 @@ impl Database {
         let pool = PgPoolOptions::new()
             .max_connections(settings.database_connections)
             .acquire_timeout(CONNECT_LIMIT.max(acquire_limit))
+            .test_before_acquire(false)
+            .before_acquire(|connection, state| Box::pin(test_after_rest(connection, state.idle_for)))
             .connect_lazy_with(url.options());
         let back_off = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))
@@ -208,6 +213,15 @@ async fn ask(options: &PgConnectOptions, connection: Option<PgConnection>) -> Re
     };
     connection.ping().await?;
     Ok(connection)
+}
+
+/// The pool asks every connection that comes back whether it is well. To ask again before the next work, as it does by
+/// default, is a round trip more for each; so only one that has rested is asked.
+async fn test_after_rest(connection: &mut PgConnection, rested: Duration) -> Result<bool, sqlx::Error> {
+    if rested > REST_MAX {
+        connection.ping().await?;
+    }
+    Ok(true)
 }
 
 fn timed_out() -> sqlx::Error {
