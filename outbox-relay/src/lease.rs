@@ -9,6 +9,10 @@ use uuid::Uuid;
 
 use crate::{Settings, route::RouteSettings};
 
+/// What gRPC servers take in one message unless they are told otherwise is 4 MiB; a larger one is refused whole, and its
+/// events would be delivered one by one.
+const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
 pub(crate) struct Lease {
@@ -34,6 +38,14 @@ pub(crate) struct LeasedRow {
     pub(crate) tracestate: Option<String>,
     /// Whether it is too old to be delivered.
     pub(crate) expired: bool,
+}
+
+impl LeasedRow {
+    /// About what it adds to a message: ids, source, times and the marks of the fields are a few hundred bytes.
+    fn message_bytes(&self) -> usize {
+        let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        self.payload.len() + self.event_type.len() + length(&self.traceparent) + length(&self.tracestate) + 300
+    }
 }
 
 /// What is leased, and for how long.
@@ -83,14 +95,26 @@ impl Lease {
         self.asked_at + self.length / 4 * quarters
     }
 
-    /// What is to be delivered, batch by batch: those that have never failed together, each other alone. One that has
-    /// failed is likely to fail again, and should take nobody with it. No two are of the same aggregate, so any order is
-    /// right.
+    /// What is to be delivered, batch by batch: those that have never failed together, as many as a message holds, each
+    /// other alone. One that has failed is likely to fail again, and should take nobody with it. No two are of the same
+    /// aggregate, so any order is right.
     pub(crate) fn batches(&self) -> Vec<Range<usize>> {
         let fresh = self.rows.partition_point(|row| !row.expired && row.attempts == 0);
         let live = self.rows.partition_point(|row| !row.expired);
-        let together = (fresh > 0).then_some(0..fresh);
-        together.into_iter().chain((fresh..live).map(|row| row..row + 1)).collect()
+        let mut batches: Vec<Range<usize>> = Vec::new();
+        let mut bytes = 0;
+        for row in 0..live {
+            let size = self.rows[row].message_bytes();
+            bytes += size;
+            match batches.last_mut() {
+                Some(batch) if row < fresh && bytes <= MESSAGE_BYTES_MAX => batch.end = row + 1,
+                _ => {
+                    batches.push(row..row + 1);
+                    bytes = size;
+                }
+            }
+        }
+        batches
     }
 
     /// Begins the lease anew, for a worker that has found out something in its time and needs more to make use of it.
