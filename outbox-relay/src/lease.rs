@@ -1,13 +1,17 @@
 //! Takes events out of everybody else's sight for a while: the only place that makes a [`Lease`].
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use chassis::Database;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::{Settings, route::RouteSettings};
+use crate::{
+    Settings,
+    floor::{Floor, Start},
+    route::RouteSettings,
+};
 
 /// What gRPC servers take in one message unless they are told otherwise is 4 MiB; a larger one is refused whole, and its
 /// events would be delivered one by one.
@@ -20,6 +24,8 @@ pub(crate) struct Lease {
     pub(crate) token: Uuid,
     /// First those that have never failed, then those that have, then those too old to be delivered.
     pub(crate) rows: Vec<LeasedRow>,
+    /// When the first of the rows was created.
+    pub(crate) oldest: OffsetDateTime,
     asked_at: Instant,
     length: Duration,
 }
@@ -48,7 +54,7 @@ impl LeasedRow {
     }
 }
 
-/// What is leased, and for how long.
+/// What is leased, and for how long. Clones share the floor.
 #[derive(Clone, Debug)]
 pub(crate) struct Terms {
     /// The route's pattern, and those of the routes that come before it.
@@ -56,6 +62,7 @@ pub(crate) struct Terms {
     unlike: Vec<String>,
     lease_seconds: u32,
     max_age_hours: u32,
+    pub(crate) floor: Arc<Floor>,
 }
 
 impl Terms {
@@ -66,6 +73,7 @@ impl Terms {
             unlike: earlier.iter().map(RouteSettings::like).collect(),
             lease_seconds: settings.lease_seconds,
             max_age_hours: settings.max_age.max_age_hours,
+            floor: Arc::new(Floor::new()),
         }
     }
 }
@@ -135,10 +143,13 @@ impl Lease {
 pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
     let token = Uuid::new_v4();
     let length = Duration::from_secs(terms.lease_seconds.into());
-    let terms = terms.clone();
     let asked_at = Instant::now();
-    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms))).await?;
-    Ok((!rows.is_empty()).then_some(Lease { token, rows, asked_at, length }))
+    let (start, floor) = (terms.floor.start(asked_at), terms.floor.clone());
+    let terms = terms.clone();
+    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms, start))).await?;
+    let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
+    floor.took(start, oldest);
+    Ok(Some(Lease { token, rows, oldest, asked_at, length }))
 }
 
 /// One statement, since `FOR UPDATE SKIP LOCKED` outside a transaction protects nothing beyond its own statement: the
@@ -151,6 +162,10 @@ pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Res
 /// Rows are addressed by their place (`ctid`): they are locked, so they cannot move before the update finds them, and
 /// the plan cannot degrade to a join over a large outbox whatever the statistics say.
 ///
+/// The scan begins a second below the floor, so that it sees what was committed up to a second after others that were
+/// enqueued at the same time; or at the start of the index. It is an element of an array because of the plan: a plain range
+/// between two unknown times is taken for so narrow a one that, without statistics, all of it is read and sorted.
+///
 /// The pause is looked up here and nowhere else, so that whoever has set it knows: no lease is begun from now on, by any
 /// relay.
 async fn take_rows(
@@ -158,6 +173,7 @@ async fn take_rows(
     token: Uuid,
     limit: u32,
     terms: Terms,
+    start: Start,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let mut rows = sqlx::query_as!(
         LeasedRow,
@@ -168,6 +184,7 @@ async fn take_rows(
             SELECT free.ctid
             FROM outbox AS free
             WHERE free.visible_at <= now()
+              AND free.visible_at >= ANY (ARRAY[coalesce($7::timestamptz - interval '1 s', '-infinity')])
               AND free.event_type LIKE $4
               AND free.event_type NOT LIKE ALL ($5::text[])
               AND NOT EXISTS (SELECT FROM outbox_pause)
@@ -185,6 +202,7 @@ async fn take_rows(
         terms.like,
         &terms.unlike,
         i32::try_from(terms.max_age_hours).unwrap_or(i32::MAX),
+        start.floor,
     )
     .fetch_all(connection)
     .await?;

@@ -3,6 +3,7 @@
 
 mod announce;
 mod deliver;
+mod floor;
 mod grpc;
 mod lease;
 #[cfg(test)]
@@ -159,7 +160,7 @@ fn start(
     let wakes = Wake::listen(settings.database_url.options(), poll, shutdown, routes.len());
     let mut tasks = JoinSet::new();
     for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
-        let earlier = &settings.routes[..index];
+        let terms = Terms::of(settings, route.settings(), &settings.routes[..index]);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection: with one a worker, a receiver's replicas share the load.
             let worker = Worker {
@@ -168,7 +169,7 @@ fn start(
                 receiver: Receiver::connect_lazily(route.settings().receiver.clone(), settings.source.clone()),
                 settings: settings.clone(),
                 route: route.clone(),
-                terms: Terms::of(settings, route.settings(), earlier),
+                terms: terms.clone(),
                 wake: wake.clone(),
                 shutdown: shutdown.clone(),
                 hurry: hurry.clone(),
