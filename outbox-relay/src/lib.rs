@@ -61,10 +61,10 @@ pub struct Settings {
     #[arg(long, env = "RELAY_SOURCE")]
     pub source: String,
     /// Leases and deliveries under way at once, on each route.
-    #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, env = "RELAY_WORKERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
-    /// Events in one lease, and so in one delivery, at most.
-    #[arg(long, env = "RELAY_BATCH", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// Events in one lease at most, and so in one delivery, if they fit into one message (3 MiB).
+    #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub batch: u32,
     /// Seconds a lease holds its events; a delivery ends within three quarters of it.
     #[arg(long, env = "RELAY_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
