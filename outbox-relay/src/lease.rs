@@ -1,13 +1,21 @@
 //! Takes events out of everybody else's sight for a while: the only place that makes a [`Lease`].
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use chassis::Database;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::{Settings, route::RouteSettings};
+use crate::{
+    Settings,
+    floor::{Floor, Start},
+    route::RouteSettings,
+};
+
+/// What gRPC servers take in one message unless they are told otherwise is 4 MiB; a larger one is refused whole, and its
+/// events would be delivered one by one.
+const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
@@ -16,6 +24,8 @@ pub(crate) struct Lease {
     pub(crate) token: Uuid,
     /// First those that have never failed, then those that have, then those too old to be delivered.
     pub(crate) rows: Vec<LeasedRow>,
+    /// When the first of the rows was created.
+    pub(crate) oldest: OffsetDateTime,
     asked_at: Instant,
     length: Duration,
 }
@@ -36,7 +46,15 @@ pub(crate) struct LeasedRow {
     pub(crate) expired: bool,
 }
 
-/// What is leased, and for how long.
+impl LeasedRow {
+    /// About what it adds to a message: ids, source, times and the marks of the fields are a few hundred bytes.
+    fn message_bytes(&self) -> usize {
+        let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        self.payload.len() + self.event_type.len() + length(&self.traceparent) + length(&self.tracestate) + 300
+    }
+}
+
+/// What is leased, and for how long. Clones share the floor.
 #[derive(Clone, Debug)]
 pub(crate) struct Terms {
     /// The route's pattern, and those of the routes that come before it.
@@ -44,6 +62,7 @@ pub(crate) struct Terms {
     unlike: Vec<String>,
     lease_seconds: u32,
     max_age_hours: u32,
+    pub(crate) floor: Arc<Floor>,
 }
 
 impl Terms {
@@ -54,6 +73,7 @@ impl Terms {
             unlike: earlier.iter().map(RouteSettings::like).collect(),
             lease_seconds: settings.lease_seconds,
             max_age_hours: settings.max_age.max_age_hours,
+            floor: Arc::new(Floor::new()),
         }
     }
 }
@@ -83,14 +103,26 @@ impl Lease {
         self.asked_at + self.length / 4 * quarters
     }
 
-    /// What is to be delivered, batch by batch: those that have never failed together, each other alone. One that has
-    /// failed is likely to fail again, and should take nobody with it. No two are of the same aggregate, so any order is
-    /// right.
+    /// What is to be delivered, batch by batch: those that have never failed together, as many as a message holds, each
+    /// other alone. One that has failed is likely to fail again, and should take nobody with it. No two are of the same
+    /// aggregate, so any order is right.
     pub(crate) fn batches(&self) -> Vec<Range<usize>> {
         let fresh = self.rows.partition_point(|row| !row.expired && row.attempts == 0);
         let live = self.rows.partition_point(|row| !row.expired);
-        let together = (fresh > 0).then_some(0..fresh);
-        together.into_iter().chain((fresh..live).map(|row| row..row + 1)).collect()
+        let mut batches: Vec<Range<usize>> = Vec::new();
+        let mut bytes = 0;
+        for row in 0..live {
+            let size = self.rows[row].message_bytes();
+            bytes += size;
+            match batches.last_mut() {
+                Some(batch) if row < fresh && bytes <= MESSAGE_BYTES_MAX => batch.end = row + 1,
+                _ => {
+                    batches.push(row..row + 1);
+                    bytes = size;
+                }
+            }
+        }
+        batches
     }
 
     /// Begins the lease anew, for a worker that has found out something in its time and needs more to make use of it.
@@ -111,10 +143,13 @@ impl Lease {
 pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
     let token = Uuid::new_v4();
     let length = Duration::from_secs(terms.lease_seconds.into());
-    let terms = terms.clone();
     let asked_at = Instant::now();
-    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms))).await?;
-    Ok((!rows.is_empty()).then_some(Lease { token, rows, asked_at, length }))
+    let (start, floor) = (terms.floor.start(asked_at), terms.floor.clone());
+    let terms = terms.clone();
+    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms, start))).await?;
+    let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
+    floor.took(start, oldest);
+    Ok(Some(Lease { token, rows, oldest, asked_at, length }))
 }
 
 /// One statement, since `FOR UPDATE SKIP LOCKED` outside a transaction protects nothing beyond its own statement: the
@@ -127,6 +162,10 @@ pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Res
 /// Rows are addressed by their place (`ctid`): they are locked, so they cannot move before the update finds them, and
 /// the plan cannot degrade to a join over a large outbox whatever the statistics say.
 ///
+/// The scan begins a second below the floor, so that it sees what was committed up to a second after others that were
+/// enqueued at the same time; or at the start of the index. It is an element of an array because of the plan: a plain range
+/// between two unknown times is taken for so narrow a one that, without statistics, all of it is read and sorted.
+///
 /// The pause is looked up here and nowhere else, so that whoever has set it knows: no lease is begun from now on, by any
 /// relay.
 async fn take_rows(
@@ -134,6 +173,7 @@ async fn take_rows(
     token: Uuid,
     limit: u32,
     terms: Terms,
+    start: Start,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let mut rows = sqlx::query_as!(
         LeasedRow,
@@ -144,6 +184,7 @@ async fn take_rows(
             SELECT free.ctid
             FROM outbox AS free
             WHERE free.visible_at <= now()
+              AND free.visible_at >= ANY (ARRAY[coalesce($7::timestamptz - interval '1 s', '-infinity')])
               AND free.event_type LIKE $4
               AND free.event_type NOT LIKE ALL ($5::text[])
               AND NOT EXISTS (SELECT FROM outbox_pause)
@@ -161,6 +202,7 @@ async fn take_rows(
         terms.like,
         &terms.unlike,
         i32::try_from(terms.max_age_hours).unwrap_or(i32::MAX),
+        start.floor,
     )
     .fetch_all(connection)
     .await?;

@@ -3,6 +3,7 @@
 
 mod announce;
 mod deliver;
+mod floor;
 mod grpc;
 mod lease;
 #[cfg(test)]
@@ -60,10 +61,10 @@ pub struct Settings {
     #[arg(long, env = "RELAY_SOURCE")]
     pub source: String,
     /// Leases and deliveries under way at once, on each route.
-    #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, env = "RELAY_WORKERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
-    /// Events in one lease, and so in one delivery, at most.
-    #[arg(long, env = "RELAY_BATCH", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// Events in one lease at most, and so in one delivery, if they fit into one message (3 MiB).
+    #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub batch: u32,
     /// Seconds a lease holds its events; a delivery ends within three quarters of it.
     #[arg(long, env = "RELAY_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
@@ -159,7 +160,7 @@ fn start(
     let wakes = Wake::listen(settings.database_url.options(), poll, shutdown, routes.len());
     let mut tasks = JoinSet::new();
     for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
-        let earlier = &settings.routes[..index];
+        let terms = Terms::of(settings, route.settings(), &settings.routes[..index]);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection: with one a worker, a receiver's replicas share the load.
             let worker = Worker {
@@ -168,7 +169,7 @@ fn start(
                 receiver: Receiver::connect_lazily(route.settings().receiver.clone(), settings.source.clone()),
                 settings: settings.clone(),
                 route: route.clone(),
-                terms: Terms::of(settings, route.settings(), earlier),
+                terms: terms.clone(),
                 wake: wake.clone(),
                 shutdown: shutdown.clone(),
                 hurry: hurry.clone(),

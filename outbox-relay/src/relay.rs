@@ -184,8 +184,10 @@ impl Worker {
     /// receiver drops those it has had.
     async fn settle(&self, lease: Lease, verdicts: &[Verdict]) {
         let policy = Policy::of(&self.settings);
-        let events = lease.rows.len();
-        match settle(&self.database, lease, verdicts, policy).await {
+        let (events, oldest) = (lease.rows.len(), lease.oldest);
+        let settled = settle(&self.database, lease, verdicts, policy).await;
+        self.terms.floor.lower(oldest);
+        match settled {
             Ok(settled) => {
                 measure::settled(self.route.pattern(), &settled);
                 debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");

@@ -123,6 +123,10 @@ impl Sorted {
     }
 }
 
+/// Each row is looked up by its key, in a subquery that no statistics can turn into a join: as a join, its first
+/// executions on a connection read the whole of an outbox of 60,000, and 1,000 rows took 150 ms instead of 2.
+///
+/// The token stands outside, where it is asked again of a row that another lease has changed meanwhile.
 async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result<usize, sqlx::Error> {
     if rows.sequences.is_empty() {
         return Ok(0);
@@ -130,8 +134,12 @@ async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows)
     let deleted = sqlx::query!(
         "-- relay: delete handled
         DELETE FROM outbox
-        USING unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)
-        WHERE outbox.aggregate_id = handled.aggregate_id AND outbox.sequence = handled.sequence AND lease_token = $1",
+        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
+            SELECT (
+                SELECT leased.ctid
+                FROM outbox AS leased
+                WHERE leased.aggregate_id = handled.aggregate_id AND leased.sequence = handled.sequence)
+            FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))",
         token,
         &rows.aggregate_ids,
         &rows.sequences,

@@ -96,3 +96,19 @@ async fn a_duplicate_is_done_with() {
     relay.stop().await;
     assert_eq!(receiver.read(|log| log.times(event_id)), 1);
 }
+
+/// A gRPC server takes 4 MiB at once unless it is told otherwise, and refuses more than that whole.
+#[tokio::test]
+async fn events_that_are_too_large_together_are_delivered_in_as_many_messages_as_they_need() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(60).await;
+    let enlarge = "UPDATE outbox SET payload = decode(repeat('00', 100000), 'hex')";
+    sqlx::query(enlarge).execute(&outbox.pool).await.unwrap();
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1"]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    let sizes = receiver.read(|log| log.deliveries.iter().map(|delivery| delivery.events.len()).collect::<Vec<_>>());
+    assert_eq!(sizes, [31, 29]);
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 1)));
+}

@@ -18,6 +18,7 @@ mod dead_letters;
 mod deliver;
 mod describe;
 mod drain;
+mod floor;
 mod lease;
 mod outage;
 mod park;

@@ -25,7 +25,8 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Flags given here win over those a test gets otherwise: a short poll, since most tests insert without notifying.
+    /// Flags given here win over those a test gets otherwise: a short poll, since most tests insert without notifying, and
+    /// batches so small, of workers so many, that a few hundred events are shared.
     pub(crate) async fn start(outbox: &Outbox, receiver: SocketAddr, flags: &[&str]) -> Self {
         Self::start_on(&outbox.relay_url(), receiver, flags).await
     }
@@ -35,9 +36,10 @@ impl Relay {
     }
 
     pub(crate) async fn start_with_routes(database_url: &str, routes: &[&str], flags: &[&str]) -> Self {
-        let given = ["relay", "--poll-ms", "50", "--source", "orders", "--database-url", database_url];
+        let given = ["relay", "--source", "orders", "--database-url", database_url];
+        let given = given.into_iter().chain(["--poll-ms", "50", "--workers", "5", "--batch", "100"]);
         let routes = routes.iter().flat_map(|route| ["--route", *route]);
-        let arguments = given.into_iter().chain(routes).chain(flags.iter().copied());
+        let arguments = given.chain(routes).chain(flags.iter().copied());
         let settings = Cli::try_parse_from(arguments).unwrap().settings;
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();

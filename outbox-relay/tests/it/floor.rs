@@ -1,0 +1,63 @@
+//! What leases no longer look at, and yet must not miss.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    outbox::{NewEvent, Outbox},
+    receiver::{Log, Receiver, Reply, id_of},
+    relay::Relay,
+};
+
+#[tokio::test]
+async fn an_event_that_was_committed_long_after_it_was_enqueued_is_delivered_within_seconds() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    for _ in 0..3 {
+        outbox.wait_for_a_later_event().await;
+        // As of a transaction that took a minute.
+        let late = sqlx::query_scalar::<_, Uuid>(
+            "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
+            SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
+            FROM (SELECT now() - interval '1 minute') AS enqueued (at)
+            RETURNING event_id",
+        );
+        let late = late.fetch_one(&outbox.pool).await.unwrap();
+        let began = Instant::now();
+        outbox.wait_until_gone(late).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    }
+    relay.stop().await;
+}
+
+/// Events that came later have been delivered meanwhile, and nobody looks where the successor is.
+#[tokio::test]
+async fn the_successor_of_an_event_whose_delivery_took_long_follows_at_once() {
+    let outbox = Outbox::create().await;
+    let aggregate_id = Uuid::new_v4();
+    let line = [1, 2].map(|sequence| NewEvent::of(aggregate_id, sequence));
+    let answered = CancellationToken::new();
+    let (slow, held) = (line[0].event_id, answered.clone());
+    let receiver = Receiver::start(move |events| match id_of(&events[0]) == slow {
+        true => Reply::apply(events).held(&held),
+        false => Reply::apply(events),
+    })
+    .await;
+    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "60000", "--workers", "2"]).await;
+    outbox.wait_for_route_state("OPEN").await;
+    outbox.insert(&line).await;
+    outbox.notify().await;
+    receiver.wait_for_deliveries(1).await;
+    sleep(Duration::from_millis(1500)).await;
+    let later = outbox.insert_one().await;
+    outbox.notify().await;
+    outbox.wait_until_gone(later).await;
+    answered.cancel();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), [slow, later, line[1].event_id]);
+}
