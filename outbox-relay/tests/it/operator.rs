@@ -1,6 +1,6 @@
 //! An operator at the command line, and the dead events there are to operate on.
 
-use std::process::Output;
+use std::{process::Output, time::Duration};
 
 use serde_json::Value;
 use sqlx::postgres::PgListener;
@@ -83,7 +83,8 @@ pub(crate) async fn bury(outbox: &Outbox, event_id: Uuid, reason: &str) {
 
 /// A dead event that holds back nothing.
 pub(crate) async fn insert_dead(outbox: &Outbox) -> Uuid {
-    let event_id = outbox.insert_one().await;
+    // Out of sight from the start: a relay that is running would deliver it first.
+    let event_id = outbox.insert_hidden(None, Duration::from_secs(3600)).await;
     bury(outbox, event_id, "UNDECODABLE: no such type").await;
     event_id
 }
