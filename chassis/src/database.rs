@@ -102,7 +102,7 @@ impl Database {
             .acquire_timeout(CONNECT_LIMIT.max(acquire_limit))
             .test_before_acquire(false)
             .before_acquire(|connection, state| Box::pin(test_after_rest(connection, state.idle_for)))
-            .connect_lazy_with(url.options());
+            .connect_lazy_with(with_statement_timeout(url.options(), settings.database_work_ms));
         let back_off = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))
             .with_max_delay(Duration::from_secs(5))
@@ -213,6 +213,12 @@ async fn ask(options: &PgConnectOptions, connection: Option<PgConnection>) -> Re
     };
     connection.ping().await?;
     Ok(connection)
+}
+
+/// Has the server give a statement up before its work is cut off here. A connection that is cut does not stop a statement:
+/// one that is a transaction by itself would be committed yet, after its caller was told to come again.
+fn with_statement_timeout(options: PgConnectOptions, work_ms: u64) -> PgConnectOptions {
+    options.options([("statement_timeout", (work_ms * 9).div_ceil(10))])
 }
 
 /// The pool asks every connection that comes back whether it is well. To ask again before the next work, as it does by

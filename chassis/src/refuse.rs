@@ -51,6 +51,11 @@ impl Refuse {
     /// cause is logged here, once.
     pub fn database(self, cause: &sqlx::Error) -> Status {
         error!(%cause, "database work failed");
+        self.database_logged(cause)
+    }
+
+    /// The same, of a cause that is logged already.
+    pub fn database_logged(self, cause: &sqlx::Error) -> Status {
         if !may_pass(cause) {
             return self.with(Code::Internal, "INTERNAL", "internal error");
         }
@@ -84,8 +89,8 @@ fn cut_to_size(violations: &mut Vec<FieldViolation>) {
 }
 
 /// Whether the same call may work later. Only what the call brought with it can be its fault: its data (class 22), the
-/// constraints it violates (23) or the triggers that turn it down (P0). Anything else
-/// a database says, a read-only standby, a missing right, a changed password, is for an operator to mend, and a relay must not hold it against an event.
+/// constraints it violates (23) or the triggers that turn it down (P0). Anything else a database says, a read-only standby,
+/// a missing right, a changed password, is for an operator to mend, and a relay must not hold it against an event.
 pub fn may_pass(cause: &sqlx::Error) -> bool {
     match cause {
         sqlx::Error::Database(error) => {

@@ -155,7 +155,7 @@ impl Process {
 /// chose would be free again as soon as it is let go, and be lent to the next connection before the process it was meant
 /// for is up, or while that process is down between two starts.
 const PORTS: Range<u32> = 20_000..32_000;
-/// How many ports one program asks for, roughly; programs that run at once begin this far apart.
+/// How many ports one program asks for, roughly; programs that run at once begin apart, as far as their ids allow.
 const PORTS_OF_ONE_PROGRAM: u32 = 512;
 
 /// A port of 127.0.0.1 that nobody listens on. No later call of this program gives it again, so it stays free for whoever

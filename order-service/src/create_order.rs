@@ -1,6 +1,6 @@
 //! Commits orders, each with its event, in one transaction: the outbox pattern's first half.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use outbox::{NewEvent, TraceContext};
 use proto::orders::v1::{Order, OrderCreated, OrderStatus};
@@ -62,28 +62,31 @@ pub(crate) enum Outcome {
     Found(Order),
     /// An earlier call with the same request id has placed an order with other content.
     RequestIdReused,
+    /// The order's own statement failed, or the look for the order that its request id has placed.
+    Failed(Arc<sqlx::Error>),
 }
 
 /// Places the orders, or finds those their request ids have placed; one outcome per draft, in their order.
 ///
-/// After `Ok` every order and its event are durable. After an error they may be, if it struck at the commit: the callers
-/// repeat their calls with the same request ids and learn it.
+/// After `Ok` every order that was placed or found is durable, and its event. After an error they may be, if it struck at
+/// the commit: the callers repeat their calls with the same request ids and learn it.
 pub(crate) async fn create_orders(
     connection: &mut PgConnection,
     drafts: &[Draft],
 ) -> Result<Vec<Outcome>, sqlx::Error> {
     let placed = insert_orders(connection, drafts).await?;
     let repeated = drafts.iter().filter(|draft| !placed.contains_key(&draft.order_id));
-    let found = find_placed(connection, repeated).await?;
-    let outcome = |draft: &Draft| match placed.get(&draft.order_id) {
-        Some(created_at) => Ok(Outcome::Placed(*created_at)),
-        None => match draft.request_id.and_then(|request_id| found.get(&request_id)) {
-            Some(order) if draft.is_of(order) => Ok(Outcome::Found(order.clone())),
-            Some(_) => Ok(Outcome::RequestIdReused),
-            None => Err(sqlx::Error::RowNotFound),
+    let found = find_placed(connection, repeated).await.map_err(Arc::new);
+    let outcome = |draft: &Draft| match (placed.get(&draft.order_id), &found) {
+        (Some(created_at), _) => Outcome::Placed(*created_at),
+        (None, Ok(found)) => match draft.request_id.and_then(|request_id| found.get(&request_id)) {
+            Some(order) if draft.is_of(order) => Outcome::Found(order.clone()),
+            Some(_) => Outcome::RequestIdReused,
+            None => Outcome::Failed(Arc::new(sqlx::Error::RowNotFound)),
         },
+        (None, Err(cause)) => Outcome::Failed(cause.clone()),
     };
-    drafts.iter().map(outcome).collect()
+    Ok(drafts.iter().map(outcome).collect())
 }
 
 /// One statement, and so one transaction, one round trip and one wait for the disk, for any number of orders: each with

@@ -140,7 +140,7 @@ fn refuse_create(error: CreateOrderError) -> Status {
     match error {
         CreateOrderError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", message),
         CreateOrderError::Overloaded => REFUSE.later(Code::ResourceExhausted, "OVERLOADED", message),
-        CreateOrderError::Database(cause) => REFUSE.database(&cause),
+        CreateOrderError::Database(cause) => REFUSE.database_logged(&cause),
     }
 }
 

@@ -7,7 +7,12 @@ use clap::Args;
 use outbox::Notifier;
 use proto::orders::v1::Order;
 use sqlx::PgConnection;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{
+    Mutex,
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
+use tracing::error;
 
 use crate::create_order::{Draft, Outcome, create_orders};
 
@@ -26,20 +31,23 @@ pub struct IntakeSettings {
     pub queue: u32,
 }
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum CreateOrderError {
     #[error("the request_id was used for an order with other content")]
     RequestIdReused,
     #[error("too many orders are waiting to be placed; try again")]
     Overloaded,
-    /// Shared by all calls of the transaction that failed.
+    /// Shared by all calls of the transaction that failed, and logged.
     #[error(transparent)]
     Database(Arc<sqlx::Error>),
 }
 
-impl From<sqlx::Error> for CreateOrderError {
-    fn from(cause: sqlx::Error) -> Self {
-        Self::Database(Arc::new(cause))
+impl CreateOrderError {
+    /// Logs the cause, once for all the orders it has kept from being placed.
+    fn of_database(cause: impl Into<Arc<sqlx::Error>>, orders: usize) -> Self {
+        let cause = cause.into();
+        error!(%cause, orders, "not placed");
+        Self::Database(cause)
     }
 }
 
@@ -85,11 +93,14 @@ impl Intake {
     pub(crate) async fn place(&self, draft: Draft) -> Result<Order, CreateOrderError> {
         let (begin, begun) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send(Call { draft, begin, answer }).map_err(|_| CreateOrderError::Overloaded)?;
+        self.queue.try_send(Call { draft, begin, answer }).map_err(|refused| match refused {
+            TrySendError::Full(_) => CreateOrderError::Overloaded,
+            TrySendError::Closed(_) => CreateOrderError::of_database(sqlx::Error::WorkerCrashed, 1),
+        })?;
         if !begins_within(self.begin_limit, begun).await {
-            return Err(sqlx::Error::PoolTimedOut.into());
+            return Err(CreateOrderError::of_database(sqlx::Error::PoolTimedOut, 1));
         }
-        answered.await.unwrap_or_else(|_| Err(sqlx::Error::WorkerCrashed.into()))
+        answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed, 1)))
     }
 }
 
@@ -113,9 +124,8 @@ async fn write(calls: Arc<Mutex<mpsc::Receiver<Call>>>, database: Database, rela
         match placed {
             Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
             Err(cause) => {
-                let cause = Arc::new(cause);
-                let failed = || Err(CreateOrderError::Database(cause.clone()));
-                answers.into_iter().for_each(|answer| drop(answer.send(failed())));
+                let failed = CreateOrderError::of_database(cause, answers.len());
+                answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
             }
         }
     }
@@ -127,26 +137,31 @@ async fn place_group(
     relay: Notifier,
 ) -> Result<Vec<Result<Order, CreateOrderError>>, sqlx::Error> {
     let outcomes: Vec<_> = match create_orders(connection, &drafts).await {
-        // One of them is at fault, and the others have to do without it.
-        Err(cause) if drafts.len() > 1 && !may_pass(&cause) => place_each_alone(connection, &drafts).await,
-        outcomes => outcomes?.into_iter().map(Ok).collect(),
+        // One of them is at fault, and the others have to do without it. Nothing was written.
+        Err(cause @ sqlx::Error::Database(_)) if drafts.len() > 1 && !may_pass(&cause) => {
+            place_each_alone(connection, &drafts).await
+        }
+        outcomes => outcomes?,
     };
-    if outcomes.iter().any(|outcome| matches!(outcome, Ok(Outcome::Placed(_)))) {
+    if outcomes.iter().any(|outcome| matches!(outcome, Outcome::Placed(_))) {
         relay.notify();
     }
-    let order = |(draft, outcome): (Draft, _)| match outcome? {
+    let order = |(draft, outcome): (Draft, _)| match outcome {
         Outcome::Placed(created_at) => Ok(draft.placed_at(created_at)),
         Outcome::Found(order) => Ok(order),
         Outcome::RequestIdReused => Err(CreateOrderError::RequestIdReused),
+        Outcome::Failed(cause) => Err(CreateOrderError::of_database(cause, 1)),
     };
     Ok(drafts.into_iter().zip(outcomes).map(order).collect())
 }
 
-async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Vec<Result<Outcome, sqlx::Error>> {
+async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Vec<Outcome> {
     let mut outcomes = Vec::with_capacity(drafts.len());
     for draft in drafts {
-        let alone = create_orders(connection, slice::from_ref(draft)).await;
-        outcomes.push(alone.and_then(|mut outcome| outcome.pop().ok_or(sqlx::Error::RowNotFound)));
+        match create_orders(connection, slice::from_ref(draft)).await {
+            Ok(outcome) => outcomes.extend(outcome),
+            Err(cause) => outcomes.push(Outcome::Failed(Arc::new(cause))),
+        }
     }
     outcomes
 }

@@ -20,7 +20,7 @@ const RESCAN_INTERVAL: Duration = Duration::from_secs(1);
 ///
 /// - What a settlement frees, successors and suspects, is no older than the oldest event it settles, but for transactions
 ///   that began in another order than they were committed in: a settlement lowers the floor to that.
-/// - What was locked by somebody, committed late, or freed by another process may lie anywhere. So one lease a second
+/// - What was locked by somebody, committed late, or freed by another process, or another route of this one, may lie anywhere. So one lease a second
 ///   looks everywhere, and what it takes lowers the floor for those that follow: it is found late, never lost, and however
 ///   much there is of it, the first of it is waited for and not each batch.
 ///
@@ -72,9 +72,13 @@ impl Floor {
         });
     }
 
-    /// Something may have become free that is as old as `oldest`.
+    /// Something may have become free that is as old as `oldest`. A lease that has begun before cannot have seen it, so it
+    /// counts as a change even where the floor is low enough already.
     pub(crate) fn lower(&self, oldest: OffsetDateTime) {
-        self.with(|state| state.set(state.floor.min(Some(oldest))));
+        self.with(|state| {
+            state.floor = state.floor.min(Some(oldest));
+            state.changes += 1;
+        });
     }
 
     /// Nothing here panics half-way, so what a poisoned lock guards is sound.
@@ -143,6 +147,11 @@ mod tests {
         assert_eq!(floor.start(Instant::now()).floor, Some(at(5)));
         floor.took(floor.start(Instant::now()), at(9));
         assert_eq!(floor.start(Instant::now()).floor, Some(at(9)));
+
+        let before = floor.start(Instant::now());
+        floor.lower(at(10));
+        floor.took(before, at(12));
+        assert!(floor.start(Instant::now()).floor <= Some(at(10)));
     }
 
     #[test]

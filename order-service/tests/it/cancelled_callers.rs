@@ -34,7 +34,7 @@ async fn give_up_calls(service: &Service, calls: u64) -> Vec<Uuid> {
 }
 
 /// Returns once every session of the service is idle; one that stays in a transaction fails this.
-async fn sessions_are_idle(service: &Service) {
+pub(crate) async fn sessions_are_idle(service: &Service) {
     eventually("no session of the service is in a transaction", async || {
         let busy: Vec<String> = sqlx::query_scalar(
             "SELECT state FROM pg_stat_activity

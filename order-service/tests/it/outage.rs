@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
+    cancelled_callers::sessions_are_idle,
     service::{NOTHING, ONE_ORDER, Service, Written, eventually, order, order_once, refusal},
     wake_relays::{hear, listen},
 };
@@ -113,6 +114,20 @@ async fn work_that_takes_too_long_is_cut_undone_and_can_be_repeated() {
     assert_eq!(service.written().await, NOTHING);
 
     service.place(request).await;
+    assert_eq!(service.written().await, ONE_ORDER);
+    service.end().await;
+}
+
+/// The whole statement is with the server by then, its end included: cut off, it would go on once the lock is gone.
+#[tokio::test]
+async fn what_was_refused_because_it_took_too_long_is_not_committed_later() {
+    let service = Service::start_with(&["--database-connections", "1", "--database-work-ms", "500"]).await;
+    // Prepares the statement on the only connection.
+    service.place(order()).await;
+    let lock = service.lock_orders().await;
+    refusal(service.orders().create_order(order()).await).asks_to_retry();
+    lock.rollback().await.unwrap();
+    sessions_are_idle(&service).await;
     assert_eq!(service.written().await, ONE_ORDER);
     service.end().await;
 }

@@ -66,7 +66,7 @@ async fn a_silent_client_delays_the_end_for_no_longer_than_the_drain_time() {
     let begin = Instant::now();
     service.end().await;
     // Without the deadline it would never end; the rest of the bound is for dropping the database on a busy machine.
-    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
     drop(silent);
 }
 
