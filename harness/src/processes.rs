@@ -13,9 +13,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tokio::{
     process::{Child, Command},
+    task::spawn_blocking,
     time::{sleep, timeout},
 };
 
@@ -90,11 +91,26 @@ impl Process {
 
     /// Sends a signal; does nothing to a process that has exited.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        // None once it has been awaited: the number may then be another process's.
-        let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) else {
-            return Ok(());
-        };
-        kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
+        self.awaitable_pid()
+            .map_or(Ok(()), |pid| kill_process(pid, signal))
+            .with_context(|| format!("cannot signal {}", self.name))
+    }
+
+    /// Stops it with SIGSTOP, until it is sent SIGCONT. Returns when it stands still: the signal reaches one thread, and
+    /// on a busy machine the others work on until that one is scheduled.
+    pub async fn suspend(&self) -> Result<()> {
+        self.signal(Signal::STOP)?;
+        let Some(pid) = self.awaitable_pid() else { return Ok(()) };
+        // The status is left where it is, for whoever awaits the process's exit; an exit is waited for too, lest it be
+        // missed.
+        let stopped = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        spawn_blocking(move || waitid(WaitId::Pid(pid), stopped)).await??;
+        Ok(())
+    }
+
+    /// None once its exit has been awaited: the number may then be another process's.
+    fn awaitable_pid(&self) -> Option<Pid> {
+        self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()))
     }
 
     /// Asks it to exit with SIGTERM, and kills it after `grace`.

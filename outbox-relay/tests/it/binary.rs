@@ -63,6 +63,9 @@ impl Binary {
 
 impl Drop for Binary {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the relay's log:\n{}", std::fs::read_to_string(&self.log).unwrap_or_default());
+        }
         let _ = std::fs::remove_file(&self.log);
     }
 }

@@ -26,7 +26,7 @@ async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_wh
     .await;
     let stopped = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "4", "--attempts", "1"]);
     receiver.wait_for_deliveries(1).await;
-    stopped.process.signal(Signal::STOP).unwrap();
+    stopped.process.suspend().await.unwrap();
     first.cancel();
     let other = Relay::start(&outbox, receiver.address, &["--workers", "1", "--attempts", "1"]).await;
     receiver.wait_for_deliveries(2).await;
