@@ -65,6 +65,7 @@ impl Replay {
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     let replay = replay(&arguments.target, &arguments.sku).await?;
+    replay.check()?;
     let [before, after_first, after_second] = replay.stock;
     println!(
         "replay: event {} delivered by the relay: APPLIED, {} {before} → {after_first}",
@@ -75,7 +76,6 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
         name(replay.second),
         replay.sku
     );
-    replay.check()?;
     println!("replay: stock deducted once");
     Ok(ExitCode::SUCCESS)
 }
