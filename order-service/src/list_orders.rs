@@ -1,12 +1,17 @@
 //! Lists a customer's orders, page by page.
 
 use chassis::Fields;
-use proto::orders::v1::{ListOrdersRequest, ListOrdersResponse};
+use prost::Message;
+use proto::orders::v1::{ListOrdersRequest, ListOrdersResponse, Order};
 use sqlx::PgConnection;
 use tonic_types::FieldViolation;
 use uuid::Uuid;
 
 use crate::get_order::get_orders;
+
+/// Clients refuse messages of more than 4 MiB unless they are told otherwise, and the largest orders are 20 kB each: a page
+/// of these is shorter than was asked for.
+const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 
 /// A page to be read.
 #[derive(Debug)]
@@ -34,7 +39,7 @@ pub(crate) fn validate_page(request: ListOrdersRequest) -> Result<Page, Vec<Fiel
 
 /// Reads one row more than the page holds, to know whether another page follows.
 pub(crate) async fn list_orders(connection: &mut PgConnection, page: Page) -> Result<ListOrdersResponse, sqlx::Error> {
-    let mut order_ids = sqlx::query_scalar!(
+    let order_ids = sqlx::query_scalar!(
         "-- orders: list ids
         SELECT order_id FROM orders
         WHERE customer_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3",
@@ -44,12 +49,21 @@ pub(crate) async fn list_orders(connection: &mut PgConnection, page: Page) -> Re
     )
     .fetch_all(&mut *connection)
     .await?;
-    let more = order_ids.len() > usize::from(page.size);
-    if more {
-        order_ids.pop();
-    }
-    let last = order_ids.last().filter(|_| more);
+    let found = order_ids.len();
+    let mut orders = get_orders(connection, &order_ids[..found.min(page.size.into())]).await?;
+    orders.truncate(fitting(&orders));
+    let last = orders.last().filter(|_| found > orders.len());
     let next_page_token =
-        last.map(|id| chassis::encode_page_token(&page.customer_id, &id.to_string())).unwrap_or_default();
-    Ok(ListOrdersResponse { orders: get_orders(connection, &order_ids).await?, next_page_token })
+        last.map(|order| chassis::encode_page_token(&page.customer_id, &order.order_id)).unwrap_or_default();
+    Ok(ListOrdersResponse { orders, next_page_token })
+}
+
+/// How many of the orders a message holds: one at least, of which none is as large as that.
+fn fitting(orders: &[Order]) -> usize {
+    let mut bytes = 0;
+    let fits = |order: &&Order| {
+        bytes += order.encoded_len();
+        bytes <= PAGE_BYTES_MAX
+    };
+    orders.iter().take_while(fits).count()
 }

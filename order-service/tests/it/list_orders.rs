@@ -51,6 +51,21 @@ async fn a_last_page_that_is_full_says_that_it_is_the_last() {
     service.end().await;
 }
 
+/// A hundred items, and a reason for each: clients refuse messages of over 4 MiB unless they are told otherwise.
+#[tokio::test]
+async fn a_page_of_large_orders_is_short_enough_for_a_message_and_the_next_goes_on_after_it() {
+    let service = Service::start().await;
+    for _ in 0..5 {
+        place_for(&service, "ann").await;
+    }
+    service.execute("UPDATE orders SET status = 'REJECTED', rejection = repeat('x', 1024 * 1024 - 1000)").await;
+    let first = list(&service, page_of("ann", 500, "")).await;
+    assert_eq!(first.orders.len(), 3);
+    let second = list(&service, page_of("ann", 500, &first.next_page_token)).await;
+    assert_eq!((second.orders.len(), second.next_page_token.as_str()), (2, ""));
+    service.end().await;
+}
+
 #[tokio::test]
 async fn orders_placed_while_paging_do_not_shift_the_pages() {
     let service = Service::start().await;
