@@ -89,16 +89,16 @@ impl OrderService for Orders {
         let order_id = read_order_id(&request.get_ref().order_id)?;
         let too_many =
             || REFUSE.later(Code::ResourceExhausted, "TOO_MANY_WATCHERS", "too many orders are watched here");
-        let settled = self.watchers.register(order_id).ok_or_else(too_many)?;
+        let watch = self.watchers.register(order_id).ok_or_else(too_many)?;
         let order = self.get(order_id).await?;
         let is_final = is_settled(&order);
         let as_it_stands = tokio_stream::once(Ok(order));
         if is_final {
             return Ok(Response::new(Box::pin(as_it_stands)));
         }
-        // The channel ends without an order when the process shuts down.
-        let shuts_down = |_| REFUSE.later(Code::Unavailable, "SHUTTING_DOWN", "the server shuts down; watch again");
-        let later = tokio_stream::once(settled).then(move |settled| async move { settled.await.map_err(shuts_down) });
+        let shuts_down = || REFUSE.later(Code::Unavailable, "SHUTTING_DOWN", "the server shuts down; watch again");
+        let later =
+            tokio_stream::once(watch).then(move |watch| async move { watch.settled().await.ok_or_else(shuts_down) });
         Ok(Response::new(Box::pin(as_it_stands.chain(later))))
     }
 }

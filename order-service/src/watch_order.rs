@@ -10,7 +10,7 @@ use chassis::Database;
 use proto::orders::v1::{Order, OrderStatus};
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -26,8 +26,8 @@ pub(crate) const CHANNEL: &str = "order_status";
 const POLL: Duration = Duration::from_secs(1);
 /// Orders found settled by one look at most: what a long outage has left is worked off in pieces that fit into a unit of work.
 const FOUND_MAX: u16 = 500;
-/// Orders that are watched through one process at most: a look asks for all of them.
-const WATCHED_MAX: usize = 10_000;
+/// Watchers of one process at most: a look asks for the orders of all of them.
+const WATCHERS_MAX: usize = 10_000;
 /// Between two looks at least: under load, what changed meanwhile is found by one.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -38,7 +38,22 @@ const PAUSE: Duration = Duration::from_millis(10);
 #[derive(Clone, Debug)]
 pub(crate) struct Watchers {
     watched: Arc<Mutex<Watched>>,
+    places: Arc<Semaphore>,
     shutdown: CancellationToken,
+}
+
+/// A watcher's place, given up with it.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    settled: oneshot::Receiver<Order>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Watch {
+    /// The order, once it is settled; `None` when the process shuts down before.
+    pub(crate) async fn settled(self) -> Option<Order> {
+        self.settled.await.ok()
+    }
 }
 
 type Watched = HashMap<Uuid, Vec<oneshot::Sender<Order>>>;
@@ -46,7 +61,8 @@ type Watched = HashMap<Uuid, Vec<oneshot::Sender<Order>>>;
 impl Watchers {
     /// Starts the task, until `shutdown`; then whoever waits still is told so by the end of the channel.
     pub(crate) fn start(database: Database, url: PgConnectOptions, shutdown: CancellationToken) -> Self {
-        let watchers = Self { watched: Arc::default(), shutdown: shutdown.clone() };
+        let places = Arc::new(Semaphore::new(WATCHERS_MAX));
+        let watchers = Self { watched: Arc::default(), places, shutdown: shutdown.clone() };
         let woken = Arc::new(Notify::new());
         let wake = woken.clone();
         let listening = Box::pin(outbox::listen(url, CHANNEL, move || wake.notify_one()));
@@ -59,19 +75,17 @@ impl Watchers {
         watchers
     }
 
-    /// To be called before the order is read: whatever settles it after that read is then told of. `None` when too many
-    /// orders are watched already.
-    pub(crate) fn register(&self, order_id: Uuid) -> Option<oneshot::Receiver<Order>> {
-        let (sender, receiver) = oneshot::channel();
+    /// To be called before the order is read: whatever settles it after that read is then told of. `None` when there are
+    /// too many watchers already.
+    pub(crate) fn register(&self, order_id: Uuid) -> Option<Watch> {
+        let place = self.places.clone().try_acquire_owned().ok()?;
+        let (sender, settled) = oneshot::channel();
         let mut watched = self.lock();
-        if watched.len() >= WATCHED_MAX && !watched.contains_key(&order_id) {
-            return None;
-        }
         // Looked at under the lock, which the task takes once more to end all channels there are then.
         if !self.shutdown.is_cancelled() {
             watched.entry(order_id).or_default().push(sender);
         }
-        Some(receiver)
+        Some(Watch { settled, _place: place })
     }
 
     async fn tell_when_settled(self, database: Database, woken: Arc<Notify>) {
@@ -140,4 +154,26 @@ async fn find_settled(connection: &mut PgConnection, order_ids: Vec<Uuid>) -> Re
         return Ok(Vec::new());
     }
     get_orders(connection, &settled).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::Semaphore;
+    use tokio_util::sync::CancellationToken;
+    use uuid::Uuid;
+
+    use super::Watchers;
+
+    #[test]
+    fn a_place_is_free_as_soon_as_its_watcher_is_gone_and_each_watcher_takes_one() {
+        let places = Arc::new(Semaphore::new(2));
+        let watchers = Watchers { watched: Arc::default(), places, shutdown: CancellationToken::new() };
+        let order_id = Uuid::now_v7();
+        let (first, _second) = (watchers.register(order_id).unwrap(), watchers.register(order_id).unwrap());
+        assert!(watchers.register(Uuid::now_v7()).is_none());
+        drop(first);
+        assert!(watchers.register(Uuid::now_v7()).is_some());
+    }
 }
