@@ -19,6 +19,10 @@ use crate::{
 /// those of orders that were decided here, so that a conflict shows as a reservation that was not inserted, and not as
 /// whichever key it violates first.
 ///
+/// Reservations that are cancelled are looked up one by one, each by its id: sessions keep their plans, and a join that was
+/// right for a few reservations reads all of them when there are many, with stock under lock. They are under lock
+/// themselves, so that none has moved.
+///
 /// # Errors
 /// [`ApplyError::Refused`] when orders are reserved by other events: nothing of the batch may be committed.
 pub(crate) async fn write_batch(
@@ -27,8 +31,7 @@ pub(crate) async fn write_batch(
     stock: &Stock,
     answers: &[NewEvent],
 ) -> Result<(), ApplyError> {
-    let new = NewRows::of(reservations);
-    let cancelled = CancelledRows::of(reservations);
+    let (new, cancelled) = (NewRows::of(reservations), CancelledRows::of(reservations));
     let (ledger, totals) = (stock.ledger(), stock.totals());
     let answers = outbox::Rows::of(answers);
     let inserted = sqlx::query_scalar!(
@@ -43,10 +46,13 @@ pub(crate) async fn write_batch(
             RETURNING order_id
         ), cancelled AS (
             UPDATE reservations
-            SET status = cancelled.status, cancelled_by = cancelled.cancelled_by, cancelled_at = now()
-            FROM unnest($6::uuid[], $7::text[], $8::uuid[]) AS cancelled (order_id, status, cancelled_by)
-            WHERE reservations.order_id = cancelled.order_id
-            RETURNING reservations.order_id
+            SET status = ($7::text[])[array_position($6, order_id)],
+                cancelled_by = ($8::uuid[])[array_position($6, order_id)],
+                cancelled_at = now()
+            WHERE ctid = ANY (ARRAY (
+                SELECT (SELECT found.ctid FROM reservations AS found WHERE found.order_id = cancelled.order_id)
+                FROM unnest($6::uuid[]) AS cancelled (order_id)))
+            RETURNING order_id
         ), decided AS (
             SELECT order_id FROM inserted UNION ALL SELECT order_id FROM cancelled
         ), ledger AS (

@@ -12,16 +12,43 @@ use uuid::Uuid;
 pub(crate) struct Reply {
     event_id: Uuid,
     order_id: Uuid,
-    /// What the order becomes, if it still is PENDING.
-    becomes: Option<Settled>,
+    answer: Answer,
 }
 
-/// How an order is settled by inventory.
+/// What the answer says of the order.
 #[derive(Clone, Debug)]
-enum Settled {
-    Confirmed,
+enum Answer {
+    Reserved,
     /// With why, item by item.
     Rejected(String),
+    /// It was CANCELLED before it was told to inventory: there is nothing left to change.
+    Released,
+}
+
+/// What becomes of the orders that still are PENDING, as the arrays the statement takes.
+#[derive(Debug, Default)]
+struct Settled<'r> {
+    confirmed: Vec<Uuid>,
+    rejected: Vec<Uuid>,
+    rejections: Vec<&'r str>,
+}
+
+impl<'r> Settled<'r> {
+    /// By the first answer of each order: a statement changes a row once.
+    fn of(replies: &[&'r Reply]) -> Self {
+        let (mut settled, mut seen) = (Self::default(), HashSet::new());
+        for Reply { order_id, answer, .. } in replies {
+            match answer {
+                Answer::Reserved if seen.insert(order_id) => settled.confirmed.push(*order_id),
+                Answer::Rejected(why) if seen.insert(order_id) => {
+                    settled.rejected.push(*order_id);
+                    settled.rejections.push(why);
+                }
+                Answer::Reserved | Answer::Rejected(_) | Answer::Released => {}
+            }
+        }
+        settled
+    }
 }
 
 /// Applies replies in batches, with one statement.
@@ -35,21 +62,20 @@ impl Handler for OrderKeeper {
     type Event = Reply;
 
     fn read(&self, envelope: &Envelope<'_>) -> Result<Reply, Refusal> {
-        let (order_id, becomes) = if envelope.carries::<StockReserved>() {
-            (envelope.decode::<StockReserved>()?.order_id, Some(Settled::Confirmed))
+        let (order_id, answer) = if envelope.carries::<StockReserved>() {
+            (envelope.decode::<StockReserved>()?.order_id, Answer::Reserved)
         } else if envelope.carries::<StockRejected>() {
             let StockRejected { order_id, shortages } = envelope.decode()?;
-            (order_id, Some(Settled::Rejected(describe(&shortages))))
+            (order_id, Answer::Rejected(describe(&shortages)))
         } else if envelope.carries::<StockReleased>() {
-            // The order was CANCELLED before it was told to inventory: there is nothing left to change.
-            (envelope.decode::<StockReleased>()?.order_id, None)
+            (envelope.decode::<StockReleased>()?.order_id, Answer::Released)
         } else {
             return Err(Refusal::unknown_type(envelope));
         };
         if Uuid::try_parse(&order_id) != Ok(envelope.subject) {
             return Err(Refusal::reject("INVALID_REPLY", "order_id is not the subject of the event"));
         }
-        Ok(Reply { event_id: envelope.id, order_id: envelope.subject, becomes })
+        Ok(Reply { event_id: envelope.id, order_id: envelope.subject, answer })
     }
 
     /// Only a PENDING order is settled. One that was cancelled while the answer was under way stays CANCELLED, and its
@@ -59,30 +85,29 @@ impl Handler for OrderKeeper {
     /// after the other, and a cancellation locks one order only.
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, replies: &[&Reply]) -> Result<(), ApplyError> {
         let order_ids: Vec<Uuid> = replies.iter().map(|reply| reply.order_id).collect();
-        // The first of each order: an UPDATE that finds two rows to join takes any of them.
-        let mut seen = HashSet::new();
-        let settled: Vec<(Uuid, &Settled)> = replies
-            .iter()
-            .filter_map(|reply| reply.becomes.as_ref().map(|becomes| (reply.order_id, becomes)))
-            .filter(|(order_id, _)| seen.insert(*order_id))
-            .collect();
-        let settled_ids: Vec<Uuid> = settled.iter().map(|(order_id, _)| *order_id).collect();
-        let statuses: Vec<String> = settled.iter().map(|(_, becomes)| name(becomes)).collect();
-        let rejections: Vec<Option<String>> = settled.iter().map(|(_, becomes)| why(becomes)).collect();
+        let Settled { confirmed, rejected, rejections } = Settled::of(replies);
+        // Each order is looked up by its id, in a subquery that cannot become a join: sessions keep their plans, and a join
+        // that was right for a few orders reads all of them when there are many. `status` stands outside, where it is asked
+        // again of an order that was cancelled meanwhile.
         let unknown = sqlx::query_scalar!(
             r#"-- orders: apply replies
-            WITH settled AS (
-                UPDATE orders SET status = reply.status, rejection = reply.rejection
-                FROM unnest($2::uuid[], $3::text[], $4::text[]) AS reply (order_id, status, rejection)
-                WHERE orders.order_id = reply.order_id AND orders.status = 'PENDING'
+            WITH confirmed AS (
+                UPDATE orders SET status = 'CONFIRMED'
+                WHERE status = 'PENDING' AND ctid = ANY (ARRAY (
+                    SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
+                    FROM unnest($2::uuid[]) AS reply (order_id)))
+            ), rejected AS (
+                UPDATE orders SET status = 'REJECTED', rejection = ($4::text[])[array_position($3, order_id)]
+                WHERE status = 'PENDING' AND ctid = ANY (ARRAY (
+                    SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
+                    FROM unnest($3::uuid[]) AS reply (order_id)))
             )
             SELECT order_id AS "order_id!" FROM unnest($1::uuid[]) AS reply (order_id)
-            -- Looked up one by one; NOT EXISTS may be made a join with all orders.
             WHERE (SELECT true FROM orders WHERE orders.order_id = reply.order_id) IS NULL"#,
             &order_ids,
-            &settled_ids,
-            &statuses,
-            &rejections as &[Option<String>],
+            &confirmed,
+            &rejected,
+            &rejections as &[&str],
         )
         .fetch_all(&mut **tx)
         .await?;
@@ -98,21 +123,6 @@ impl Handler for OrderKeeper {
 
 fn unknown_order(reply: &Reply) -> Refusal {
     Refusal::reject("UNKNOWN_ORDER", format!("there is no order {}", reply.order_id))
-}
-
-/// The names are those of the constraint `orders_status_known`.
-fn name(becomes: &Settled) -> String {
-    match becomes {
-        Settled::Confirmed => "CONFIRMED".into(),
-        Settled::Rejected(_) => "REJECTED".into(),
-    }
-}
-
-fn why(becomes: &Settled) -> Option<String> {
-    match becomes {
-        Settled::Confirmed => None,
-        Settled::Rejected(why) => Some(why.clone()),
-    }
 }
 
 /// For people, item by item. Postgres has no NUL in text, and a SKU of inventory's might.
