@@ -55,7 +55,8 @@ impl NewEvent {
 /// the relay deliver an aggregate's events in sequence by looking only at the rows that are still there.
 ///
 /// # Errors
-/// Those of the database; a violation of `outbox_pkey` means that the aggregate already has an event of this sequence.
+/// Those of the database; a violation of `outbox_pkey` means that the aggregate already has an event of this sequence, one
+/// of `outbox_payload_deliverable` that an event takes over 1 MiB. Put large things where the receiver can fetch them.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> Result<(), sqlx::Error> {
     if events.is_empty() {
         return Ok(());

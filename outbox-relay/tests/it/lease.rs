@@ -89,6 +89,23 @@ async fn a_lease_that_was_never_settled_ends_by_itself_and_its_event_comes_again
 }
 
 #[tokio::test]
+async fn an_event_too_large_to_be_delivered_is_refused_where_it_is_enqueued() {
+    let outbox = Outbox::create().await;
+    for (bytes, refused) in [(1024 * 1024, None), (1024 * 1024 + 1, Some("outbox_payload_deliverable"))] {
+        let enqueued = sqlx::query(
+            "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+            VALUES (gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', $1)",
+        )
+        .bind(vec![7_u8; bytes])
+        .execute(&outbox.pool)
+        .await;
+        let constraint =
+            enqueued.err().and_then(|refusal| refusal.into_database_error()?.constraint().map(str::to_owned));
+        assert_eq!(constraint.as_deref(), refused);
+    }
+}
+
+#[tokio::test]
 async fn the_role_of_the_relay_can_enqueue_nothing() {
     let outbox = Outbox::create().await;
     let relay = sqlx::PgPool::connect(&outbox.relay_url()).await.unwrap();
