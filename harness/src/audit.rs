@@ -53,6 +53,9 @@ pub struct Audit {
     pub on_their_way: usize,
     /// Orders whose event an operator has discarded.
     pub given_up: usize,
+    /// Orders that stay PENDING, since an operator has discarded what would have settled them; those given up are among
+    /// them.
+    pub stranded: usize,
     /// Events of either outbox that will not be delivered until an operator acts.
     pub dead: usize,
     /// SKUs whose stock was checked.
@@ -64,11 +67,14 @@ pub struct Audit {
 impl Audit {
     /// The audit for people, line by line, ending in its verdict.
     pub fn lines(&self) -> Vec<String> {
-        let Self { orders, reserved, rejected, released, on_their_way, given_up, dead, skus, .. } = self;
+        let Self { orders, reserved, rejected, released, on_their_way, given_up, stranded, dead, skus, .. } = self;
         let mut lines = vec![format!(
             "{orders} orders = {reserved} reserved + {rejected} rejected + {released} cancelled + {on_their_way} on \
              their way + {given_up} given up; {dead} dead events; {skus} SKUs"
         )];
+        if *stranded > 0 {
+            lines.push(format!("{stranded} orders stay PENDING: what would have settled them was discarded"));
+        }
         lines.extend(self.findings.iter().take(FINDINGS_SHOWN).map(|finding| format!("FOUND {finding}")));
         let findings = self.findings.len();
         if findings > FINDINGS_SHOWN {
@@ -128,7 +134,12 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
         if disagreement(*order_id, &ordered, &done).is_some() {
             disagreeing.push(*order_id);
         }
+        audit.stranded += usize::from(order.status == "PENDING" && is_stranded(*order_id, &ordered, &done));
     }
+    let of_no_order = ordered.outbox.any.iter().filter(|order_id| !ordered.orders.contains_key(order_id));
+    audit
+        .findings
+        .extend(of_no_order.map(|order_id| format!("PHANTOM: events of order {order_id}, and no such order")));
     let recheck = read_disagreements(&mut orders_database, &mut inventory_database, disagreeing).await?;
     audit.findings.extend(recheck);
     let unmatched: Vec<Uuid> =
@@ -196,7 +207,7 @@ struct Effect {
 }
 
 fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mut Audit) {
-    let Effect { status, asked, taken, returned, .. } = effect;
+    let Effect { status, asked, cancelled, taken, returned } = effect;
     let nothing = &Quantities::new();
     let (count, should_have_taken, should_have_returned) = match status.as_str() {
         "RESERVED" => (&mut audit.reserved, demand, nothing),
@@ -204,13 +215,21 @@ fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mu
         "RELEASED" => (&mut audit.released, nothing, nothing),
         _ => (&mut audit.rejected, nothing, nothing),
     };
-    if (taken, returned) == (should_have_taken, should_have_returned) {
+    if status == "RESERVED" && *cancelled {
+        audit.findings.push(format!("WRONG: order {order_id} was cancelled, and still has \"{taken}\""));
+    } else if (taken, returned) == (should_have_taken, should_have_returned) {
         *count += 1;
     } else {
         audit.findings.push(format!(
             "WRONG: order {order_id} asks for \"{demand}\", is {status}, and has taken \"{taken}\" and returned \"{returned}\""
         ));
     }
+}
+
+/// Whether something that was discarded is all that could still settle the order.
+fn is_stranded(order_id: Uuid, ordered: &Ordered, done: &Done) -> bool {
+    let in_any = |sides: [&Events; 2]| sides.iter().any(|events| events.any.contains(&order_id));
+    in_any([&ordered.discarded, &done.discarded]) && !in_any([&ordered.outbox, &done.outbox])
 }
 
 /// How the two sides disagree about an order, if they do.

@@ -44,7 +44,7 @@ pub struct Arguments {
     /// Calls under way at once
     #[arg(long, short = 'c', default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     concurrency: u32,
-    /// Seconds a call that fails for want of a service is repeated, with its request id; 0: a failure is a failure
+    /// Seconds a call that fails for want of a service, or of room in it, is repeated, with its request id; 0: a failure is a failure
     #[arg(long, default_value_t = 0)]
     retry_seconds: u64,
     /// Seconds within which both outboxes have to be empty after the last order
@@ -61,7 +61,7 @@ pub struct Load {
     pub orders: u32,
     /// Calls under way at once.
     pub concurrency: u32,
-    /// For how long a call that finds no service is repeated with its request id. Such a call may have been carried out
+    /// For how long a call that finds no service, or one that is overloaded, is repeated with its request id. Such a call may have been carried out
     /// though it was not answered.
     pub retry_for: Duration,
 }
@@ -105,6 +105,8 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
         placed.percentile(0.99),
         placed.percentile(1.0),
     );
+    let missing = count_missing(&target.databases, &placed.order_ids).await?;
+    ensure!(missing == 0, "{missing} orders were acknowledged and are not in the database");
     let drained = wait_until_delivered(&target.databases, Duration::from_secs(drain_seconds)).await?;
     println!("stress: both outboxes were empty {drained:.1?} after the last reply");
     let audit = audit(&target.databases).await?;
@@ -184,7 +186,8 @@ async fn place_order(
             Err(status) => status,
         };
         // A status with a source was made here, of a broken connection; its code says nothing.
-        let may_pass = status.source().is_some() || matches!(status.code(), Code::Unavailable | Code::Cancelled);
+        let may_pass = status.source().is_some()
+            || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::ResourceExhausted);
         if !may_pass || started.elapsed() >= retry_for {
             bail!("CreateOrder was answered {:?}: {}", status.code(), status.message());
         }
@@ -218,6 +221,22 @@ pub(crate) fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result
         "the order is not what was asked for: {request:?} was answered {order:?}"
     );
     Ok(())
+}
+
+/// How many of the orders are not in the database, though they were acknowledged.
+///
+/// # Errors
+/// When it cannot be read.
+pub async fn count_missing(databases: &Databases, order_ids: &HashSet<String>) -> Result<usize> {
+    let order_ids = order_ids.iter().map(|id| Ok(id.parse()?)).collect::<Result<Vec<Uuid>>>()?;
+    let found = sqlx::query_scalar!(
+        r#"-- stress: acknowledged orders
+        SELECT count(*) AS "found!" FROM orders WHERE order_id = ANY ($1)"#,
+        &order_ids
+    )
+    .fetch_one(&mut databases.orders().await?)
+    .await?;
+    Ok(order_ids.len() - usize::try_from(found)?)
 }
 
 /// Dead events in both outboxes.

@@ -6,7 +6,7 @@ use harness::{
     audit::audit,
     processes::Process,
     replay::replay,
-    stress::{Load, place_orders, wait_until_delivered},
+    stress::{Load, count_missing, place_orders, wait_until_delivered},
     system::{Service, stop},
 };
 use sqlx::PgPool;
@@ -48,6 +48,8 @@ impl System {
         let placed = load.await.unwrap();
         let placed = placed.unwrap_or_else(|error| panic!("{error}\n{}", self.process(Service::Orders).log_tail(20)));
         assert_eq!(placed.order_ids.len(), LOAD.orders as usize);
+        let databases = self.site.layout.target().unwrap().databases;
+        assert_eq!(count_missing(&databases, &placed.order_ids).await.unwrap(), 0, "acknowledged means committed");
         self.ends_clean().await;
     }
 
@@ -196,6 +198,19 @@ const DAMAGES: &[(&str, Side, &str)] = &[
         "DELETE FROM reservations WHERE order_id = (SELECT order_id FROM reservations ORDER BY order_id LIMIT 1)",
     ),
     ("WRONG: event ", Side::Inventory, "INSERT INTO processed_messages VALUES (gen_random_uuid())"),
+    (
+        "PHANTOM: events ",
+        Side::Orders,
+        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at)
+        VALUES (gen_random_uuid(), 1, gen_random_uuid(), 'orders.v1.OrderCreated', '', now() + interval '1 hour')",
+    ),
+    (
+        "WRONG: order ",
+        Side::Inventory,
+        // Its cancellation has come, and has given nothing back.
+        "UPDATE reservations SET cancelled_by = event_id, cancelled_at = now()
+        WHERE order_id = (SELECT order_id FROM reservations WHERE status = 'RESERVED' ORDER BY order_id LIMIT 1 OFFSET 9)",
+    ),
     (
         "WRONG: order ",
         Side::Orders,
