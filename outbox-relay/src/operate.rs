@@ -55,7 +55,7 @@ async fn begin_durable(connection: &mut PgConnection) -> Result<Transaction<'_, 
 /// Rows that are visible already are written too. A relay parks successors of an event that is dead in *its* snapshot;
 /// one it parks at this moment is waited for here, and one it is about to park is not where its snapshot says any more,
 /// so that it leaves it alone. Were visible rows passed over, such a row would stay hidden for minutes.
-async fn free_successors(tx: &mut Transaction<'_, Postgres>, places: &[Place]) -> Result<u64, sqlx::Error> {
+async fn free_successors(connection: &mut PgConnection, places: &[Place]) -> Result<u64, sqlx::Error> {
     let aggregate_ids: Vec<_> = places.iter().map(|place| place.aggregate_id).collect();
     let sequences: Vec<_> = places.iter().map(|place| place.sequence).collect();
     let freed = sqlx::query!(
@@ -70,9 +70,18 @@ async fn free_successors(tx: &mut Transaction<'_, Postgres>, places: &[Place]) -
         &aggregate_ids,
         &sequences,
     )
-    .execute(&mut **tx)
+    .execute(connection)
     .await?;
     Ok(freed.rows_affected())
+}
+
+/// To be called after the commit. A successor that was committed after [`free_successors`] had looked can have been parked
+/// by a relay that did not see this commit yet. Whoever parks from now on sees it, and what was parked before is freed
+/// here. If this fails the row comes back by itself, within minutes, so it is none of the operator's.
+async fn free_late_successors(connection: &mut PgConnection, places: &[Place]) {
+    if let Err(cause) = free_successors(connection, places).await {
+        tracing::warn!(%cause, "an event that was enqueued at this moment may wait for some minutes");
+    }
 }
 
 /// To be called after the commit. A relay that is not told looks by itself within its poll interval, so a failure here is

@@ -4,7 +4,9 @@ use proto::relay::v1::DiscardDeadEventResponse;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{OperateError, Place, begin_durable, count, free_successors, refuse::explain, wake_relays};
+use super::{
+    OperateError, Place, begin_durable, count, free_late_successors, free_successors, refuse::explain, wake_relays,
+};
 
 /// Moves the event, whole, into `outbox_discarded`, with who does it and why; what it held back is let go. One statement
 /// deletes and inserts, so the event is in one of the two tables at any moment.
@@ -43,6 +45,7 @@ pub(crate) async fn discard(
     let place = Place { aggregate_id: discarded.aggregate_id, sequence: discarded.sequence };
     let freed = free_successors(&mut tx, &[place]).await?;
     tx.commit().await?;
+    free_late_successors(connection, &[place]).await;
     wake_relays(connection).await;
     let discard_time = Some(outbox::timestamp(discarded.discarded_at));
     Ok(DiscardDeadEventResponse { freed: count(freed), discard_time })

@@ -6,7 +6,7 @@ use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use super::{
-    OperateError, Place, Reason, begin_durable, count, free_successors,
+    OperateError, Place, Reason, begin_durable, count, free_late_successors, free_successors,
     refuse::{NotApplicable, explain},
     wake_relays,
 };
@@ -56,6 +56,7 @@ pub(crate) async fn requeue(
     let requeued = make_visible(&mut tx, &young).await?;
     let freed = free_successors(&mut tx, &requeued).await?;
     tx.commit().await?;
+    free_late_successors(connection, &requeued).await;
     wake_relays(connection).await;
     Ok(RequeueDeadEventsResponse {
         requeued: count(requeued.len() as u64),

@@ -1,13 +1,14 @@
 //! Having dead events delivered again.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
+use harness::processes::free_port;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
     operator::{Listening, Operator, grow_old, insert_dead, insert_dead_with_successors, pardoned},
-    outbox::{Outbox, Row},
+    outbox::{NewEvent, Outbox, Row},
     receiver::{Log, Receiver, Reply},
     relay::Relay,
     wait::until,
@@ -52,6 +53,40 @@ async fn what_it_held_back_follows_at_once_and_in_sequence() {
     outbox.wait_until_empty().await;
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), line.map(|event| event.event_id));
+}
+
+/// It is enqueued when the requeue has looked for successors, and parked by a relay to whom the event is dead yet.
+#[tokio::test]
+async fn a_successor_that_comes_while_a_requeue_commits_does_not_stay_parked() {
+    let outbox = Outbox::create().await;
+    let dead = insert_dead(&outbox).await;
+    sqlx::raw_sql(
+        "CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END $$;
+        CREATE CONSTRAINT TRIGGER linger AFTER UPDATE ON outbox DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+            WHEN (OLD.visible_at = 'infinity') EXECUTE FUNCTION linger()",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+    // It parks, and has nothing else to do: the route leads nowhere.
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+    let relay = Relay::start(&outbox, nowhere, &[]).await;
+    let aggregate_id = sqlx::query_scalar("SELECT aggregate_id FROM outbox").fetch_one(&outbox.pool).await.unwrap();
+    let successor = NewEvent::of(aggregate_id, 2);
+    let (operator, event_id) = (Operator::of(&outbox), dead.to_string());
+    let arguments = ["dead", "requeue", &event_id];
+    let enqueue = async {
+        let commits = "SELECT count(*) FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event = 'PgSleep'";
+        let committing = async || sqlx::query_scalar::<_, i64>(commits).fetch_one(&outbox.pool).await.unwrap() == 1;
+        until("the requeue commits", committing).await;
+        outbox.insert(&[successor]).await;
+        let is_parked = async || outbox.row(successor.event_id).await.is_some_and(|row| !row.visible);
+        until("the successor is parked", is_parked).await;
+    };
+    tokio::join!(operator.does(&arguments), enqueue);
+    assert!(outbox.row(successor.event_id).await.unwrap().visible);
+    relay.stop().await;
 }
 
 #[tokio::test]
