@@ -1,16 +1,19 @@
 //! Connects to the database and bounds the work done there.
 
-use std::{fmt, future::Future, pin::Pin, str::FromStr, time::Duration};
+use std::{error::Error, fmt, future::Future, pin::Pin, str::FromStr, time::Duration};
 
 use backon::{ExponentialBuilder, Retryable};
 use clap::Args;
 use sqlx::{
     Connection, PgConnection, PgPool,
+    migrate::Migrator,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tokio::{sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
+
+use crate::{SchemaError, schema::check_schema};
 
 /// How long one try to connect may take, if calls do not wait longer for a connection than that.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -85,17 +88,19 @@ pub struct Database {
 }
 
 impl Database {
-    /// Connects, waiting with back-off for as long as the database does not answer, and saying so.
+    /// Connects, waiting with back-off for as long as the database does not answer, and saying so; and checks that all
+    /// `migrations` were run.
     ///
     /// Returns `None` when `shutdown` came first.
     ///
     /// # Errors
-    /// What waiting does not mend: wrong credentials.
+    /// What waiting does not mend: wrong credentials, a schema this process does not know.
     pub async fn connect(
         url: &DatabaseUrl,
         settings: &DatabaseSettings,
+        migrations: &'static [&'static Migrator],
         shutdown: &CancellationToken,
-    ) -> Result<Option<Self>, sqlx::Error> {
+    ) -> Result<Option<Self>, SchemaError> {
         let acquire_limit = Duration::from_millis(settings.database_acquire_ms);
         let pool = PgPoolOptions::new()
             .max_connections(settings.database_connections)
@@ -109,18 +114,14 @@ impl Database {
             .with_jitter()
             .without_max_times();
         // The pool hides why it has no connection; one made by hand tells.
-        let connect = || {
-            let options = url.options();
-            async move {
-                // A server that accepts and stays silent would otherwise be waited for without a word.
-                let connecting = timeout(CONNECT_LIMIT, PgConnection::connect_with(&options));
-                connecting.await.map_err(|_| timed_out())??.close().await
-            }
-        };
+        let connect = || try_to_connect(url.options(), migrations);
         let waiting = connect
             .retry(back_off)
-            .when(|error| !is_refused(error))
-            .notify(|error, delay| info!("waiting for database {url}: {error}; next try in {delay:.1?}"));
+            .when(|error| matches!(error, SchemaError::Database(cause) if !is_refused(cause)))
+            .notify(|error, delay| {
+                let cause = error.source().map(ToString::to_string).unwrap_or_default();
+                info!("waiting for database {url}: {cause}; next try in {delay:.1?}");
+            });
         match shutdown.run_until_cancelled(waiting).await {
             None => Ok(None),
             Some(connected) => {
@@ -161,8 +162,9 @@ impl Database {
                 return done;
             }
             error!("database work took over {work_limit:?}: connection cut");
-            // Only cuts the socket; an error means that it was cut already.
-            drop(connection.detach().close_hard().await);
+            // Dropped, the socket is closed at once. sqlx's close_hard would first write what is still to be sent, and where
+            // the network swallows it wait for as long as TCP does: a quarter of an hour.
+            drop(connection.detach());
             Err(E::from(timed_out()))
         });
         // Only the caller stops waiting here, not the task: after an outage every connection is made anew, and on a busy
@@ -213,6 +215,19 @@ async fn ask(options: &PgConnectOptions, connection: Option<PgConnection>) -> Re
     };
     connection.ping().await?;
     Ok(connection)
+}
+
+async fn try_to_connect(
+    options: PgConnectOptions,
+    migrations: &'static [&'static Migrator],
+) -> Result<(), SchemaError> {
+    let trying = async {
+        let mut connection = PgConnection::connect_with(&options).await?;
+        check_schema(&mut connection, migrations).await?;
+        Ok(connection.close().await?)
+    };
+    // A server that accepts and stays silent would otherwise be waited for without a word.
+    timeout(CONNECT_LIMIT, trying).await.unwrap_or_else(|_| Err(timed_out().into()))
 }
 
 /// Has the server give a statement up before its work is cut off here. A connection that is cut does not stop a statement:

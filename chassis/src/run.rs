@@ -2,17 +2,14 @@
 
 use std::{fmt::Display, io, net::SocketAddr, process::ExitCode};
 
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, runtime::Runtime};
 
 use crate::{SchemaError, ServeError};
 
 /// Why a process could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The database refuses this process.
-    #[error("cannot use the database: {0}")]
-    Database(#[from] sqlx::Error),
-    /// The schema is not one this process knows.
+    /// The database refuses this process, or its schema is not one this process knows.
     #[error(transparent)]
     Schema(#[from] SchemaError),
     /// The server.
@@ -36,14 +33,40 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address).await.map_err(named)
 }
 
-/// What `main` returns: on an error 1, after one line on stderr.
-pub fn exit_code(outcome: Result<(), impl Display>) -> ExitCode {
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // In the form that anyhow shows all causes in.
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
+/// Does the work of `main`, and returns its exit code: on an error 1, after one line on stderr.
+///
+/// Nothing is waited for once the work is done. A name that is being looked up, in a thread that cannot be interrupted,
+/// would hold up the end for as long as a resolver is silent, past every drain time.
+pub fn run(work: impl Future<Output = Result<(), impl Display>>) -> ExitCode {
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(error),
+    };
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_background();
+    outcome.map_or_else(fail, |()| ExitCode::SUCCESS)
+}
+
+fn fail(error: impl Display) -> ExitCode {
+    // In the form that anyhow shows all causes in.
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, process::ExitCode, thread, time::Duration};
+
+    use tokio::{task::spawn_blocking, time::Instant};
+
+    #[test]
+    fn the_end_waits_for_no_thread_that_cannot_be_interrupted() {
+        let began = Instant::now();
+        let code = super::run(async {
+            drop(spawn_blocking(|| thread::sleep(Duration::from_secs(60))));
+            Ok::<_, Infallible>(())
+        });
+        assert_eq!(code, ExitCode::SUCCESS);
+        assert!(began.elapsed() < Duration::from_secs(20));
     }
 }

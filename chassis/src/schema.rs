@@ -5,9 +5,9 @@ use sqlx::{
     migrate::{Migrate, MigrateError, Migrator},
 };
 
-use crate::{Database, DatabaseUrl};
+use crate::DatabaseUrl;
 
-/// Why a process cannot use a database's schema.
+/// Why a process cannot use a database.
 #[derive(Debug, thiserror::Error)]
 pub enum SchemaError {
     /// A migration this process relies on was not run.
@@ -16,8 +16,8 @@ pub enum SchemaError {
     /// A migration was run, but not the one this process was built with.
     #[error("migration {0} of the database is not the one this process was built with")]
     Different(String),
-    /// The database did not answer.
-    #[error("cannot read the schema's history: {0}")]
+    /// The database did not answer, or refuses this process.
+    #[error("cannot use the database")]
     Database(#[from] sqlx::Error),
 }
 
@@ -37,20 +37,11 @@ pub async fn migrate(url: &DatabaseUrl, migrators: &[&Migrator]) -> Result<(), M
 
 /// Checks that all migrations of `migrators` were run. Later ones are no error: the schema moves ahead of the processes
 /// while they are being replaced.
-///
-/// # Errors
-/// [`SchemaError`].
-pub async fn check_schema(database: &Database, migrators: &'static [&'static Migrator]) -> Result<(), SchemaError> {
-    database
-        .run(move |connection| {
-            Box::pin(async move {
-                for migrator in migrators {
-                    check(connection, migrator).await?;
-                }
-                Ok(())
-            })
-        })
-        .await
+pub(crate) async fn check_schema(connection: &mut PgConnection, migrators: &[&Migrator]) -> Result<(), SchemaError> {
+    for migrator in migrators {
+        check(connection, migrator).await?;
+    }
+    Ok(())
 }
 
 async fn check(connection: &mut PgConnection, migrator: &Migrator) -> Result<(), SchemaError> {

@@ -61,10 +61,8 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "inventory-service starts");
-    let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
-        return Ok(());
-    };
-    chassis::check_schema(&database, &MIGRATORS).await?;
+    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let Some(database) = connecting.await? else { return Ok(()) };
     let keeper = StockKeeper { relay: Notifier::start(settings.database_url.options(), outbox::CHANNEL) };
     let receiver = Receiver::start(&database, keeper, grpc::REFUSE, &settings.inbox, shutdown.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() });

@@ -39,11 +39,10 @@ enum Command {
     },
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli = chassis::parse::<Cli>();
     chassis::log_to_stdout();
-    chassis::exit_code(run(cli.command).await)
+    chassis::run(run(cli.command))
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {

@@ -64,10 +64,8 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "order-service starts");
-    let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
-        return Ok(());
-    };
-    chassis::check_schema(&database, &MIGRATORS).await?;
+    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let Some(database) = connecting.await? else { return Ok(()) };
     let notifier = |channel| Notifier::start(settings.database_url.options(), channel);
     let status = notifier(watch_order::CHANNEL);
     let keeper = OrderKeeper { watchers: status.clone() };

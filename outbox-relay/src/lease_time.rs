@@ -40,7 +40,8 @@ impl Outbox {
         let arguments = ["relay", "--database-url", &url, "--route", "*=http://localhost:1", "--source", "orders"];
         let settings = Cli::try_parse_from(arguments).unwrap().settings;
         let never = CancellationToken::new();
-        let database = Database::connect(&settings.database_url, &settings.database, &never).await.unwrap().unwrap();
+        let database =
+            Database::connect(&settings.database_url, &settings.database, &[], &never).await.unwrap().unwrap();
         let terms = Terms::of(&settings, &settings.routes[0], &[]);
         Self { pool: test.pool().await, database, terms, _test: test }
     }

@@ -113,10 +113,8 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
         measure::serve(address).map_err(unusable)?;
     }
-    let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
-        return Ok(());
-    };
-    chassis::check_schema(&database, &MIGRATORS).await?;
+    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let Some(database) = connecting.await? else { return Ok(()) };
     let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
     let admin =
         Admin { database: database.clone(), descriptors: settings.descriptors.clone(), max_age: settings.max_age };

@@ -28,10 +28,9 @@ enum Command {
     },
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli = chassis::parse::<Cli>();
-    chassis::exit_code(run(cli.command).await)
+    chassis::run(run(cli.command))
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {

@@ -11,8 +11,10 @@ use std::net::SocketAddr;
 use chassis::{Database, DatabaseSettings, DatabaseUrl, Refuse, ServeSettings, Services};
 use outbox::{ApplyError, Envelope, Handler, InboxSettings, Receiver, Refusal};
 use proto::{events::v1::event_receiver_server::SERVICE_NAME, orders::v1::OrderCreated};
-use sqlx::{Postgres, Transaction};
+use sqlx::{Postgres, Transaction, migrate::Migrator};
 use tonic::service::Routes;
+
+static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
 
 struct Loyalty;
 
@@ -61,10 +63,9 @@ async fn main() -> anyhow::Result<()> {
     let settings = chassis::parse::<Settings>();
     chassis::log_to_stdout();
     let (shutdown, listener) = (chassis::shutdown_signal()?, chassis::bind(settings.listen).await?);
-    chassis::migrate(&settings.database_url, &[&outbox::MIGRATOR]).await?;
-    let Some(database) = Database::connect(&settings.database_url, &settings.database, &shutdown).await? else {
-        return Ok(());
-    };
+    chassis::migrate(&settings.database_url, &MIGRATORS).await?;
+    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let Some(database) = connecting.await? else { return Ok(()) };
     let table = "CREATE TABLE IF NOT EXISTS points (customer text PRIMARY KEY, points numeric NOT NULL)";
     database.run(move |connection| Box::pin(async move { sqlx::query(table).execute(connection).await })).await?;
     let refuse = Refuse { domain: "loyalty-service" };

@@ -15,6 +15,13 @@ use crate::site::Site;
 const LIMIT: Duration = Duration::from_secs(20);
 const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: LIMIT };
 
+#[test]
+fn it_is_under_sixty_lines() {
+    let example = include_str!("../../../outbox/examples/loyalty_service.rs");
+    let code = example.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
+    assert!(code.count() < 60);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_of_sixty_lines_applies_each_event_once() {
     let Site { layout, orders, scratch, .. } = &Site::prepare(&[]).await;

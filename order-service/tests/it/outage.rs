@@ -160,7 +160,7 @@ async fn a_connection_that_takes_longer_to_make_than_a_call_may_wait_is_made_all
     let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
     let url = slow_line(&server.url_as("order_service"), Duration::from_millis(600)).await;
     let settings = DatabaseSettings { database_connections: 2, database_acquire_ms: 200, database_work_ms: 5000 };
-    let connecting = Database::connect(&url.parse().unwrap(), &settings, &CancellationToken::new()).await;
+    let connecting = Database::connect(&url.parse().unwrap(), &settings, &MIGRATORS, &CancellationToken::new()).await;
     let database = connecting.unwrap().unwrap();
 
     let begun = || database.run::<(), sqlx::Error, _>(|connection| Box::pin(connection.ping()));
