@@ -32,6 +32,8 @@ pub(crate) enum Verdict {
     /// The same, but it may be why nothing is known: make it visible before all others, so that whoever delivers next, as
     /// a rule in a turn, finds out.
     Suspect,
+    /// The receiver is not able to take it, alone, and yet took others: make it visible later, at no cost to it.
+    PutOff,
 }
 
 /// What became of a delivery.

@@ -9,7 +9,7 @@ use sqlx::types::time::OffsetDateTime;
 use tokio::time::Instant;
 
 /// How long what lies below the floor may stay unseen.
-const RESCAN_INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const RESCAN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The floor of a route, shared by its workers in a process.
 ///
@@ -36,6 +36,8 @@ struct State {
     floor: Option<OffsetDateTime>,
     changes: u64,
     rescan_at: Instant,
+    /// Whether a lease has looked above the floor only, and none everywhere since.
+    passed_over: bool,
 }
 
 /// What a lease begins with.
@@ -48,7 +50,7 @@ pub(crate) struct Start {
 
 impl Floor {
     pub(crate) fn new() -> Self {
-        Self { state: Mutex::new(State { floor: None, changes: 0, rescan_at: Instant::now() }) }
+        Self { state: Mutex::new(State { floor: None, changes: 0, rescan_at: Instant::now(), passed_over: false }) }
     }
 
     /// Where a lease begins to look that is asked for `now`.
@@ -59,8 +61,14 @@ impl Floor {
                 state.rescan_at = now + RESCAN_INTERVAL;
                 floor = None;
             }
+            state.passed_over = floor.is_some();
             Start { floor, changes: state.changes }
         })
+    }
+
+    /// Whether something may lie below the floor that the last lease did not look at.
+    pub(crate) fn may_hide_something(&self) -> bool {
+        self.with(|state| state.passed_over)
     }
 
     /// A lease has taken events, the oldest of them `oldest`. The floor rises to that, unless it was changed since the
@@ -120,8 +128,10 @@ mod tests {
         for _ in 0..3 {
             let everywhere = floor.start(now);
             assert_eq!(everywhere.floor, None);
+            assert!(!floor.may_hide_something());
             floor.took(everywhere, at(7));
             assert_eq!(floor.start(now).floor, Some(at(7)));
+            assert!(floor.may_hide_something());
             assert_eq!(floor.start(now + RESCAN_INTERVAL / 2).floor, Some(at(7)));
             now += RESCAN_INTERVAL;
         }

@@ -28,6 +28,7 @@ pub(crate) struct Lease {
     pub(crate) oldest: OffsetDateTime,
     asked_at: Instant,
     length: Duration,
+    max_age_hours: i32,
 }
 
 /// One leased row of the outbox.
@@ -61,7 +62,7 @@ pub(crate) struct Terms {
     like: String,
     unlike: Vec<String>,
     lease_seconds: u32,
-    max_age_hours: u32,
+    max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
 }
 
@@ -72,7 +73,7 @@ impl Terms {
             like: route.like(),
             unlike: earlier.iter().map(RouteSettings::like).collect(),
             lease_seconds: settings.lease_seconds,
-            max_age_hours: settings.max_age.max_age_hours,
+            max_age_hours: settings.max_age.max_age_hours.cast_signed(),
             floor: Arc::new(Floor::new()),
         }
     }
@@ -97,6 +98,11 @@ impl Lease {
     /// Whether less than half of the lease is left for a delivery.
     pub(crate) fn is_worn(&self) -> bool {
         Instant::now() > self.quarters(1)
+    }
+
+    /// Whether the database lets others take the rows, as far as can be told from here: at the latest from now on.
+    pub(crate) fn has_expired(&self) -> bool {
+        Instant::now() > self.quarters(4)
     }
 
     fn quarters(&self, quarters: u32) -> Instant {
@@ -126,16 +132,20 @@ impl Lease {
     }
 
     /// Begins the lease anew, for a worker that has found out something in its time and needs more to make use of it.
-    /// Returns whether it still had all of the rows: an expired lease can be renewed until somebody else takes one of them.
+    /// Returns whether it has all of the rows, and may have: an expired lease can be renewed until somebody else takes one
+    /// of them, but not while the outbox is paused, nor once an event that was to be delivered has become too old.
     pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
-        let (token, seconds) = (self.token, self.length.as_secs_f64());
+        let (token, seconds, max_age_hours) = (self.token, self.length.as_secs_f64(), self.max_age_hours);
+        let live = self.rows.iter().filter(|row| !row.expired).count();
         let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
             self.rows.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
         self.asked_at = Instant::now();
         let renewed = database
-            .run(move |connection| Box::pin(push_back(connection, token, aggregate_ids, sequences, seconds)))
+            .run(move |connection| {
+                Box::pin(push_back(connection, token, aggregate_ids, sequences, seconds, max_age_hours))
+            })
             .await?;
-        Ok(usize::try_from(renewed) == Ok(self.rows.len()))
+        Ok(renewed.len() == self.rows.len() && renewed.into_iter().filter(|expired| !expired).count() == live)
     }
 }
 
@@ -145,11 +155,11 @@ pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Res
     let length = Duration::from_secs(terms.lease_seconds.into());
     let asked_at = Instant::now();
     let (start, floor) = (terms.floor.start(asked_at), terms.floor.clone());
-    let terms = terms.clone();
+    let (terms, max_age_hours) = (terms.clone(), terms.max_age_hours);
     let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     floor.took(start, oldest);
-    Ok(Some(Lease { token, rows, oldest, asked_at, length }))
+    Ok(Some(Lease { token, rows, oldest, asked_at, length, max_age_hours }))
 }
 
 /// One statement, since `FOR UPDATE SKIP LOCKED` outside a transaction protects nothing beyond its own statement: the
@@ -201,7 +211,7 @@ async fn take_rows(
         f64::from(terms.lease_seconds),
         terms.like,
         &terms.unlike,
-        i32::try_from(terms.max_age_hours).unwrap_or(i32::MAX),
+        terms.max_age_hours,
         start.floor,
     )
     .fetch_all(connection)
@@ -217,19 +227,26 @@ async fn push_back(
     aggregate_ids: Vec<Uuid>,
     sequences: Vec<i32>,
     seconds: f64,
-) -> Result<u64, sqlx::Error> {
-    let renewed = sqlx::query!(
-        "-- relay: renew
+    max_age_hours: i32,
+) -> Result<Vec<bool>, sqlx::Error> {
+    // By place, as in `settle`.
+    sqlx::query_scalar!(
+        r#"-- relay: renew
         UPDATE outbox
         SET visible_at = now() + make_interval(secs => $4)
-        FROM unnest($2::uuid[], $3::integer[]) AS leased (aggregate_id, sequence)
-        WHERE outbox.aggregate_id = leased.aggregate_id AND outbox.sequence = leased.sequence AND lease_token = $1",
+        WHERE lease_token = $1 AND NOT EXISTS (SELECT FROM outbox_pause) AND ctid = ANY (ARRAY (
+            SELECT (
+                SELECT leased.ctid
+                FROM outbox AS leased
+                WHERE leased.aggregate_id = renewed.aggregate_id AND leased.sequence = renewed.sequence)
+            FROM unnest($2::uuid[], $3::integer[]) AS renewed (aggregate_id, sequence)))
+        RETURNING created_at < now() - make_interval(hours => $5) AS "expired!""#,
         token,
         &aggregate_ids,
         &sequences,
         seconds,
+        max_age_hours,
     )
-    .execute(connection)
-    .await?;
-    Ok(renewed.rows_affected())
+    .fetch_all(connection)
+    .await
 }

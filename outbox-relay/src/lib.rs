@@ -155,7 +155,7 @@ fn start(
 ) -> JoinSet<Result<(), RunError>> {
     let poll = Duration::from_millis(settings.poll_ms);
     let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
-    let wakes = Wake::listen(settings.database_url.options(), poll, shutdown, routes.len());
+    let wakes = Wake::listen(settings.database_url.options(), shutdown, routes.len());
     let mut tasks = JoinSet::new();
     for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
         let terms = Terms::of(settings, route.settings(), &settings.routes[..index]);

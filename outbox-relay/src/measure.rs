@@ -20,7 +20,8 @@ pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
     describe_counter!(
         EVENTS,
         "Leased events by what was done with them: handled (deleted), retried (an attempt spent), died, released (nothing \
-         known of them), lost (the lease had expired and another relay took them: nothing was done)"
+         known of them), lost (the lease had expired and another relay took them: nothing was done), unsettled (the database \
+         failed: the lease expires)"
     );
     describe_counter!(
         DELIVERIES,
@@ -47,8 +48,15 @@ pub(crate) fn delivered(route: &str, outcome: &'static str) {
 }
 
 pub(crate) fn settled(route: &str, settled: &Settled) {
-    let Settled { handled, retried, died, released, lost } = *settled;
-    let counts = [("handled", handled), ("retried", retried), ("died", died), ("released", released), ("lost", lost)];
+    let Settled { handled, retried, died, released, lost, unsettled } = *settled;
+    let counts = [
+        ("handled", handled),
+        ("retried", retried),
+        ("died", died),
+        ("released", released),
+        ("lost", lost),
+        ("unsettled", unsettled),
+    ];
     for (outcome, events) in counts {
         let events = u64::try_from(events).unwrap_or(u64::MAX);
         counter!(EVENTS, "route" => route.to_owned(), "outcome" => outcome).increment(events);

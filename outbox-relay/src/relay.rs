@@ -1,6 +1,6 @@
 //! The loop: lease, deliver, settle.
 
-use std::{ops::Range, time::Duration};
+use std::{collections::HashMap, ops::Range, time::Duration};
 
 use chassis::{Database, RunError};
 use tokio::time::Instant;
@@ -10,10 +10,12 @@ use tracing::{debug, error, warn};
 use crate::{
     Settings,
     deliver::{Delivery, Receiver, Verdict},
+    floor::RESCAN_INTERVAL,
     lease::{Lease, Terms, lease},
     measure,
+    reopen::FIRST_BATCH,
     route::{Admission, Route, Turn},
-    settle::{Policy, settle},
+    settle::{Policy, Settled, settle},
     wake::Wake,
 };
 
@@ -64,7 +66,7 @@ impl Worker {
         while !self.shutdown.is_cancelled() {
             match self.round().await? {
                 Round::Worked => {}
-                Round::Idle => self.wake.wait().await,
+                Round::Idle => self.wake.wait(self.poll()).await,
                 Round::Failed => self.pause().await,
             }
         }
@@ -119,11 +121,15 @@ impl Worker {
     /// delivered each alone. If it was *refused*, the receiver is up, and that is done at once. If there was *silence*,
     /// the receiver may have crashed, and with it every delivery under way: then only a worker in its turn does it, which
     /// waits before each delivery until the receiver is up. An event is charged with what happened to it alone: with a
-    /// refusal always, with silence only in a turn, when nobody else's event can have been the cause.
+    /// refusal always, with silence only in a turn, when nobody else's event can have been the cause. An *outage* is
+    /// charged to nobody; but an event that meets one before and after others were taken is put off, in a turn: it would keep
+    /// the route shut.
     async fn deliver(&mut self, lease: &mut Lease, verdicts: &mut [Verdict], mut turn: Option<&mut Turn<'_>>) -> bool {
         let mut batches = lease.batches();
         batches.reverse();
         let mut through = true;
+        // Batches the receiver took; and of each event that alone met an outage, how many those were at that time.
+        let (mut taken, mut outages) = (0, HashMap::new());
         while let Some(batch) = batches.pop() {
             // Those that are delivered one by one may be too many for one lease: that is no silence of the receiver's.
             if turn.is_none() && Instant::now() > lease.split_before() {
@@ -138,15 +144,15 @@ impl Worker {
                 deadline = if batch.len() > 1 { lease.split_before() } else { lease.deliver_before() };
             }
             let Some(delivery) = self.call(lease, batch.clone(), deadline).await else { return false };
+            if let Some(reason) = why_split(&delivery, batch.len(), turn.is_some()) {
+                warn!(worker = self.number, events = batch.len(), reason, "batch failed: delivering one by one");
+                batches.extend(batch.rev().map(|row| row..row + 1));
+                continue;
+            }
             match delivery {
-                Delivery::Answered(answers) => verdicts[batch].clone_from_slice(&answers),
-                Delivery::Refused { reason, .. } if batch.len() > 1 => {
-                    warn!(worker = self.number, events = batch.len(), reason, "batch refused: delivering one by one");
-                    batches.extend(batch.rev().map(|row| row..row + 1));
-                }
-                Delivery::Silent { reason } if batch.len() > 1 && turn.is_some() => {
-                    warn!(worker = self.number, events = batch.len(), reason, "no reply: delivering one by one");
-                    batches.extend(batch.rev().map(|row| row..row + 1));
+                Delivery::Answered(answers) => {
+                    verdicts[batch].clone_from_slice(&answers);
+                    taken += 1;
                 }
                 Delivery::Refused { reason, retry_after } => {
                     verdicts[batch.start] = Verdict::Retry { reason, after: retry_after };
@@ -156,11 +162,21 @@ impl Worker {
                         Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
                     through = false;
                 }
-                Delivery::Silent { .. } => {
+                Delivery::Outage { .. } if turn.is_some() && batch.len() == 1 => {
+                    match outages.insert(batch.start, taken) {
+                        // Once more, after all others.
+                        None => batches.insert(0, batch),
+                        Some(before) => {
+                            verdicts[batch.start] = if taken > before { Verdict::PutOff } else { Verdict::Suspect };
+                            through = false;
+                        }
+                    }
+                }
+                Delivery::Silent { .. } | Delivery::Outage { .. } => {
                     verdicts[batch].fill(Verdict::Suspect);
                     return false;
                 }
-                Delivery::Outage { .. } | Delivery::Barred { .. } => return false,
+                Delivery::Barred { .. } => return false,
             }
         }
         through
@@ -185,7 +201,7 @@ impl Worker {
     async fn settle(&self, lease: Lease, verdicts: &[Verdict]) {
         let policy = Policy::of(&self.settings);
         let (events, oldest) = (lease.rows.len(), lease.oldest);
-        let settled = settle(&self.database, lease, verdicts, policy).await;
+        let settled = settle(&self.database, lease, verdicts, policy, &self.shutdown).await;
         self.terms.floor.lower(oldest);
         match settled {
             Ok(settled) => {
@@ -198,12 +214,33 @@ impl Worker {
                     error!(worker = self.number, events = settled.died, "dead: kept in the outbox with their reason");
                 }
             }
-            Err(cause) => error!(%cause, events, "cannot settle; the lease will expire"),
+            Err(cause) => {
+                measure::settled(self.route.pattern(), &Settled { unsettled: events, ..Settled::default() });
+                error!(%cause, events, "cannot settle; the lease will expire");
+            }
         }
+    }
+
+    /// How long to wait for a notification at most. The first look after one is as a rule above the floor only, and what it
+    /// was about may lie below: then the next look comes as soon as one is to go everywhere.
+    pub(crate) fn poll(&self) -> Duration {
+        let poll = Duration::from_millis(self.settings.poll_ms);
+        if self.terms.floor.may_hide_something() { poll.min(RESCAN_INTERVAL) } else { poll }
     }
 
     async fn pause(&self) {
         let pause = DATABASE_PAUSE_MAX.mul_f64(fastrand::f64());
         self.shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
+    }
+}
+
+/// Why the events of a batch that failed are to be delivered one by one, if they are. A larger batch that met an outage in a
+/// turn is not: the receiver may be overloaded, and the next turn begins small, with the same events.
+fn why_split(delivery: &Delivery, events: usize, in_turn: bool) -> Option<&str> {
+    match delivery {
+        Delivery::Refused { reason, .. } if events > 1 => Some(reason),
+        Delivery::Silent { reason } if events > 1 && in_turn => Some(reason),
+        Delivery::Outage { reason, .. } if events > 1 && events <= FIRST_BATCH as usize && in_turn => Some(reason),
+        _ => None,
     }
 }

@@ -16,7 +16,7 @@ use crate::{
 /// Events in the first batch for a receiver that was away: few, since they are likely to come back. Each further batch is
 /// twice as large. The others wait meanwhile: a receiver that has just started is not met by all of the backlog at once,
 /// and if there is an event it does not survive, that is found here.
-const FIRST_BATCH: u32 = 8;
+pub(crate) const FIRST_BATCH: u32 = 8;
 
 impl Worker {
     /// Works alone until the receiver has taken a full batch, or all there is; then opens the route for all.
@@ -44,7 +44,7 @@ impl Worker {
             let all = events < asked as usize;
             if all && !turn.is_alone() {
                 // What others took while the route was open is likely to be given back: this is not all there is.
-                self.wake.wait().await;
+                self.wake.wait(self.poll()).await;
                 turn.described = false;
             } else if all || asked == self.settings.batch {
                 turn.open();
@@ -56,20 +56,28 @@ impl Worker {
         }
     }
 
-    /// Waits until the receiver is up, for as long as there is time under the lease, and sees to it that what is left of
-    /// the lease is enough to judge an event by: one over which the receiver hangs is known by nothing but its time.
+    /// Waits until the receiver is up, and sees to it that what is left of the lease is enough to judge an event by: one
+    /// over which the receiver hangs is known by nothing but its time.
+    ///
+    /// The lease is renewed for as long as that takes. Given back, its events would come again as if nothing were known of
+    /// them; and where a receiver takes longer to start than a lease lasts, the one that crashes it would never be found.
     pub(crate) async fn is_ready(&mut self, turn: &mut Turn<'_>, lease: &mut Lease) -> bool {
         let shutdown = self.shutdown.clone();
-        let waiting = timeout_at(lease.deliver_before(), self.until_described(turn));
-        // A receiver that is unfit is found to be so again, with nothing leased, by the next turn.
-        if !matches!(shutdown.run_until_cancelled(waiting).await, Some(Ok(Ok(())))) {
-            return false;
+        loop {
+            let waiting = timeout_at(lease.deliver_before(), self.until_described(turn));
+            match shutdown.run_until_cancelled(waiting).await {
+                Some(Ok(Ok(()))) => break,
+                Some(Err(_elapsed)) if self.renew(lease).await => {}
+                // A receiver that is unfit is found to be so again, with nothing leased, by the next turn.
+                None | Some(_) => return false,
+            }
         }
         // Good for one delivery.
         turn.described = false;
-        if !lease.is_worn() {
-            return true;
-        }
+        !lease.is_worn() || self.renew(lease).await
+    }
+
+    async fn renew(&self, lease: &mut Lease) -> bool {
         lease.renew(&self.database).await.unwrap_or_else(|cause| {
             error!(%cause, "cannot renew a lease");
             false

@@ -1,9 +1,12 @@
 //! Ends a lease: the only place that changes a leased row, and only with the lease's token.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chassis::Database;
 use sqlx::PgConnection;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
 use uuid::Uuid;
 
 use crate::{
@@ -15,6 +18,10 @@ use crate::{
 
 /// A reason is kept up to this many characters.
 const REASON_CHARS_MAX: usize = 1000;
+/// How long an event at most is kept from a receiver that is not able to take it, and takes others.
+const PUT_OFF_MAX: Duration = Duration::from_secs(60);
+/// Before the database is asked again that has failed, at most: workers do not come back in step.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// How failing events are treated.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +50,9 @@ pub(crate) struct Settled {
     pub(crate) released: usize,
     /// Not ours any more: the lease had expired, and another took the rows.
     pub(crate) lost: usize,
+    /// Of which nothing is known, since the database failed: some may have been settled before it did; the others' lease
+    /// expires.
+    pub(crate) unsettled: usize,
 }
 
 /// Applies one verdict per row of the lease.
@@ -53,29 +63,53 @@ pub(crate) struct Settled {
 ///
 /// There is no transaction round the statements, since none depends on another: whatever a crash leaves unsettled is
 /// delivered again.
+///
+/// A settlement that fails is repeated for as long as the lease lasts, until `shutdown`: after a restart of the database
+/// each connection that was in use fails once, and rows that nobody settles stay out of sight until the lease expires.
+///
+/// # Errors
+/// Those of the database, when it does not come back in that time.
 pub(crate) async fn settle(
     database: &Database,
     lease: Lease,
     verdicts: &[Verdict],
     policy: Policy,
+    shutdown: &CancellationToken,
 ) -> Result<Settled, sqlx::Error> {
-    let Lease { token, rows, .. } = lease;
-    let leased = rows.len();
-    let sorted = Sorted::by_verdict(&rows, verdicts);
-    database
-        .run(move |connection| {
-            Box::pin(async move {
-                let handled = delete_handled(connection, token, &sorted.handled).await?;
-                let (retried, died_late) = reschedule(connection, token, &sorted.failed, policy).await?;
-                let died_now = bury(connection, token, &sorted.dead).await?;
-                let released = release(connection, token, &sorted.released, false).await?
-                    + release(connection, token, &sorted.suspects, true).await?;
-                let died = died_late + died_now;
-                let lost = leased - (handled + retried + died + released);
-                Ok(Settled { handled, retried, died, released, lost })
-            })
-        })
-        .await
+    let (token, leased) = (lease.token, lease.rows.len());
+    let sorted = Arc::new(Sorted::by_verdict(&lease.rows, verdicts));
+    let mut again = false;
+    loop {
+        let sorted = sorted.clone();
+        let settling = database.run(move |connection| Box::pin(settle_once(connection, token, sorted, policy)));
+        match settling.await {
+            Ok(settled) => {
+                let missing = leased - (settled.handled + settled.retried + settled.died + settled.released);
+                let (lost, unsettled) = if again { (0, missing) } else { (missing, 0) };
+                return Ok(Settled { lost, unsettled, ..settled });
+            }
+            Err(cause) if lease.has_expired() || shutdown.is_cancelled() => return Err(cause),
+            Err(cause) => warn!(%cause, events = leased, "cannot settle: trying again"),
+        }
+        again = true;
+        shutdown.run_until_cancelled(sleep(PAUSE_MAX.mul_f64(fastrand::f64()))).await;
+    }
+}
+
+async fn settle_once(
+    connection: &mut PgConnection,
+    token: Uuid,
+    sorted: Arc<Sorted>,
+    policy: Policy,
+) -> Result<Settled, sqlx::Error> {
+    let handled = delete_handled(connection, token, &sorted.handled).await?;
+    let (retried, died_late) = reschedule(connection, token, &sorted.failed, policy).await?;
+    let died = died_late + bury(connection, token, &sorted.dead).await?;
+    let put_off = PUT_OFF_MAX.mul_f64(0.5 + fastrand::f64() / 2.0);
+    let released = release(connection, token, &sorted.released, Back::After(Duration::ZERO)).await?
+        + release(connection, token, &sorted.suspects, Back::First).await?
+        + release(connection, token, &sorted.put_off, Back::After(put_off)).await?;
+    Ok(Settled { handled, retried, died, released, ..Settled::default() })
 }
 
 /// Rows that share a verdict, as the arrays a statement takes.
@@ -105,6 +139,7 @@ struct Sorted {
     dead: Rows,
     released: Rows,
     suspects: Rows,
+    put_off: Rows,
 }
 
 impl Sorted {
@@ -117,6 +152,7 @@ impl Sorted {
                 Verdict::Dead(reason) => sorted.dead.push(row, reason, Duration::ZERO),
                 Verdict::Release => sorted.released.push(row, "", Duration::ZERO),
                 Verdict::Suspect => sorted.suspects.push(row, "", Duration::ZERO),
+                Verdict::PutOff => sorted.put_off.push(row, "", Duration::ZERO),
             }
         }
         sorted
@@ -124,7 +160,9 @@ impl Sorted {
 }
 
 /// Each row is looked up by its key, in a subquery that no statistics can turn into a join: as a join, its first
-/// executions on a connection read the whole of an outbox of 60,000, and 1,000 rows took 150 ms instead of 2.
+/// executions on a connection read the whole of an outbox of 60,000, and 1,000 rows took 150 ms instead of 2. The other
+/// statements here do the same; what they write row by row they look up in their arrays by the aggregate, of which a lease
+/// has one row.
 ///
 /// The token stands outside, where it is asked again of a row that another lease has changed meanwhile.
 async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result<usize, sqlx::Error> {
@@ -167,16 +205,20 @@ async fn reschedule(
         UPDATE outbox
         SET attempts = attempts + 1,
             lease_token = NULL,
-            last_error = failed.reason,
+            last_error = ($4::text[])[array_position($2, aggregate_id)],
             visible_at = CASE
                 WHEN attempts + 1 - pardoned >= $5 THEN 'infinity'
                 -- The exponent is bounded, since 2^1024 is out of range and the cap long reached.
-                ELSE now() + make_interval(secs =>
-                    greatest(failed.pause, random() * least($7, $6 * 2 ^ least(attempts - pardoned, 40))))
+                ELSE now() + make_interval(secs => greatest(
+                    ($8::double precision[])[array_position($2, aggregate_id)],
+                    random() * least($7, $6 * 2 ^ least(attempts - pardoned, 40))))
             END
-        FROM unnest($2::uuid[], $3::integer[], $4::text[], $8::double precision[])
-            AS failed (aggregate_id, sequence, reason, pause)
-        WHERE outbox.aggregate_id = failed.aggregate_id AND outbox.sequence = failed.sequence AND lease_token = $1
+        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
+            SELECT (
+                SELECT leased.ctid
+                FROM outbox AS leased
+                WHERE leased.aggregate_id = failed.aggregate_id AND leased.sequence = failed.sequence)
+            FROM unnest($2::uuid[], $3::integer[]) AS failed (aggregate_id, sequence)))
         RETURNING visible_at = 'infinity' AS "died!""#,
         token,
         &rows.aggregate_ids,
@@ -200,9 +242,16 @@ async fn bury(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result
     let buried = sqlx::query!(
         "-- relay: bury
         UPDATE outbox
-        SET attempts = attempts + 1, lease_token = NULL, last_error = dead.reason, visible_at = 'infinity'
-        FROM unnest($2::uuid[], $3::integer[], $4::text[]) AS dead (aggregate_id, sequence, reason)
-        WHERE outbox.aggregate_id = dead.aggregate_id AND outbox.sequence = dead.sequence AND lease_token = $1",
+        SET attempts = attempts + 1,
+            lease_token = NULL,
+            last_error = ($4::text[])[array_position($2, aggregate_id)],
+            visible_at = 'infinity'
+        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
+            SELECT (
+                SELECT leased.ctid
+                FROM outbox AS leased
+                WHERE leased.aggregate_id = dead.aggregate_id AND leased.sequence = dead.sequence)
+            FROM unnest($2::uuid[], $3::integer[]) AS dead (aggregate_id, sequence)))",
         token,
         &rows.aggregate_ids,
         &rows.sequences,
@@ -213,23 +262,39 @@ async fn bury(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result
     Ok(count(buried.rows_affected()))
 }
 
-/// Visible at once: behind what waits already, or, as `first`, before it. What keeps a receiver that is down from being
-/// besieged is the route's back-off. Suspects go first, because behind a line that fills as fast as it is worked off their
-/// turn would never come: the receiver would be crashed over and over, by an event that is never found out.
-async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows, first: bool) -> Result<usize, sqlx::Error> {
+/// Where in the line of those that wait a released row goes.
+#[derive(Clone, Copy, Debug)]
+enum Back {
+    /// Before all others. So do suspects, because behind a line that fills as fast as it is worked off their turn would
+    /// never come: the receiver would be crashed over and over, by an event that is never found out.
+    First,
+    /// To the end, once the time is over.
+    After(Duration),
+}
+
+/// Makes rows visible again. What keeps a receiver that is down from being besieged is the route's back-off.
+async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows, back: Back) -> Result<usize, sqlx::Error> {
     if rows.sequences.is_empty() {
         return Ok(0);
     }
+    let seconds = match back {
+        Back::First => None,
+        Back::After(pause) => Some(pause.as_secs_f64()),
+    };
     let released = sqlx::query!(
         "-- relay: release
         UPDATE outbox
-        SET lease_token = NULL, visible_at = CASE WHEN $4 THEN created_at ELSE now() END
-        FROM unnest($2::uuid[], $3::integer[]) AS released (aggregate_id, sequence)
-        WHERE outbox.aggregate_id = released.aggregate_id AND outbox.sequence = released.sequence AND lease_token = $1",
+        SET lease_token = NULL, visible_at = coalesce(now() + make_interval(secs => $4), created_at)
+        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
+            SELECT (
+                SELECT leased.ctid
+                FROM outbox AS leased
+                WHERE leased.aggregate_id = released.aggregate_id AND leased.sequence = released.sequence)
+            FROM unnest($2::uuid[], $3::integer[]) AS released (aggregate_id, sequence)))",
         token,
         &rows.aggregate_ids,
         &rows.sequences,
-        first,
+        seconds,
     )
     .execute(connection)
     .await?;

@@ -10,34 +10,28 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone, Debug)]
 pub(crate) struct Wake {
     woken: Arc<Notify>,
-    poll: Duration,
     shutdown: CancellationToken,
 }
 
 impl Wake {
     /// Starts listening until `shutdown`, on one connection for all of the `routes`: a notification does not tell which
     /// way the events go that it is about, so it wakes one worker of each.
-    pub(crate) fn listen(
-        database: PgConnectOptions,
-        poll: Duration,
-        shutdown: &CancellationToken,
-        routes: usize,
-    ) -> Vec<Self> {
+    pub(crate) fn listen(database: PgConnectOptions, shutdown: &CancellationToken, routes: usize) -> Vec<Self> {
         let woken: Vec<_> = (0..routes).map(|_| Arc::new(Notify::new())).collect();
         let (to_wake, cancelled) = (woken.clone(), shutdown.clone());
         let listening = outbox::listen(database, outbox::CHANNEL, move || {
             to_wake.iter().for_each(|woken| woken.notify_one());
         });
         tokio::spawn(async move { cancelled.run_until_cancelled(listening).await });
-        woken.into_iter().map(|woken| Self { woken, poll, shutdown: shutdown.clone() }).collect()
+        woken.into_iter().map(|woken| Self { woken, shutdown: shutdown.clone() }).collect()
     }
 
-    /// Waits for a notification, for the poll interval at most, or for shutdown. A notification that came since the last
+    /// Waits for a notification, for `poll` at most, or for shutdown. A notification that came since the last
     /// wait, while every worker was busy, counts.
-    pub(crate) async fn wait(&self) {
+    pub(crate) async fn wait(&self, poll: Duration) {
         tokio::select! {
             () = self.woken.notified() => {}
-            () = sleep(self.poll) => {}
+            () = sleep(poll) => {}
             () = self.shutdown.cancelled() => {}
         }
     }

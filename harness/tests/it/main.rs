@@ -20,3 +20,5 @@ mod with_postgres;
 mod interleavings;
 
 mod third_service;
+
+mod plans;

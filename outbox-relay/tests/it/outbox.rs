@@ -88,6 +88,17 @@ impl Outbox {
         self.insert_unrelated(1).await[0]
     }
 
+    /// As of a transaction that took a minute.
+    pub(crate) async fn insert_late(&self) -> Uuid {
+        let late = sqlx::query_scalar::<_, Uuid>(
+            "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
+            SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
+            FROM (SELECT now() - interval '1 minute') AS enqueued (at)
+            RETURNING event_id",
+        );
+        late.fetch_one(&self.pool).await.unwrap()
+    }
+
     /// Becomes visible when the time is over, as after a lease or a back-off.
     pub(crate) async fn insert_hidden(&self, lease_token: Option<Uuid>, time: Duration) -> Uuid {
         sqlx::query_scalar::<_, Uuid>(

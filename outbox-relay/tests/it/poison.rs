@@ -1,14 +1,19 @@
 //! An event that the receiver does not survive: found, charged, and in the end dead, while all others arrive.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use uuid::Uuid;
 
 use crate::{
     line::Line,
+    operator::Operator,
     outbox::Outbox,
     receiver::{Delivery, Receiver, Reply, id_of},
     relay::Relay,
@@ -136,6 +141,83 @@ async fn an_event_on_which_the_receiver_breaks_off_is_found_out_under_a_load_tha
     relay.stop().await;
     assert!(arrived >= 500, "{arrived} events are no load");
     assert_eq!(outbox.charges().await, [fatal; 2]);
+}
+
+/// Given back meanwhile, the events would come again as if nothing were known of them: the receiver would be crashed over
+/// and over, and nobody charged.
+#[tokio::test]
+async fn an_event_on_which_the_receiver_breaks_off_ends_dead_though_the_receiver_is_away_for_longer_than_a_lease() {
+    const LEASE: Duration = Duration::from_secs(1);
+    only_the_fatal_are_charged(8, &[5], &["--lease-seconds", "1"], async |receiver, fatal| {
+        let line = Line::to("127.0.0.1", receiver.address.port()).await;
+        let (cut, address) = (line.cutter(), line.address);
+        let back_at = Arc::new(Mutex::new(Instant::now()));
+        let is_back = back_at.clone();
+        receiver.describe(move || match Instant::now() < *is_back.lock().unwrap() {
+            true => Err(Code::Unavailable),
+            false => Ok(Some(Duration::from_secs(7 * 24 * 3600))),
+        });
+        receiver.follow(move |events| {
+            let _ = &line;
+            if events.iter().any(|event| fatal.contains(&id_of(event))) {
+                *back_at.lock().unwrap() = Instant::now() + 2 * LEASE;
+                cut();
+                return Reply::never();
+            }
+            Reply::apply(events)
+        });
+        address
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_relay_that_waits_with_leased_events_for_a_receiver_gives_them_back_when_the_outbox_is_paused() {
+    let outbox = Outbox::create().await;
+    let ids = outbox.insert_unrelated(3).await;
+    let receiver = Receiver::start(|_| Reply::Refuse(Code::Unavailable)).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "2"]).await;
+    // The second was in a turn: from now on it waits, with what it has leased.
+    receiver.wait_for_deliveries(2).await;
+    receiver.describe(|| Err(Code::Unavailable));
+    let described = receiver.read(|log| log.described);
+    receiver.wait("it asks again", |log| log.described > described + 1).await;
+    Operator::of(&outbox).does(&["pause", "--reason", "as the test wants it"]).await;
+    until("nothing is leased", async || outbox.rows().await.iter().all(|row| row.lease_token.is_none())).await;
+
+    receiver.follow(Reply::apply);
+    receiver.describe(|| Ok(Some(Duration::from_secs(7 * 24 * 3600))));
+    outbox.wait_for_route_state("OPEN").await;
+    assert_eq!(outbox.count().await, 3, "paused is paused");
+    Operator::of(&outbox).does(&["resume"]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) > 0)));
+}
+
+/// As of a message that is too large for this receiver alone, or whose work always takes too long there.
+#[tokio::test]
+async fn an_event_that_is_always_answered_as_in_an_outage_is_put_off_at_no_cost_and_all_others_arrive() {
+    for (events, culprit) in [(30, 0), (30, 29), (300, 137)] {
+        let outbox = Outbox::create().await;
+        let ids = outbox.insert_unrelated(events).await;
+        let refused = ids[culprit];
+        let receiver = Receiver::start(move |events| match events.iter().any(|event| id_of(event) == refused) {
+            true => Reply::Refuse(Code::ResourceExhausted),
+            false => Reply::apply(events),
+        })
+        .await;
+        let relay = Relay::start(&outbox, receiver.address, &["--attempts", "1"]).await;
+        until("all others are delivered", async || outbox.rows().await.len() == 1).await;
+        until("the route is open for others", async || {
+            outbox.wait_for_a_later_event().await;
+            outbox.route_states().await == [("*".into(), "OPEN".into())]
+        })
+        .await;
+        relay.stop().await;
+        let row = outbox.row(refused).await.unwrap();
+        assert_eq!((row.attempts, row.dead, row.visible, row.lease_token), (0, false, false, None));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

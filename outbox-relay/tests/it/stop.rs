@@ -1,4 +1,4 @@
-//! A relay that is stopped in the midst of a delivery, longer than its lease lasts, and then goes on.
+//! A relay that cannot settle: because it was stopped for longer than its lease lasts, or because of the database.
 
 use rustix::process::Signal;
 use tokio_util::sync::CancellationToken;
@@ -44,7 +44,7 @@ async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_wh
         "{page}"
     );
     assert!(page.contains("outbox_relay_route_open{route=\"*\"}"), "{page}");
-    for outcome in ["handled", "retried", "died", "released"] {
+    for outcome in ["handled", "retried", "died", "released", "unsettled"] {
         assert_eq!(stopped.events(outcome).await, 0, "{outcome}");
     }
 
@@ -52,4 +52,50 @@ async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_wh
     outbox.wait_until_empty().await;
     other.stop().await;
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)), "delivered again, once");
+}
+
+/// Has the database refuse to delete from the outbox, as long as the trigger is there.
+async fn refuse_to_delete(outbox: &Outbox) {
+    sqlx::raw_sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'as the test wants it'; END $$;
+        CREATE TRIGGER refuse BEFORE DELETE ON outbox EXECUTE FUNCTION refuse()",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+}
+
+async fn let_delete_again(outbox: &Outbox) {
+    sqlx::query("DROP TRIGGER refuse ON outbox").execute(&outbox.pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_settlement_that_fails_is_repeated_while_the_lease_lasts() {
+    let outbox = Outbox::create().await;
+    refuse_to_delete(&outbox).await;
+    let event_id = outbox.insert_one().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "60"]);
+    let log = relay.log_file();
+    until("it tries again", async || std::fs::read_to_string(&log).unwrap().contains("trying again")).await;
+    let_delete_again(&outbox).await;
+    outbox.wait_until_gone(event_id).await;
+    assert_eq!(receiver.read(|log| log.times(event_id)), 1, "deliveries");
+    until("it counts what it has handled", async || relay.events("handled").await == 1).await;
+    assert_eq!((relay.events("lost").await, relay.events("unsettled").await), (0, 0));
+}
+
+#[tokio::test]
+async fn what_the_database_does_not_let_it_settle_before_the_lease_expires_is_counted_and_delivered_again() {
+    let outbox = Outbox::create().await;
+    refuse_to_delete(&outbox).await;
+    let event_id = outbox.insert_one().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "2"]);
+    receiver.wait_for_deliveries(1).await;
+    until("it counts what it could not settle", async || relay.events("unsettled").await > 0).await;
+    let_delete_again(&outbox).await;
+    outbox.wait_until_gone(event_id).await;
+    until("it counts what it has handled", async || relay.events("handled").await == 1).await;
+    assert!(receiver.read(|log| log.times(event_id) > 1), "delivered again");
 }

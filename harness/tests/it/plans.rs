@@ -1,0 +1,112 @@
+//! The plans of the services' statements: a session keeps the one it made while tables were nearly empty, for the day on
+//! which they are full.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+use sqlx::{Connection, PgConnection, Postgres, QueryBuilder, Row};
+
+use crate::site::Site;
+
+/// Tables that grow with the load. (Stock does not: SKUs do not come by the thousand.)
+const GROWING: [&str; 6] = ["orders", "order_items", "outbox", "processed_messages", "reservations", "stock_ledger"];
+/// Rows of each while the plan is made: an UPDATE that may be planned as a join is, one way with few, another with many.
+const FEW: [i32; 2] = [3, 500];
+/// What reads a whole table on purpose, once a minute.
+const SCANS: [&str; 1] = ["relay: find strays"];
+
+const FILL_ORDERS: &str = "INSERT INTO orders (order_id, customer_id, currency_code, total_minor)
+    SELECT gen_random_uuid(), 'ann', 'EUR', 1 FROM generate_series(1, $1);
+    INSERT INTO order_items SELECT order_id, 1, 'MUG', 1, 1 FROM orders ON CONFLICT DO NOTHING";
+const FILL_INVENTORY: &str = "INSERT INTO reservations (order_id, event_id, status)
+    SELECT gen_random_uuid(), gen_random_uuid(), 'RESERVED' FROM generate_series(1, $1);
+    INSERT INTO stock_ledger SELECT order_id, 'RESERVATION', 'MUG', -1 FROM reservations ON CONFLICT DO NOTHING";
+const FILL_BOTH: &str = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+    SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '' FROM generate_series(1, $1);
+    INSERT INTO processed_messages SELECT gen_random_uuid() FROM generate_series(1, $1);
+    ANALYZE";
+
+/// A statement as sqlx has recorded it for a crate.
+struct Statement {
+    name: String,
+    text: String,
+    parameters: usize,
+}
+
+fn read_statements(of_crate: &str) -> Vec<Statement> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(of_crate).join(".sqlx");
+    let files = fs::read_dir(directory).unwrap().map(|file| fs::read(file.unwrap().path()).unwrap());
+    let statement = |file: Vec<u8>| {
+        let recorded: Value = serde_json::from_slice(&file).unwrap();
+        let text = recorded["query"].as_str().unwrap().to_owned();
+        let name = text.lines().next().unwrap().trim_start_matches("-- ").to_owned();
+        let parameters = recorded["describe"]["parameters"]["Left"].as_array().unwrap().len();
+        Statement { name, text, parameters }
+    };
+    files.map(statement).collect()
+}
+
+/// As a session plans that has executed it often enough to plan it without looking at the parameters.
+async fn explain(session: &mut PgConnection, statement: &Statement) -> Value {
+    let execute = async |session: &mut PgConnection, sql: String| {
+        sqlx::raw_sql(QueryBuilder::<Postgres>::new(sql).into_sql()).execute(session).await
+    };
+    execute(session, format!("PREPARE explained AS {}", statement.text)).await.unwrap();
+    let nulls = vec!["NULL"; statement.parameters].join(", ");
+    let arguments = if nulls.is_empty() { nulls } else { format!("({nulls})") };
+    let explain = format!("EXPLAIN (FORMAT JSON) EXECUTE explained{arguments}");
+    let row = sqlx::query(QueryBuilder::<Postgres>::new(explain).into_sql()).fetch_one(&mut *session).await.unwrap();
+    // JSON is text, and is sent as that.
+    let plan: String = row.get_unchecked(0);
+    execute(session, "DEALLOCATE explained".into()).await.unwrap();
+    serde_json::from_str(&plan).unwrap()
+}
+
+/// The scans of growing tables that nothing narrows.
+fn find_whole_scans(node: &Value, found: &mut Vec<String>) {
+    let (kind, table) = (node["Node Type"].as_str().unwrap_or(""), node["Relation Name"].as_str().unwrap_or(""));
+    let narrowed = kind == "Tid Scan" || kind == "Bitmap Heap Scan" || node.get("Index Cond").is_some();
+    if kind.ends_with("Scan") && GROWING.contains(&table) && !narrowed {
+        found.push(format!("{kind} on {table}"));
+    }
+    match node {
+        Value::Array(nodes) => nodes.iter().for_each(|node| find_whole_scans(node, found)),
+        Value::Object(fields) => fields.values().for_each(|node| find_whole_scans(node, found)),
+        _ => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_statement_of_a_service_reads_a_whole_table_though_its_plan_was_made_over_few_rows() {
+    let Site { orders, inventory, .. } = &Site::prepare(&[]).await;
+    let mut whole = Vec::new();
+    for few in FEW {
+        for (database, fill) in [(orders, FILL_ORDERS), (inventory, FILL_INVENTORY)] {
+            for statements in [fill, FILL_BOTH] {
+                for statement in statements.replace("$1", &few.to_string()).split(';') {
+                    let statement = QueryBuilder::<Postgres>::new(statement).into_sql();
+                    sqlx::raw_sql(statement).execute(&database.pool().await).await.unwrap();
+                }
+            }
+        }
+        for (database, role, of_crate, names) in [
+            (orders, "order_service", "order-service", ""),
+            (inventory, "inventory_service", "inventory-service", ""),
+            (orders, "outbox_relay", "outbox-relay", "relay: "),
+        ] {
+            let mut session = PgConnection::connect(&database.url_as(role)).await.unwrap();
+            sqlx::query("SET plan_cache_mode = force_generic_plan").execute(&mut session).await.unwrap();
+            let statements = read_statements(of_crate);
+            assert!(statements.iter().any(|statement| statement.name.starts_with(names)), "{of_crate}");
+            let looked_at = statements
+                .iter()
+                .filter(|statement| statement.name.starts_with(names) && !SCANS.contains(&statement.name.as_str()));
+            for statement in looked_at {
+                let mut found = Vec::new();
+                find_whole_scans(&explain(&mut session, statement).await, &mut found);
+                whole.extend(found.iter().map(|scan| format!("{}: {scan}, planned over {few}", statement.name)));
+            }
+        }
+    }
+    assert_eq!(whole, [""; 0]);
+}
