@@ -77,7 +77,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
 async fn prepare_sql(site: &Site, batches: u32) -> Result<(PgConnection, String)> {
     let layout = site.databases("sql").await?;
     let mut inventory = site.connect(&layout.inventory).await?;
-    for statement in [include_str!("../../bench/uuid_v7.sql"), MAKE_BATCHES] {
+    for statement in [include_str!("../../bench/ids.sql"), MAKE_BATCHES] {
         sqlx::raw_sql(statement).execute(&mut inventory).await?;
     }
     let filled = sqlx::query(include_str!("../../bench/batches.sql"))

@@ -119,7 +119,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
 async fn prepare(site: &Site, state: State, name: &str) -> Result<Prepared> {
     let layout = site.databases(name).await?;
     let mut outbox = site.connect(&layout.orders).await?;
-    for statement in [include_str!("../../bench/uuid_v7.sql"), PREPARE] {
+    for statement in [include_str!("../../bench/ids.sql"), PREPARE] {
         sqlx::raw_sql(statement).execute(&mut outbox).await?;
     }
     let mut held = None;
