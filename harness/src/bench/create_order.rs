@@ -112,9 +112,12 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
             sqlx::raw_sql(EMPTY).execute(connection).await?;
         }
         site.checkpoint().await?;
+        let mut acknowledged = 0;
         for at_once in CALLS {
-            measure_calls(site, layout.order_service, at_once, calls(at_once), &mut measured, report).await?;
+            acknowledged +=
+                measure_calls(site, layout.order_service, at_once, calls(at_once), &mut measured, report).await?;
         }
+        check_placed(&mut orders, acknowledged, report).await?;
         let bytes = payload_bytes(&mut orders).await?;
         measure_pgbench(site, &plain, bytes, &mut measured).await?;
         sqlx::raw_sql(EMPTY).execute(&mut plain_orders).await?;
@@ -156,6 +159,7 @@ async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
     Ok((address, process))
 }
 
+/// Returns how many orders were acknowledged.
 async fn measure_calls(
     site: &Site,
     address: std::net::SocketAddr,
@@ -163,12 +167,28 @@ async fn measure_calls(
     variant: String,
     measured: &mut Measured,
     report: &mut Report,
-) -> Result<()> {
+) -> Result<u64> {
     let (warm_up, time) = times(site);
     let answered = closed_loop::call(address, Load { at_once, warm_up, time, shape: Shape::USUAL }).await?;
     report.failed(&variant, &answered.failures);
     let latencies = &answered.latencies;
     measured.add(variant, Round { rate: answered.rate, p50: latencies.at(P50), p99: latencies.at(P99) });
+    Ok(answered.acknowledged)
+}
+
+/// Every order that was acknowledged has to be there, or the rate is one of promises. A call that failed may have placed
+/// its order, so there may be more.
+async fn check_placed(orders: &mut PgConnection, acknowledged: u64, report: &mut Report) -> Result<()> {
+    let placed: i64 = sqlx::query_scalar(
+        "-- bench: count orders
+        SELECT count(*) FROM orders",
+    )
+    .fetch_one(orders)
+    .await?;
+    let missing = acknowledged.saturating_sub(placed.unsigned_abs());
+    if missing > 0 {
+        report.wrong(&format!("{missing} orders were acknowledged and do not exist"), missing);
+    }
     Ok(())
 }
 
