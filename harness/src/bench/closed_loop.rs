@@ -37,6 +37,8 @@ pub(super) struct Answered {
     /// Answers a second, within the time that counts.
     pub(super) rate: f64,
     pub(super) latencies: Latencies,
+    /// Orders that were answered for, also outside that time.
+    pub(super) acknowledged: u64,
     pub(super) failures: Failures,
 }
 
@@ -48,14 +50,15 @@ pub(super) async fn call(address: SocketAddr, load: Load) -> Result<Answered> {
     for client in clients.iter().cycle().zip(0..load.at_once).map(|(client, _)| client.clone()) {
         callers.spawn(call_until(client, load.shape, begin, begin + load.time));
     }
-    let (mut latencies, mut failures) = (Vec::new(), Failures::default());
+    let (mut latencies, mut acknowledged, mut failures) = (Vec::new(), 0, Failures::default());
     while let Some(caller) = callers.join_next().await {
-        let (counted, failed) = caller?;
+        let (counted, answered, failed) = caller?;
         latencies.extend(counted);
+        acknowledged += answered;
         failures.merge(failed);
     }
     let rate = latencies.len() as f64 / load.time.as_secs_f64();
-    Ok(Answered { rate, latencies: Latencies::of(latencies), failures })
+    Ok(Answered { rate, latencies: Latencies::of(latencies), acknowledged, failures })
 }
 
 /// One caller. What ends after `end` is not counted: it may have been alone at last.
@@ -64,18 +67,22 @@ async fn call_until(
     shape: Shape,
     begin: Instant,
     end: Instant,
-) -> (Vec<f64>, Failures) {
-    let (mut latencies, mut failures) = (Vec::new(), Failures::default());
+) -> (Vec<f64>, u64, Failures) {
+    let (mut latencies, mut acknowledged, mut failures) = (Vec::new(), 0, Failures::default());
     loop {
         let called = Instant::now();
         if called >= end {
-            return (latencies, failures);
+            return (latencies, acknowledged, failures);
         }
         let placed = place(&mut client, shape).await;
         let answered = Instant::now();
         match placed {
-            Ok(_) if answered >= begin && answered < end => latencies.push((answered - called).as_secs_f64() * 1e3),
-            Ok(_) => {}
+            Ok(_) => {
+                acknowledged += 1;
+                if answered >= begin && answered < end {
+                    latencies.push((answered - called).as_secs_f64() * 1e3);
+                }
+            }
             Err(error) => failures.add(&error),
         }
     }

@@ -2,8 +2,9 @@
 //!
 //! Compared in the same rounds: pgbench, which commits the same rows an order a transaction; and the bound that follows
 //! from taking turns between gRPC alone (a process that answers at once what order-service would) and inserts alone
-//! (pgbench, 256 orders a transaction): `1 / (1 / gRPC + 1 / inserts)`. No relay runs meanwhile, and the tables are
-//! emptied before every round. What the last round has written is delivered, answered and audited at the end.
+//! (pgbench, 256 orders a transaction, of a table that was filled before): `1 / (1 / gRPC + 1 / inserts)`. No relay runs
+//! meanwhile, and the tables are emptied before every round. What the last round has written is delivered, answered and
+//! audited at the end.
 
 use std::{collections::BTreeMap, net::TcpStream, time::Duration};
 
@@ -30,10 +31,22 @@ use crate::{
 const CALLS: [u32; 4] = [1, 16, 64, 256];
 const CLIENTS: [u32; 3] = [1, 16, 64];
 const GROUPED_CLIENTS: u32 = 2;
-const ORDERS_OF_A_GROUP: f64 = 256.0;
+const ORDERS_OF_A_GROUP: u32 = 256;
 const NOOP_CALLS: u32 = 256;
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 const EMPTY: &str = "TRUNCATE orders, order_items, outbox";
+const MAKE_ORDERS: &str = "-- bench: make orders
+    CREATE TABLE bench_orders (
+        batch integer, order_id uuid, request_id uuid, event_id uuid, customer_id text, first_sku text, second_sku text
+    );
+    CREATE INDEX ON bench_orders (batch)";
+const FILL_ORDERS: &str = "-- bench: fill orders
+    INSERT INTO bench_orders
+    SELECT 1 + number / $2, bench_uuid_v7(), gen_random_uuid(), bench_uuid_v7(), 'bench-' || floor(random() * 1000),
+        'SKU-' || lpad((1 + drawn)::text, 4, '0'), 'SKU-' || lpad((501 + drawn)::text, 4, '0')
+    FROM (
+        SELECT number, floor(random() * 500)::integer AS drawn FROM generate_series(0, $1 * $2 - 1) AS number
+    ) AS orders";
 
 /// Rates and latencies of all rounds, by variant.
 #[derive(Default)]
@@ -44,6 +57,14 @@ struct Round {
     rate: f64,
     p50: f64,
     p99: f64,
+}
+
+impl Round {
+    /// Of pgbench, with so many orders a transaction.
+    fn of(outcome: &pgbench::Outcome, orders: u32) -> Self {
+        let latencies = &outcome.latencies;
+        Self { rate: outcome.rate * f64::from(orders), p50: latencies.at(P50), p99: latencies.at(P99) }
+    }
 }
 
 impl Measured {
@@ -78,7 +99,8 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let plain = site.databases("plain").await?;
     let mut orders = site.connect(&layout.orders).await?;
     let mut plain_orders = site.connect(&plain.orders).await?;
-    sqlx::raw_sql(include_str!("../../bench/uuid_v7.sql")).execute(&mut plain_orders).await?;
+    let groups = site.size(800, 200);
+    make_orders(&mut plain_orders, groups).await?;
     let mut processes = start(&layout, &[Service::Inventory, Service::Orders]).await?;
     Shape::USUAL.put_stock_in(&layout.target()?).await?;
     let (noop, noop_process) = start_noop(site).await?;
@@ -90,11 +112,16 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
             sqlx::raw_sql(EMPTY).execute(connection).await?;
         }
         site.checkpoint().await?;
+        let mut acknowledged = 0;
         for at_once in CALLS {
-            measure_calls(site, layout.order_service, at_once, calls(at_once), &mut measured, report).await?;
+            acknowledged +=
+                measure_calls(site, layout.order_service, at_once, calls(at_once), &mut measured, report).await?;
         }
+        check_placed(&mut orders, acknowledged, report).await?;
         let bytes = payload_bytes(&mut orders).await?;
         measure_pgbench(site, &plain, bytes, &mut measured).await?;
+        sqlx::raw_sql(EMPTY).execute(&mut plain_orders).await?;
+        measure_grouped(site, &plain, bytes, groups, &mut measured).await?;
         measure_calls(site, noop, NOOP_CALLS, NOOP.into(), &mut measured, report).await?;
     }
     drop(noop_process);
@@ -105,6 +132,17 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     processes.extend(start(&layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
     wait_until_delivered(&layout.target()?.databases, DRAIN_LIMIT).await?;
     finish(&layout, processes, report).await
+}
+
+/// What groups are inserted of, all over again in each round.
+async fn make_orders(orders: &mut PgConnection, groups: u32) -> Result<()> {
+    for statement in [include_str!("../../bench/ids.sql"), MAKE_ORDERS] {
+        sqlx::raw_sql(statement).execute(&mut *orders).await?;
+    }
+    let filled = sqlx::query(FILL_ORDERS).bind(i32::try_from(groups)?).bind(i32::try_from(ORDERS_OF_A_GROUP)?);
+    filled.execute(&mut *orders).await?;
+    sqlx::raw_sql("VACUUM (ANALYZE) bench_orders").execute(orders).await?;
+    Ok(())
 }
 
 async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
@@ -121,6 +159,7 @@ async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
     Ok((address, process))
 }
 
+/// Returns how many orders were acknowledged.
 async fn measure_calls(
     site: &Site,
     address: std::net::SocketAddr,
@@ -128,12 +167,28 @@ async fn measure_calls(
     variant: String,
     measured: &mut Measured,
     report: &mut Report,
-) -> Result<()> {
+) -> Result<u64> {
     let (warm_up, time) = times(site);
     let answered = closed_loop::call(address, Load { at_once, warm_up, time, shape: Shape::USUAL }).await?;
     report.failed(&variant, &answered.failures);
     let latencies = &answered.latencies;
     measured.add(variant, Round { rate: answered.rate, p50: latencies.at(P50), p99: latencies.at(P99) });
+    Ok(answered.acknowledged)
+}
+
+/// Every order that was acknowledged has to be there, or the rate is one of promises. A call that failed may have placed
+/// its order, so there may be more.
+async fn check_placed(orders: &mut PgConnection, acknowledged: u64, report: &mut Report) -> Result<()> {
+    let placed: i64 = sqlx::query_scalar(
+        "-- bench: count orders
+        SELECT count(*) FROM orders",
+    )
+    .fetch_one(orders)
+    .await?;
+    let missing = acknowledged.saturating_sub(placed.unsigned_abs());
+    if missing > 0 {
+        report.wrong(&format!("{missing} orders were acknowledged and do not exist"), missing);
+    }
     Ok(())
 }
 
@@ -161,14 +216,22 @@ async fn measure_pgbench(site: &Site, plain: &Layout, bytes: u32, measured: &mut
     let (warm_up, time) = times(site);
     let until = Until::Time { warm_up, time };
     let variables = &[("bytes", bytes)];
-    let plain = CLIENTS.map(|count| (clients(count), pgbench::CREATE_ORDER, count, 1.0));
-    let grouped = (GROUPED.to_owned(), pgbench::GROUPED_ORDERS, GROUPED_CLIENTS, ORDERS_OF_A_GROUP);
-    for (variant, script, clients, orders) in plain.into_iter().chain([grouped]) {
-        let run = pgbench::Run { script, url: &url, clients, until, variables };
+    for count in CLIENTS {
+        let run = pgbench::Run { script: pgbench::CREATE_ORDER, url: &url, clients: count, until, variables };
         let outcome = pgbench::run(site.installation(), site.directory(), run).await?;
-        let (p50, p99) = (outcome.latencies.at(P50), outcome.latencies.at(P99));
-        measured.add(variant, Round { rate: outcome.rate * orders, p50, p99 });
+        measured.add(clients(count), Round::of(&outcome, 1));
     }
+    Ok(())
+}
+
+/// Into tables that are empty, since what was filled before has ids from before.
+async fn measure_grouped(site: &Site, plain: &Layout, bytes: u32, groups: u32, measured: &mut Measured) -> Result<()> {
+    let url = site.superuser_url(&plain.orders);
+    let until = Until::TransactionsOfEach(groups / GROUPED_CLIENTS);
+    let variables = &[("bytes", bytes), ("n", 0), ("clients", GROUPED_CLIENTS)];
+    let run = pgbench::Run { script: pgbench::GROUPED_ORDERS, url: &url, clients: GROUPED_CLIENTS, until, variables };
+    let outcome = pgbench::run(site.installation(), site.directory(), run).await?;
+    measured.add(GROUPED.into(), Round::of(&outcome, ORDERS_OF_A_GROUP));
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Where it was measured: figures without it say nothing.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -36,6 +36,8 @@ pub(super) async fn describe(connection: &mut PgConnection) -> Result<Value> {
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         "architecture": std::env::consts::ARCH,
         "postgresql": version,
+        "commit": said_by("git", &["describe", "--always", "--dirty"]),
+        "rustc": said_by("rustc", &["--version"]),
         "harness": env!("CARGO_PKG_VERSION"),
         "settings": settings,
         "roles": roles,
@@ -51,4 +53,10 @@ fn field(path: &str, name: &str, separator: char) -> String {
         (key.trim() == name).then(|| value.trim().trim_matches('"').to_owned())
     });
     value.unwrap_or_else(|| "unknown".into())
+}
+
+/// What a program says, which need not be there. `make bench` has just built with that compiler, of that commit.
+fn said_by(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().ok().filter(|output| output.status.success());
+    output.map_or_else(|| "unknown".into(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

@@ -21,7 +21,7 @@ pub(super) const CREATE_ORDER: Script =
 /// The same rows, 256 orders a transaction.
 pub(super) const GROUPED_ORDERS: Script =
     Script { name: "grouped_orders", text: include_str!("../../bench/grouped_orders.sql") };
-/// What inventory-service writes for a batch of 100 events.
+/// The statements of inventory-service for a batch of events.
 pub(super) const APPLY_BATCH: Script =
     Script { name: "apply_batch", text: include_str!("../../bench/apply_batch.sql") };
 

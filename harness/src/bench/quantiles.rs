@@ -21,6 +21,11 @@ impl Latencies {
         self.0.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
     }
 
+    /// NaN of none.
+    pub(super) fn mean(&self) -> f64 {
+        self.0.iter().sum::<f64>() / self.0.len() as f64
+    }
+
     /// From the shortest to the longest.
     pub(super) fn all(&self) -> &[f64] {
         &self.0
@@ -45,6 +50,12 @@ mod tests {
         assert_eq!((latencies.at(P50), latencies.at(P99), latencies.at(P99_9)), (500.0, 990.0, 999.0));
         assert_eq!(Latencies::of(vec![7.0]).at(P99_9), 7.0);
         assert!(Latencies::default().at(P50).is_nan());
+    }
+
+    #[test]
+    fn means() {
+        assert_eq!(Latencies::of(vec![1.0, 1.0, 4.0]).mean(), 2.0);
+        assert!(Latencies::default().mean().is_nan());
     }
 
     #[test]
