@@ -24,9 +24,11 @@ SELECT id, id IN (SELECT message_id FROM recorded) AS fresh,
     NOT young AND (SELECT true FROM processed_messages WHERE message_id = id) IS NULL AS stale
 FROM arrived;
 -- inventory-service/src/move_stock.rs
-SELECT sku, available FROM stock
-WHERE sku = ANY ((SELECT total_skus FROM bench_batches WHERE batch = :batch::integer)::text[])
-ORDER BY sku FOR NO KEY UPDATE;
+SELECT stock.sku, stock.available
+FROM unnest((SELECT total_skus FROM bench_batches WHERE batch = :batch::integer)) AS wanted (sku)
+JOIN stock ON stock.sku = wanted.sku
+ORDER BY stock.sku
+FOR NO KEY UPDATE OF stock;
 -- inventory-service/src/write_batch.rs
 WITH given AS MATERIALIZED (
     SELECT * FROM bench_batches WHERE batch = :batch::integer
@@ -40,10 +42,13 @@ WITH given AS MATERIALIZED (
     RETURNING order_id
 ), cancelled AS (
     UPDATE reservations
-    SET status = cancelled.status, cancelled_by = cancelled.cancelled_by, cancelled_at = now()
-    FROM given CROSS JOIN unnest(no_ids, no_texts, no_ids) AS cancelled (order_id, status, cancelled_by)
-    WHERE reservations.order_id = cancelled.order_id
-    RETURNING reservations.order_id
+    SET status = (SELECT no_texts[array_position(no_ids, order_id)] FROM given),
+        cancelled_by = (SELECT no_ids[array_position(no_ids, order_id)] FROM given),
+        cancelled_at = now()
+    WHERE ctid = ANY (ARRAY (
+        SELECT (SELECT found.ctid FROM reservations AS found WHERE found.order_id = cancelled.order_id)
+        FROM given CROSS JOIN unnest(no_ids) AS cancelled (order_id)))
+    RETURNING order_id
 ), decided AS (
     SELECT order_id FROM inserted UNION ALL SELECT order_id FROM cancelled
 ), ledger AS (

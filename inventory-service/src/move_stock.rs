@@ -39,9 +39,10 @@ struct Entry {
 }
 
 impl Stock {
-    /// Locks the SKUs, all at once in the order of their names, so that two batches never wait for each other.
+    /// Locks the SKUs, all at once in the order of their names, so that two batches never wait for each other in a circle.
     ///
-    /// NO KEY UPDATE is the lock the deduction itself takes.
+    /// NO KEY UPDATE is the lock the deduction itself takes. The SKUs are joined, not compared with `ANY`: each row that
+    /// another batch has changed meanwhile would be looked for again in the whole array, and that with stock under lock.
     pub(crate) async fn lock(
         tx: &mut Transaction<'_, Postgres>,
         skus: impl Iterator<Item = &String>,
@@ -50,7 +51,10 @@ impl Stock {
         let skus: Vec<String> = skus.into_iter().cloned().collect();
         let rows = sqlx::query!(
             "-- inventory: lock stock
-            SELECT sku, available FROM stock WHERE sku = ANY ($1) ORDER BY sku FOR NO KEY UPDATE",
+            SELECT stock.sku, stock.available
+            FROM unnest($1::text[]) AS wanted (sku) JOIN stock ON stock.sku = wanted.sku
+            ORDER BY stock.sku
+            FOR NO KEY UPDATE OF stock",
             &skus,
         )
         .fetch_all(&mut **tx)
