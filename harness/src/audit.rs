@@ -53,8 +53,7 @@ pub struct Audit {
     pub on_their_way: usize,
     /// Orders whose event an operator has discarded.
     pub given_up: usize,
-    /// Orders that stay PENDING, since an operator has discarded what would have settled them; those given up are among
-    /// them.
+    /// Orders that stay PENDING, since an operator has discarded what would have settled them.
     pub stranded: usize,
     /// Events of either outbox that will not be delivered until an operator acts.
     pub dead: usize,

@@ -32,8 +32,9 @@ pub(crate) enum Verdict {
     /// The same, but it may be why nothing is known: make it visible before all others, so that whoever delivers next, as
     /// a rule in a turn, finds out.
     Suspect,
-    /// The receiver is not able to take it, alone, and yet took others: make it visible later, at no cost to it.
-    PutOff,
+    /// The receiver is not able to take it, alone, and yet took others: make it visible later, at no cost to it, and not
+    /// before the time the receiver has asked for has passed several times.
+    PutOff { after: Duration },
 }
 
 /// What became of a delivery.

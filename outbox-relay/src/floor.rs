@@ -20,7 +20,8 @@ pub(crate) const RESCAN_INTERVAL: Duration = Duration::from_secs(1);
 ///
 /// - What a settlement frees, successors and suspects, is no older than the oldest event it settles, but for transactions
 ///   that began in another order than they were committed in: a settlement lowers the floor to that.
-/// - What was locked by somebody, committed late, or freed by another process, or another route of this one, may lie anywhere. So one lease a second
+/// - What was locked by somebody, committed late, or freed by another process, or another route of this one, may lie
+///   anywhere. So one lease a second
 ///   looks everywhere, and what it takes lowers the floor for those that follow: it is found late, never lost, and however
 ///   much there is of it, the first of it is waited for and not each batch.
 ///

@@ -16,6 +16,8 @@ use crate::{
 /// What gRPC servers take in one message unless they are told otherwise is 4 MiB; a larger one is refused whole, and its
 /// events would be delivered one by one.
 const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+/// How long a lease is renewed for a receiver that does not come back: longer than receivers take to start.
+const HELD_MAX: Duration = Duration::from_secs(600);
 
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
@@ -27,6 +29,8 @@ pub(crate) struct Lease {
     /// When the first of the rows was created.
     pub(crate) oldest: OffsetDateTime,
     asked_at: Instant,
+    /// When it was asked for first, if it was renewed since.
+    since: Instant,
     length: Duration,
     max_age_hours: i32,
 }
@@ -100,6 +104,12 @@ impl Lease {
         Instant::now() > self.quarters(1)
     }
 
+    /// Whether it has lasted for so long that its events should be given back, whatever they are held for: another relay may
+    /// be able to deliver them.
+    pub(crate) fn is_overlong(&self) -> bool {
+        self.since.elapsed() > HELD_MAX.max(2 * self.length)
+    }
+
     /// Whether the database lets others take the rows, as far as can be told from here: at the latest from now on.
     pub(crate) fn has_expired(&self) -> bool {
         Instant::now() > self.quarters(4)
@@ -159,7 +169,7 @@ pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Res
     let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     floor.took(start, oldest);
-    Ok(Some(Lease { token, rows, oldest, asked_at, length, max_age_hours }))
+    Ok(Some(Lease { token, rows, oldest, asked_at, since: asked_at, length, max_age_hours }))
 }
 
 /// One statement, since `FOR UPDATE SKIP LOCKED` outside a transaction protects nothing beyond its own statement: the
@@ -176,8 +186,8 @@ pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Res
 /// enqueued at the same time; or at the start of the index. It is an element of an array because of the plan: a plain range
 /// between two unknown times is taken for so narrow a one that, without statistics, all of it is read and sorted.
 ///
-/// The pause is looked up here and nowhere else, so that whoever has set it knows: no lease is begun from now on, by any
-/// relay.
+/// The pause is looked up here, and where a lease is renewed, so that whoever has set it knows: no lease is begun from now
+/// on, by any relay.
 async fn take_rows(
     connection: &mut PgConnection,
     token: Uuid,

@@ -48,7 +48,7 @@ pub(crate) fn delivered(route: &str, outcome: &'static str) {
 }
 
 pub(crate) fn settled(route: &str, settled: &Settled) {
-    let Settled { handled, retried, died, released, lost, unsettled } = *settled;
+    let Settled { handled, retried, died, released, lost, unsettled, .. } = *settled;
     let counts = [
         ("handled", handled),
         ("retried", retried),

@@ -15,7 +15,7 @@ use crate::{
     measure,
     reopen::FIRST_BATCH,
     route::{Admission, Route, Turn},
-    settle::{Policy, Settled, settle},
+    settle::{Policy, settle},
     wake::Wake,
 };
 
@@ -122,14 +122,15 @@ impl Worker {
     /// the receiver may have crashed, and with it every delivery under way: then only a worker in its turn does it, which
     /// waits before each delivery until the receiver is up. An event is charged with what happened to it alone: with a
     /// refusal always, with silence only in a turn, when nobody else's event can have been the cause. An *outage* is
-    /// charged to nobody; but an event that meets one before and after others were taken is put off, in a turn: it would keep
-    /// the route shut.
+    /// charged to nobody; but an event that meets one before and after others were taken is put off, in a turn: it would
+    /// keep the route shut.
     async fn deliver(&mut self, lease: &mut Lease, verdicts: &mut [Verdict], mut turn: Option<&mut Turn<'_>>) -> bool {
         let mut batches = lease.batches();
         batches.reverse();
         let mut through = true;
-        // Batches the receiver took; and of each event that alone met an outage, how many those were at that time.
-        let (mut taken, mut outages) = (0, HashMap::new());
+        // Batches the receiver took, and of each event that alone met an outage, how many those were at that time; and
+        // outages in a row.
+        let (mut taken, mut outages, mut in_a_row) = (0, HashMap::new(), 0);
         while let Some(batch) = batches.pop() {
             // Those that are delivered one by one may be too many for one lease: that is no silence of the receiver's.
             if turn.is_none() && Instant::now() > lease.split_before() {
@@ -153,6 +154,7 @@ impl Worker {
                 Delivery::Answered(answers) => {
                     verdicts[batch].clone_from_slice(&answers);
                     taken += 1;
+                    in_a_row = 0;
                 }
                 Delivery::Refused { reason, retry_after } => {
                     verdicts[batch.start] = Verdict::Retry { reason, after: retry_after };
@@ -162,14 +164,18 @@ impl Worker {
                         Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
                     through = false;
                 }
-                Delivery::Outage { .. } if turn.is_some() && batch.len() == 1 => {
+                Delivery::Outage { retry_after, .. } if turn.is_some() && batch.len() == 1 => {
+                    through = false;
+                    in_a_row += 1;
                     match outages.insert(batch.start, taken) {
+                        // So many are no matter of single events. They go to the end of the line, and others get a turn.
+                        _ if in_a_row == FIRST_BATCH => return false,
                         // Once more, after all others.
                         None => batches.insert(0, batch),
-                        Some(before) => {
-                            verdicts[batch.start] = if taken > before { Verdict::PutOff } else { Verdict::Suspect };
-                            through = false;
+                        Some(before) if taken > before => {
+                            verdicts[batch.start] = Verdict::PutOff { after: retry_after };
                         }
+                        Some(_) => {}
                     }
                 }
                 Delivery::Silent { .. } | Delivery::Outage { .. } => {
@@ -203,21 +209,16 @@ impl Worker {
         let (events, oldest) = (lease.rows.len(), lease.oldest);
         let settled = settle(&self.database, lease, verdicts, policy, &self.shutdown).await;
         self.terms.floor.lower(oldest);
-        match settled {
-            Ok(settled) => {
-                measure::settled(self.route.pattern(), &settled);
-                debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
-                if settled.lost > 0 {
-                    warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
-                }
-                if settled.died > 0 {
-                    error!(worker = self.number, events = settled.died, "dead: kept in the outbox with their reason");
-                }
-            }
-            Err(cause) => {
-                measure::settled(self.route.pattern(), &Settled { unsettled: events, ..Settled::default() });
-                error!(%cause, events, "cannot settle; the lease will expire");
-            }
+        measure::settled(self.route.pattern(), &settled);
+        debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
+        if settled.lost > 0 {
+            warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
+        }
+        if settled.unsettled > 0 {
+            error!(worker = self.number, events = settled.unsettled, "not known to be settled; the lease will expire");
+        }
+        if settled.died > 0 {
+            error!(worker = self.number, events = settled.died, "dead: kept in the outbox with their reason");
         }
     }
 

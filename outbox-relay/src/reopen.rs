@@ -10,7 +10,7 @@ use crate::{
     deliver::Description,
     lease::Lease,
     relay::{Carried, Round, Worker},
-    route::Turn,
+    route::{Condition, Turn},
 };
 
 /// Events in the first batch for a receiver that was away: few, since they are likely to come back. Each further batch is
@@ -59,7 +59,7 @@ impl Worker {
     /// Waits until the receiver is up, and sees to it that what is left of the lease is enough to judge an event by: one
     /// over which the receiver hangs is known by nothing but its time.
     ///
-    /// The lease is renewed for as long as that takes. Given back, its events would come again as if nothing were known of
+    /// The lease is renewed meanwhile, within limits. Given back, its events would come again as if nothing were known of
     /// them; and where a receiver takes longer to start than a lease lasts, the one that crashes it would never be found.
     pub(crate) async fn is_ready(&mut self, turn: &mut Turn<'_>, lease: &mut Lease) -> bool {
         let shutdown = self.shutdown.clone();
@@ -67,6 +67,10 @@ impl Worker {
             let waiting = timeout_at(lease.deliver_before(), self.until_described(turn));
             match shutdown.run_until_cancelled(waiting).await {
                 Some(Ok(Ok(()))) => break,
+                // From one that does not let it deliver, this relay has nothing to learn of these events.
+                Some(Err(_elapsed)) if self.route.condition() == Condition::Barred || lease.is_overlong() => {
+                    return false;
+                }
                 Some(Err(_elapsed)) if self.renew(lease).await => {}
                 // A receiver that is unfit is found to be so again, with nothing leased, by the next turn.
                 None | Some(_) => return false,

@@ -18,8 +18,10 @@ use crate::{
 
 /// A reason is kept up to this many characters.
 const REASON_CHARS_MAX: usize = 1000;
-/// How long an event at most is kept from a receiver that is not able to take it, and takes others.
+/// How long an event at most is kept from a receiver that is not able to take it, and takes others, unless it has asked for
+/// time; and how many times that time otherwise.
 const PUT_OFF_MAX: Duration = Duration::from_secs(60);
+const PUT_OFF_TIMES: u32 = 8;
 /// Before the database is asked again that has failed, at most: workers do not come back in step.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -53,6 +55,23 @@ pub(crate) struct Settled {
     /// Of which nothing is known, since the database failed: some may have been settled before it did; the others' lease
     /// expires.
     pub(crate) unsettled: usize,
+    interrupted: bool,
+}
+
+impl Settled {
+    fn add(&mut self, other: &Self) {
+        self.handled += other.handled;
+        self.retried += other.retried;
+        self.died += other.died;
+        self.released += other.released;
+    }
+
+    /// With what the others of so many are.
+    fn of(self, leased: usize) -> Self {
+        let missing = leased - (self.handled + self.retried + self.died + self.released);
+        let (lost, unsettled) = if self.interrupted { (0, missing) } else { (missing, 0) };
+        Self { lost, unsettled, ..self }
+    }
 }
 
 /// Applies one verdict per row of the lease.
@@ -66,33 +85,40 @@ pub(crate) struct Settled {
 ///
 /// A settlement that fails is repeated for as long as the lease lasts, until `shutdown`: after a restart of the database
 /// each connection that was in use fails once, and rows that nobody settles stay out of sight until the lease expires.
-///
-/// # Errors
-/// Those of the database, when it does not come back in that time.
 pub(crate) async fn settle(
     database: &Database,
     lease: Lease,
     verdicts: &[Verdict],
     policy: Policy,
     shutdown: &CancellationToken,
-) -> Result<Settled, sqlx::Error> {
+) -> Settled {
     let (token, leased) = (lease.token, lease.rows.len());
     let sorted = Arc::new(Sorted::by_verdict(&lease.rows, verdicts));
-    let mut again = false;
+    let mut settled = Settled::default();
     loop {
         let sorted = sorted.clone();
         let settling = database.run(move |connection| Box::pin(settle_once(connection, token, sorted, policy)));
-        match settling.await {
-            Ok(settled) => {
-                let missing = leased - (settled.handled + settled.retried + settled.died + settled.released);
-                let (lost, unsettled) = if again { (0, missing) } else { (missing, 0) };
-                return Ok(Settled { lost, unsettled, ..settled });
-            }
-            Err(cause) if lease.has_expired() || shutdown.is_cancelled() => return Err(cause),
-            Err(cause) => warn!(%cause, events = leased, "cannot settle: trying again"),
+        let Err(Interrupted { before, cause }) = settling.await.map(|last| settled.add(&last)) else { break };
+        settled.add(&before);
+        settled.interrupted = true;
+        warn!(%cause, events = leased, "cannot settle");
+        if lease.has_expired() || shutdown.is_cancelled() {
+            break;
         }
-        again = true;
         shutdown.run_until_cancelled(sleep(PAUSE_MAX.mul_f64(fastrand::f64()))).await;
+    }
+    settled.of(leased)
+}
+
+/// What a settlement got done before the database failed.
+struct Interrupted {
+    before: Settled,
+    cause: sqlx::Error,
+}
+
+impl From<sqlx::Error> for Interrupted {
+    fn from(cause: sqlx::Error) -> Self {
+        Self { before: Settled::default(), cause }
     }
 }
 
@@ -101,15 +127,28 @@ async fn settle_once(
     token: Uuid,
     sorted: Arc<Sorted>,
     policy: Policy,
-) -> Result<Settled, sqlx::Error> {
-    let handled = delete_handled(connection, token, &sorted.handled).await?;
-    let (retried, died_late) = reschedule(connection, token, &sorted.failed, policy).await?;
-    let died = died_late + bury(connection, token, &sorted.dead).await?;
-    let put_off = PUT_OFF_MAX.mul_f64(0.5 + fastrand::f64() / 2.0);
-    let released = release(connection, token, &sorted.released, Back::After(Duration::ZERO)).await?
-        + release(connection, token, &sorted.suspects, Back::First).await?
-        + release(connection, token, &sorted.put_off, Back::After(put_off)).await?;
-    Ok(Settled { handled, retried, died, released, ..Settled::default() })
+) -> Result<Settled, Interrupted> {
+    let mut settled = Settled::default();
+    match settle_each(connection, token, &sorted, policy, &mut settled).await {
+        Ok(()) => Ok(settled),
+        Err(cause) => Err(Interrupted { before: settled, cause }),
+    }
+}
+
+async fn settle_each(
+    connection: &mut PgConnection,
+    token: Uuid,
+    sorted: &Sorted,
+    policy: Policy,
+    settled: &mut Settled,
+) -> Result<(), sqlx::Error> {
+    settled.handled = delete_handled(connection, token, &sorted.handled).await?;
+    (settled.retried, settled.died) = reschedule(connection, token, &sorted.failed, policy).await?;
+    settled.died += bury(connection, token, &sorted.dead).await?;
+    settled.released = release(connection, token, &sorted.released, Back::After(Duration::ZERO)).await?;
+    settled.released += release(connection, token, &sorted.suspects, Back::First).await?;
+    settled.released += release(connection, token, &sorted.put_off, Back::After(sorted.put_off_time())).await?;
+    Ok(())
 }
 
 /// Rows that share a verdict, as the arrays a statement takes.
@@ -152,10 +191,16 @@ impl Sorted {
                 Verdict::Dead(reason) => sorted.dead.push(row, reason, Duration::ZERO),
                 Verdict::Release => sorted.released.push(row, "", Duration::ZERO),
                 Verdict::Suspect => sorted.suspects.push(row, "", Duration::ZERO),
-                Verdict::PutOff => sorted.put_off.push(row, "", Duration::ZERO),
+                Verdict::PutOff { after } => sorted.put_off.push(row, "", *after),
             }
         }
         sorted
+    }
+
+    /// For how long those are kept away that the receiver is not able to take: for far longer than they keep it from others.
+    fn put_off_time(&self) -> Duration {
+        let asked_for = self.put_off.pauses.iter().copied().fold(0.0, f64::max);
+        PUT_OFF_MAX.mul_f64(0.5 + fastrand::f64() / 2.0).max(PUT_OFF_TIMES * Duration::from_secs_f64(asked_for))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
 /// Generous: a route that is down is probed at least every second.
 const RECOVERY: Duration = Duration::from_secs(15);
 
-/// The relay's default.
+/// What [`Relay::start`] gives a relay.
 const FULL_BATCH: usize = 100;
 
 /// Any attempt that is counted would be the last, and seen for good.

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use sqlx::types::time::OffsetDateTime;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -17,7 +18,7 @@ use crate::{
     outbox::Outbox,
     receiver::{Delivery, Receiver, Reply, id_of},
     relay::Relay,
-    wait::until,
+    wait::{until, until_within},
 };
 
 /// Fills an outbox, has the receiver fail over the events in the places `fatal`, and waits until these are dead and all
@@ -180,8 +181,10 @@ async fn a_relay_that_waits_with_leased_events_for_a_receiver_gives_them_back_wh
     // The second was in a turn: from now on it waits, with what it has leased.
     receiver.wait_for_deliveries(2).await;
     receiver.describe(|| Err(Code::Unavailable));
-    let described = receiver.read(|log| log.described);
-    receiver.wait("it asks again", |log| log.described > described + 1).await;
+    let expiry = "SELECT min(visible_at) FROM outbox WHERE lease_token IS NOT NULL HAVING count(*) = 3";
+    let expiry = async || sqlx::query_scalar::<_, OffsetDateTime>(expiry).fetch_optional(&outbox.pool).await.unwrap();
+    let first = expiry().await.expect("they are leased");
+    until("the lease is renewed", async || expiry().await.is_some_and(|expiry| expiry > first)).await;
     Operator::of(&outbox).does(&["pause", "--reason", "as the test wants it"]).await;
     until("nothing is leased", async || outbox.rows().await.iter().all(|row| row.lease_token.is_none())).await;
 
@@ -217,6 +220,27 @@ async fn an_event_that_is_always_answered_as_in_an_outage_is_put_off_at_no_cost_
         relay.stop().await;
         let row = outbox.row(refused).await.unwrap();
         assert_eq!((row.attempts, row.dead, row.visible, row.lease_token), (0, false, false, None));
+    }
+}
+
+/// As of a type for which the receiver lacks a right: more of them than a turn begins with.
+#[tokio::test]
+async fn many_events_that_are_always_answered_as_in_an_outage_keep_no_other_for_good() {
+    for flags in [&["--attempts", "1"][..], &["--attempts", "1", "--batch", "1"]] {
+        let outbox = Outbox::create().await;
+        let refused = outbox.insert_of_type("test.v1.Refused", 9).await;
+        outbox.insert_unrelated(10).await;
+        let receiver = Receiver::start(|events| match events.iter().any(|event| event.r#type == "test.v1.Refused") {
+            true => Reply::Refuse(Code::Unavailable),
+            false => Reply::apply(events),
+        })
+        .await;
+        let relay = Relay::start(&outbox, receiver.address, flags).await;
+        // Each of them is looked at alone, with a pause before it of up to a second.
+        let others = async || outbox.rows().await.len() == refused.len();
+        until_within(Duration::from_secs(60), "all others are delivered", others).await;
+        relay.stop().await;
+        assert!(outbox.rows().await.iter().all(|row| row.attempts == 0 && !row.dead));
     }
 }
 

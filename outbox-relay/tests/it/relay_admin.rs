@@ -16,7 +16,7 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    operator::{count_discarded, grow_old, insert_dead, insert_dead_with_successors},
+    operator::{Operator, count_discarded, grow_old, insert_dead, insert_dead_with_successors},
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -68,6 +68,10 @@ async fn the_status_is_that_of_the_command_line() {
     let status = admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner();
     assert_eq!((status.dead, status.waiting, status.held_back, status.leased), (1, 2, 2, 0));
     assert!(status.pause.is_none() && status.oldest_seconds.is_some() && status.types.len() == 1);
+    let said = Operator::of(&admin.outbox).reads(&["status", "--json"]).await;
+    let counts = ["dead", "waiting", "held_back", "leased"].map(|key| said[key].as_i64().unwrap());
+    assert_eq!(counts, [status.dead, status.waiting, status.held_back, status.leased]);
+    assert_eq!(said["types"].as_array().unwrap().len(), 1);
     admin.stop().await;
 }
 

@@ -77,7 +77,7 @@ async fn a_settlement_that_fails_is_repeated_while_the_lease_lasts() {
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Binary::start(&outbox, &receiver, &["--workers", "1", "--lease-seconds", "60"]);
     let log = relay.log_file();
-    until("it tries again", async || std::fs::read_to_string(&log).unwrap().contains("trying again")).await;
+    until("it tries again", async || std::fs::read_to_string(&log).unwrap().contains("cannot settle")).await;
     let_delete_again(&outbox).await;
     outbox.wait_until_gone(event_id).await;
     assert_eq!(receiver.read(|log| log.times(event_id)), 1, "deliveries");
