@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
 use url::Url;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A PostgreSQL server, known by its superuser's URL.
 #[derive(Clone)]
