@@ -1,4 +1,4 @@
-//! Ends a lease: the only place that changes a leased row, and only with the lease's token.
+//! Ends a lease: the only place that does, and, like its renewal, only with the lease's token.
 
 use std::{sync::Arc, time::Duration};
 

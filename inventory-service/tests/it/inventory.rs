@@ -22,7 +22,7 @@ use crate::{
 
 pub(crate) const SERVICES: [&str; 3] = ["", "events.v1.EventReceiver", "inventory.v1.InventoryService"];
 /// Far above what anything here takes, so that only what never happens is late.
-pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Parser)]
 #[command(args_override_self = true)]

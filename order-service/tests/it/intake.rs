@@ -82,7 +82,7 @@ async fn an_order_that_the_database_turns_down_fails_none_of_its_group() {
 
 #[tokio::test]
 async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed() {
-    let service = Service::start_with(&["--writers", "1", "--database-acquire-ms", "200"]).await;
+    let service = Service::start_with(&["--writers", "1", "--database-acquire-ms", "1000"]).await;
     let lock = service.lock_orders().await;
     let mut calls = JoinSet::new();
     place_for(&service, &mut calls, "first");

@@ -89,7 +89,7 @@ async fn calls_are_asked_to_retry_while_the_database_is_away_and_work_once_it_is
 
 #[tokio::test]
 async fn a_call_that_finds_no_free_connection_is_asked_to_retry_and_health_stays_serving() {
-    let service = Service::start_with(&["--database-connections", "1", "--database-acquire-ms", "100"]).await;
+    let service = Service::start_with(&["--database-connections", "1", "--database-acquire-ms", "1000"]).await;
     let lock = service.lock_orders().await;
     let mut orders = service.orders();
     let first = tokio::spawn(async move { orders.create_order(order()).await });

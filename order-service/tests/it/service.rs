@@ -28,6 +28,8 @@ use uuid::Uuid;
 /// How long anything may take that is bound to happen: shorter than the 10 s after which PostgreSQL itself would end a
 /// forgotten transaction of the service's role, so that this is never what makes a test pass.
 pub(crate) const LIMIT: Duration = Duration::from_secs(8);
+/// On a busy machine fifty calls at once wait for their connections longer than callers should.
+const PATIENT: [&str; 2] = ["--database-acquire-ms", "8000"];
 
 #[derive(Parser)]
 struct Cli {
@@ -53,9 +55,8 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Patient: on a busy machine fifty calls at once wait for their connections longer than callers should.
     pub(crate) async fn start() -> Self {
-        Self::start_with(&["--database-acquire-ms", "8000"]).await
+        Self::start_with(&PATIENT).await
     }
 
     pub(crate) async fn start_with(flags: &[&str]) -> Self {
@@ -79,7 +80,7 @@ impl Service {
     pub(crate) async fn start_another(&self) -> OrderServiceClient<Channel> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(order_service::run(listener, settings(&self.database, &[]), self.shutdown.clone()));
+        tokio::spawn(order_service::run(listener, settings(&self.database, &PATIENT), self.shutdown.clone()));
         OrderServiceClient::connect(format!("http://{address}")).await.unwrap()
     }
 
