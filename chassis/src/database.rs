@@ -177,7 +177,10 @@ impl Database {
 
     /// Asks the database for its health from now on.
     pub(crate) fn probe(&self) -> Probe {
-        Probe { options: self.pool.connect_options().as_ref().clone(), limit: self.work_limit, connection: None }
+        // Enough for a connection to be made, however short work is to be: cut off each time, none ever would on a busy
+        // machine.
+        let limit = CONNECT_LIMIT.max(self.work_limit);
+        Probe { options: self.pool.connect_options().as_ref().clone(), limit, connection: None }
     }
 }
 
