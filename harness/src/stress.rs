@@ -44,7 +44,8 @@ pub struct Arguments {
     /// Calls under way at once
     #[arg(long, short = 'c', default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     concurrency: u32,
-    /// Seconds a call that fails for want of a service, or of room in it, is repeated, with its request id; 0: a failure is a failure
+    /// Seconds a call that fails for want of a service, or of room in it, is repeated, with its request id; 0: a failure is a
+    /// failure
     #[arg(long, default_value_t = 0)]
     retry_seconds: u64,
     /// Seconds within which both outboxes have to be empty after the last order
@@ -61,8 +62,8 @@ pub struct Load {
     pub orders: u32,
     /// Calls under way at once.
     pub concurrency: u32,
-    /// For how long a call that finds no service, or one that is overloaded, is repeated with its request id. Such a call may have been carried out
-    /// though it was not answered.
+    /// For how long a call that finds no service, or one that is overloaded, is repeated with its request id. Such a call may
+    /// have been carried out though it was not answered.
     pub retry_for: Duration,
 }
 
