@@ -1,16 +1,20 @@
 //! Group commit: calls that come at the same time place their orders in one transaction, each as if it were alone.
 
-use std::{slice, sync::Arc, time::Duration};
+use std::{iter, slice, sync::Arc, time::Duration};
 
 use chassis::{Database, begins_within, may_pass};
 use clap::Args;
 use outbox::Notifier;
 use proto::orders::v1::Order;
 use sqlx::PgConnection;
-use tokio::sync::{
-    Mutex,
-    mpsc::{self, error::TrySendError},
-    oneshot,
+use tokio::{
+    sync::{
+        Mutex,
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
+    task::yield_now,
+    time::timeout,
 };
 use tracing::error;
 
@@ -20,10 +24,14 @@ use crate::create_order::{Draft, Outcome, create_orders};
 /// are past the size at which a larger group is any faster.
 const GROUP_MAX: usize = 512;
 
+/// How long a writer is the only one. A second one at once would halve the groups, and double what each order costs; none
+/// at all would let one slow transaction, or one connection that is gone without a word, keep everybody waiting.
+const ALONE_MAX: Duration = Duration::from_millis(5);
+
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions that place orders at once; calls that come while all are under way share the next.
+    /// Transactions that place orders at once, when they take long; calls that come meanwhile share the next.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
@@ -54,8 +62,9 @@ impl CreateOrderError {
 /// Where calls bring their orders, to be placed by the writers behind it. The writers end with the last clone.
 ///
 /// There is no timer: a writer takes what is there when it has committed what was there before. So a lone order waits for
-/// nobody, and groups grow by themselves as far as the load asks for it. Two writers, because while one waits for the disk
-/// the other can fill its statement; with four, groups are smaller and the same work takes more transactions.
+/// nobody, and groups grow by themselves as far as the load asks for it. The first to come after a commit would be in a group
+/// of its own all the same, with the others, who were answered at the same moment, a little behind it: so a writer lets
+/// arrive what is ready to, and the next writer begins only when it has taken long. (See the table in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::Sender<Call>,
@@ -107,26 +116,51 @@ impl Intake {
 /// Places group after group until nobody can bring an order any more.
 async fn write(calls: Arc<Mutex<mpsc::Receiver<Call>>>, database: Database, relay: Notifier) {
     loop {
-        let mut group = Vec::new();
         // The other writers wait for the lock meanwhile: each order goes to one of them.
-        if calls.lock().await.recv_many(&mut group, GROUP_MAX).await == 0 {
+        let mut calls = calls.lock().await;
+        let group = gather(&mut calls).await;
+        if group.is_empty() {
             return;
         }
-        let wanted =
-            group.into_iter().filter_map(|call| call.begin.send(()).is_ok().then_some((call.draft, call.answer)));
-        let (drafts, answers): (Vec<_>, Vec<_>) = wanted.unzip();
-        if drafts.is_empty() {
-            continue;
+        let placing = place_wanted(group, &database, &relay);
+        tokio::pin!(placing);
+        if timeout(ALONE_MAX, &mut placing).await.is_err() {
+            drop(calls);
+            placing.await;
         }
-        let relay = relay.clone();
-        let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
-        // Whoever does not wait for the answer any more learns it by repeating the call.
-        match placed {
-            Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
-            Err(cause) => {
-                let failed = CreateOrderError::of_database(cause, answers.len());
-                answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
-            }
+    }
+}
+
+/// Waits for a call, and lets every other that is on its way arrive as well: what is ready to run is run before a task that
+/// yields, and a connection that has calls to bring is. With nothing else to run this is a matter of microseconds.
+/// Empty when nobody can bring an order any more.
+async fn gather(calls: &mut mpsc::Receiver<Call>) -> Vec<Call> {
+    let mut group = Vec::new();
+    let mut arrived = calls.recv_many(&mut group, GROUP_MAX).await;
+    while arrived > 0 && group.len() < GROUP_MAX {
+        yield_now().await;
+        let before = group.len();
+        group.extend(iter::from_fn(|| calls.try_recv().ok()).take(GROUP_MAX - before));
+        arrived = group.len() - before;
+    }
+    group
+}
+
+/// Places the orders of those who still wait, and answers them.
+async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
+    let wanted = group.into_iter().filter_map(|call| call.begin.send(()).is_ok().then_some((call.draft, call.answer)));
+    let (drafts, answers): (Vec<_>, Vec<_>) = wanted.unzip();
+    if drafts.is_empty() {
+        return;
+    }
+    let relay = relay.clone();
+    let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
+    // Whoever does not wait for the answer any more learns it by repeating the call.
+    match placed {
+        Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
+        Err(cause) => {
+            let failed = CreateOrderError::of_database(cause, answers.len());
+            answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
         }
     }
 }
