@@ -79,7 +79,9 @@ async fn notify_on(
 ) -> Result<PgConnection, sqlx::Error> {
     let mut connection = match connection {
         Some(connection) => connection,
-        None => database.connect().await?,
+        // PostgreSQL writes a commit for each NOTIFY. To wait for the disk would keep the relay waiting, and the commits of
+        // orders that come after it; and a notification that a crash takes with it is one that is lost.
+        None => database.clone().options([("synchronous_commit", "off")]).connect().await?,
     };
     notify(&mut connection, channel).await?;
     Ok(connection)
