@@ -79,9 +79,7 @@ async fn notify_on(
 ) -> Result<PgConnection, sqlx::Error> {
     let mut connection = match connection {
         Some(connection) => connection,
-        // PostgreSQL writes a commit for each NOTIFY. To wait for the disk would keep the relay waiting, and the commits of
-        // orders that come after it; and a notification that a crash takes with it is one that is lost.
-        None => database.clone().options([("synchronous_commit", "off")]).connect().await?,
+        None => database.connect().await?,
     };
     notify(&mut connection, channel).await?;
     Ok(connection)
