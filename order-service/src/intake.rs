@@ -14,7 +14,7 @@ use tokio::{
         oneshot,
     },
     task::yield_now,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tracing::error;
 
@@ -24,14 +24,18 @@ use crate::create_order::{Draft, Outcome, create_orders};
 /// are past the size at which a larger group is any faster.
 const GROUP_MAX: usize = 512;
 
-/// How long a writer is the only one. A second one at once would halve the groups, and double what each order costs; none
-/// at all would let one slow transaction, or one connection that is gone without a word, keep everybody waiting.
+/// How long a writer is the only one. A second one at once makes groups smaller, and each order dearer; none at all would
+/// let one slow transaction, or one connection that is gone without a word, keep everybody waiting.
 const ALONE_MAX: Duration = Duration::from_millis(5);
+/// How long a group waits for what is on its way: where the processor is so busy that each look finds somebody, the first
+/// of them is not to wait until the group is full.
+const GATHER_MAX: Duration = Duration::from_millis(1);
 
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions that place orders at once, when they take long; calls that come meanwhile share the next.
+    /// Transactions that place orders at once at most; the next begins when one has taken 5 ms. Calls that come meanwhile share
+    /// it.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
@@ -61,10 +65,10 @@ impl CreateOrderError {
 
 /// Where calls bring their orders, to be placed by the writers behind it. The writers end with the last clone.
 ///
-/// There is no timer: a writer takes what is there when it has committed what was there before. So a lone order waits for
-/// nobody, and groups grow by themselves as far as the load asks for it. The first to come after a commit would be in a group
-/// of its own all the same, with the others, who were answered at the same moment, a little behind it: so a writer lets
-/// arrive what is ready to, and the next writer begins only when it has taken long. (See the table in ARCHITECTURE.md.)
+/// A lone order waits for nobody, and groups grow by themselves as far as the load asks for it: a writer begins when it has
+/// committed what came before. It first lets arrive what is ready to, or the first call after a commit would be a group by
+/// itself, with the others, who were answered at the same moment, a little behind it; and the next writer begins only when
+/// this one takes long. (See the table in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::Sender<Call>,
@@ -131,13 +135,14 @@ async fn write(calls: Arc<Mutex<mpsc::Receiver<Call>>>, database: Database, rela
     }
 }
 
-/// Waits for a call, and lets every other that is on its way arrive as well: what is ready to run is run before a task that
-/// yields, and a connection that has calls to bring is. With nothing else to run this is a matter of microseconds.
+/// Waits for a call, and lets others that are on their way arrive as well: what is ready to run, as a connection is that has
+/// calls to bring, is as a rule run before a task that yields. With nothing else to run this is a matter of microseconds.
 /// Empty when nobody can bring an order any more.
 async fn gather(calls: &mut mpsc::Receiver<Call>) -> Vec<Call> {
     let mut group = Vec::new();
     let mut arrived = calls.recv_many(&mut group, GROUP_MAX).await;
-    while arrived > 0 && group.len() < GROUP_MAX {
+    let until = Instant::now() + GATHER_MAX;
+    while arrived > 0 && group.len() < GROUP_MAX && Instant::now() < until {
         yield_now().await;
         let before = group.len();
         group.extend(iter::from_fn(|| calls.try_recv().ok()).take(GROUP_MAX - before));

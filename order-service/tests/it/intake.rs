@@ -99,6 +99,34 @@ async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed()
     service.end().await;
 }
 
+#[tokio::test]
+async fn a_transaction_that_takes_long_keeps_nobody_else_waiting() {
+    let service = Service::start().await;
+    let taken = Uuid::new_v4();
+    let mut holder = service.pool.begin().await.unwrap();
+    sqlx::query(
+        "INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
+        VALUES (gen_random_uuid(), $1, 'holder', 'EUR', 0)",
+    )
+    .bind(taken)
+    .execute(&mut *holder)
+    .await
+    .unwrap();
+    let mut calls = JoinSet::new();
+    let mut orders = service.orders();
+    calls.spawn(
+        async move { orders.create_order(CreateOrderRequest { request_id: taken.to_string(), ..order() }).await },
+    );
+    service.waits_for_a_lock().await;
+    for _ in 0..3 {
+        service.place(order()).await;
+    }
+    assert!(calls.try_join_next().is_none(), "it has to wait for the holder");
+    holder.rollback().await.unwrap();
+    calls.join_next().await.unwrap().unwrap().unwrap();
+    service.end().await;
+}
+
 /// Unless all groups go in by request id, these run into deadlocks.
 #[tokio::test(flavor = "multi_thread")]
 async fn groups_of_two_processes_that_share_request_ids_do_not_deadlock() {
