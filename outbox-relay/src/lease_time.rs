@@ -17,7 +17,9 @@ use crate::{
 };
 
 const BATCH: u32 = 100;
-const ROUNDS: usize = 40;
+/// Beside three other tests the ratio of the medians of 40 came out anywhere from 1.2 to 1.9, once at 2.1; of 200, from 0.9
+/// to 1.2.
+const ROUNDS: usize = 200;
 
 #[derive(Parser)]
 struct Cli {
@@ -103,6 +105,11 @@ const DELIVERED_200_000: &str = "SET synchronous_commit = off;
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
     FROM generate_series(1, 200000) AS n, LATERAL (SELECT now() - interval '1 hour' * (200000 - n) / 200000 AS at) AS at;
     DELETE FROM outbox";
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
 
 #[tokio::test]
 async fn a_lease_takes_no_longer_with_a_million_events_waiting_and_200_000_stuck_than_with_next_to_none() {
@@ -192,9 +199,8 @@ async fn assert_as_fast(full: &Outbox, empty: &Outbox) {
         in_full.push(full.time_one_lease().await);
         in_empty.push(empty.time_one_lease().await);
     }
-    // What else runs on the machine only ever adds to a time, so the least of them says most about the statement.
-    let (in_full, in_empty) = (in_full.into_iter().min().unwrap(), in_empty.into_iter().min().unwrap());
+    let (in_full, in_empty) = (median(in_full), median(in_empty));
     let ratio = in_full.as_secs_f64() / in_empty.as_secs_f64();
-    println!("shortest {in_full:.2?} / {in_empty:.2?} = {ratio:.2}");
+    println!("medians {in_full:.2?} / {in_empty:.2?} = {ratio:.2}");
     assert!(ratio < 2.0, "{in_full:?} instead of {in_empty:?}");
 }
