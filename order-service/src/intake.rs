@@ -1,6 +1,6 @@
 //! Group commit: calls that come at the same time place their orders in one transaction, each as if it were alone.
 
-use std::{iter, slice, sync::Arc, time::Duration};
+use std::{slice, sync::Arc, time::Duration};
 
 use chassis::{Database, begins_within, may_pass};
 use clap::Args;
@@ -34,8 +34,8 @@ const GATHER_MAX: Duration = Duration::from_millis(1);
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions that place orders at once at most; the next begins when one has taken 5 ms. Calls that come meanwhile share
-    /// it.
+    /// Transactions at most that place orders at once. The next begins when one has taken 5 ms; calls that come meanwhile
+    /// share it.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
@@ -140,13 +140,15 @@ async fn write(calls: Arc<Mutex<mpsc::Receiver<Call>>>, database: Database, rela
 /// Empty when nobody can bring an order any more.
 async fn gather(calls: &mut mpsc::Receiver<Call>) -> Vec<Call> {
     let mut group = Vec::new();
-    let mut arrived = calls.recv_many(&mut group, GROUP_MAX).await;
+    calls.recv_many(&mut group, GROUP_MAX).await;
     let until = Instant::now() + GATHER_MAX;
-    while arrived > 0 && group.len() < GROUP_MAX && Instant::now() < until {
+    while !group.is_empty() && group.len() < GROUP_MAX && Instant::now() < until {
         yield_now().await;
-        let before = group.len();
-        group.extend(iter::from_fn(|| calls.try_recv().ok()).take(GROUP_MAX - before));
-        arrived = group.len() - before;
+        if calls.is_empty() {
+            break;
+        }
+        let room = GROUP_MAX - group.len();
+        calls.recv_many(&mut group, room).await;
     }
     group
 }
