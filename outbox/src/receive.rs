@@ -14,6 +14,7 @@ use proto::events::v1::{
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
@@ -106,6 +107,9 @@ pub struct InboxSettings {
     /// applied and forgotten; relays must not deliver any that are (their --max-age-hours).
     #[arg(long, env = "RETENTION_HOURS", default_value_t = 168, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     pub retention_hours: u32,
+    /// Batches of events applied at once; further ones wait. Raise it where batches rarely want the same rows.
+    #[arg(long, env = "BATCHES_AT_ONCE", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub batches_at_once: u16,
 }
 
 impl InboxSettings {
@@ -121,6 +125,10 @@ pub struct Receiver<H> {
     handler: Arc<H>,
     refuse: Refuse,
     retention: Duration,
+    /// However many workers of however many relays deliver. Batches mostly want the same rows: what is begun beyond the
+    /// second would wait for locks, hold a connection that others need, and cost the processor's time (see
+    /// ARCHITECTURE.md for how much).
+    turns: Arc<Semaphore>,
 }
 
 impl<H: Handler> Receiver<H> {
@@ -134,7 +142,8 @@ impl<H: Handler> Receiver<H> {
     ) -> EventReceiverServer<Self> {
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
-        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention };
+        let turns = Arc::new(Semaphore::new(settings.batches_at_once.into()));
+        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention, turns };
         EventReceiverServer::new(receiver).max_decoding_message_size(BATCH_BYTES_MAX)
     }
 }
@@ -149,9 +158,14 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         let (handler, retention) = (self.handler.clone(), self.retention);
+        // Waited for by the caller, who may give up, and then kept by the work, which outlives its caller.
+        let turn = self.turns.clone().acquire_owned().await.expect("it is never closed");
         self.database
             .run(move |connection| {
-                Box::pin(async move { apply_batch(connection, &*handler, &events, retention).await })
+                Box::pin(async move {
+                    let _turn = turn;
+                    apply_batch(connection, &*handler, &events, retention).await
+                })
             })
             .await
             .map(|results| Response::new(DeliverResponse { results }))

@@ -1,8 +1,8 @@
 //! Part 2: how fast a backlog goes through the relay into inventory-service.
 //!
 //! Compared in the same rounds: inventory's SQL alone, by pgbench, which has PostgreSQL execute the statements of
-//! inventory-service, as its role, for as many events in batches as large as the relay's. It has as many clients as the
-//! relay has workers, or one: batches wait for each other's stock, so more clients may be slower, and the system is
+//! inventory-service, as its role, for as many events in batches as large as the relay's. It has as many clients as
+//! inventory-service applies batches at once, or one: batches wait for each other's stock, so more clients may be slower, and the system is
 //! compared with the faster. And the same relay delivering one event at a time (`--batch 1 --workers 1`), for some
 //! seconds. See [`super::backlog`] for how a drain is timed.
 
@@ -22,7 +22,7 @@ use super::{
     site::Site,
 };
 
-/// As many as the relay has workers by default, and one.
+/// As many as inventory-service applies batches at once by default, and one.
 const CLIENTS: [u32; 2] = [2, 1];
 /// As many as the relay leases at once by default.
 const EVENTS_OF_A_BATCH: u32 = 500;

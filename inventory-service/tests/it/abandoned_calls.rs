@@ -102,7 +102,7 @@ async fn work_goes_on_to_its_commit_when_its_call_is_cut() {
 
     let cut = inventory.client.deliver([&event]).await.unwrap_err();
     assert_eq!(cut.code(), Code::Cancelled, "{cut:?}");
-    inventory.wait_for_a_waiting_session().await;
+    inventory.wait_for_waiting_sessions(1).await;
     lock.rollback().await.unwrap();
 
     eventually("the event is applied", async || inventory.is_in_inbox(&event).await).await;

@@ -204,3 +204,30 @@ async fn stock_is_conserved_under_orders_and_adjustments_at_once() {
     assert!(turned_away > 0, "there was enough of everything: nothing was put to the test");
     inventory.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_that_wait_for_each_other_leave_connections_to_other_calls() {
+    let flags = ["--batches-at-once", "2", "--database-connections", "3", "--database-acquire-ms", "500"];
+    let inventory = Inventory::serve(&flags).await;
+    inventory.put_in(&[("MUG", 100)]).await;
+    let lock = inventory.lock_stock().await;
+    let deliveries: Vec<_> = (0..6)
+        .map(|_| {
+            let client = inventory.client.clone();
+            tokio::spawn(async move { client.deliver(&[order(&[("MUG", 1)])]).await.unwrap() })
+        })
+        .collect();
+    inventory.wait_for_waiting_sessions(2).await;
+    // After the deliveries on the same connection; refused, if these had taken all three of the database's.
+    for _ in 0..20 {
+        assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 100);
+    }
+    assert!(deliveries.iter().all(|delivery| !delivery.is_finished()));
+
+    lock.rollback().await.unwrap();
+    for delivery in deliveries {
+        assert_eq!(delivery.await.unwrap(), ["APPLIED"]);
+    }
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 94);
+    inventory.stop().await;
+}

@@ -35,7 +35,9 @@ pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     let url = database.url_as("inventory_service");
     // On a busy machine a hundred calls at once may wait longer than the default for one of 16 connections.
     let given = ["inventory-service", "--database-url", &url, "--database-acquire-ms", "9000"];
-    Cli::parse_from(given.iter().chain(flags)).settings
+    // As if they came to many replicas: what keeps batches apart is the database.
+    let given = given.iter().chain(&["--batches-at-once", "100"]);
+    Cli::parse_from(given.chain(flags)).settings
 }
 
 /// The running service and its database.
@@ -142,10 +144,10 @@ impl Inventory {
         lock
     }
 
-    pub(crate) async fn wait_for_a_waiting_session(&self) {
+    pub(crate) async fn wait_for_waiting_sessions(&self, sessions: i64) {
         let waiting = "SELECT count(*) FROM pg_stat_activity
             WHERE datname = current_database() AND usename = 'inventory_service' AND wait_event_type = 'Lock'";
-        eventually("a session waits for a lock", async || self.count(waiting).await == 1).await;
+        eventually("sessions wait for a lock", async || self.count(waiting).await == sessions).await;
     }
 
     /// Takes the database away from the service: it loses its connections and gets no new ones.

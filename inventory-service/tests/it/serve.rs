@@ -79,7 +79,7 @@ async fn a_call_in_flight_at_shutdown_is_answered() {
     let lock = inventory.lock_stock().await;
     let client = inventory.client.clone();
     let call = tokio::spawn(async move { client.deliver(&[order(&[("MUG", 1)])]).await });
-    inventory.wait_for_a_waiting_session().await;
+    inventory.wait_for_waiting_sessions(1).await;
 
     inventory.shutdown.cancel();
     eventually("nothing more is accepted", async || TcpStream::connect(inventory.address).await.is_err()).await;

@@ -30,6 +30,8 @@ use uuid::Uuid;
 pub(crate) const LIMIT: Duration = Duration::from_secs(8);
 /// On a busy machine fifty calls at once wait for their connections longer than callers should.
 const PATIENT: [&str; 2] = ["--database-acquire-ms", "8000"];
+/// As if they came to many replicas: what keeps batches of answers apart is the database.
+const APART: [&str; 2] = ["--batches-at-once", "100"];
 
 #[derive(Parser)]
 struct Cli {
@@ -40,7 +42,7 @@ struct Cli {
 pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     let url = database.url_as("order_service");
     let always = ["order-service", "--database-url", &url];
-    Cli::parse_from(always.iter().chain(flags)).settings
+    Cli::parse_from(always.iter().chain(&APART).chain(flags)).settings
 }
 
 /// The service, serving from this process, with a database of its own.
