@@ -60,8 +60,9 @@ pub struct Settings {
     /// Name of the service whose outbox this is: the `source` of its events.
     #[arg(long, env = "RELAY_SOURCE")]
     pub source: String,
-    /// Leases and deliveries under way at once, on each route.
-    #[arg(long, env = "RELAY_WORKERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Leases and deliveries under way at once, on each route. Two wait for notifications; the others are called when a
+    /// batch was full.
+    #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
     /// Events in one lease at most, and so in one delivery, if they fit into one message (3 MiB).
     #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -168,7 +169,7 @@ fn start(
                 settings: settings.clone(),
                 route: route.clone(),
                 terms: terms.clone(),
-                wake: wake.clone(),
+                wake: wake.of_worker(number),
                 shutdown: shutdown.clone(),
                 hurry: hurry.clone(),
             };

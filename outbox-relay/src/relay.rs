@@ -40,7 +40,7 @@ pub(crate) struct Worker {
 pub(crate) enum Round {
     /// Events were leased. What they held back may be free now, so the next round follows at once.
     Worked,
-    /// There was nothing to lease.
+    /// There was nothing to lease, or what may be left is for those who watch.
     Idle,
     /// The database did not answer.
     Failed,
@@ -80,6 +80,10 @@ impl Worker {
             Some(Admission::Turn(turn)) => self.reopen(turn).await,
             Some(Admission::Open { .. }) => Ok(match self.carry(self.settings.batch, None).await {
                 Carried::Through(0) => Round::Idle,
+                Carried::Through(events) if events < self.settings.batch as usize && !self.wake.watches() => {
+                    self.wake.look_again();
+                    Round::Idle
+                }
                 Carried::Through(_) | Carried::Stopped => Round::Worked,
                 Carried::NotLeased => Round::Failed,
             }),
@@ -98,7 +102,7 @@ impl Worker {
         };
         let events = lease.rows.len();
         if turn.is_none() && events == asked as usize {
-            self.wake.wake_another();
+            self.wake.call_another();
         }
         let mut verdicts = self.verdicts_of_age(&lease);
         let through = self.deliver(&mut lease, &mut verdicts, turn).await;

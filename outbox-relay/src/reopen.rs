@@ -48,7 +48,7 @@ impl Worker {
                 turn.described = false;
             } else if all || asked == self.settings.batch {
                 turn.open();
-                self.wake.wake_another();
+                self.wake.call_another();
                 return Ok(if events == 0 { Round::Idle } else { Round::Worked });
             } else {
                 asked = asked.saturating_mul(2).min(self.settings.batch);

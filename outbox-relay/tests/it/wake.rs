@@ -71,6 +71,28 @@ async fn one_notification_brings_as_many_workers_as_there_is_work_for() {
 }
 
 #[tokio::test]
+async fn single_events_are_left_to_two_workers_however_many_there_are() {
+    let outbox = Outbox::create().await;
+    let all = CancellationToken::new();
+    let held = all.clone();
+    let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
+    let flags: Vec<_> = NEVER_POLL.into_iter().chain(["--workers", "5", "--batch", "10"]).collect();
+    let relay = Relay::start(&outbox, receiver.address, &flags).await;
+    wait_until_it_sleeps(&outbox).await;
+    for deliveries in [1, 2, 2] {
+        outbox.insert_one().await;
+        outbox.notify().await;
+        receiver.wait_for_deliveries(deliveries).await;
+    }
+    wait_until_it_sleeps(&outbox).await;
+    assert_eq!(receiver.read(|log| log.deliveries.len()), 2);
+    // The third has not been forgotten.
+    all.cancel();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}
+
+#[tokio::test]
 async fn without_a_notification_the_poll_finds_an_event() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
