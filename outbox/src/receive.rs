@@ -14,9 +14,9 @@ use proto::events::v1::{
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -29,6 +29,9 @@ use crate::{
 const EVENTS_MAX: usize = 1000;
 /// A full batch of the largest orders is under 8 MB.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// How long a batch waits for those before it. With the wait for a connection and the work itself it stays under the time a
+/// call may take, or the caller would be cut off without a word, which a relay may have to charge to an event.
+const WAIT_MAX: Duration = Duration::from_secs(3);
 
 /// What a service does with the events it receives.
 pub trait Handler: Send + Sync + 'static {
@@ -125,10 +128,9 @@ pub struct Receiver<H> {
     handler: Arc<H>,
     refuse: Refuse,
     retention: Duration,
-    /// However many workers of however many relays deliver. Batches mostly want the same rows: what is begun beyond the
-    /// second would wait for locks, hold a connection that others need, and cost the processor's time (see
-    /// ARCHITECTURE.md for how much).
-    turns: Arc<Semaphore>,
+    /// A batch that wants the rows of another has to wait for it in any case. Here it waits without a connection, which other
+    /// calls may need, and without costing the processor's time (see ARCHITECTURE.md for how much that is).
+    room: Arc<Semaphore>,
 }
 
 impl<H: Handler> Receiver<H> {
@@ -142,8 +144,8 @@ impl<H: Handler> Receiver<H> {
     ) -> EventReceiverServer<Self> {
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
-        let turns = Arc::new(Semaphore::new(settings.batches_at_once.into()));
-        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention, turns };
+        let room = Arc::new(Semaphore::new(settings.batches_at_once.into()));
+        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention, room };
         EventReceiverServer::new(receiver).max_decoding_message_size(BATCH_BYTES_MAX)
     }
 }
@@ -159,11 +161,13 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         let (handler, retention) = (self.handler.clone(), self.retention);
         // Waited for by the caller, who may give up, and then kept by the work, which outlives its caller.
-        let turn = self.turns.clone().acquire_owned().await.expect("it is never closed");
+        let waiting = timeout(WAIT_MAX, self.room.clone().acquire_owned());
+        let place =
+            waiting.await.map_err(|_| self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches"))?;
         self.database
             .run(move |connection| {
                 Box::pin(async move {
-                    let _turn = turn;
+                    let _place = place;
                     apply_batch(connection, &*handler, &events, retention).await
                 })
             })

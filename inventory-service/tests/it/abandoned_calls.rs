@@ -62,7 +62,17 @@ async fn assert_no_transaction_is_left_open(inventory: &Inventory) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_that_give_up_leave_no_transaction_open_and_each_event_is_applied_once() {
-    let inventory = Inventory::serve(&["--database-connections", "2", "--database-acquire-ms", "1000"]).await;
+    give_up_and_deliver_again("100").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_give_up_while_they_wait_for_others_batches_leave_room_for_the_next() {
+    give_up_and_deliver_again("1").await;
+}
+
+async fn give_up_and_deliver_again(batches: &str) {
+    let flags = ["--batches-at-once", batches, "--database-connections", "2", "--database-acquire-ms", "1000"];
+    let inventory = Inventory::serve(&flags).await;
     inventory.put_in(&[("MUG", 1000), ("KETTLE", 1000)]).await;
     let events: Vec<Event> = (0..120).map(|_| order(&[("MUG", 2), ("KETTLE", 1)])).collect();
 

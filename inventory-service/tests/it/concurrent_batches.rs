@@ -12,6 +12,8 @@ use crate::{
 };
 
 const CLIENTS: u64 = 8;
+/// So long that nothing a test holds up is given up for it.
+const LONG_WORK: [&str; 4] = ["--database-work-ms", "60000", "--request-seconds", "60"];
 const SKUS: [&str; 10] = ["J", "C", "H", "A", "F", "E", "B", "I", "D", "G"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -207,7 +209,8 @@ async fn stock_is_conserved_under_orders_and_adjustments_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_that_wait_for_each_other_leave_connections_to_other_calls() {
-    let flags = ["--batches-at-once", "2", "--database-connections", "3", "--database-acquire-ms", "500"];
+    let mut flags = vec!["--batches-at-once", "2", "--database-connections", "3", "--database-acquire-ms", "2000"];
+    flags.extend(LONG_WORK);
     let inventory = Inventory::serve(&flags).await;
     inventory.put_in(&[("MUG", 100)]).await;
     let lock = inventory.lock_stock().await;
@@ -218,7 +221,8 @@ async fn batches_that_wait_for_each_other_leave_connections_to_other_calls() {
         })
         .collect();
     inventory.wait_for_waiting_sessions(2).await;
-    // After the deliveries on the same connection; refused, if these had taken all three of the database's.
+    // As a rule after all deliveries, being later on the same connection; refused, if these had taken all three of the
+    // database's.
     for _ in 0..20 {
         assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 100);
     }
@@ -229,5 +233,25 @@ async fn batches_that_wait_for_each_other_leave_connections_to_other_calls() {
         assert_eq!(delivery.await.unwrap(), ["APPLIED"]);
     }
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 94);
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn a_batch_that_has_waited_too_long_for_others_is_told_to_come_again() {
+    let inventory = Inventory::serve(&[&["--batches-at-once", "1"], &LONG_WORK[..]].concat()).await;
+    inventory.put_in(&[("MUG", 100)]).await;
+    let lock = inventory.lock_stock().await;
+    let (client, events) = (inventory.client.clone(), [order(&[("MUG", 1)]), order(&[("MUG", 1)])]);
+    let first = tokio::spawn({
+        let (client, event) = (client.clone(), events[0].clone());
+        async move { client.deliver(&[event]).await.unwrap() }
+    });
+    inventory.wait_for_waiting_sessions(1).await;
+    assert_eq!(refusal(&client.deliver([&events[1]]).await.unwrap_err()), "Unavailable BUSY");
+
+    lock.rollback().await.unwrap();
+    assert_eq!(first.await.unwrap(), ["APPLIED"]);
+    assert_eq!(client.deliver([&events[1]]).await.unwrap(), ["APPLIED"]);
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 98);
     inventory.stop().await;
 }
