@@ -61,7 +61,7 @@ pub struct Settings {
     #[arg(long, env = "RELAY_SOURCE")]
     pub source: String,
     /// Leases and deliveries under way at once, on each route. Two wait for notifications; the others are called when a
-    /// batch was full.
+    /// batch was full. All look by themselves when the poll is due.
     #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
     /// Events in one lease at most, and so in one delivery, if they fit into one message (3 MiB).
@@ -169,7 +169,7 @@ fn start(
                 settings: settings.clone(),
                 route: route.clone(),
                 terms: terms.clone(),
-                wake: wake.of_worker(number),
+                wake: wake.clone(),
                 shutdown: shutdown.clone(),
                 hurry: hurry.clone(),
             };

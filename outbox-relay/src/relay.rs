@@ -57,6 +57,11 @@ pub(crate) enum Carried {
     NotLeased,
 }
 
+/// Workers of a route that notifications wake; the others are called when there is more than one can carry. Were a
+/// notification to wake any that is idle, a steady stream of single events would be delivered in batches so small that the
+/// processor is busy with their number (see ARCHITECTURE.md for how much that is).
+const WATCHERS: u32 = 2;
+
 /// Pause after the database failed, so that it is not besieged; workers do not fail in step.
 const DATABASE_PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -66,11 +71,16 @@ impl Worker {
         while !self.shutdown.is_cancelled() {
             match self.round().await? {
                 Round::Worked => {}
-                Round::Idle => self.wake.wait(self.poll()).await,
+                Round::Idle if self.watches() => self.wake.wait(self.poll()).await,
+                Round::Idle => self.wake.wait_for_call(self.poll()).await,
                 Round::Failed => self.pause().await,
             }
         }
         Ok(())
+    }
+
+    fn watches(&self) -> bool {
+        self.number <= WATCHERS
     }
 
     async fn round(&mut self) -> Result<Round, RunError> {
@@ -80,7 +90,7 @@ impl Worker {
             Some(Admission::Turn(turn)) => self.reopen(turn).await,
             Some(Admission::Open { .. }) => Ok(match self.carry(self.settings.batch, None).await {
                 Carried::Through(0) => Round::Idle,
-                Carried::Through(events) if events < self.settings.batch as usize && !self.wake.watches() => {
+                Carried::Through(events) if events < self.settings.batch as usize && !self.watches() => {
                     self.wake.look_again();
                     Round::Idle
                 }

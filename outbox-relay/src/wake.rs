@@ -6,17 +6,11 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-/// Workers of a route that notifications wake; the others are called when there is more than one can carry. Were a
-/// notification to wake any that is idle, a steady stream of single events would be delivered in batches so small that the
-/// processor is busy with their number (see ARCHITECTURE.md for how much that is).
-const WATCHERS: u32 = 2;
-
 /// What the idle workers of a route wait on. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Wake {
     notified: Arc<Notify>,
     called: Arc<Notify>,
-    watches: bool,
     shutdown: CancellationToken,
 }
 
@@ -24,8 +18,7 @@ impl Wake {
     /// Starts listening until `shutdown`, on one connection for all of the `routes`: a notification does not tell which
     /// way the events go that it is about, so it wakes one worker of each.
     pub(crate) fn listen(database: PgConnectOptions, shutdown: &CancellationToken, routes: usize) -> Vec<Self> {
-        let wake =
-            || Self { notified: Arc::default(), called: Arc::default(), watches: true, shutdown: shutdown.clone() };
+        let wake = || Self { notified: Arc::default(), called: Arc::default(), shutdown: shutdown.clone() };
         let wakes: Vec<_> = (0..routes).map(|_| wake()).collect();
         let (to_wake, cancelled) = (wakes.clone(), shutdown.clone());
         let listening = outbox::listen(database, outbox::CHANNEL, move || to_wake.iter().for_each(Self::look_again));
@@ -33,28 +26,25 @@ impl Wake {
         wakes
     }
 
-    /// What the worker of this number waits on, counted from 1.
-    pub(crate) fn of_worker(&self, number: u32) -> Self {
-        Self { watches: number <= WATCHERS, ..self.clone() }
-    }
-
-    /// Whether notifications wake this worker.
-    pub(crate) fn watches(&self) -> bool {
-        self.watches
-    }
-
-    /// Waits for a notification, if this worker is one they wake, for a call, for `poll` at most, or for shutdown. A
-    /// notification or a call that came since the last wait, while every worker was busy, counts.
+    /// Waits for a notification, for a call, for `poll` at most, or for shutdown. A notification or a call that came since
+    /// the last wait, while every worker that would have heard it was busy, counts.
     pub(crate) async fn wait(&self, poll: Duration) {
         tokio::select! {
-            () = self.notified.notified(), if self.watches => {}
+            () = self.notified.notified() => {}
+            () = self.wait_for_call(poll) => {}
+        }
+    }
+
+    /// The same, without notifications.
+    pub(crate) async fn wait_for_call(&self, poll: Duration) {
+        tokio::select! {
             () = self.called.notified() => {}
             () = sleep(poll) => {}
             () = self.shutdown.cancelled() => {}
         }
     }
 
-    /// Wakes a worker that watches.
+    /// Wakes a worker that waits for notifications.
     pub(crate) fn look_again(&self) {
         self.notified.notify_one();
     }
