@@ -37,6 +37,7 @@ mod closed_loop;
 mod commit_times;
 mod create_order;
 mod drain;
+mod grouped_inserts;
 mod hot_sku;
 mod latency;
 mod lease;

@@ -1,8 +1,8 @@
 //! Part 1: how many orders a second `CreateOrder` takes.
 //!
 //! Compared in the same rounds: pgbench, which commits the same rows an order a transaction; and the bound that follows
-//! from taking turns between gRPC alone (a process that answers at once what order-service would) and inserts alone
-//! (pgbench, 256 orders a transaction, of a table that was filled before): `1 / (1 / gRPC + 1 / inserts)`. No relay runs
+//! from taking turns between gRPC alone (a process that answers at once what order-service would) and inserts alone (256
+//! orders a transaction, see [`super::grouped_inserts`]): `1 / (1 / gRPC + 1 / inserts)`. No relay runs
 //! meanwhile, and the tables are emptied before every round. What the last round has written is delivered, answered and
 //! audited at the end.
 
@@ -15,9 +15,10 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     closed_loop::{self, Load},
+    grouped_inserts,
     pgbench::{self, Until},
     plot,
-    quantiles::{P50, P99, median},
+    quantiles::{Latencies, P50, P99, median},
     report::{Report, Table, number},
     requests::Shape,
     site::{Site, finish, start},
@@ -30,23 +31,9 @@ use crate::{
 
 const CALLS: [u32; 4] = [1, 16, 64, 256];
 const CLIENTS: [u32; 3] = [1, 16, 64];
-const GROUPED_CLIENTS: u32 = 2;
-const ORDERS_OF_A_GROUP: u32 = 256;
 const NOOP_CALLS: u32 = 256;
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 const EMPTY: &str = "TRUNCATE orders, order_items, outbox";
-const MAKE_ORDERS: &str = "-- bench: make orders
-    CREATE TABLE bench_orders (
-        batch integer, order_id uuid, request_id uuid, event_id uuid, customer_id text, first_sku text, second_sku text
-    );
-    CREATE INDEX ON bench_orders (batch)";
-const FILL_ORDERS: &str = "-- bench: fill orders
-    INSERT INTO bench_orders
-    SELECT 1 + number / $2, bench_uuid_v7(), gen_random_uuid(), bench_uuid_v7(), 'bench-' || floor(random() * 1000),
-        'SKU-' || lpad((1 + drawn)::text, 4, '0'), 'SKU-' || lpad((501 + drawn)::text, 4, '0')
-    FROM (
-        SELECT number, floor(random() * 500)::integer AS drawn FROM generate_series(0, $1 * $2 - 1) AS number
-    ) AS orders";
 
 /// Rates and latencies of all rounds, by variant.
 #[derive(Default)]
@@ -60,10 +47,8 @@ struct Round {
 }
 
 impl Round {
-    /// Of pgbench, with so many orders a transaction.
-    fn of(outcome: &pgbench::Outcome, orders: u32) -> Self {
-        let latencies = &outcome.latencies;
-        Self { rate: outcome.rate * f64::from(orders), p50: latencies.at(P50), p99: latencies.at(P99) }
+    fn of(rate: f64, latencies: &Latencies) -> Self {
+        Self { rate, p50: latencies.at(P50), p99: latencies.at(P99) }
     }
 }
 
@@ -99,8 +84,8 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let plain = site.databases("plain").await?;
     let mut orders = site.connect(&layout.orders).await?;
     let mut plain_orders = site.connect(&plain.orders).await?;
+    sqlx::raw_sql(include_str!("../../bench/ids.sql")).execute(&mut plain_orders).await?;
     let groups = site.size(800, 200);
-    make_orders(&mut plain_orders, groups).await?;
     let mut processes = start(&layout, &[Service::Inventory, Service::Orders]).await?;
     Shape::USUAL.put_stock_in(&layout.target()?).await?;
     let (noop, noop_process) = start_noop(site).await?;
@@ -134,17 +119,6 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     finish(&layout, processes, report).await
 }
 
-/// What groups are inserted of, all over again in each round.
-async fn make_orders(orders: &mut PgConnection, groups: u32) -> Result<()> {
-    for statement in [include_str!("../../bench/ids.sql"), MAKE_ORDERS] {
-        sqlx::raw_sql(statement).execute(&mut *orders).await?;
-    }
-    let filled = sqlx::query(FILL_ORDERS).bind(i32::try_from(groups)?).bind(i32::try_from(ORDERS_OF_A_GROUP)?);
-    filled.execute(&mut *orders).await?;
-    sqlx::raw_sql("VACUUM (ANALYZE) bench_orders").execute(orders).await?;
-    Ok(())
-}
-
 async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()?));
     let arguments = ["bench-noop".to_owned(), format!("--listen={address}")];
@@ -171,8 +145,7 @@ async fn measure_calls(
     let (warm_up, time) = times(site);
     let answered = closed_loop::call(address, Load { at_once, warm_up, time, shape: Shape::USUAL }).await?;
     report.failed(&variant, &answered.failures);
-    let latencies = &answered.latencies;
-    measured.add(variant, Round { rate: answered.rate, p50: latencies.at(P50), p99: latencies.at(P99) });
+    measured.add(variant, Round::of(answered.rate, &answered.latencies));
     Ok(answered.acknowledged)
 }
 
@@ -219,19 +192,22 @@ async fn measure_pgbench(site: &Site, plain: &Layout, bytes: u32, measured: &mut
     for count in CLIENTS {
         let run = pgbench::Run { script: pgbench::CREATE_ORDER, url: &url, clients: count, until, variables };
         let outcome = pgbench::run(site.installation(), site.directory(), run).await?;
-        measured.add(clients(count), Round::of(&outcome, 1));
+        measured.add(clients(count), Round::of(outcome.rate, &outcome.latencies));
     }
     Ok(())
 }
 
-/// Into tables that are empty, since what was filled before has ids from before.
-async fn measure_grouped(site: &Site, plain: &Layout, bytes: u32, groups: u32, measured: &mut Measured) -> Result<()> {
+/// Into tables that are empty, as those of order-service were at first.
+async fn measure_grouped(
+    site: &Site,
+    plain: &Layout,
+    bytes: u32,
+    groups: usize,
+    measured: &mut Measured,
+) -> Result<()> {
     let url = site.superuser_url(&plain.orders);
-    let until = Until::TransactionsOfEach(groups / GROUPED_CLIENTS);
-    let variables = &[("bytes", bytes), ("n", 0), ("clients", GROUPED_CLIENTS)];
-    let run = pgbench::Run { script: pgbench::GROUPED_ORDERS, url: &url, clients: GROUPED_CLIENTS, until, variables };
-    let outcome = pgbench::run(site.installation(), site.directory(), run).await?;
-    measured.add(GROUPED.into(), Round::of(&outcome, ORDERS_OF_A_GROUP));
+    let (rate, latencies) = grouped_inserts::run(&url, groups, usize::try_from(bytes)?).await?;
+    measured.add(GROUPED.into(), Round::of(rate, &latencies));
     Ok(())
 }
 

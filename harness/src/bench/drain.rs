@@ -2,9 +2,9 @@
 //!
 //! Compared in the same rounds: inventory's SQL alone, by pgbench, which has PostgreSQL execute the statements of
 //! inventory-service, as its role, for as many events in batches as large as the relay's. It has as many clients as
-//! inventory-service applies batches at once, or one: batches wait for each other's stock, so more clients may be slower, and the system is
-//! compared with the faster. And the same relay delivering one event at a time (`--batch 1 --workers 1`), for some
-//! seconds. See [`super::backlog`] for how a drain is timed.
+//! inventory-service applies batches at once, or one: batches wait for each other's stock, so more clients may be slower,
+//! and the system is compared with the faster. And the same relay delivering one event at a time (`--batch 1 --workers 1`),
+//! for some seconds. See [`super::backlog`] for how a drain is timed.
 
 use std::time::Duration;
 

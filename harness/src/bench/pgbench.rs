@@ -18,9 +18,6 @@ pub(super) struct Script {
 /// The rows of a CreateOrder, a transaction an order.
 pub(super) const CREATE_ORDER: Script =
     Script { name: "create_order", text: include_str!("../../bench/create_order.sql") };
-/// The same rows, 256 orders a transaction.
-pub(super) const GROUPED_ORDERS: Script =
-    Script { name: "grouped_orders", text: include_str!("../../bench/grouped_orders.sql") };
 /// The statements of inventory-service for a batch of events.
 pub(super) const APPLY_BATCH: Script =
     Script { name: "apply_batch", text: include_str!("../../bench/apply_batch.sql") };

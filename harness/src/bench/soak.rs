@@ -2,7 +2,7 @@
 //!
 //! The whole system under a constant rate of orders. Every 10 seconds: the size of the table with its indexes, the events
 //! that wait, dead tuples by the server's statistics, and the median time of a lease since the last look, from the
-//! server's log. All workers lease, so many leases find little.
+//! server's log. Every worker that has delivered looks again, so many leases find little.
 
 use std::time::Duration;
 

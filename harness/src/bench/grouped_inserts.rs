@@ -1,0 +1,125 @@
+//! Inserts alone: the rows of a CreateOrder, 256 orders a transaction, as arrays that a client sends; what PostgreSQL would
+//! take if nothing but grouping mattered. The arrays are made before the clock starts.
+
+use anyhow::{Result, ensure};
+use fastrand::Rng;
+use sqlx::{Connection, PgConnection};
+use tokio::{task::JoinSet, time::Instant};
+use uuid::Uuid;
+
+use super::quantiles::Latencies;
+
+pub(super) const ORDERS_OF_A_GROUP: usize = 256;
+/// As many as order-service has writers.
+pub(super) const CLIENTS: usize = 2;
+
+/// Nothing is looked up, answered or decided, as order-service has to.
+const INSERT: &str = "-- bench: insert orders
+    WITH inserted_orders AS (
+        INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
+        SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::bigint[])
+    ), inserted_items AS (
+        INSERT INTO order_items (order_id, line, sku, quantity, unit_price_minor)
+        SELECT * FROM unnest($6::uuid[], $7::integer[], $8::text[], $9::integer[], $10::bigint[])
+    )
+    INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+    SELECT * FROM unnest($1::uuid[], $11::integer[], $12::uuid[], $13::text[], $14::bytea[])";
+
+/// Two items an order, as [`super::requests::Shape::USUAL`] has them.
+#[derive(Default)]
+struct Group {
+    order_ids: Vec<Uuid>,
+    request_ids: Vec<Uuid>,
+    customers: Vec<String>,
+    currencies: Vec<&'static str>,
+    totals: Vec<i64>,
+    items_order_ids: Vec<Uuid>,
+    lines: Vec<i32>,
+    skus: Vec<String>,
+    quantities: Vec<i32>,
+    prices: Vec<i64>,
+    sequences: Vec<i32>,
+    event_ids: Vec<Uuid>,
+    event_types: Vec<&'static str>,
+    payloads: Vec<Vec<u8>>,
+}
+
+impl Group {
+    fn draw(rng: &mut Rng, payload_bytes: usize) -> Self {
+        let mut group = Self::default();
+        for _ in 0..ORDERS_OF_A_GROUP {
+            let (order_id, drawn) = (Uuid::now_v7(), rng.u32(..500));
+            group.order_ids.push(order_id);
+            group.request_ids.push(Uuid::new_v4());
+            group.customers.push(format!("bench-{}", rng.u32(..1000)));
+            group.currencies.push("EUR");
+            group.totals.push(5450);
+            for (line, sku, price) in [(1, 1 + drawn, 1250), (2, 501 + drawn, 4200)] {
+                group.items_order_ids.push(order_id);
+                group.lines.push(line);
+                group.skus.push(format!("SKU-{sku:04}"));
+                group.quantities.push(1);
+                group.prices.push(price);
+            }
+            group.sequences.push(1);
+            group.event_ids.push(Uuid::now_v7());
+            group.event_types.push("orders.v1.OrderCreated");
+            group.payloads.push(vec![b'x'; payload_bytes]);
+        }
+        group
+    }
+
+    async fn insert(&self, connection: &mut PgConnection) -> Result<()> {
+        let insert = sqlx::query(INSERT)
+            .bind(&self.order_ids)
+            .bind(&self.request_ids)
+            .bind(&self.customers)
+            .bind(&self.currencies)
+            .bind(&self.totals)
+            .bind(&self.items_order_ids)
+            .bind(&self.lines)
+            .bind(&self.skus)
+            .bind(&self.quantities)
+            .bind(&self.prices)
+            .bind(&self.sequences)
+            .bind(&self.event_ids)
+            .bind(&self.event_types)
+            .bind(&self.payloads);
+        let inserted = insert.execute(connection).await?.rows_affected();
+        ensure!(inserted == ORDERS_OF_A_GROUP as u64, "{inserted} events inserted");
+        Ok(())
+    }
+}
+
+/// Inserts `groups` groups over [`CLIENTS`] connections at once; returns orders a second, and how long the groups took.
+///
+/// # Errors
+/// When an insert fails.
+pub(super) async fn run(url: &str, groups: usize, payload_bytes: usize) -> Result<(f64, Latencies)> {
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut connection = PgConnection::connect(url).await?;
+        let mut rng = Rng::new();
+        // The first prepares the statement, and does not count.
+        Group::draw(&mut rng, payload_bytes).insert(&mut connection).await?;
+        let drawn: Vec<_> = (0..groups / CLIENTS).map(|_| Group::draw(&mut rng, payload_bytes)).collect();
+        clients.push((connection, drawn));
+    }
+    let began = Instant::now();
+    let mut inserting = JoinSet::new();
+    for (mut connection, groups) in clients {
+        inserting.spawn(async move {
+            let mut latencies = Vec::with_capacity(groups.len());
+            for group in groups {
+                let began = Instant::now();
+                group.insert(&mut connection).await?;
+                latencies.push(began.elapsed().as_secs_f64() * 1e3);
+            }
+            anyhow::Ok(latencies)
+        });
+    }
+    let latencies: Vec<Vec<f64>> = inserting.join_all().await.into_iter().collect::<Result<_>>()?;
+    let latencies = latencies.concat();
+    let rate = (latencies.len() * ORDERS_OF_A_GROUP) as f64 / began.elapsed().as_secs_f64();
+    Ok((rate, Latencies::of(latencies)))
+}
