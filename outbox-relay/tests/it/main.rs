@@ -20,6 +20,7 @@ mod describe;
 mod drain;
 mod floor;
 mod lease;
+mod lease_protocol;
 mod outage;
 mod park;
 mod pause;
