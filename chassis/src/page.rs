@@ -21,7 +21,31 @@ pub fn decode_page_token(list: &str, token: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{decode_page_token, encode_page_token};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Of no kind, of the right letters, and of what may or may not be text after the name of a list.
+    fn token() -> impl Strategy<Value = String> {
+        let named = prop::collection::vec(any::<u8>(), 0..9)
+            .prop_map(|bytes| URL_SAFE_NO_PAD.encode([b"orders\n", &bytes[..]].concat()));
+        prop_oneof![any::<String>(), "[A-Za-z0-9_-]{0,40}", named]
+    }
+
+    proptest! {
+        #[test]
+        fn any_list_continues_where_it_was_left_and_no_other_does(list in "[^\n]*", other in "[^\n]*", last in "[^\n]*") {
+            let token = encode_page_token(&list, &last);
+            prop_assert_eq!(decode_page_token(&list, &token), Some(last));
+            prop_assert!(list == other || decode_page_token(&other, &token).is_none());
+        }
+
+        #[test]
+        fn whatever_a_stranger_sends_continues_a_list_only_if_it_names_it(token in token()) {
+            let last = decode_page_token("orders", &token);
+            prop_assert!(last.is_none_or(|last| encode_page_token("orders", &last) == token));
+        }
+    }
 
     #[test]
     fn a_token_continues_its_own_list_only() {

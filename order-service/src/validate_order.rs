@@ -53,6 +53,8 @@ fn total_minor(items: &[OrderItem]) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn request() -> CreateOrderRequest {
@@ -117,6 +119,72 @@ mod tests {
         for (items, accepted) in [(0, false), (1, true), (100, true), (101, false)] {
             let items = vec![request().items[0].clone(); items];
             assert_eq!(validate_order(CreateOrderRequest { items, ..request() }).is_ok(), accepted);
+        }
+    }
+
+    /// A value, and whether it is sound.
+    fn either<T: std::fmt::Debug>(
+        sound: impl Strategy<Value = T>,
+        bad: impl Strategy<Value = T>,
+    ) -> impl Strategy<Value = (T, bool)> {
+        prop_oneof![30 => sound.prop_map(|value| (value, true)), 1 => bad.prop_map(|value| (value, false))]
+    }
+
+    fn name() -> impl Strategy<Value = (String, bool)> {
+        either("[A-Za-z0-9._-]{1,64}", prop_oneof!["", "[A-Za-z0-9._-]{65,80}", "[a-z]{0,9}[^A-Za-z0-9._-][a-z]{0,9}"])
+    }
+
+    /// An item, and the names of its fields that are bad.
+    fn item() -> impl Strategy<Value = (OrderItem, Vec<&'static str>)> {
+        let quantity = either(1..=1_000_000, prop_oneof![Just(0), i32::MIN..0, Just(1_000_001), 1_000_002..=i32::MAX]);
+        // Small ones, some of which a few fit into a total, and any.
+        let price =
+            either(prop_oneof![0..=10_000_i64, 0..=i64::MAX / 1_000_000, 0..=i64::MAX], prop_oneof![Just(-1), i64::MIN..0]);
+        (name(), quantity, price).prop_map(|((sku, sku_sound), (quantity, quantity_sound), (price, price_sound))| {
+            let fields = [("sku", sku_sound), ("quantity", quantity_sound), ("unit_price_minor", price_sound)];
+            let bad = fields.into_iter().filter(|(_, sound)| !sound).map(|(field, _)| field).collect();
+            (OrderItem { sku, quantity, unit_price_minor: price }, bad)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn an_order_has_its_total_or_each_of_its_bad_fields_named(
+            (request_id, request_id_sound) in either(
+                prop_oneof![Just(String::new()), any::<u128>().prop_map(|id| Uuid::from_u128(id).to_string())],
+                "[g-z]{1,40}",
+            ),
+            (customer_id, customer_sound) in name(),
+            (currency_code, currency_sound) in either("EUR|USD|JPY", "[A-Z]{0,2}|[a-z]{3}|[A-Z]{4,5}"),
+            items in prop_oneof![prop::collection::vec(item(), 0..=5), prop::collection::vec(item(), 0..=104)],
+        ) {
+            let mut expected: Vec<String> = [
+                ("request_id", request_id_sound), ("customer_id", customer_sound), ("currency_code", currency_sound),
+                ("items", (1..=100).contains(&items.len())),
+            ].into_iter().filter(|(_, sound)| !sound).map(|(field, _)| field.to_owned()).collect();
+            for (line, (_, bad)) in items.iter().enumerate().take(100) {
+                expected.extend(bad.iter().map(|field| format!("items[{line}].{field}")));
+            }
+            let items: Vec<OrderItem> = items.into_iter().map(|(item, _)| item).collect();
+            let total: i128 = items.iter().map(|item| i128::from(item.quantity) * i128::from(item.unit_price_minor)).sum();
+            let validated = validate_order(CreateOrderRequest { request_id, customer_id, currency_code, items });
+            match validated {
+                Ok(order) => {
+                    prop_assert!(expected.is_empty(), "accepted in spite of {expected:?}");
+                    prop_assert_eq!(i128::from(order.total_minor), total);
+                }
+                Err(refused) => {
+                    let mut named: Vec<_> = refused.into_iter().map(|violation| violation.field).collect();
+                    if expected.is_empty() {
+                        prop_assert!(i64::try_from(total).is_err(), "refused for {named:?}");
+                        expected.push("items".into());
+                    } else if named.len() > expected.len() {
+                        // Of prices and quantities that are bad no total is to be expected, nor that there is one.
+                        prop_assert_eq!(named.pop(), Some("items".to_owned()));
+                    }
+                    prop_assert_eq!(named, expected);
+                }
+            }
         }
     }
 }

@@ -277,6 +277,14 @@ mod tests {
         assert_eq!(pause_max(u32::MAX), Duration::from_secs(1));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_pause_is_longer_than_the_cap_nor_shorter_than_the_one_before(failures: u32) {
+            let (pause, next) = (pause_max(failures), pause_max(failures.saturating_add(1)));
+            proptest::prop_assert!(super::PAUSE <= pause && pause <= next && next <= super::PAUSE_MAX);
+        }
+    }
+
     #[test]
     fn a_pattern_is_a_type_or_the_beginning_of_some() {
         let like = |text: &str| text.parse::<RouteSettings>().map(|route| route.like());
