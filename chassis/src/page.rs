@@ -25,11 +25,15 @@ mod tests {
 
     use super::*;
 
-    /// Of no kind, of the right letters, and of what may or may not be text after the name of a list.
+    /// Of no kind, of the right letters, of what may or may not be text after the name of a list, and nearly such a token.
     fn token() -> impl Strategy<Value = String> {
         let named = prop::collection::vec(any::<u8>(), 0..9)
             .prop_map(|bytes| URL_SAFE_NO_PAD.encode([b"orders\n", &bytes[..]].concat()));
-        prop_oneof![any::<String>(), "[A-Za-z0-9_-]{0,40}", named]
+        let nearly = ("[a-z]{0,9}", "[A-Za-z0-9_=-]{0,2}").prop_map(|(last, end)| {
+            let token = encode_page_token("orders", &last);
+            token[..token.len() - 1].to_owned() + &end
+        });
+        prop_oneof![any::<String>(), "[A-Za-z0-9_-]{0,40}", named, nearly]
     }
 
     proptest! {

@@ -138,8 +138,10 @@ mod tests {
     fn item() -> impl Strategy<Value = (OrderItem, Vec<&'static str>)> {
         let quantity = either(1..=1_000_000, prop_oneof![Just(0), i32::MIN..0, Just(1_000_001), 1_000_002..=i32::MAX]);
         // Small ones, some of which a few fit into a total, and any.
-        let price =
-            either(prop_oneof![0..=10_000_i64, 0..=i64::MAX / 1_000_000, 0..=i64::MAX], prop_oneof![Just(-1), i64::MIN..0]);
+        let price = either(
+            prop_oneof![0..=10_000_i64, 0..=i64::MAX / 1_000_000, 0..=i64::MAX],
+            prop_oneof![Just(-1), i64::MIN..0],
+        );
         (name(), quantity, price).prop_map(|((sku, sku_sound), (quantity, quantity_sound), (price, price_sound))| {
             let fields = [("sku", sku_sound), ("quantity", quantity_sound), ("unit_price_minor", price_sound)];
             let bad = fields.into_iter().filter(|(_, sound)| !sound).map(|(field, _)| field).collect();

@@ -29,8 +29,9 @@ use crate::{
 const EVENTS_MAX: usize = 1000;
 /// A full batch of the largest orders is under 8 MB.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// How long a batch waits for those before it. With the wait for a connection and the work itself it stays under the time a
-/// call may take, or the caller would be cut off without a word, which a relay may have to charge to an event.
+/// How long a batch waits for those before it. With the wait for a connection and the work itself, as they are by default, it
+/// stays under the time a call may take, or the caller would be cut off without a word, which a relay may have to charge to an
+/// event.
 const WAIT_MAX: Duration = Duration::from_secs(3);
 
 /// What a service does with the events it receives.
@@ -160,7 +161,8 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         let (handler, retention) = (self.handler.clone(), self.retention);
-        // Waited for by the caller, who may give up, and then kept by the work, which outlives its caller.
+        // Waited for by the caller, who may give up, and then kept by the work, which outlives its caller: at the longest for
+        // as long as a connection may take to be made, and the work itself.
         let waiting = timeout(WAIT_MAX, self.room.clone().acquire_owned());
         let place =
             waiting.await.map_err(|_| self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches"))?;

@@ -9,9 +9,9 @@ use uuid::Uuid;
 
 use super::quantiles::Latencies;
 
-pub(super) const ORDERS_OF_A_GROUP: usize = 256;
+const ORDERS_OF_A_GROUP: usize = 256;
 /// As many as order-service has writers.
-pub(super) const CLIENTS: usize = 2;
+const CLIENTS: usize = 2;
 
 /// Nothing is looked up, answered or decided, as order-service has to.
 const INSERT: &str = "-- bench: insert orders
@@ -96,14 +96,17 @@ impl Group {
 /// # Errors
 /// When an insert fails.
 pub(super) async fn run(url: &str, groups: usize, payload_bytes: usize) -> Result<(f64, Latencies)> {
+    let mut rng = Rng::new();
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         let mut connection = PgConnection::connect(url).await?;
-        let mut rng = Rng::new();
         // The first prepares the statement, and does not count.
         Group::draw(&mut rng, payload_bytes).insert(&mut connection).await?;
-        let drawn: Vec<_> = (0..groups / CLIENTS).map(|_| Group::draw(&mut rng, payload_bytes)).collect();
-        clients.push((connection, drawn));
+        clients.push((connection, Vec::new()));
+    }
+    // By turns, so that ids grow over all clients, as those of a service do.
+    for _ in 0..groups / CLIENTS {
+        clients.iter_mut().for_each(|(_, drawn)| drawn.push(Group::draw(&mut rng, payload_bytes)));
     }
     let began = Instant::now();
     let mut inserting = JoinSet::new();
