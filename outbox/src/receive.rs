@@ -164,8 +164,9 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         // Waited for by the caller, who may give up, and then kept by the work, which outlives its caller: at the longest for
         // as long as a connection may take to be made, and the work itself.
         let waiting = timeout(WAIT_MAX, self.room.clone().acquire_owned());
-        let place =
+        let granted =
             waiting.await.map_err(|_| self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches"))?;
+        let place = granted.expect("nobody closes it");
         self.database
             .run(move |connection| {
                 Box::pin(async move {

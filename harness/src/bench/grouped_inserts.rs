@@ -2,12 +2,12 @@
 //! take if nothing but grouping mattered. The arrays are made before the clock starts.
 
 use anyhow::{Result, ensure};
-use fastrand::Rng;
+use proto::orders::v1::CreateOrderRequest;
 use sqlx::{Connection, PgConnection};
 use tokio::{task::JoinSet, time::Instant};
 use uuid::Uuid;
 
-use super::quantiles::Latencies;
+use super::{quantiles::Latencies, requests::Shape};
 
 const ORDERS_OF_A_GROUP: usize = 256;
 /// As many as order-service has writers.
@@ -25,13 +25,13 @@ const INSERT: &str = "-- bench: insert orders
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
     SELECT * FROM unnest($1::uuid[], $11::integer[], $12::uuid[], $13::text[], $14::bytea[])";
 
-/// Two items an order, as [`super::requests::Shape::USUAL`] has them.
+/// The orders that are placed otherwise, as the arrays the statement takes.
 #[derive(Default)]
 struct Group {
     order_ids: Vec<Uuid>,
     request_ids: Vec<Uuid>,
     customers: Vec<String>,
-    currencies: Vec<&'static str>,
+    currencies: Vec<String>,
     totals: Vec<i64>,
     items_order_ids: Vec<Uuid>,
     lines: Vec<i32>,
@@ -45,21 +45,22 @@ struct Group {
 }
 
 impl Group {
-    fn draw(rng: &mut Rng, payload_bytes: usize) -> Self {
+    fn draw(payload_bytes: usize) -> Self {
         let mut group = Self::default();
         for _ in 0..ORDERS_OF_A_GROUP {
-            let (order_id, drawn) = (Uuid::now_v7(), rng.u32(..500));
+            let CreateOrderRequest { customer_id, currency_code, items, .. } = Shape::USUAL.request();
+            let order_id = Uuid::now_v7();
             group.order_ids.push(order_id);
             group.request_ids.push(Uuid::new_v4());
-            group.customers.push(format!("bench-{}", rng.u32(..1000)));
-            group.currencies.push("EUR");
-            group.totals.push(5450);
-            for (line, sku, price) in [(1, 1 + drawn, 1250), (2, 501 + drawn, 4200)] {
+            group.customers.push(customer_id);
+            group.currencies.push(currency_code);
+            group.totals.push(items.iter().map(|item| item.unit_price_minor * i64::from(item.quantity)).sum());
+            for (item, line) in items.into_iter().zip(1..) {
                 group.items_order_ids.push(order_id);
                 group.lines.push(line);
-                group.skus.push(format!("SKU-{sku:04}"));
-                group.quantities.push(1);
-                group.prices.push(price);
+                group.skus.push(item.sku);
+                group.quantities.push(item.quantity);
+                group.prices.push(item.unit_price_minor);
             }
             group.sequences.push(1);
             group.event_ids.push(Uuid::now_v7());
@@ -96,17 +97,16 @@ impl Group {
 /// # Errors
 /// When an insert fails.
 pub(super) async fn run(url: &str, groups: usize, payload_bytes: usize) -> Result<(f64, Latencies)> {
-    let mut rng = Rng::new();
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         let mut connection = PgConnection::connect(url).await?;
         // The first prepares the statement, and does not count.
-        Group::draw(&mut rng, payload_bytes).insert(&mut connection).await?;
+        Group::draw(payload_bytes).insert(&mut connection).await?;
         clients.push((connection, Vec::new()));
     }
     // By turns, so that ids grow over all clients, as those of a service do.
     for _ in 0..groups / CLIENTS {
-        clients.iter_mut().for_each(|(_, drawn)| drawn.push(Group::draw(&mut rng, payload_bytes)));
+        clients.iter_mut().for_each(|(_, drawn)| drawn.push(Group::draw(payload_bytes)));
     }
     let began = Instant::now();
     let mut inserting = JoinSet::new();
