@@ -1,7 +1,7 @@
 # Everything here sets up what it needs by itself; POSTGRES_URL (a superuser's URL) uses an existing server instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up bench bench-soak test prepare ci
+.PHONY: help demo up bench bench-soak test broken-variants prepare ci
 
 help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after the first build)'
@@ -9,6 +9,7 @@ help:
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
 	@echo 'make test        every test, each with a database of its own'
+	@echo 'make broken-variants  whether harness chaos finds eight ways to break the pattern: half an hour (more the first time)'
 	@echo 'make prepare     renew the data that SQL is checked against at compile time, after changing SQL'
 	@echo 'make ci          all that a change has to pass'
 
@@ -30,6 +31,9 @@ test: export RUST_TEST_THREADS ?= 4
 test:
 	cargo test --workspace --locked --no-run
 	target/debug/harness with-postgres -- cargo test --workspace --locked
+
+broken-variants:
+	.ci/broken-variants
 
 prepare:
 	.ci/prepare-sql
