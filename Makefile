@@ -1,13 +1,14 @@
 # Everything here sets up what it needs by itself; POSTGRES_URL (a superuser's URL) uses an existing server instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up bench bench-soak test broken-variants prepare ci
+.PHONY: help demo up bench bench-soak chaos test broken-variants prepare ci
 
 help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after the first build)'
 	@echo 'make up          run the whole system in the foreground and learn how to use it; Ctrl-C ends it'
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
+	@echo 'make chaos       break it in every way known for four minutes, and check that nothing is lost or applied twice'
 	@echo 'make test        every test, each with a database of its own'
 	@echo 'make broken-variants  whether harness chaos finds eight ways to break the pattern: half an hour (more the first time)'
 	@echo 'make prepare     renew the data that SQL is checked against at compile time, after changing SQL'
@@ -24,6 +25,9 @@ bench: release
 
 bench-soak: release
 	@target/release/harness bench --only 6
+
+chaos: release
+	@target/release/harness chaos
 
 # The tests bring all binaries with them, the harness that lends them a server among them. They wait (for leases to expire,
 # for back-offs) more than they work, so more of them run at once than there are cores.

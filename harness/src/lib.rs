@@ -8,11 +8,13 @@
 //! - [`system`]: the two services and two relays as such processes; [`target`]: where a running system is.
 //! - [`test_database`]: a database of its own for every test.
 //!
-//! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`mod@bench`], [`with_postgres`].
+//! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`mod@bench`],
+//! [`chaos`], [`with_postgres`].
 
 pub mod audit;
 pub mod bench;
 pub mod bootstrap;
+pub mod chaos;
 pub mod demo;
 pub mod postgres;
 pub mod processes;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use harness::{audit, bench, demo, replay, stress, up, with_postgres};
+use harness::{audit, bench, chaos, demo, replay, stress, up, with_postgres};
 
 /// Run the whole system on one machine.
 ///
@@ -24,6 +24,7 @@ enum Command {
     Replay(replay::Arguments),
     Audit(audit::Arguments),
     Bench(bench::Arguments),
+    Chaos(chaos::Arguments),
     #[command(hide = true)]
     BenchNoop(bench::noop::Arguments),
     WithPostgres(with_postgres::Arguments),
@@ -38,6 +39,7 @@ async fn main() -> ExitCode {
         Command::Replay(arguments) => replay::run(arguments).await,
         Command::Audit(arguments) => audit::run(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
+        Command::Chaos(arguments) => chaos::run(arguments).await,
         Command::BenchNoop(arguments) => bench::noop::run(arguments).await,
         Command::WithPostgres(arguments) => with_postgres::run(arguments).await,
     };

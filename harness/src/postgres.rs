@@ -20,6 +20,7 @@ use anyhow::Result;
 
 pub use cluster::{Cluster, Options};
 pub use find::{Installation, find};
+pub use install::try_to_install;
 pub use server::Server;
 
 /// The server of `url` when there is one (then nothing is started, and there is no cluster to stop), else that of a

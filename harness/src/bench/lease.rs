@@ -155,7 +155,7 @@ async fn enqueue_since(outbox: &mut PgConnection, events: i32, seconds: f64, att
 }
 
 async fn measure(site: &Site, prepared: &mut Prepared) -> Result<Latencies> {
-    let mut log = StatementLog::follow(site.server_log())?;
+    let mut log = StatementLog::follow(&site.server_log())?;
     let mut layout = prepared.layout.clone();
     layout.settings.push(("RELAY_WORKERS".into(), "1".into()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));

@@ -70,7 +70,7 @@ impl Site {
     }
 
     /// The file with what the server has logged.
-    pub(super) fn server_log(&self) -> &Path {
+    pub(super) fn server_log(&self) -> PathBuf {
         self.cluster.log()
     }
 

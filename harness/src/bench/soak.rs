@@ -57,7 +57,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     Shape::USUAL.put_stock_in(&layout.target()?).await?;
 
     println!("bench: 6  {} s at {RATE} orders/s", time.as_secs());
-    let log = StatementLog::follow(site.server_log())?;
+    let log = StatementLog::follow(&site.server_log())?;
     let looks = tokio::spawn(look_for(outbox, log, time));
     let measured = latency::measure(&layout, Schedule { rate: RATE, time }, "6", report).await?;
     let looks = looks.await??;

@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, TcpListener},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -41,9 +41,10 @@ pub struct Cluster {
     server: Server,
     process: Process,
     installation: Installation,
-    log: PathBuf,
+    port: u16,
+    options: Options,
     // Last, because what is in it may be deleted only when no process uses it any more.
-    _home: Home,
+    home: Home,
 }
 
 impl Cluster {
@@ -57,7 +58,9 @@ impl Cluster {
             Some(port) => claim(port)?,
             None => free_port()?,
         };
-        let mut cluster = launch(installation, home, port, &options)?;
+        let server = Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{port}/postgres"))?;
+        let process = launch(&installation, &home, port, &options)?;
+        let mut cluster = Cluster { server, process, installation, port, options, home };
         cluster.wait_until_ready().await?;
         Ok(cluster)
     }
@@ -73,8 +76,23 @@ impl Cluster {
     }
 
     /// The file with what the server has logged.
-    pub fn log(&self) -> &Path {
-        &self.log
+    pub fn log(&self) -> PathBuf {
+        self.home.log()
+    }
+
+    /// Ends the server as a crash would, by an immediate shutdown: no session is told, nothing is written any more. Returns
+    /// when it is gone.
+    pub async fn crash(&mut self) -> Result<()> {
+        self.process.stop(Signal::QUIT, STOP_TIMEOUT).await?;
+        Ok(())
+    }
+
+    /// Starts the server again if it is not running, in the same place, and returns once it has recovered.
+    pub async fn recover(&mut self) -> Result<()> {
+        if !self.process.is_running() {
+            self.process = launch(&self.installation, &self.home, self.port, &self.options)?;
+        }
+        self.wait_until_ready().await
     }
 
     /// Ends all sessions, stops the server, and deletes its directory unless that is to be kept.
@@ -164,7 +182,7 @@ fn claim(port: u16) -> Result<u16> {
     }
 }
 
-fn launch(installation: Installation, home: Home, port: u16, options: &Options) -> Result<Cluster> {
+fn launch(installation: &Installation, home: &Home, port: u16, options: &Options) -> Result<Process> {
     let mut postgres = home.command(&installation.program("postgres"));
     postgres.arg("-D").arg(home.data()).args(["-p", &port.to_string()]);
     // No socket: its directory would be one more thing to own, and all our clients speak TCP.
@@ -177,11 +195,5 @@ fn launch(installation: Installation, home: Home, port: u16, options: &Options) 
     for setting in &options.settings {
         postgres.args(["-c", setting]);
     }
-    Ok(Cluster {
-        server: Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{port}/postgres"))?,
-        process: Process::spawn_command("PostgreSQL", postgres, &home.log())?,
-        installation,
-        log: home.log(),
-        _home: home,
-    })
+    Process::spawn_command("PostgreSQL", postgres, &home.log())
 }

@@ -1,4 +1,4 @@
-//! Installs the programs of a PostgreSQL server with apt, where we may.
+//! Installs what is missing with apt, where we may.
 
 use std::{io::IsTerminal, process::Stdio, time::Duration};
 
@@ -19,7 +19,7 @@ trap 'rm -f $drop_in' EXIT
 mkdir -p /etc/postgresql-common/createcluster.d
 echo 'create_main_cluster = false' > $drop_in
 apt-get update -q -o DPkg::Lock::Timeout=60 || true
-apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=60 postgresql
+apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=60 \"$1\"
 ";
 
 /// What is installed, or else what apt installs. An installation too old is left alone: its system would bring the same.
@@ -27,9 +27,18 @@ pub(super) async fn find_or_install() -> Result<Installation> {
     if !is_installed()
         && let Some(shell) = privileged_shell().await
     {
-        install(shell).await?;
+        install(shell, "postgresql").await.context(WAYS_OUT)?;
     }
     find()
+}
+
+/// Installs a package, where we may; says so if it cannot be, and leaves it to the caller to do without.
+pub async fn try_to_install(package: &str) {
+    if let Some(shell) = privileged_shell().await
+        && let Err(error) = install(shell, package).await
+    {
+        eprintln!("note: {error:#}");
+    }
 }
 
 /// A shell that may use apt without asking anybody, if there is apt and such a shell.
@@ -53,20 +62,20 @@ async fn succeeds(command: &mut Command) -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-async fn install(mut shell: Command) -> Result<()> {
-    let progress = announce("installing the package `postgresql` with apt-get, without a cluster (once)");
-    let output = shell.args(["-c", SCRIPT]).stdin(Stdio::null()).output().await;
+async fn install(mut shell: Command, package: &str) -> Result<()> {
+    let progress = announce(format!("installing the package `{package}` with apt-get (once)"));
+    let output = shell.args(["-c", SCRIPT, "sh", package]).stdin(Stdio::null()).output().await;
     progress.finish_and_clear();
 
     let output = output.context("cannot run apt-get")?;
     if !output.status.success() {
         eprint!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        bail!("apt-get could not install PostgreSQL and says why above: {WAYS_OUT}");
+        bail!("apt-get could not install {package} and says why above");
     }
     Ok(())
 }
 
-fn announce(message: &'static str) -> ProgressBar {
+fn announce(message: String) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         eprintln!("{message}");
         return ProgressBar::hidden();

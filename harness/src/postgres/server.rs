@@ -1,6 +1,6 @@
 //! The addresses of a server: who connects to which of its databases, and how.
 
-use std::{str::FromStr, time::Duration};
+use std::{net::SocketAddr, str::FromStr, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
@@ -49,6 +49,22 @@ impl Server {
         url.set_password(Some(role)).expect("parse() lets no URL in that cannot have a password");
         url.set_path(database);
         url.into()
+    }
+
+    /// The same server by another way: a proxy's address.
+    pub fn through(&self, proxy: SocketAddr) -> Server {
+        let mut superuser = self.superuser.clone();
+        superuser.set_ip_host(proxy.ip()).expect("parse() lets no URL in that has no host");
+        superuser.set_port(Some(proxy.port())).expect("parse() lets no URL in that has no host");
+        Server { superuser }
+    }
+
+    /// Where it listens, of a server on this machine.
+    ///
+    /// # Errors
+    /// When its host is a name.
+    pub fn socket(&self) -> Result<SocketAddr> {
+        Ok(self.address().parse()?)
     }
 
     /// The URL this server was made of: the superuser's, of the maintenance database.

@@ -1,0 +1,262 @@
+//! Holds what clients were told against what is in the databases in the end.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use proto::orders::v1::OrderStatus;
+use sqlx::PgConnection;
+use tokio::{process::Command, time::sleep};
+use uuid::Uuid;
+
+use super::{history::Known, observe::connect_patiently, site::Part, world::World};
+use crate::{audit::audit, processes::binary};
+
+/// How long the system may take, once all is healed, to deliver all there is.
+const HEAL_LIMIT: Duration = Duration::from_secs(60);
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is wrong.
+#[derive(Debug, Default)]
+pub(super) struct Verdict {
+    /// Acknowledged, and without effect.
+    pub(super) lost: Vec<String>,
+    /// Applied twice, or placed twice.
+    pub(super) doubled: Vec<String>,
+    pub(super) others: Vec<String>,
+    /// Orders in the database.
+    pub(super) orders: usize,
+    /// How long it took until everything was delivered.
+    pub(super) drained: Duration,
+}
+
+impl Verdict {
+    pub(super) fn violations(&self) -> usize {
+        self.lost.len() + self.doubled.len() + self.others.len()
+    }
+
+    fn add(&mut self, finding: String) {
+        let lost = finding.starts_with("LOST");
+        let doubled = finding.starts_with("DOUBLED");
+        let kind = match (lost, doubled) {
+            (true, _) => &mut self.lost,
+            (_, true) => &mut self.doubled,
+            _ => &mut self.others,
+        };
+        kind.push(finding);
+    }
+}
+
+/// Checks a system that is healed and idle.
+pub(super) async fn check(world: &World) -> Result<Verdict> {
+    let mut verdict = Verdict::default();
+    let mut orders = connect_patiently(world, Part::Orders, CONNECT_LIMIT).await?;
+    let mut inventory = connect_patiently(world, Part::Inventory, CONNECT_LIMIT).await?;
+    await_delivery(&mut orders, &mut inventory, &mut verdict).await?;
+    for connection in [&mut orders, &mut inventory] {
+        check_breaches(connection, &mut verdict).await?;
+    }
+    check_dead(world, &mut orders, &mut inventory, &mut verdict).await?;
+    check_known(world, &mut orders, &mut verdict).await?;
+    check_adjusted(world, &mut inventory, &mut verdict).await?;
+    check_sequence(&mut inventory, &mut verdict).await?;
+    let audit = audit(&world.target.databases).await?;
+    verdict.orders = audit.orders;
+    audit.findings.into_iter().for_each(|finding| verdict.add(finding));
+    check_files(world, &mut verdict).await?;
+    check_logs(world, &mut verdict)?;
+    Ok(verdict)
+}
+
+/// Events that wait, beside those that are dead or wait for one that is.
+async fn count_waiting(connection: &mut PgConnection) -> Result<i64> {
+    let waiting = sqlx::query_scalar(
+        "-- chaos: count waiting events
+        SELECT count(*) FROM outbox AS waiting
+        WHERE visible_at < 'infinity' AND NOT EXISTS (
+            SELECT FROM outbox AS earlier
+            WHERE earlier.aggregate_id = waiting.aggregate_id AND earlier.sequence < waiting.sequence
+                AND earlier.visible_at = 'infinity')",
+    );
+    Ok(waiting.fetch_one(connection).await?)
+}
+
+async fn await_delivery(orders: &mut PgConnection, inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        // The orders' first: an answer is committed before its order's event goes.
+        let waiting = count_waiting(orders).await? + count_waiting(inventory).await?;
+        verdict.drained = began.elapsed();
+        if waiting == 0 {
+            return Ok(());
+        }
+        if began.elapsed() > HEAL_LIMIT {
+            verdict.others.push(format!("{waiting} events are in the outboxes {HEAL_LIMIT:?} after all was healed"));
+            return Ok(());
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn check_breaches(connection: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let rows: Vec<(String, String, i64)> = sqlx::query_as(
+        "-- chaos: read breaches
+        SELECT breach, session, count(*) FROM chaos_breaches GROUP BY 1, 2",
+    )
+    .fetch_all(connection)
+    .await?;
+    verdict.others.extend(rows.into_iter().map(|(breach, by, events)| format!("{events} events {breach}, by {by}")));
+    Ok(())
+}
+
+/// Exactly the poison is dead. Then it is discarded, as an operator would, so that the audit finds nothing of it.
+async fn check_dead(
+    world: &World,
+    orders: &mut PgConnection,
+    inventory: &mut PgConnection,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let poisoned = world.poisoned.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut dead = BTreeSet::new();
+    for (part, connection) in [(Part::Orders, orders), (Part::Inventory, inventory)] {
+        let rows: Vec<(Uuid, Uuid, String)> = sqlx::query_as(
+            "-- chaos: read dead
+            SELECT aggregate_id, event_id, last_error FROM outbox WHERE visible_at = 'infinity'",
+        )
+        .fetch_all(connection)
+        .await?;
+        for (aggregate, event_id, reason) in rows {
+            if poisoned.contains(&aggregate) {
+                discard(world, part, event_id).await?;
+            } else {
+                verdict.others.push(format!("event {event_id} of {aggregate} is dead, and was no poison: {reason}"));
+            }
+            dead.insert(aggregate);
+        }
+    }
+    let alive = poisoned.difference(&dead);
+    verdict.others.extend(alive.map(|aggregate| format!("the poison of {aggregate} is not dead")));
+    Ok(())
+}
+
+async fn discard(world: &World, part: Part, event_id: Uuid) -> Result<()> {
+    let mut command = Command::new(binary("outbox-relay")?);
+    command.args(["dead", "discard", &event_id.to_string(), "--by", "chaos", "--reason", "poison of this run"]);
+    let output = command.env("RELAY_DATABASE_URL", world.site.relay_url(part)).kill_on_drop(true).output().await?;
+    ensure!(output.status.success(), "cannot discard {event_id}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Every acknowledgement is true.
+async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let rows: Vec<(Uuid, Option<Uuid>, String)> = sqlx::query_as(
+        "-- chaos: read orders
+        SELECT order_id, request_id, status FROM orders",
+    )
+    .fetch_all(&mut *orders)
+    .await?;
+    let placed: HashMap<Uuid, (Option<Uuid>, String)> =
+        rows.into_iter().map(|(order_id, request_id, status)| (order_id, (request_id, status))).collect();
+    let mut of_requests: HashMap<Uuid, u32> = HashMap::new();
+    for (request_id, _) in placed.values() {
+        if let Some(request_id) = request_id {
+            *of_requests.entry(*request_id).or_default() += 1;
+        }
+    }
+    let twice = of_requests.into_iter().filter(|(_, orders)| *orders > 1);
+    verdict
+        .doubled
+        .extend(twice.map(|(request, orders)| format!("DOUBLED: request {request} has placed {orders} orders")));
+
+    let mut known = world.history.known();
+    let Known { acknowledged, cancelled, settled, violations, .. } = &mut *known;
+    std::mem::take(violations).into_iter().for_each(|violation| verdict.add(violation));
+    for (request, order_ids) in acknowledged.iter() {
+        if order_ids.len() > 1 {
+            verdict.doubled.push(format!("DOUBLED: request {request} was answered with the orders {order_ids:?}"));
+        }
+        for order_id in order_ids {
+            match placed.get(order_id) {
+                None => verdict.lost.push(format!("LOST: order {order_id} was acknowledged, and is not there")),
+                Some((of, _)) if *of != Some(*request) => {
+                    verdict
+                        .others
+                        .push(format!("order {order_id} was acknowledged to request {request}, and is of {of:?}"));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    let status_of = |order_id: &Uuid| placed.get(order_id).map_or("MISSING", |(_, status)| status.as_str());
+    for order_id in cancelled.iter().filter(|order_id| status_of(order_id) != "CANCELLED") {
+        let status = status_of(order_id);
+        verdict.lost.push(format!("LOST: the cancellation of order {order_id} was acknowledged, and it is {status}"));
+    }
+    for (order_id, seen) in settled.iter() {
+        let (seen, is) = (seen.as_str_name().trim_start_matches("ORDER_STATUS_"), status_of(order_id));
+        let may_follow = is == seen || (seen, is) == ("CONFIRMED", "CANCELLED");
+        if !may_follow || seen == OrderStatus::Unspecified.as_str_name() {
+            verdict.others.push(format!("order {order_id} was shown to be {seen}, and is {is}"));
+        }
+    }
+    Ok(())
+}
+
+async fn check_adjusted(world: &World, inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let adjusted = world.history.known().adjusted.clone();
+    let missing: Vec<Uuid> = sqlx::query_scalar(
+        "-- chaos: find lost adjustments
+        SELECT request FROM unnest($1::uuid[]) AS request
+        WHERE NOT EXISTS (SELECT FROM stock_ledger WHERE reference = request AND kind = 'ADJUSTMENT')",
+    )
+    .bind(adjusted)
+    .fetch_all(inventory)
+    .await?;
+    verdict
+        .lost
+        .extend(missing.into_iter().map(|id| format!("LOST: adjustment {id} was acknowledged, and is not there")));
+    Ok(())
+}
+
+/// Nothing was discarded before this, so a cancellation that has come before its order was delivered out of sequence.
+async fn check_sequence(inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let rows: Vec<Uuid> = sqlx::query_scalar(
+        "-- chaos: find out of sequence
+        SELECT order_id FROM reservations WHERE event_id IS NULL",
+    )
+    .fetch_all(inventory)
+    .await?;
+    verdict
+        .others
+        .extend(rows.into_iter().map(|id| format!("order {id} was cancelled at inventory before it was placed")));
+    Ok(())
+}
+
+/// PostgreSQL's own look at its tables and indexes.
+async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
+    for part in [Part::Orders, Part::Inventory] {
+        let mut command = Command::new(world.site.installation.client("pg_amcheck"));
+        command.args(["--install-missing", &world.site.superuser_url(part)]);
+        let output = command.kill_on_drop(true).output().await.context("cannot run pg_amcheck")?;
+        if !output.status.success() {
+            let said = [output.stdout, output.stderr].concat();
+            verdict.others.push(format!("pg_amcheck of {}: {}", part.name(), String::from_utf8_lossy(&said).trim()));
+        }
+    }
+    Ok(())
+}
+
+fn check_logs(world: &World, verdict: &mut Verdict) -> Result<()> {
+    for part in Part::ALL {
+        let unit = world.site.unit(part);
+        let log = fs::read_to_string(&unit.plan().log)?;
+        let panics = log.lines().filter(|line| line.contains("panicked"));
+        verdict.others.extend(panics.map(|line| format!("a panic of {}: {line}", part.name())));
+        verdict.others.extend(unit.unexpected().into_iter().map(|end| format!("{} {end}", part.name())));
+    }
+    Ok(())
+}

@@ -1,0 +1,45 @@
+-- chaos: watch leases
+-- What the database itself sees of the lease protocol, whatever relays say of it. A session's application name tells which
+-- relay it is of.
+CREATE TABLE chaos_leases (
+    lease_token uuid CONSTRAINT chaos_leases_pkey PRIMARY KEY,
+    holder      text NOT NULL
+);
+CREATE TABLE chaos_breaches (
+    at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    breach   text        NOT NULL,
+    event_id uuid        NOT NULL,
+    session  text        NOT NULL
+);
+
+CREATE FUNCTION chaos_watch_lease() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = public AS $$
+DECLARE
+    session text := current_setting('application_name');
+    held_by text;
+BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.lease_token IS NOT NULL AND NEW.lease_token IS DISTINCT FROM OLD.lease_token THEN
+        INSERT INTO chaos_leases VALUES (NEW.lease_token, session) ON CONFLICT DO NOTHING;
+        IF OLD.visible_at > now() THEN
+            INSERT INTO chaos_breaches (breach, event_id, session)
+            VALUES ('leased before it was visible', NEW.event_id, session);
+        END IF;
+        IF EXISTS (SELECT FROM outbox WHERE aggregate_id = NEW.aggregate_id AND sequence < NEW.sequence) THEN
+            INSERT INTO chaos_breaches (breach, event_id, session)
+            VALUES ('leased before its predecessor was settled', NEW.event_id, session);
+        END IF;
+    ELSIF OLD.lease_token IS NOT NULL AND (TG_OP = 'DELETE' OR NEW.lease_token IS NULL) THEN
+        SELECT holder INTO held_by FROM chaos_leases WHERE lease_token = OLD.lease_token;
+        IF held_by IS DISTINCT FROM session THEN
+            INSERT INTO chaos_breaches (breach, event_id, session)
+            VALUES ('settled by another than who has leased it last', OLD.event_id, session);
+        END IF;
+    END IF;
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER chaos_watch_lease AFTER UPDATE OR DELETE ON outbox FOR EACH ROW EXECUTE FUNCTION chaos_watch_lease();
+
+-- A session that its client has left in a transaction is ended before the checker would call it a finding.
+ALTER ROLE order_service SET idle_in_transaction_session_timeout = '4s';
+ALTER ROLE inventory_service SET idle_in_transaction_session_timeout = '4s';
+ALTER ROLE outbox_relay SET idle_in_transaction_session_timeout = '4s';
