@@ -7,6 +7,9 @@ use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockRelease
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
+/// More than the hundred items take that an order has at most: under 12 kB.
+const REJECTION_BYTES_MAX: usize = 16 * 1024;
+
 /// An answer of inventory.
 #[derive(Clone, Debug)]
 pub(crate) struct Reply {
@@ -125,15 +128,29 @@ fn unknown_order(reply: &Reply) -> Refusal {
     Refusal::reject("UNKNOWN_ORDER", format!("there is no order {}", reply.order_id))
 }
 
-/// For people, item by item. Postgres has no NUL in text, and a SKU of inventory's might.
+/// For people, item by item, for as many items as it stays short enough for the order to be answered and listed: whoever
+/// sends events may name any number of them. Postgres has no NUL in text, and a SKU of inventory's might.
 fn describe(shortages: &[Shortage]) -> String {
-    let lines = shortages.iter().map(|shortage| {
-        let Shortage { sku, wanted, available, .. } = shortage;
-        match shortage.reason() {
-            ShortageReason::UnknownSku => format!("{sku}: not a SKU that inventory knows"),
-            ShortageReason::InsufficientStock => format!("{sku}: {wanted} wanted, {available} available"),
-            ShortageReason::Unspecified => format!("{sku}: not available"),
+    let mut described = String::new();
+    for (line, shortage) in shortages.iter().enumerate() {
+        let item = describe_item(shortage);
+        if described.len() + item.len() > REJECTION_BYTES_MAX {
+            described += &format!("and {} more", shortages.len() - line);
+            break;
         }
-    });
-    lines.collect::<Vec<_>>().join("; ").replace('\0', "")
+        described += &item;
+        if line + 1 < shortages.len() {
+            described += "; ";
+        }
+    }
+    described.replace('\0', "")
+}
+
+fn describe_item(shortage: &Shortage) -> String {
+    let Shortage { sku, wanted, available, .. } = shortage;
+    match shortage.reason() {
+        ShortageReason::UnknownSku => format!("{sku}: not a SKU that inventory knows"),
+        ShortageReason::InsufficientStock => format!("{sku}: {wanted} wanted, {available} available"),
+        ShortageReason::Unspecified => format!("{sku}: not available"),
+    }
 }

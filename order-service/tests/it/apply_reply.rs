@@ -1,7 +1,7 @@
 use proto::{events::v1::Event, orders::v1::OrderStatus};
 use uuid::Uuid;
 
-use crate::service::{Service, order, rejected, released, reserved};
+use crate::service::{Service, order, rejected, rejected_for, released, reserved};
 
 #[tokio::test]
 async fn a_reserved_order_is_confirmed_and_a_rejected_one_keeps_its_reason() {
@@ -13,6 +13,26 @@ async fn a_reserved_order_is_confirmed_and_a_rejected_one_keeps_its_reason() {
     let (first, second) = (service.get(&first).await, service.get(&second).await);
     assert_eq!((first.status(), first.rejection.as_str()), (OrderStatus::Confirmed, ""));
     assert_eq!((second.status(), second.rejection.as_str()), (OrderStatus::Rejected, "TEA: 3 wanted, 1 available"));
+    service.end().await;
+}
+
+/// A reason as long as these would make an answer that no client takes, and a page that has room for no order.
+#[tokio::test]
+async fn an_order_that_is_rejected_for_any_number_of_items_or_ones_of_any_length_is_answered_and_listed() {
+    let service = Service::start().await;
+    let (long, many) = ("x".repeat(5 * 1024 * 1024), vec!["TEA"; 20_000]);
+    for (skus, rejection) in [
+        (&["TEA", &long, "CUP"][..], "TEA: 3 wanted, 1 available; and 2 more"),
+        (&many, "TEA: 3 wanted, 1 available; TEA: 3 wanted, 1 available; TEA:"),
+        (&vec!["TEA"; 100], "TEA: 3 wanted, 1 available; TEA: 3 wanted, 1 available; TEA:"),
+    ] {
+        let order_id = service.place(order()).await.order_id;
+        assert_eq!(service.deliver(&[rejected_for(&order_id, skus)]).await, ["APPLIED"]);
+        let order = service.get(&order_id).await;
+        assert!(order.rejection.starts_with(rejection), "{}", order.rejection);
+        assert_eq!(order.rejection.contains(" more"), skus.len() != 100);
+        assert_eq!(service.newest_of(&order.customer_id).await, Some(order));
+    }
     service.end().await;
 }
 

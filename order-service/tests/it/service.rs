@@ -10,7 +10,7 @@ use proto::{
     events::v1::{DeliverRequest, Event, EventResult, event_receiver_client::EventReceiverClient},
     inventory::v1::{Shortage, ShortageReason, StockRejected, StockReleased, StockReserved},
     orders::v1::{
-        CancelOrderRequest, CreateOrderRequest, GetOrderRequest, Order, OrderItem,
+        CancelOrderRequest, CreateOrderRequest, GetOrderRequest, ListOrdersRequest, Order, OrderItem,
         order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME,
     },
 };
@@ -96,6 +96,12 @@ impl Service {
 
     pub(crate) async fn get(&self, order_id: &str) -> Order {
         self.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await.unwrap().into_inner()
+    }
+
+    /// As the customer's list has it.
+    pub(crate) async fn newest_of(&self, customer_id: &str) -> Option<Order> {
+        let request = ListOrdersRequest { customer_id: customer_id.into(), page_size: 1, page_token: String::new() };
+        self.orders().list_orders(request).await.unwrap().into_inner().orders.pop()
     }
 
     pub(crate) async fn cancel(&self, order_id: &str, request_id: &str) -> Result<Response<Order>, Status> {
@@ -216,8 +222,14 @@ pub(crate) fn reserved(order_id: &str) -> Event {
 
 /// Inventory lacks an item of the order.
 pub(crate) fn rejected(order_id: &str) -> Event {
+    rejected_for(order_id, &["TEA"])
+}
+
+/// Inventory lacks these items of the order, or says so.
+pub(crate) fn rejected_for(order_id: &str, skus: &[&str]) -> Event {
     let reason = ShortageReason::InsufficientStock.into();
-    let shortages = vec![Shortage { sku: "TEA".into(), reason, wanted: 3, available: 1 }];
+    let shortage = |sku: &&str| Shortage { sku: (*sku).into(), reason, wanted: 3, available: 1 };
+    let shortages = skus.iter().map(shortage).collect();
     event(order_id, 1, &StockRejected { order_id: order_id.into(), shortages })
 }
 
