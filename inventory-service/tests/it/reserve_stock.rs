@@ -64,6 +64,22 @@ async fn a_rejected_order_stays_rejected_when_stock_comes_in() {
     inventory.stop().await;
 }
 
+/// Answered item by item, the larger one would take more than an event may.
+#[tokio::test]
+async fn an_order_of_too_many_items_is_rejected_and_one_of_the_most_answered_beside_it() {
+    let inventory = Inventory::serve(&[]).await;
+    let skus: Vec<String> = (0..20_000).map(|number| format!("{number:064}")).collect();
+    let items: Vec<(&str, i32)> = skus.iter().map(|sku| (sku.as_str(), i32::MAX)).collect();
+    let (too_many, most) = (order(&items), order(&items[..1000]));
+
+    let outcomes = inventory.client.deliver(&[too_many.clone(), most.clone()]).await.unwrap();
+
+    assert_eq!(outcomes, ["REJECTED INVALID_ORDER", "APPLIED"]);
+    assert!(!inventory.is_in_inbox(&too_many).await);
+    assert_eq!(inventory.answers(&most).await, ["inventory.v1.StockRejected"]);
+    inventory.stop().await;
+}
+
 #[tokio::test]
 async fn another_event_for_an_order_in_the_same_batch_is_rejected() {
     let inventory = Inventory::serve(&[]).await;
