@@ -350,3 +350,154 @@ async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows, back: 
 fn count(rows: u64) -> usize {
     usize::try_from(rows).unwrap_or(usize::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use harness::TestDatabase;
+    use proptest::{
+        prelude::*,
+        test_runner::{Config, TestCaseError, TestRunner},
+    };
+    use sqlx::{PgConnection, types::time::OffsetDateTime};
+    use tokio::runtime::Runtime;
+    use uuid::Uuid;
+
+    use super::{Policy, RETRY_AFTER_MAX, Sorted, reschedule};
+    use crate::{deliver::Verdict, lease::LeasedRow};
+
+    /// An event that fails: how often it has before and since it was requeued, and for how long its receiver wants it kept
+    /// away.
+    #[derive(Clone, Debug)]
+    struct Failing {
+        pardoned: i32,
+        counted: i32,
+        after: Duration,
+    }
+
+    /// What became of it.
+    #[derive(Debug, sqlx::FromRow)]
+    struct Failed {
+        attempts: i32,
+        is_leased: bool,
+        has_its_reason: bool,
+        /// `None` for ever.
+        back_off_seconds: Option<f64>,
+    }
+
+    fn policy() -> impl Strategy<Value = Policy> {
+        // No setting allows as many as the last: they reach the powers of two that are out of range.
+        let attempts_max = prop_oneof![1..=12, 1..=1000, 1..=i32::MAX];
+        let milliseconds = |most: u32| prop_oneof![1..=1000_u32, 1..=most];
+        (attempts_max, milliseconds(600_000), milliseconds(86_400_000)).prop_map(|(attempts_max, back_off, most)| {
+            Policy {
+                attempts_max,
+                back_off_seconds: f64::from(back_off) / 1000.0,
+                back_off_seconds_max: f64::from(most) / 1000.0,
+            }
+        })
+    }
+
+    fn failing() -> impl Strategy<Value = Failing> {
+        // Few enough for the doubling to be seen; about as many as are allowed; and more, of a relay that allowed more before.
+        let counted = || prop_oneof![3 => 0..=14, 2 => 0..=1100, 1 => 0..=i32::MAX / 2];
+        let after =
+            prop_oneof![Just(Duration::ZERO), (0_u64..=120_000).prop_map(Duration::from_millis), any::<Duration>()];
+        (counted(), counted(), after).prop_map(|(pardoned, counted, after)| Failing { pardoned, counted, after })
+    }
+
+    /// Has the events fail once more, each for a reason of its own, and returns what became of them, in their order, and
+    /// what was counted. `now()` is the same for all of it.
+    async fn fail(connection: &mut PgConnection, events: &[Failing], policy: Policy) -> (Vec<Failed>, (usize, usize)) {
+        let token = Uuid::new_v4();
+        let (mut rows, mut verdicts) = (Vec::new(), Vec::new());
+        for event in events {
+            let row = leased(event.pardoned + event.counted);
+            sqlx::query(
+                "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, attempts, pardoned, lease_token)
+                VALUES ($1, $2, $3, $4, '', $5, $6, $7)",
+            )
+            .bind(row.aggregate_id)
+            .bind(row.sequence)
+            .bind(row.event_id)
+            .bind(&row.event_type)
+            .bind(row.attempts)
+            .bind(event.pardoned)
+            .bind(token)
+            .execute(&mut *connection)
+            .await
+            .unwrap();
+            verdicts.push(Verdict::Retry { reason: row.event_id.to_string(), after: event.after });
+            rows.push(row);
+        }
+        let sorted = Sorted::by_verdict(&rows, &verdicts);
+        let counts = reschedule(connection, token, &sorted.failed, policy).await.unwrap();
+        let mut failed = Vec::new();
+        for row in rows {
+            let query = sqlx::query_as(
+                "SELECT attempts, lease_token IS NOT NULL AS is_leased, last_error = event_id::text AS has_its_reason,
+                    CASE WHEN visible_at <> 'infinity'
+                        THEN extract(epoch FROM visible_at - now())::double precision END AS back_off_seconds
+                FROM outbox WHERE event_id = $1",
+            );
+            failed.push(query.bind(row.event_id).fetch_one(&mut *connection).await.unwrap());
+        }
+        (failed, counts)
+    }
+
+    fn leased(attempts: i32) -> LeasedRow {
+        LeasedRow {
+            aggregate_id: Uuid::new_v4(),
+            sequence: 1,
+            event_id: Uuid::now_v7(),
+            event_type: "test.v1.Happened".into(),
+            payload: Vec::new(),
+            created_at: OffsetDateTime::UNIX_EPOCH,
+            attempts,
+            traceparent: None,
+            tracestate: None,
+            expired: false,
+        }
+    }
+
+    fn check(event: &Failing, failed: &Failed, policy: Policy) -> Result<(), TestCaseError> {
+        prop_assert_eq!(failed.attempts, event.pardoned + event.counted + 1);
+        prop_assert!(failed.has_its_reason && !failed.is_leased);
+        let Some(seconds) = failed.back_off_seconds else {
+            prop_assert!(event.counted + 1 >= policy.attempts_max, "dead before its last attempt");
+            return Ok(());
+        };
+        prop_assert!(event.counted + 1 < policy.attempts_max, "not dead after its last attempt");
+        let asked = event.after.min(RETRY_AFTER_MAX).as_secs_f64();
+        let doubled = policy.back_off_seconds * 2_f64.powi(event.counted);
+        let most = doubled.min(policy.back_off_seconds_max).max(asked);
+        // The database counts microseconds.
+        let least = asked - 1e-6;
+        prop_assert!(seconds >= least && seconds <= most + 1e-6, "{} s of {} to {}", seconds, least, most);
+        Ok(())
+    }
+
+    #[test]
+    fn an_event_that_fails_backs_off_within_its_bounds_or_is_dead_exactly_after_its_last_attempt() {
+        let runtime = Runtime::new().unwrap();
+        let database = runtime.block_on(TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]));
+        let pool = runtime.block_on(database.pool());
+        let cases = (policy(), prop::collection::vec(failing(), 1..=20));
+        let mut runner = TestRunner::new(Config { cases: 48, failure_persistence: None, ..Config::default() });
+        let outcome = runner.run(&cases, |(policy, events)| {
+            runtime.block_on(async {
+                let mut tx = pool.begin().await.unwrap();
+                let (failed, (retried, died)) = fail(&mut tx, &events, policy).await;
+                tx.rollback().await.unwrap();
+                for (event, failed) in events.iter().zip(&failed) {
+                    check(event, failed, policy)?;
+                }
+                let dead = failed.iter().filter(|failed| failed.back_off_seconds.is_none()).count();
+                prop_assert_eq!((retried, died), (failed.len() - dead, dead));
+                Ok(())
+            })
+        });
+        outcome.unwrap();
+    }
+}
