@@ -6,7 +6,7 @@
 //! - [`bootstrap`]: what the superuser makes once per server: the roles and the two databases.
 //! - [`processes`]: child processes: spawned, awaited, signalled, and read when they fail.
 //! - [`system`]: the two services and two relays as such processes; [`target`]: where a running system is.
-//! - [`test_database`]: a database of its own for every test.
+//! - [`test_database`]: a database of its own for every test; `fuzz`: what a fuzzer sends to a service.
 //!
 //! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`audit`], [`mod@bench`],
 //! [`chaos`], [`with_postgres`].
@@ -16,6 +16,8 @@ pub mod bench;
 pub mod bootstrap;
 pub mod chaos;
 pub mod demo;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 pub mod postgres;
 pub mod processes;
 pub mod replay;

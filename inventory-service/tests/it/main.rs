@@ -30,6 +30,8 @@ mod adjust_stock;
 
 mod list_stock;
 
+mod fuzz;
+
 mod seed;
 
 mod serve;

@@ -22,6 +22,8 @@ mod cancel_order;
 
 mod watch_order;
 
+mod fuzz;
+
 mod get_order;
 
 mod list_orders;
