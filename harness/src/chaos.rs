@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use check::{Verdict, check};
 use faults::{Fault, Schedule, TOGETHER};
 use history::History;
-use inflict::inflict;
+use inflict::{find_clock, inflict};
 use observe::{Observed, observe};
 use proxy::Weather;
 use report::Report;
@@ -59,6 +59,8 @@ mod world;
 const DIRECTORY: &str = "target/chaos";
 /// Between two steps at most.
 const BREATH_MAX: Duration = Duration::from_millis(900);
+/// For classes that have had no effect by the end.
+const OVERTIME_MAX: Duration = Duration::from_secs(60);
 /// No fault takes longer than this; one that does is given up, and does not count.
 const FAULT_LIMIT: Duration = Duration::from_secs(120);
 const HEALTHY_LIMIT: Duration = Duration::from_secs(60);
@@ -66,7 +68,8 @@ const HEALTHY_LIMIT: Duration = Duration::from_secs(60);
 const CLIENTS_LIMIT: Duration = Duration::from_secs(90);
 /// From here on a run has time for an event that kills its receiver until it is found out.
 const DEADLY_FROM_MINUTES: f64 = 3.0;
-const STEPS_BETWEEN_LINES: Duration = Duration::from_secs(10);
+/// Between two lines of progress at least.
+const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// Break the system in every way known, under load, and check that nothing was lost and nothing applied twice
 ///
@@ -123,10 +126,14 @@ async fn rage(arguments: &Arguments) -> Result<bool> {
     let observing = tokio::spawn(observe(world.clone(), observed.clone(), stop_observing.clone()));
 
     let struck = strike(&world, seed, arguments.minutes).await;
-    heal(&world).await?;
+    let healed = heal(&world).await;
     stop_clients.cancel();
     let ended = timeout(CLIENTS_LIMIT, async { while clients.join_next().await.is_some() {} }).await;
-    let mut verdict = check(&world).await?;
+    let checked = match healed {
+        Ok(()) => check(&world).await,
+        Err(error) => Err(error),
+    };
+    let mut verdict = checked.unwrap_or_else(|error| Verdict::unknown(&error));
     if ended.is_err() {
         verdict.others.push(format!("clients were not answered within {CLIENTS_LIMIT:?} after all was healed"));
     }
@@ -144,10 +151,10 @@ async fn start(directory: &Path, minutes: f64) -> Result<Arc<World>> {
     let site = Site::start(directory, minutes).await?;
     let history = Arc::new(History::write_to(&directory.join("history.jsonl"))?);
     let target = site.target()?;
-    if provoke::find_clock().is_none() {
+    if find_clock().is_none() {
         try_to_install("libfaketime").await;
     }
-    let clock = provoke::find_clock();
+    let clock = find_clock();
     let world = World { site, target, history, clock, poisoned: Mutex::default(), tally: Mutex::default() };
     let mut tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
     if world.clock.is_none() {
@@ -160,20 +167,25 @@ async fn start(directory: &Path, minutes: f64) -> Result<Arc<World>> {
     Ok(Arc::new(world))
 }
 
-/// Lets fault after fault strike until the time is over. Returns for how long.
+/// Lets fault after fault strike until the time is over, or a little longer if a class has had no effect by then. Returns for
+/// how long.
 async fn strike(world: &Arc<World>, seed: u64, minutes: f64) -> Duration {
     let mut schedule = Schedule::of(seed, minutes >= DEADLY_FROM_MINUTES);
     let (began, mut said) = (Instant::now(), Instant::now());
-    while began.elapsed().as_secs_f64() < minutes * 60.0 {
-        let step = schedule.next_step();
-        if said.elapsed() > STEPS_BETWEEN_LINES {
+    loop {
+        let left = world.tally.lock().unwrap_or_else(PoisonError::into_inner).left();
+        let over = began.elapsed().saturating_sub(Duration::from_secs_f64(minutes * 60.0));
+        if over > OVERTIME_MAX || over > Duration::ZERO && left.is_empty() {
+            return began.elapsed();
+        }
+        let step = schedule.next_step(&left);
+        if said.elapsed() > LINE_EVERY {
             said = Instant::now();
             println!("chaos: {:>5.1} min  {}", began.elapsed().as_secs_f64() / 60.0, progress(world));
         }
         strike_together(world, step).await;
         tokio::time::sleep(BREATH_MAX.mul_f64(fastrand::f64())).await;
     }
-    began.elapsed()
 }
 
 fn progress(world: &World) -> String {

@@ -195,8 +195,8 @@ impl Schedule {
         Self { rng, first, points: Vec::new(), deadly }
     }
 
-    /// What strikes next.
-    pub(super) fn next_step(&mut self) -> Vec<Fault> {
+    /// What strikes next. Once every class has had its turn, those come first that are `left`, since they had no effect.
+    pub(super) fn next_step(&mut self, left: &[usize]) -> Vec<Fault> {
         if let Some(class) = self.first.pop() {
             // Few minutes are to hold all classes: what does not stand alone is joined by the next.
             let mut step = vec![self.draw(class)];
@@ -213,10 +213,20 @@ impl Schedule {
             }
             return step;
         }
+        match left.first() {
+            Some(&TOGETHER) => return self.draw_step(2),
+            Some(&class) => return vec![self.draw(class)],
+            None => {}
+        }
         if std::mem::take(&mut self.deadly) {
             return vec![Fault::Poison(Poison::Deadly)];
         }
         let together = if self.rng.u8(..3) == 0 { self.rng.usize(2..5) } else { 1 };
+        self.draw_step(together)
+    }
+
+    /// So many of any class.
+    fn draw_step(&mut self, together: usize) -> Vec<Fault> {
         let mut step = Vec::new();
         while step.len() < together {
             // Half are crashes: there are many points.
@@ -260,7 +270,7 @@ mod tests {
 
     fn steps(seed: u64, count: usize) -> Vec<Vec<Fault>> {
         let mut schedule = Schedule::of(seed, true);
-        (0..count).map(|_| schedule.next_step()).collect()
+        (0..count).map(|_| schedule.next_step(&[])).collect()
     }
 
     #[test]

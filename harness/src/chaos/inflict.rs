@@ -2,10 +2,8 @@
 
 use std::{
     fs,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -148,6 +146,13 @@ async fn hang(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     Ok(hung)
 }
 
+/// The library that lends a process another time of day, if it is installed.
+pub(super) fn find_clock() -> Option<PathBuf> {
+    let below = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
+    let beside = PathBuf::from("/usr/lib");
+    below.chain([beside]).map(|place| place.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
+}
+
 /// Runs the process for a while with another time of day. Leases, back-off and retention go by the database's clock, and
 /// limits by a monotonic one.
 async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration) -> Result<bool> {
@@ -279,18 +284,4 @@ async fn use_sessions_up(world: &World, part: Part, lasts: Duration) -> Result<b
     }
     sleep(lasts).await;
     Ok(refused && ended > 0)
-}
-
-/// Counts how often something was done, up to a limit.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Count(Arc<AtomicU32>);
-
-impl Count {
-    pub(super) fn get(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn add(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
 }

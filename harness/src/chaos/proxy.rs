@@ -325,3 +325,116 @@ impl Pump {
         while let Ok(1..) = self.from.read(&mut buffer).await {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::ErrorKind,
+        net::{Ipv4Addr, SocketAddr},
+        sync::Arc,
+        time::Duration,
+    };
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+        sync::mpsc,
+        task::JoinSet,
+        time::timeout,
+    };
+
+    use super::{End, Hold, Link, Trap, Weather};
+    use crate::chaos::wire::{Mark, Protocol};
+
+    const QUERY: &[u8] = b"\0\0\0\x08\0\x03\0\0Q\0\0\0\x0aBEGIN\0";
+    /// Longer than anything here takes, and shorter than a swallowed connection lasts.
+    const SILENCE: Duration = Duration::from_millis(300);
+
+    struct Proxied {
+        link: Arc<Link>,
+        client: TcpStream,
+        _serving: JoinSet<()>,
+    }
+
+    /// A link to a server that answers every byte with the same.
+    async fn proxied() -> Proxied {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+        let server: SocketAddr = listener.local_addr().expect("its address");
+        let (link, mut serving) =
+            Link::open("test".into(), Protocol::Postgres, false, server).await.expect("another port");
+        serving.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut from, mut to) = stream.into_split();
+                    tokio::io::copy(&mut from, &mut to).await
+                });
+            }
+        });
+        let client = TcpStream::connect(link.address).await.expect("the proxy listens");
+        Proxied { link, client, _serving: serving }
+    }
+
+    impl Proxied {
+        async fn echoes(&mut self) -> bool {
+            self.client.write_all(QUERY).await.expect("an open connection");
+            let mut answer = vec![0; QUERY.len()];
+            let read = timeout(SILENCE, self.client.read_exact(&mut answer)).await;
+            matches!(read, Ok(Ok(_))) && answer == QUERY
+        }
+
+        async fn end(&mut self) -> Result<usize, ErrorKind> {
+            let read = timeout(SILENCE, self.client.read(&mut [0; 1])).await.expect("an end in time");
+            read.map_err(|error| error.kind())
+        }
+    }
+
+    #[tokio::test]
+    async fn what_passes_arrives_whole_also_in_slices_and_late() {
+        let mut proxied = proxied().await;
+        for weather in [Weather::Clear, Weather::Slice, Weather::Delay(Duration::from_millis(50))] {
+            proxied.link.set(weather);
+            assert!(proxied.echoes().await, "{weather:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_are_cut_in_order_or_reset() {
+        let (mut cut, mut reset) = (proxied().await, proxied().await);
+        for (proxied, how) in [(&mut cut, End::Cut), (&mut reset, End::Reset)] {
+            assert!(proxied.echoes().await);
+            assert_eq!(proxied.link.end(how), 1);
+        }
+        assert_eq!(cut.end().await, Ok(0));
+        assert_eq!(reset.end().await, Err(ErrorKind::ConnectionReset));
+    }
+
+    #[tokio::test]
+    async fn a_half_open_connection_stays_so_and_a_new_one_is_well() {
+        let mut proxied = proxied().await;
+        assert!(proxied.echoes().await);
+        proxied.link.set(Weather::Swallow);
+        assert!(!proxied.echoes().await);
+        proxied.link.set(Weather::Clear);
+        assert!(!proxied.echoes().await, "it never recovers");
+        proxied.client = TcpStream::connect(proxied.link.address).await.expect("the proxy listens");
+        assert!(proxied.echoes().await);
+    }
+
+    #[tokio::test]
+    async fn a_trap_springs_where_it_is_set_and_as_often_as_it_is() {
+        for (hold, arrives) in [(Hold::Keep, false), (Hold::PassBefore, true), (Hold::PassAfter, true)] {
+            let mut proxied = proxied().await;
+            let (deed, mut deeds) = mpsc::unbounded_channel();
+            let _guard = proxied.link.set_trap(Trap {
+                at: Box::new(|mark| *mark == Mark::Statement("BEGIN".into())),
+                hold,
+                deed: Box::new(move || _ = deed.send(())),
+                times: 1,
+                sprung: None,
+            });
+            assert_eq!(proxied.echoes().await, arrives, "{hold:?}");
+            assert_eq!(deeds.recv().await, Some(()));
+            assert_eq!(deeds.recv().await, None, "the trap is gone");
+        }
+    }
+}

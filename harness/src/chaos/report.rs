@@ -133,11 +133,8 @@ fn vacuous(
     if share < OK_SHARE_MIN {
         vacuous.push(format!("only {:.0} % of the orders were acknowledged", share * 100.0));
     }
-    for (class, name) in (1..).zip(CLASSES) {
-        if tally.bit.get(&class).is_none_or(|bit| *bit == 0) && !tally.impossible.contains_key(&class) {
-            vacuous.push(format!("class {class}, {name}, had no effect"));
-        }
-    }
+    let without = tally.left().into_iter().map(|class| format!("class {class}, {}, had no effect", CLASSES[class - 1]));
+    vacuous.extend(without);
     let seen = [
         (duplicates, "no duplicate was suppressed"),
         (recovered, "no order was acknowledged to a repeated call"),

@@ -43,6 +43,12 @@ impl Tally {
     pub(super) fn faults(&self) -> u32 {
         self.struck.iter().filter(|(class, _)| **class != TOGETHER).map(|(_, faults)| faults).sum()
     }
+
+    /// Classes that have had no effect yet, and could have.
+    pub(super) fn left(&self) -> Vec<usize> {
+        let had_none = |class: &usize| self.bit.get(class).is_none_or(|bit| *bit == 0);
+        (1..=TOGETHER).filter(had_none).filter(|class| !self.impossible.contains_key(class)).collect()
+    }
 }
 
 impl World {
