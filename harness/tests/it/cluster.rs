@@ -32,6 +32,26 @@ async fn number(url: &str, sql: &'static str) -> i64 {
 }
 
 #[tokio::test]
+async fn recovers_from_a_crash_with_what_was_committed() {
+    if !can_be_made() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut cluster = Cluster::start(options(&scratch, false)).await.unwrap();
+    let url = cluster.server().superuser_url("postgres");
+    let mut session = PgConnection::connect(&url).await.unwrap();
+    sqlx::raw_sql("CREATE TABLE kept AS SELECT 42::bigint AS number").execute(&mut session).await.unwrap();
+    cluster.crash().await.unwrap();
+    assert!(session.ping().await.is_err() && PgConnection::connect(&url).await.is_err());
+    // The second time there is nothing to do.
+    for _ in 0..2 {
+        cluster.recover().await.unwrap();
+        assert_eq!(number(&url, "SELECT number FROM kept").await, 42);
+    }
+    cluster.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn keeps_its_data_until_told_otherwise() {
     if !can_be_made() {
         return;
