@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use check::{Verdict, check};
+use check::{Verdict, check, check_processes};
 use faults::{Fault, Schedule, TOGETHER};
 use history::History;
 use inflict::{find_clock, inflict};
@@ -84,7 +84,8 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// target/chaos/failed-SEED. Ctrl-C ends it.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
-    /// How long faults strike; at least one and a half, for all classes to have their turn
+    /// How long faults strike: one and a half are enough for all classes to have their turn. A class that has had no effect by
+    /// the end is given another minute
     #[arg(long, default_value_t = 4.0, value_parser = minutes)]
     minutes: f64,
     /// Draws the schedule of faults; the same seed draws the same one. Drawn itself if not given
@@ -104,7 +105,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     select! {
         clean = Box::pin(rage(&arguments)) => Ok(if clean? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
-        // Everything started ends with the future that started it.
+        // Everything started ends with this process.
         _ = interrupt.recv() => Ok(ExitCode::from(130)),
         _ = terminate.recv() => Ok(ExitCode::from(143)),
     }
@@ -126,21 +127,24 @@ async fn rage(arguments: &Arguments) -> Result<bool> {
     let observing = tokio::spawn(observe(world.clone(), observed.clone(), stop_observing.clone()));
 
     let struck = strike(&world, seed, arguments.minutes).await;
-    let healed = heal(&world).await;
+    let mut verdict = Verdict::default();
+    if let Err(error) = heal(&world).await {
+        verdict.others.push(format!("not healed: {error:#}"));
+    }
     stop_clients.cancel();
-    let ended = timeout(CLIENTS_LIMIT, async { while clients.join_next().await.is_some() {} }).await;
-    let checked = match healed {
-        Ok(()) => check(&world).await,
-        Err(error) => Err(error),
-    };
-    let mut verdict = checked.unwrap_or_else(|error| Verdict::unknown(&error));
-    if ended.is_err() {
+    if timeout(CLIENTS_LIMIT, async { while clients.join_next().await.is_some() {} }).await.is_err() {
         verdict.others.push(format!("clients were not answered within {CLIENTS_LIMIT:?} after all was healed"));
+    }
+    if let Err(error) = check(&world, &mut verdict).await {
+        verdict.others.push(format!("not checked to the end: {error:#}"));
     }
     stop_observing.cancel();
     let _ = observing.await;
     verdict.others.append(&mut observed.lock().unwrap_or_else(PoisonError::into_inner).violations);
-    world.site.stop_units().await.unwrap_or_else(|error| verdict.others.push(format!("{error:#}")));
+    if let Err(error) = world.site.stop_units().await {
+        verdict.others.push(format!("{error:#}"));
+    }
+    check_processes(&world, &mut verdict)?;
     let report = Report::of(&world, &observed, &verdict, seed, struck);
     report.print();
     conclude(world, &directory, seed, report.is_clean()).await?;
@@ -148,23 +152,12 @@ async fn rage(arguments: &Arguments) -> Result<bool> {
 }
 
 async fn start(directory: &Path, minutes: f64) -> Result<Arc<World>> {
-    let site = Site::start(directory, minutes).await?;
-    let history = Arc::new(History::write_to(&directory.join("history.jsonl"))?);
-    let target = site.target()?;
     if find_clock().is_none() {
         try_to_install("libfaketime").await;
     }
-    let clock = find_clock();
-    let world = World { site, target, history, clock, poisoned: Mutex::default(), tally: Mutex::default() };
-    let mut tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
-    if world.clock.is_none() {
-        tally.impossible.insert(9, "needs libfaketime (Debian: apt-get install libfaketime)");
-    }
-    if world.site.disk.is_none() {
-        tally.impossible.insert(12, "needs the right to mount a small file system, as root has on Linux");
-    }
-    drop(tally);
-    Ok(Arc::new(world))
+    let site = Site::start(directory, minutes).await?;
+    let history = History::write_to(&directory.join("history.jsonl"))?;
+    Ok(Arc::new(World::of(site, history, find_clock())?))
 }
 
 /// Lets fault after fault strike until the time is over, or a little longer if a class has had no effect by then. Returns for
@@ -238,6 +231,7 @@ async fn heal(world: &World) -> Result<()> {
         world.site.cluster(part).lock().await.recover().await?;
     }
     for part in Part::ALL {
+        world.site.unit(part).set_extra(Vec::new());
         world.site.unit(part).signal(Signal::CONT);
     }
     for part in Part::ALL {

@@ -27,53 +27,44 @@ pub(super) struct Verdict {
     /// Applied twice, or placed twice.
     pub(super) doubled: Vec<String>,
     pub(super) others: Vec<String>,
-    /// Orders in the database.
-    pub(super) orders: usize,
     /// How long it took until everything was delivered.
     pub(super) drained: Duration,
 }
 
 impl Verdict {
-    /// Of a run that could not be checked.
-    pub(super) fn unknown(error: &anyhow::Error) -> Self {
-        Self { others: vec![format!("the system could not be checked: {error:#}")], ..Self::default() }
-    }
-
     pub(super) fn violations(&self) -> usize {
         self.lost.len() + self.doubled.len() + self.others.len()
     }
 
+    /// By the word that a finding begins with, also those of the audit: what is WRONG there is taken too often, or too much.
     fn add(&mut self, finding: String) {
-        let lost = finding.starts_with("LOST");
-        let doubled = finding.starts_with("DOUBLED");
-        let kind = match (lost, doubled) {
-            (true, _) => &mut self.lost,
-            (_, true) => &mut self.doubled,
-            _ => &mut self.others,
-        };
-        kind.push(finding);
+        match finding.split(':').next() {
+            Some("LOST") => self.lost.push(finding),
+            Some("DOUBLED" | "WRONG") => self.doubled.push(finding),
+            _ => self.others.push(finding),
+        }
     }
 }
 
-/// Checks a system that is healed and idle.
-pub(super) async fn check(world: &World) -> Result<Verdict> {
-    let mut verdict = Verdict::default();
+/// Checks a system that is healed and idle, and adds what is wrong.
+///
+/// # Errors
+/// When something cannot be read; what was found before stays.
+pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let mut orders = connect_patiently(world, Part::Orders, CONNECT_LIMIT).await?;
     let mut inventory = connect_patiently(world, Part::Inventory, CONNECT_LIMIT).await?;
-    await_delivery(&mut orders, &mut inventory, &mut verdict).await?;
+    await_delivery(&mut orders, &mut inventory, verdict).await?;
     for connection in [&mut orders, &mut inventory] {
-        check_breaches(connection, &mut verdict).await?;
+        check_breaches(connection, verdict).await?;
     }
-    check_dead(world, &mut orders, &mut inventory, &mut verdict).await?;
-    check_known(world, &mut orders, &mut verdict).await?;
-    check_adjusted(world, &mut inventory, &mut verdict).await?;
-    check_sequence(&mut inventory, &mut verdict).await?;
+    check_dead(world, &mut orders, &mut inventory, verdict).await?;
+    check_known(world, &mut orders, verdict).await?;
+    check_adjusted(world, &mut inventory, verdict).await?;
+    check_sequence(&mut inventory, verdict).await?;
+    remember_again(world, &mut inventory).await?;
     let audit = audit(&world.target.databases).await?;
-    verdict.orders = audit.orders;
     audit.findings.into_iter().for_each(|finding| verdict.add(finding));
-    check_files(world, &mut verdict).await?;
-    check_logs(world, &mut verdict)?;
-    Ok(verdict)
+    check_files(world, verdict).await
 }
 
 /// Events that wait, beside those that are dead or wait for one that is.
@@ -176,10 +167,9 @@ async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Ver
         .doubled
         .extend(twice.map(|(request, orders)| format!("DOUBLED: request {request} has placed {orders} orders")));
 
-    let mut known = world.history.known();
-    let Known { acknowledged, cancelled, settled, violations, .. } = &mut *known;
-    std::mem::take(violations).into_iter().for_each(|violation| verdict.add(violation));
-    for (request, order_ids) in acknowledged.iter() {
+    let known = world.history.known();
+    let Known { acknowledged, cancelled, refused, settled, .. } = &*known;
+    for (request, order_ids) in acknowledged {
         if order_ids.len() > 1 {
             verdict.doubled.push(format!("DOUBLED: request {request} was answered with the orders {order_ids:?}"));
         }
@@ -200,7 +190,11 @@ async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Ver
         let status = status_of(order_id);
         verdict.lost.push(format!("LOST: the cancellation of order {order_id} was acknowledged, and it is {status}"));
     }
-    for (order_id, seen) in settled.iter() {
+    for order_id in refused.iter().filter(|order_id| status_of(order_id) != "REJECTED") {
+        let status = status_of(order_id);
+        verdict.others.push(format!("the cancellation of order {order_id} was refused, and it is {status}"));
+    }
+    for (order_id, seen) in settled {
         let (seen, is) = (seen.as_str_name().trim_start_matches("ORDER_STATUS_"), status_of(order_id));
         if is != seen && (seen, is) != ("CONFIRMED", "CANCELLED") {
             verdict.others.push(format!("order {order_id} was shown to be {seen}, and is {is}"));
@@ -209,19 +203,34 @@ async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Ver
     Ok(())
 }
 
+/// The audit asks the inbox for all that was applied, and a fault has made it forget some.
+async fn remember_again(world: &World, inventory: &mut PgConnection) -> Result<()> {
+    let forgotten = world.forgotten.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    sqlx::query(
+        "-- chaos: remember again
+        INSERT INTO processed_messages (message_id) SELECT DISTINCT id FROM unnest($1::uuid[]) AS id
+        ON CONFLICT (message_id) DO UPDATE SET processed_at = now()",
+    )
+    .bind(forgotten)
+    .execute(inventory)
+    .await?;
+    Ok(())
+}
+
 async fn check_adjusted(world: &World, inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
     let adjusted = world.history.known().adjusted.clone();
     let missing: Vec<Uuid> = sqlx::query_scalar(
         "-- chaos: find lost adjustments
         SELECT request FROM unnest($1::uuid[]) AS request
-        WHERE NOT EXISTS (SELECT FROM stock_ledger WHERE reference = request AND kind = 'ADJUSTMENT')",
+        WHERE (SELECT sum(delta) FROM stock_ledger WHERE reference = request AND kind = 'ADJUSTMENT')
+            IS DISTINCT FROM 1",
     )
     .bind(adjusted)
     .fetch_all(inventory)
     .await?;
     verdict
         .lost
-        .extend(missing.into_iter().map(|id| format!("LOST: adjustment {id} was acknowledged, and is not there")));
+        .extend(missing.into_iter().map(|id| format!("LOST: adjustment {id} was acknowledged, and has not added 1")));
     Ok(())
 }
 
@@ -253,7 +262,9 @@ async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
     Ok(())
 }
 
-fn check_logs(world: &World, verdict: &mut Verdict) -> Result<()> {
+/// What answers were wrong by themselves, and how the processes have ended.
+pub(super) fn check_processes(world: &World, verdict: &mut Verdict) -> Result<()> {
+    std::mem::take(&mut world.history.known().violations).into_iter().for_each(|violation| verdict.add(violation));
     for part in Part::ALL {
         let unit = world.site.unit(part);
         let log = fs::read_to_string(&unit.plan().log)?;

@@ -99,8 +99,8 @@ impl Client {
                     self.acknowledged(request, &order, attempt);
                     return Some(order);
                 }
-                Err(Ending::Fail) => {
-                    self.history.violation(format!("a proper order was refused for good: request {id}"));
+                Err((Ending::Fail, code)) => {
+                    self.history.violation(format!("a proper order was refused for good, {code:?}: request {id}"));
                     return None;
                 }
                 Err(_) if began.elapsed() >= patience => return None,
@@ -140,8 +140,15 @@ impl Client {
                 Ok(cancelled) => {
                     return self.history.violation(format!("CancelOrder was answered {:?}", cancelled.get_ref()));
                 }
-                // It was rejected.
-                Err(Ending::Fail) => return,
+                Err((Ending::Fail, Code::FailedPrecondition)) => {
+                    return self.history.known().refused.extend(order.order_id.parse::<Uuid>());
+                }
+                Err((Ending::Fail, code)) => {
+                    let order_id = &order.order_id;
+                    return self
+                        .history
+                        .violation(format!("the cancellation of order {order_id} was refused, {code:?}"));
+                }
                 Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
             }
         }
@@ -167,7 +174,13 @@ impl Client {
                     self.history.known().settled.push((id, status));
                 }
             }
-            Ok(Err(status)) => self.note_code("watch", id, Ending::Unknown, &status),
+            Ok(Err(status)) => {
+                let ending = ending_of(&status);
+                self.note_code("watch", id, ending, &status);
+                if ending == Ending::Fail {
+                    self.history.violation(format!("order {id} could not be watched: {status}"));
+                }
+            }
             Ok(Ok(None)) | Err(_) => self.history.end(&self.name, "watch", id, Ending::Unknown, ""),
         }
     }
@@ -183,8 +196,8 @@ impl Client {
             let answer = timeout(CALL_LIMIT * 2, self.inventory.adjust_stock(limited(request.clone()))).await;
             match self.ending("adjust", id, answer) {
                 Ok(_) => return self.history.known().adjusted.push(id),
-                Err(Ending::Fail) => {
-                    return self.history.violation(format!("a proper adjustment was refused for good: {id}"));
+                Err((Ending::Fail, code)) => {
+                    return self.history.violation(format!("a proper adjustment was refused for good, {code:?}: {id}"));
                 }
                 Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
             }
@@ -196,7 +209,7 @@ impl Client {
         call: &'static str,
         id: Uuid,
         answer: Result<Result<T, Status>, tokio::time::error::Elapsed>,
-    ) -> Result<T, Ending> {
+    ) -> Result<T, (Ending, Code)> {
         match answer {
             Ok(Ok(answer)) => {
                 self.history.end(&self.name, call, id, Ending::Ok, "");
@@ -205,11 +218,12 @@ impl Client {
             Ok(Err(status)) => {
                 let ending = ending_of(&status);
                 self.note_code(call, id, ending, &status);
-                Err(ending)
+                Err((ending, status.code()))
             }
             Err(_) => {
+                self.history.known().hung_up += 1;
                 self.history.end(&self.name, call, id, Ending::Unknown, "not waited for");
-                Err(Ending::Unknown)
+                Err((Ending::Unknown, Code::DeadlineExceeded))
             }
         }
     }

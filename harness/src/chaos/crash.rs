@@ -141,3 +141,35 @@ pub(super) async fn crash_at(site: &Site, point: CrashPoint) -> bool {
     let first = timeout(REACH_LIMIT, reached.join_next()).await;
     matches!(first, Ok(Some(Ok(Ok(())))))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::{At, POINTS};
+
+    /// All that a directory's Rust files say.
+    fn read_sources(directory: &Path) -> String {
+        let entries = fs::read_dir(directory).expect("a crate of this workspace").flatten();
+        let read = |path: &Path| match path.is_dir() {
+            true => read_sources(path),
+            false => fs::read_to_string(path).expect("a source"),
+        };
+        entries.map(|entry| read(&entry.path())).collect()
+    }
+
+    /// A statement that is given another name would take its points away without a word.
+    #[test]
+    fn the_statements_that_points_are_known_by_exist() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let crates = ["order-service", "inventory-service", "outbox", "outbox-relay"];
+        let sources: String = crates.iter().map(|name| read_sources(&root.join(name).join("src"))).collect();
+        for point in POINTS {
+            if let At::Before(name) | At::After(name) = point.at
+                && !["BEGIN", "COMMIT"].contains(&name)
+            {
+                assert!(sources.contains(&format!("-- {name}\n")), "no statement is called \"{name}\"");
+            }
+        }
+    }
+}

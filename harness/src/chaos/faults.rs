@@ -125,7 +125,14 @@ impl Fault {
 
     /// Whether it needs the system as it is, or changes it as a whole: it strikes alone.
     fn stands_alone(&self) -> bool {
-        matches!(self, Self::RollingRestart | Self::FillDisk { .. } | Self::WrongClock { .. } | Self::StopPastLease(_))
+        matches!(
+            self,
+            Self::RollingRestart
+                | Self::FillDisk { .. }
+                | Self::WrongClock { .. }
+                | Self::StopPastLease(_)
+                | Self::DeliverAgain
+        )
     }
 
     /// One of the class.
@@ -179,6 +186,10 @@ fn draw_postgres(rng: &mut Rng) -> PostgresFault {
 #[derive(Debug)]
 pub(super) struct Schedule {
     rng: Rng,
+    /// For what has to strike once more, which depends on what happens, as the schedule must not.
+    again: Rng,
+    /// Whether the last step was such a one: others take turns with them.
+    was_again: bool,
     /// Classes that come before any does for a second time.
     first: Vec<usize>,
     /// Crash points, likewise.
@@ -192,7 +203,7 @@ impl Schedule {
         let mut rng = Rng::with_seed(seed);
         let mut first: Vec<usize> = (1..TOGETHER).collect();
         rng.shuffle(&mut first);
-        Self { rng, first, points: Vec::new(), deadly }
+        Self { again: rng.fork(), rng, was_again: false, first, points: Vec::new(), deadly }
     }
 
     /// What strikes next. Once every class has had its turn, those come first that are `left`, since they had no effect.
@@ -213,10 +224,11 @@ impl Schedule {
             }
             return step;
         }
-        match left.first() {
-            Some(&TOGETHER) => return self.draw_step(2),
-            Some(&class) => return vec![self.draw(class)],
-            None => {}
+        self.was_again = !self.was_again && !left.is_empty();
+        if self.was_again {
+            // Of those that strike together any will do.
+            let classes = if left[0] == TOGETHER { vec![1, 4] } else { vec![left[0]] };
+            return classes.into_iter().map(|class| Fault::draw(class, &mut self.again)).collect();
         }
         if std::mem::take(&mut self.deadly) {
             return vec![Fault::Poison(Poison::Deadly)];
@@ -278,6 +290,15 @@ mod tests {
         let shown = |seed| format!("{:?}", steps(seed, 50));
         assert_eq!(shown(7), shown(7));
         assert_ne!(shown(7), shown(8));
+        let (mut calm, mut again) = (Schedule::of(7, true), Schedule::of(7, true));
+        for _ in 0..100 {
+            let left = if again.was_again { &[][..] } else { &[12, TOGETHER] };
+            let mut next = again.next_step(left);
+            if again.was_again {
+                next = again.next_step(&[]);
+            }
+            assert_eq!(format!("{next:?}"), format!("{:?}", calm.next_step(&[])));
+        }
     }
 
     #[test]

@@ -31,6 +31,10 @@ pub(super) struct Known {
     pub(super) acknowledged: HashMap<Uuid, Vec<Uuid>>,
     /// Orders whose cancellation was acknowledged.
     pub(super) cancelled: Vec<Uuid>,
+    /// Orders whose cancellation was refused, as only that of a rejected one may be.
+    pub(super) refused: Vec<Uuid>,
+    /// Calls that their caller did not wait for.
+    pub(super) hung_up: u64,
     /// What watchers were shown as final.
     pub(super) settled: Vec<(Uuid, OrderStatus)>,
     /// Adjustments that were acknowledged, by request.
@@ -74,12 +78,12 @@ impl History {
     }
 
     pub(super) fn end(&self, client: &str, call: &'static str, id: Uuid, ending: Ending, detail: &str) {
-        let (step, kind) = match ending {
-            Ending::Ok => ("ok", "ok"),
-            Ending::Fail => ("fail", "fail"),
-            Ending::Unknown => ("unknown", "unknown"),
+        let step = match ending {
+            Ending::Ok => "ok",
+            Ending::Fail => "fail",
+            Ending::Unknown => "unknown",
         };
-        *self.known().endings.entry(kind).or_default() += 1;
+        *self.known().endings.entry(step).or_default() += 1;
         self.write(client, call, id, step, detail);
     }
 

@@ -20,7 +20,7 @@ use super::{
     faults::{Fault, PostgresFault, ReceiverFault},
     provoke,
     proxy::{End, Hold, Link, Trap, Weather},
-    site::{LEASE, Part, SESSIONS_MAX},
+    site::{LEASE, POOL, Part, SESSIONS_MAX},
     wire::Mark,
     world::World,
 };
@@ -45,9 +45,9 @@ pub(super) async fn inflict(world: &Arc<World>, fault: &Fault) -> Result<bool> {
             Ok(nth(world, *link)?.end(if *reset { End::Reset } else { End::Cut }) > 0)
         }
         Fault::LoseReply { link } => Ok(lose_reply(nth(world, *link)?).await),
-        Fault::HalfOpen { link, lasts } => Ok(spoil(nth(world, *link)?, Weather::Swallow, *lasts).await),
+        Fault::HalfOpen { link, lasts } => spoil(world, *link, Weather::Swallow, *lasts).await,
         Fault::Slow { link, late, lasts } => {
-            Ok(spoil(nth(world, *link)?, late.map_or(Weather::Slice, Weather::Delay), *lasts).await)
+            spoil(world, *link, late.map_or(Weather::Slice, Weather::Delay), *lasts).await
         }
         Fault::StopPastLease(relay) => stop_past_lease(world, *relay).await,
         Fault::WrongClock { part, ahead, lasts } => set_clock_wrong(world, *part, *ahead, *lasts).await,
@@ -70,13 +70,17 @@ fn nth(world: &World, link: usize) -> Result<&Arc<Link>> {
     world.site.links().nth(link).context("no such link")
 }
 
+/// What has changed something when it was executed.
+const WORK: [&str; 5] =
+    ["COMMIT", "orders: create orders", "relay: lease", "relay: delete handled", "relay: reschedule"];
+
+/// The next reply that tells of work that was done never arrives.
 async fn lose_reply(link: &Arc<Link>) -> bool {
     let (sprung, springs) = oneshot::channel();
     let _guard = link.set_trap(Trap {
         at: Box::new(|mark| match mark {
-            Mark::Executed(name) => **name != *"BEGIN",
-            Mark::Reply(message) => !message.is_empty(),
-            _ => false,
+            Mark::Executed(name) => WORK.contains(&&**name),
+            reply => is_answer(reply),
         }),
         hold: Hold::Lose,
         deed: Box::new(|| {}),
@@ -86,12 +90,17 @@ async fn lose_reply(link: &Arc<Link>) -> bool {
     timeout(PASS_LIMIT, springs).await.is_ok()
 }
 
-async fn spoil(link: &Link, weather: Weather, lasts: Duration) -> bool {
+async fn spoil(world: &World, link: usize, weather: Weather, lasts: Duration) -> Result<bool> {
+    // The first links are those of the parts to their databases.
+    if let Some(part) = Part::ALL.get(link) {
+        world.disturb(*part, lasts);
+    }
+    let link = nth(world, link)?;
     let before = link.spoilt.load(Ordering::Relaxed);
     link.set(weather);
     sleep(lasts).await;
     link.set(Weather::Clear);
-    link.spoilt.load(Ordering::Relaxed) > before
+    Ok(link.spoilt.load(Ordering::Relaxed) > before)
 }
 
 /// Stops the relay at the moment the reply to a delivery arrives, so that it holds a lease, and knows, when it is resumed,
@@ -99,6 +108,9 @@ async fn spoil(link: &Link, weather: Weather, lasts: Duration) -> bool {
 /// the settlement has to change nothing, and say so.
 async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
     let unit = world.site.unit(relay);
+    for part in [relay, relay.receiver()] {
+        world.disturb(part, LEASE + TAKE_OVER);
+    }
     let lost_before = count_lost(world, relay)?;
     let (sprung, springs) = oneshot::channel();
     let stopped = unit.clone();
@@ -127,7 +139,7 @@ async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
         if count_lost(world, relay)? > lost_before {
             return Ok(true);
         }
-        sleep(Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(200)).await;
     }
     Ok(false)
 }
@@ -140,6 +152,7 @@ fn count_lost(world: &World, relay: Part) -> Result<usize> {
 
 async fn hang(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     let unit = world.site.unit(part);
+    world.disturb(part, lasts);
     let hung = unit.signal(Signal::STOP);
     sleep(lasts).await;
     unit.signal(Signal::CONT);
@@ -164,9 +177,19 @@ async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration
         ("FAKETIME_DONT_FAKE_MONOTONIC", "1".into()),
         ("DONT_FAKE_MONOTONIC", "1".into()),
     ];
-    let environment = environment.map(|(name, value)| (name.to_owned(), value)).into();
-    let restarted = unit.restart(environment, RESTART_LIMIT).await;
+    unit.set_extra(environment.map(|(name, value)| (name.to_owned(), value)).into());
+    let restarted = unit.restart(RESTART_LIMIT).await;
     sleep(lasts).await;
+    let was_wrong = is_wrong(world, part, ahead).await;
+    unit.set_extra(Vec::new());
+    unit.restart(RESTART_LIMIT).await?;
+    restarted?;
+    was_wrong
+}
+
+/// Whether the process writes down another time of day than its database has.
+async fn is_wrong(world: &World, part: Part, ahead: bool) -> Result<bool> {
+    let unit = world.site.unit(part);
     let log = fs::read_to_string(&unit.plan().log)?;
     let last = log.lines().rev().find_map(|line| {
         let entry: serde_json::Value = serde_json::from_str(line).ok()?;
@@ -180,14 +203,12 @@ async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration
     .bind(if ahead { 30 } else { -30 })
     .fetch_one(&mut world.site.connect(part).await?)
     .await?;
-    let was_wrong = last.is_some_and(|last| (last > half_way) == ahead);
-    unit.restart(Vec::new(), RESTART_LIMIT).await?;
-    restarted.map(|()| was_wrong)
+    Ok(last.is_some_and(|last| (last > half_way) == ahead))
 }
 
 async fn restart_each(world: &World) -> Result<bool> {
     for part in Part::ALL {
-        world.site.unit(part).restart(Vec::new(), RESTART_LIMIT).await?;
+        world.site.unit(part).restart(RESTART_LIMIT).await?;
     }
     Ok(true)
 }
@@ -236,7 +257,7 @@ async fn fill_disk(world: &World, lasts: Duration) -> Result<bool> {
     // Its log is on the same disk, and so cannot tell of what it has no room for.
     let log = world.site.cluster(Part::Inventory).lock().await.log();
     let before = count(&log)?;
-    let ballast = disk.fill()?;
+    let ballast = disk.fill().await?;
     sleep(lasts).await;
     drop(ballast);
     world.site.cluster(Part::Inventory).lock().await.recover().await?;
@@ -257,12 +278,13 @@ async fn use_pool_up(world: &World, part: Part, lasts: Duration) -> Result<bool>
     sleep(lasts).await;
     let waiting: i64 = sqlx::query_scalar(
         "-- chaos: count waiting
-        SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename <> 'postgres'",
+        SELECT count(*) FROM pg_stat_activity
+        WHERE wait_event_type = 'Lock' AND usename IN ('order_service', 'inventory_service')",
     )
     .fetch_one(&mut *tx)
     .await?;
     tx.rollback().await?;
-    Ok(waiting > 0)
+    Ok(waiting >= i64::from(POOL))
 }
 
 /// Takes all sessions that the server has for anybody but superusers, ends those of the services, and gives them no other.

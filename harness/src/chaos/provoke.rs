@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -24,7 +24,7 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tonic::{Code, codegen::http::uri::PathAndQuery, transport::Endpoint};
+use tonic::{Code, Status, codegen::http::uri::PathAndQuery, transport::Endpoint};
 use uuid::Uuid;
 
 use super::{
@@ -39,7 +39,9 @@ use super::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long an event that kills its receiver may live.
-const DEADLY_LIMIT: Duration = Duration::from_secs(90);
+const DEADLY_LIMIT: Duration = Duration::from_secs(110);
+/// Longer than any fault keeps a database away.
+const ENQUEUE_LIMIT: Duration = Duration::from_secs(100);
 /// How long the inbox may take to forget what it should.
 const PRUNE_LIMIT: Duration = Duration::from_secs(20);
 const HANG_UPS: u32 = 200;
@@ -56,16 +58,19 @@ fn client(world: &World, name: &str) -> Client {
 /// Many callers who hang up at any moment of their call.
 pub(super) async fn hang_up(world: &Arc<World>) -> bool {
     let mut callers = JoinSet::new();
-    let caller = client(world, "hang-up");
+    let hung_up = || world.history.known().hung_up;
+    let (caller, before) = (client(world, "hang-up"), hung_up());
     for _ in 0..HANG_UPS {
         let mut caller = caller.clone();
         callers.spawn(async move {
             sleep(HANG_UP_MAX.mul_f64(fastrand::f64())).await;
             let hang_up = HANG_UP_MAX.mul_f64(fastrand::f64());
-            caller.place(&request(), Duration::ZERO, Some(hang_up)).await.is_none()
+            caller.place(&request(), Duration::ZERO, Some(hang_up)).await
         });
     }
-    callers.join_all().await.into_iter().any(|hung_up| hung_up)
+    callers.join_all().await;
+    // Others hang up as well, a few.
+    hung_up() - before > u64::from(HANG_UPS / 4)
 }
 
 /// The same order many times at once, and then another under its request id.
@@ -131,18 +136,39 @@ pub(super) async fn poison(world: &Arc<World>, poison: Poison) -> Result<bool> {
             (Part::Inventory, StockReserved::full_name(), reserved.encode_to_vec())
         }
     };
+    let event_id = Uuid::now_v7();
+    let began = Instant::now();
+    loop {
+        let enqueued = enqueue(world, part, aggregate, event_id, &event_type, &payload).await;
+        // A failure leaves open whether it is there, and where it is it has to die.
+        if enqueued.is_ok() || began.elapsed() > ENQUEUE_LIMIT {
+            world.poison(aggregate);
+            return enqueued.map(|()| true);
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn enqueue(
+    world: &World,
+    part: Part,
+    aggregate: Uuid,
+    event_id: Uuid,
+    event_type: &str,
+    payload: &[u8],
+) -> Result<()> {
     sqlx::query(
         "-- chaos: enqueue poison
-        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload) VALUES ($1, 1, $2, $3, $4)",
+        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload) VALUES ($1, 1, $2, $3, $4)
+        ON CONFLICT DO NOTHING",
     )
     .bind(aggregate)
-    .bind(Uuid::now_v7())
+    .bind(event_id)
     .bind(event_type)
     .bind(payload)
     .execute(&mut world.site.connect(part).await?)
     .await?;
-    world.poison(aggregate);
-    Ok(true)
+    Ok(())
 }
 
 /// Traps on the way to inventory-service that kill it whenever an event of the customer comes, `times` at most.
@@ -189,16 +215,10 @@ async fn be_deadly(world: &Arc<World>) -> Result<bool> {
     let (customer, kills) = (format!("deadly-{}", Uuid::new_v4()), Count::default());
     let _guards = set_deadly(world, &customer, u32::MAX, &kills);
     let Some(order_id) = place_for(world, customer).await else { return Ok(false) };
-    let (mut orders, began) = (world.site.connect(Part::Orders).await?, Instant::now());
+    let began = Instant::now();
     while began.elapsed() < DEADLY_LIMIT {
-        let dead: bool = sqlx::query_scalar(
-            "-- chaos: is dead
-            SELECT EXISTS (SELECT FROM outbox WHERE aggregate_id = $1 AND visible_at = 'infinity')",
-        )
-        .bind(order_id)
-        .fetch_one(&mut orders)
-        .await?;
-        if dead {
+        // A database that is away is asked again.
+        if is_dead(world, order_id).await.unwrap_or(false) {
             world.poison(order_id);
             return Ok(true);
         }
@@ -211,16 +231,31 @@ async fn be_deadly(world: &Arc<World>) -> Result<bool> {
     Ok(false)
 }
 
+async fn is_dead(world: &World, order_id: Uuid) -> Result<bool> {
+    let dead = sqlx::query_scalar(
+        "-- chaos: is dead
+        SELECT EXISTS (SELECT FROM outbox WHERE aggregate_id = $1 AND visible_at = 'infinity')",
+    );
+    Ok(dead.bind(order_id).fetch_one(&mut world.site.connect(Part::Orders).await?).await?)
+}
+
 /// Orders that are long delivered: each is delivered again, and one of them after the inbox was made to forget it.
 pub(super) async fn deliver_again(world: &Arc<World>) -> Result<bool> {
     let mut events = read_delivered(world).await?;
     let Some(forgotten) = events.pop() else { return Ok(false) };
     let again = outcomes(world, events.clone()).await?;
-    for (event, (outcome, _)) in events.iter().zip(&again) {
-        if *outcome == Outcome::Applied {
-            world
-                .history
-                .violation(format!("DOUBLED: event {} of order {} was applied again", event.id, event.subject));
+    for (event, (outcome, reason)) in events.iter().zip(&again) {
+        let Event { id, subject, .. } = event;
+        match outcome {
+            Outcome::Applied => {
+                world.history.violation(format!("DOUBLED: event {id} of order {subject} was applied again"));
+            }
+            Outcome::Rejected => {
+                world
+                    .history
+                    .violation(format!("event {id} of order {subject}, applied long ago, was rejected: {reason}"));
+            }
+            _ => {}
         }
     }
     let pruned = deliver_pruned(world, forgotten).await?;
@@ -231,6 +266,7 @@ pub(super) async fn deliver_again(world: &Arc<World>) -> Result<bool> {
 async fn deliver_pruned(world: &Arc<World>, mut event: Event) -> Result<bool> {
     let id: Uuid = event.id.parse()?;
     let mut inventory = world.site.connect(Part::Inventory).await?;
+    world.forgotten.lock().unwrap_or_else(PoisonError::into_inner).push(id);
     sqlx::query(
         "-- chaos: age processed message
         UPDATE processed_messages SET processed_at = now() - interval '9 days' WHERE message_id = $1",
@@ -250,15 +286,7 @@ async fn deliver_pruned(world: &Arc<World>, mut event: Event) -> Result<bool> {
     if let Some(time) = &mut event.time {
         time.seconds -= 9 * 24 * 3600;
     }
-    let answers = outcomes(world, vec![event.clone()]).await;
-    // The audit asks for it.
-    sqlx::query(
-        "-- chaos: remember again\nINSERT INTO processed_messages (message_id) VALUES ($1) ON CONFLICT DO NOTHING",
-    )
-    .bind(id)
-    .execute(&mut inventory)
-    .await?;
-    let answers = answers?;
+    let answers = outcomes(world, vec![event.clone()]).await?;
     let Some((outcome, reason)) = answers.first() else { return Ok(false) };
     if *outcome == Outcome::Applied {
         world.history.violation(format!("DOUBLED: event {} was applied again after it was forgotten", event.id));
@@ -332,17 +360,25 @@ pub(super) async fn send_garbage(world: &Arc<World>, part: Part, seed: u64) -> R
     }
     let channel = Endpoint::from(world.target.order_service.clone()).connect_lazy();
     let mut orders = OrderServiceClient::new(channel).max_encoding_message_size(usize::MAX);
-    for bad in bad_orders() {
-        match orders.create_order(limited(bad)).await {
+    let (mut refused, mut bad) = (0, 0);
+    for order in bad_orders() {
+        bad += 1;
+        match orders.create_order(limited(order)).await {
             Ok(order) => world.history.violation(format!("a bad order was accepted: {}", order.get_ref().order_id)),
-            Err(status) => sent += u32::from(status.code() != Code::Ok),
+            Err(status) => refused += u32::from(is_refusal(&status)),
         }
     }
     match send_bad_text(world).await {
         Ok(order) => world.history.violation(format!("an order of no text was accepted: {}", order.order_id)),
-        Err(_) => sent += 1,
+        Err(status) => refused += u32::from(is_refusal(&status)),
     }
-    Ok(sent > 4)
+    Ok(sent > 0 && refused == bad + 1)
+}
+
+/// Of what was sent, and not of an outage.
+fn is_refusal(status: &Status) -> bool {
+    std::error::Error::source(status).is_none()
+        && matches!(status.code(), Code::InvalidArgument | Code::OutOfRange | Code::Internal)
 }
 
 /// An order as the contract's types cannot hold it: its customer is no UTF-8.
@@ -356,11 +392,11 @@ struct BadText {
     items: Vec<OrderItem>,
 }
 
-async fn send_bad_text(world: &World) -> Result<Order, tonic::Status> {
+async fn send_bad_text(world: &World) -> Result<Order, Status> {
     let CreateOrderRequest { currency_code, items, .. } = request();
     let bad = BadText { customer_id: vec![b'a', 0xc3, 0x28, 0xff], currency_code, items };
     let mut client = tonic::client::Grpc::new(Endpoint::from(world.target.order_service.clone()).connect_lazy());
-    client.ready().await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+    client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let path = PathAndQuery::from_static("/orders.v1.OrderService/CreateOrder");
     let codec = tonic_prost::ProstCodec::<BadText, Order>::default();
     Ok(client.unary(limited(bad), path, codec).await?.into_inner())

@@ -38,8 +38,6 @@ const SWALLOWED_FOR: Duration = Duration::from_secs(20);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Weather {
     Clear,
-    /// New connections are reset.
-    Refuse,
     /// Nothing arrives and nobody is told; connections that were open meanwhile never recover.
     Swallow,
     /// Each piece arrives late, by any time up to this.
@@ -163,11 +161,6 @@ impl Link {
 
     /// Carries one connection to its end.
     async fn carry(self: Arc<Self>, client: TcpStream) {
-        if *self.weather.borrow() == Weather::Refuse {
-            let _ = client.set_zero_linger();
-            self.spoilt.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
         let Ok(server) = TcpStream::connect(self.server).await else {
             let _ = client.set_zero_linger();
             return;
@@ -253,7 +246,7 @@ impl Link {
                 }
                 Ok(())
             }
-            Weather::Clear | Weather::Refuse | Weather::Swallow => pump.to.write_all(piece).await,
+            Weather::Clear | Weather::Swallow => pump.to.write_all(piece).await,
         }
     }
 

@@ -6,10 +6,12 @@ use std::{
     time::Duration,
 };
 
-use super::{Verdict, crash::POINTS, faults::CLASSES, observe::Observed, world::World};
+use super::{Verdict, crash::POINTS, faults::CLASSES, history::Known, observe::Observed, world::World};
 
 /// Findings printed one by one before the rest is only counted.
 const SHOWN: usize = 40;
+/// In so long every point is reached, several times.
+const ALL_POINTS_FROM_MINUTES: u64 = 8;
 /// Of the orders that clients asked for with patience, so many have to be acknowledged.
 const OK_SHARE_MIN: f64 = 0.7;
 
@@ -51,7 +53,7 @@ impl Report {
             "stock added up in {} snapshots, sessions looked at {} times; all delivered {:.1?} after healing",
             observed.balances, observed.sessions, verdict.drained
         ));
-        let vacuous = vacuous(world, &observed, known.asked, known.answered, duplicates, known.recovered);
+        let vacuous = vacuous(world, &observed, &known, duplicates, struck);
         let faults = world.tally.lock().unwrap_or_else(PoisonError::into_inner).faults();
         let findings = verdict.lost.iter().chain(&verdict.doubled).chain(&verdict.others);
         lines.extend(findings.take(SHOWN).map(|finding| format!("violation: {finding}")));
@@ -77,6 +79,10 @@ impl Report {
             verdict.doubled.len(),
             violations,
         );
+        let tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let not_tried: Vec<String> = tally.impossible.keys().map(usize::to_string).collect();
+        let quote = if not_tried.is_empty() { quote } else { format!("{quote} not_tried={}", not_tried.join(",")) };
+        drop(tally);
         // Whoever quotes the line of such a run would quote nothing.
         let quote = if vacuous.is_empty() { quote } else { format!("{quote} VACUOUS") };
         Self { lines, violations, vacuous, quote }
@@ -118,26 +124,25 @@ fn table(world: &World) -> Vec<String> {
 }
 
 /// Why the run shows nothing, if it does not.
-fn vacuous(
-    world: &World,
-    observed: &Observed,
-    asked: u64,
-    answered: u64,
-    duplicates: u64,
-    recovered: u64,
-) -> Vec<String> {
+fn vacuous(world: &World, observed: &Observed, known: &Known, duplicates: u64, struck: Duration) -> Vec<String> {
+    let Known { asked, answered, recovered, .. } = known;
     let tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
     let mut vacuous = Vec::new();
     #[expect(clippy::cast_precision_loss, reason = "orders that fit into memory")]
-    let share = answered as f64 / (asked.max(1)) as f64;
+    let share = *answered as f64 / (*asked).max(1) as f64;
     if share < OK_SHARE_MIN {
         vacuous.push(format!("only {:.0} % of the orders were acknowledged", share * 100.0));
     }
     let without = tally.left().into_iter().map(|class| format!("class {class}, {}, had no effect", CLASSES[class - 1]));
     vacuous.extend(without);
+    let minutes = struck.as_secs() / 60;
+    if minutes >= ALL_POINTS_FROM_MINUTES {
+        let missed = POINTS.iter().filter(|point| !tally.crashes.contains_key(point.name));
+        vacuous.extend(missed.map(|point| format!("nothing crashed at the point \"{}\"", point.name)));
+    }
     let seen = [
         (duplicates, "no duplicate was suppressed"),
-        (recovered, "no order was acknowledged to a repeated call"),
+        (*recovered, "no order was acknowledged to a repeated call"),
         (observed.balances, "stock was never added up"),
         (observed.sessions, "sessions were never looked at"),
     ];

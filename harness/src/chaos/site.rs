@@ -15,7 +15,7 @@ use tokio::{sync::Mutex, task::JoinSet};
 use super::{
     disk::SmallDisk,
     proxy::Link,
-    unit::{Plan, Unit},
+    unit::{Plan, START, Unit},
     wire::Protocol,
 };
 use crate::{
@@ -32,18 +32,18 @@ const ONCE_LIMIT: Duration = Duration::from_secs(60);
 pub(super) const SESSIONS_MAX: u32 = 150;
 /// A relay's lease: short, so that it expires often.
 pub(super) const LEASE: Duration = Duration::from_secs(5);
-/// Deliveries of an event that may fail for its own reasons.
-const ATTEMPTS: u32 = 4;
+/// Connections of a service, which a fault that locks a table can use up.
+pub(super) const POOL: u32 = 4;
 
 /// Small limits, so that in minutes all of them are met that a system meets in months. All else is as by default.
 fn settings() -> Vec<(String, String)> {
     [
         ("RELAY_LEASE_SECONDS", LEASE.as_secs().to_string()),
-        ("RELAY_ATTEMPTS", ATTEMPTS.to_string()),
         ("RELAY_BACK_OFF_MS", "100".into()),
         ("RELAY_BACK_OFF_MAX_MS", "1000".into()),
         ("ORDER_SERVICE_QUEUE", "256".into()),
         ("DATABASE_WORK_MS", "2500".into()),
+        ("BATCHES_AT_ONCE", POOL.to_string()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
@@ -227,7 +227,8 @@ impl Site {
     fn environment(&self, part: Part, listen: SocketAddr) -> Vec<(String, String)> {
         let database = self.server(part).through(self.to_database(part).address);
         // The name tells who has leased an event, and who settles it.
-        let url = format!("{}?application_name={}", database.url_for(part.role(), part.database()), part.name());
+        let name = format!("{}.{START}", part.name());
+        let url = format!("{}?application_name={name}", database.url_for(part.role(), part.database()));
         let mut environment = settings();
         let mut set = |name: &str, value: String| environment.push((name.into(), value));
         for name in ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "RELAY_DATABASE_URL"] {
@@ -236,7 +237,9 @@ impl Site {
         for name in ["ORDER_SERVICE_LISTEN", "INVENTORY_SERVICE_LISTEN", "RELAY_LISTEN"] {
             set(name, listen.to_string());
         }
-        if part.is_relay() {
+        if !part.is_relay() {
+            set("DATABASE_CONNECTIONS", POOL.to_string());
+        } else {
             let events = if part.side() == Part::Orders { "orders.v1.*" } else { "inventory.v1.*" };
             set("RELAY_ROUTES", format!("{events}=http://{}", self.to_receiver(part).address));
             set("RELAY_SOURCE", part.side().name().into());

@@ -26,6 +26,9 @@ const GRACE: Duration = Duration::from_secs(10);
 /// How long it stays down at most before it is started again.
 const DOWN_MAX: Duration = Duration::from_millis(400);
 
+/// Stands in a plan's environment for the number of the start.
+pub(super) const START: &str = "START";
+
 /// What is run, and how.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
@@ -45,7 +48,7 @@ struct State {
     plan: Plan,
     wanted: watch::Sender<bool>,
     pid: Mutex<Option<Pid>>,
-    /// Set for the next start, beside the plan's.
+    /// Set beside the plan's, from the next start on.
     extra: Mutex<Vec<(String, String)>>,
     starts: AtomicU32,
     /// Ends that nobody asked for.
@@ -95,9 +98,13 @@ impl Unit {
         pid.is_some_and(|pid| kill_process(pid, signal).is_ok())
     }
 
-    /// Ends it in order and starts it again; `extra` is its environment beside the usual one. Returns when it is healthy.
-    pub(super) async fn restart(&self, extra: Vec<(String, String)>, limit: Duration) -> Result<()> {
+    /// What is set beside the plan's environment, from the next start on.
+    pub(super) fn set_extra(&self, extra: Vec<(String, String)>) {
         *self.0.extra.lock().unwrap_or_else(PoisonError::into_inner) = extra;
+    }
+
+    /// Ends it in order and starts it again. Returns when it is healthy.
+    pub(super) async fn restart(&self, limit: Duration) -> Result<()> {
         let starts = self.starts();
         self.signal(Signal::TERM);
         let began = Instant::now();
@@ -144,13 +151,21 @@ impl Unit {
     async fn run_once(&self, wanted: &mut watch::Receiver<bool>) -> Result<()> {
         let Plan { name, program, environment, log, .. } = &self.0.plan;
         let extra = self.0.extra.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let environment = environment.iter().cloned().chain(extra);
+        let start = self.0.starts.load(Ordering::Relaxed).to_string();
+        let environment = environment.iter().map(|(name, value)| (name.clone(), value.replace(START, &start)));
+        let environment = environment.chain(extra);
         let mut process = Process::spawn(name, &binary(program)?, ["serve"], environment, log)?;
         *self.0.pid.lock().unwrap_or_else(PoisonError::into_inner) = Pid::from_raw(process.pid().cast_signed());
         self.0.starts.fetch_add(1, Ordering::Relaxed);
         let status = select! {
             status = process.wait() => status?,
-            () = unwanted(wanted) => process.terminate(GRACE).await?.status,
+            () = unwanted(wanted) => {
+                let exit = process.terminate(GRACE).await?;
+                if exit.killed {
+                    self.note(format!("did not end within {GRACE:?} of SIGTERM"));
+                }
+                exit.status
+            }
         };
         if status.signal() != Some(Signal::KILL.as_raw()) && !status.success() {
             self.note(format!("ended with {status}: {}", process.log_tail(2)));

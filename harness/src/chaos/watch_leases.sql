@@ -1,6 +1,6 @@
 -- chaos: watch leases
 -- What the database itself sees of the lease protocol, whatever relays say of it. A session's application name tells which
--- relay it is of.
+-- relay it is of, and which of its starts.
 CREATE TABLE chaos_leases (
     lease_token uuid CONSTRAINT chaos_leases_pkey PRIMARY KEY,
     holder      text NOT NULL
@@ -33,13 +33,10 @@ BEGIN
             INSERT INTO chaos_breaches (breach, event_id, session)
             VALUES ('settled by another than who has leased it last', OLD.event_id, session);
         END IF;
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO chaos_breaches (breach, event_id, session) VALUES ('deleted without a lease', OLD.event_id, session);
     END IF;
     RETURN NULL;
 END
 $$;
 CREATE TRIGGER chaos_watch_lease AFTER UPDATE OR DELETE ON outbox FOR EACH ROW EXECUTE FUNCTION chaos_watch_lease();
-
--- A session that its client has left in a transaction is ended before the checker would call it a finding.
-ALTER ROLE order_service SET idle_in_transaction_session_timeout = '4s';
-ALTER ROLE inventory_service SET idle_in_transaction_session_timeout = '4s';
-ALTER ROLE outbox_relay SET idle_in_transaction_session_timeout = '4s';

@@ -2,15 +2,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
+use anyhow::Result;
 use uuid::Uuid;
 
 use super::{
     faults::{Fault, TOGETHER},
     history::History,
-    site::Site,
+    site::{Part, Site},
 };
 use crate::target::Target;
 
@@ -20,9 +23,13 @@ pub(super) struct World {
     pub(super) target: Target,
     pub(super) history: Arc<History>,
     /// Where libfaketime is, if it is.
-    pub(super) clock: Option<std::path::PathBuf>,
+    pub(super) clock: Option<PathBuf>,
     /// Aggregates whose event is poison, and has to be dead in the end: no other may be.
     pub(super) poisoned: Mutex<BTreeSet<Uuid>>,
+    /// Events that the inbox was made to forget.
+    pub(super) forgotten: Mutex<Vec<Uuid>>,
+    /// Until when a part is not at fault for a session that idles: it stands still, or its database cannot hear it.
+    disturbed: Mutex<BTreeMap<Part, Instant>>,
     pub(super) tally: Mutex<Tally>,
 }
 
@@ -51,7 +58,44 @@ impl Tally {
     }
 }
 
+/// A connection that was swallowed lasts for so long, and its session a little longer.
+const DISTURBED_FOR: Duration = Duration::from_secs(25);
+
 impl World {
+    pub(super) fn of(site: Site, history: History, clock: Option<PathBuf>) -> Result<Self> {
+        let mut tally = Tally::default();
+        if clock.is_none() {
+            tally.impossible.insert(9, "needs libfaketime (Debian: apt-get install libfaketime)");
+        }
+        if site.disk.is_none() {
+            tally.impossible.insert(12, "needs the right to mount a small file system, as root has on Linux");
+        }
+        Ok(Self {
+            target: site.target()?,
+            site,
+            history: Arc::new(history),
+            clock,
+            poisoned: Mutex::default(),
+            forgotten: Mutex::default(),
+            disturbed: Mutex::default(),
+            tally: Mutex::new(tally),
+        })
+    }
+
+    /// From now on, for as long as the fault lasts, and for what it leaves behind.
+    pub(super) fn disturb(&self, part: Part, lasts: Duration) {
+        let until = Instant::now() + lasts + DISTURBED_FOR;
+        self.disturbed.lock().unwrap_or_else(PoisonError::into_inner).insert(part, until);
+    }
+
+    /// By the name of one of its sessions.
+    pub(super) fn is_disturbed(&self, session: &str) -> bool {
+        let disturbed = self.disturbed.lock().unwrap_or_else(PoisonError::into_inner);
+        disturbed.iter().any(|(part, until)| {
+            session.strip_prefix(part.name()).is_some_and(|start| start.starts_with('.')) && *until > Instant::now()
+        })
+    }
+
     pub(super) fn poison(&self, aggregate: Uuid) {
         self.poisoned.lock().unwrap_or_else(PoisonError::into_inner).insert(aggregate);
     }

@@ -80,8 +80,8 @@ impl Cluster {
         self.home.log()
     }
 
-    /// Ends the server as a crash would, by an immediate shutdown: no session is told, nothing is written any more. Returns
-    /// when it is gone.
+    /// Ends the server as a crash would, by an immediate shutdown: nothing that sessions are at is brought to its end, and nothing is
+    /// written any more. Returns when it is gone.
     pub async fn crash(&mut self) -> Result<()> {
         self.process.stop(Signal::QUIT, STOP_TIMEOUT).await?;
         Ok(())
