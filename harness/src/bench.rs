@@ -23,14 +23,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde_json::{Map, Value};
-use tokio::{
-    select,
-    signal::unix::{SignalKind, signal},
-};
-
 use report::Report;
+use serde_json::{Map, Value};
 use site::Site;
+
+use crate::interrupt::unless_interrupted;
 
 mod backlog;
 mod closed_loop;
@@ -80,13 +77,8 @@ pub struct Arguments {
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    select! {
-        counts = Box::pin(measure(&arguments)) => Ok(if counts? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
-        // Everything started ends with the future that started it.
-        _ = interrupt.recv() => Ok(ExitCode::from(130)),
-        _ = terminate.recv() => Ok(ExitCode::from(143)),
-    }
+    let measuring = async { Ok(if measure(&arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }) };
+    unless_interrupted(Box::pin(measuring)).await
 }
 
 /// Returns whether the run counts.

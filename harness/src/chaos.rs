@@ -20,12 +20,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use rustix::process::Signal;
-use tokio::{
-    select,
-    signal::unix::{SignalKind, signal},
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use check::{Verdict, check, check_processes};
@@ -38,7 +33,7 @@ use report::Report;
 use site::{Part, Site};
 use world::World;
 
-use crate::postgres::try_to_install;
+use crate::{interrupt::unless_interrupted, postgres::try_to_install};
 
 mod check;
 mod clients;
@@ -102,13 +97,8 @@ fn minutes(text: &str) -> Result<f64, String> {
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    select! {
-        clean = Box::pin(rage(&arguments)) => Ok(if clean? { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
-        // Everything started ends with this process.
-        _ = interrupt.recv() => Ok(ExitCode::from(130)),
-        _ = terminate.recv() => Ok(ExitCode::from(143)),
-    }
+    let raging = async { Ok(if rage(&arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }) };
+    unless_interrupted(Box::pin(raging)).await
 }
 
 /// Returns whether the run was clean.

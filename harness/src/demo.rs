@@ -16,15 +16,12 @@ use proto::{
         CancelOrderRequest, CreateOrderRequest, Order, OrderCreated, OrderItem, OrderStatus, WatchOrderRequest,
     },
 };
-use tokio::{
-    select,
-    signal::unix::{SignalKind, signal},
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::{
     audit::audit,
+    interrupt::unless_interrupted,
     processes::Process,
     replay::{available, name, replay, wait_until_applied},
     stress::{Load, count_dead, place_orders, wait_until_delivered},
@@ -56,13 +53,7 @@ pub struct Arguments {
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    select! {
-        shown = show(&arguments) => shown.map(|()| ExitCode::SUCCESS),
-        // Everything started ends with the future that started it.
-        _ = interrupt.recv() => Ok(ExitCode::from(130)),
-        _ = terminate.recv() => Ok(ExitCode::from(143)),
-    }
+    unless_interrupted(async { show(&arguments).await.map(|()| ExitCode::SUCCESS) }).await
 }
 
 async fn show(arguments: &Arguments) -> Result<()> {

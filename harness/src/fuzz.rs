@@ -2,10 +2,10 @@
 
 use std::{
     cell::RefCell,
-    fs,
     future::Future,
     mem,
     panic::{self, AssertUnwindSafe, RefUnwindSafe},
+    process,
     sync::{Arc, Mutex, Once},
 };
 
@@ -23,6 +23,8 @@ use tonic::{
     transport::Channel,
 };
 use uuid::Uuid;
+
+use crate::processes::resident_bytes;
 
 /// What a process that keeps nothing may grow by: its pools, its caches, and other tests that run beside it.
 const GROWTH_MAX: u64 = 256 * 1024 * 1024;
@@ -58,7 +60,7 @@ impl Host {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(2).enable_all();
         builder.on_thread_start(move || PANICS.set(Some(of_threads.clone())));
-        Self { runtime: builder.build().expect("threads"), panics, resident: resident_bytes() }
+        Self { runtime: builder.build().expect("threads"), panics, resident: resident_bytes(process::id()) }
     }
 
     /// What the service spawns meanwhile is watched; `future` itself may panic, as a test does.
@@ -82,7 +84,7 @@ impl Host {
         // Taken, so that of the smaller inputs that are tried next only those fail that panic as well.
         let panics = mem::take(&mut *self.panics.lock().expect("nobody panics with it"));
         assert!(panics.is_empty(), "the service panicked: {panics:?}");
-        if let (Some(before), Some(now)) = (self.resident, resident_bytes()) {
+        if let (Some(before), Some(now)) = (self.resident, resident_bytes(process::id())) {
             assert!(now.saturating_sub(before) < GROWTH_MAX, "memory has grown from {before} to {now} bytes");
         }
     }
@@ -238,13 +240,6 @@ pub fn repeat<M: Message + Clone>(messages: &[M], times: &Times) -> Vec<M> {
     };
     let count = messages.len() << times.power().min(MOST);
     messages.iter().cycle().take(count).take_while(bearable).cloned().collect()
-}
-
-/// `None` where there is no such file.
-fn resident_bytes() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    resident.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 /// Makes the unary call at `path` with these bytes in the place of its message, and answers those that come back.

@@ -18,6 +18,7 @@ pub mod chaos;
 pub mod demo;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+mod interrupt;
 pub mod postgres;
 pub mod processes;
 pub mod replay;

@@ -21,6 +21,8 @@ use tokio::{
 };
 
 const LOG_LINES_SHOWN: usize = 15;
+/// How long a process may take that is started to do one thing.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// A child process in a process group of its own, so that a terminal's Ctrl-C reaches only the harness, which then ends
 /// its processes in the right order. Killed when dropped.
@@ -87,6 +89,15 @@ impl Process {
     /// Waits until it exits by itself.
     pub async fn wait(&mut self) -> Result<ExitStatus> {
         Ok(self.child.wait().await?)
+    }
+
+    /// Waits until it has done what it was started for with `command`.
+    pub(crate) async fn finish(&mut self, command: &str) -> Result<()> {
+        let status = timeout(COMMAND_LIMIT, self.wait())
+            .await
+            .with_context(|| format!("{} {command} took over {COMMAND_LIMIT:?}", self.name))??;
+        ensure!(status.success(), "{} {command} failed: {}", self.name, self.log_tail(5));
+        Ok(())
     }
 
     /// Sends a signal; does nothing to a process that has exited.
@@ -190,6 +201,13 @@ pub fn free_port() -> Result<u16> {
         }
     }
     bail!("every port of 127.0.0.1 from {} to {} is in use", PORTS.start, PORTS.end)
+}
+
+/// What a process has of the machine's memory; `None` where there is no /proc, or no such process.
+pub(crate) fn resident_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    resident.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 /// The path of another binary of this workspace, which Cargo or the image put beside the running one.

@@ -127,6 +127,13 @@ pub async fn wait_until_applied(target: &Target, order_id: Uuid) -> Result<Uuid>
 
 /// The event is gone from the outbox; it is made again from the order, with the id it had.
 async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Outcome> {
+    let event = event_again(target, order_id, event_id).await?;
+    let response = target.receiver().deliver(DeliverRequest { events: vec![event] }).await?.into_inner();
+    Ok(response.results.first().context("a delivery of one event was answered with no result")?.outcome())
+}
+
+/// The event of an order, as it was delivered.
+pub(crate) async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Event> {
     let order = target.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await?.into_inner();
     let created = OrderCreated {
         order_id: order.order_id,
@@ -135,7 +142,7 @@ async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Resul
         items: order.items,
         total_minor: order.total_minor,
     };
-    let event = Event {
+    Ok(Event {
         id: event_id.into(),
         source: "order-service".into(),
         r#type: OrderCreated::full_name(),
@@ -144,9 +151,7 @@ async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Resul
         time: order.create_time,
         data: created.encode_to_vec().into(),
         ..Event::default()
-    };
-    let response = target.receiver().deliver(DeliverRequest { events: vec![event] }).await?.into_inner();
-    Ok(response.results.first().context("a delivery of one event was answered with no result")?.outcome())
+    })
 }
 
 /// What there is of a SKU.

@@ -19,7 +19,6 @@ use crate::{
 };
 
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
-const MIGRATE_LIMIT: Duration = Duration::from_secs(60);
 /// A process ends by itself within its drain time of 5 s.
 const GRACE: Duration = Duration::from_secs(8);
 
@@ -173,11 +172,7 @@ impl Layout {
     async fn run_once(&self, service: Service, command: &str, url: &str) -> Result<()> {
         let mut process =
             self.spawn(service, command, &[("ORDERS_DATABASE_URL", url), ("INVENTORY_DATABASE_URL", url)])?;
-        let status = tokio::time::timeout(MIGRATE_LIMIT, process.wait())
-            .await
-            .with_context(|| format!("{} {command} took over {MIGRATE_LIMIT:?}", service.name()))??;
-        ensure!(status.success(), "{} {command} failed: {}", service.name(), process.log_tail(5));
-        Ok(())
+        process.finish(command).await
     }
 
     /// Starts one of the processes and waits until it is healthy.
@@ -219,12 +214,7 @@ impl Layout {
     /// When the command fails; the error shows its message.
     pub async fn operate(&self, relay: Service, arguments: &[&str]) -> Result<String> {
         let database = if relay == Service::InventoryRelay { &self.inventory } else { &self.orders };
-        let mut command = Command::new(binary("outbox-relay")?);
-        command.args(arguments).env("RELAY_DATABASE_URL", self.server.url_for("outbox_relay", database));
-        let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "outbox-relay {} failed: {said}", arguments.join(" "));
-        Ok(String::from_utf8(output.stdout)?)
+        operate(&self.server.url_for("outbox_relay", database), arguments).await
     }
 
     fn spawn(&self, service: Service, command: &str, environment: &[(&str, &str)]) -> Result<Process> {
@@ -249,6 +239,19 @@ impl Layout {
             Service::InventoryRelay => self.inventory_relay,
         }
     }
+}
+
+/// Runs an operator's command of `outbox-relay` on the outbox of a database, and returns what it prints.
+///
+/// # Errors
+/// When the command fails; the error shows its message.
+pub(crate) async fn operate(database_url: &str, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(binary("outbox-relay")?);
+    command.args(arguments).env("RELAY_DATABASE_URL", database_url);
+    let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "outbox-relay {} failed: {said}", arguments.join(" "));
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// Ends the processes, all at once, as an operator would; each gets its time, whatever becomes of the others.

@@ -7,13 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use sqlx::PgConnection;
 use tokio::{process::Command, time::sleep};
 use uuid::Uuid;
 
-use super::{history::Known, observe::connect_patiently, site::Part, world::World};
-use crate::{audit::audit, processes::binary};
+use super::{history::Known, site::Part, world::World};
+use crate::{audit::audit, stress::wait_until_delivered, system::operate};
 
 /// How long the system may take, once all is healed, to deliver all there is.
 const HEAL_LIMIT: Duration = Duration::from_secs(60);
@@ -27,7 +27,7 @@ pub(super) struct Verdict {
     /// Applied twice, or placed twice.
     pub(super) doubled: Vec<String>,
     pub(super) others: Vec<String>,
-    /// How long it took until everything was delivered.
+    /// How long it took until everything was delivered, if it was.
     pub(super) drained: Duration,
 }
 
@@ -51,9 +51,12 @@ impl Verdict {
 /// # Errors
 /// When something cannot be read; what was found before stays.
 pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
-    let mut orders = connect_patiently(world, Part::Orders, CONNECT_LIMIT).await?;
-    let mut inventory = connect_patiently(world, Part::Inventory, CONNECT_LIMIT).await?;
-    await_delivery(&mut orders, &mut inventory, verdict).await?;
+    let mut orders = connect_patiently(world, Part::Orders).await?;
+    let mut inventory = connect_patiently(world, Part::Inventory).await?;
+    match wait_until_delivered(&world.target.databases, HEAL_LIMIT).await {
+        Ok(drained) => verdict.drained = drained,
+        Err(error) => verdict.others.push(format!("after all was healed: {error:#}")),
+    }
     for connection in [&mut orders, &mut inventory] {
         check_breaches(connection, verdict).await?;
     }
@@ -67,33 +70,14 @@ pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     check_files(world, verdict).await
 }
 
-/// Events that wait, beside those that are dead or wait for one that is.
-async fn count_waiting(connection: &mut PgConnection) -> Result<i64> {
-    let waiting = sqlx::query_scalar(
-        "-- chaos: count waiting events
-        SELECT count(*) FROM outbox AS waiting
-        WHERE visible_at < 'infinity' AND NOT EXISTS (
-            SELECT FROM outbox AS earlier
-            WHERE earlier.aggregate_id = waiting.aggregate_id AND earlier.sequence < waiting.sequence
-                AND earlier.visible_at = 'infinity')",
-    );
-    Ok(waiting.fetch_one(connection).await?)
-}
-
-async fn await_delivery(orders: &mut PgConnection, inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+/// Waits until a database answers: it may have been crashed a moment ago.
+async fn connect_patiently(world: &World, part: Part) -> Result<PgConnection> {
     let began = Instant::now();
     loop {
-        // The orders' first: an answer is committed before its order's event goes.
-        let waiting = count_waiting(orders).await? + count_waiting(inventory).await?;
-        verdict.drained = began.elapsed();
-        if waiting == 0 {
-            return Ok(());
+        match world.site.connect(part).await {
+            Err(_) if began.elapsed() < CONNECT_LIMIT => sleep(Duration::from_millis(100)).await,
+            connected => return connected,
         }
-        if began.elapsed() > HEAL_LIMIT {
-            verdict.others.push(format!("{waiting} events are in the outboxes {HEAL_LIMIT:?} after all was healed"));
-            return Ok(());
-        }
-        sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -139,11 +123,9 @@ async fn check_dead(
 }
 
 async fn discard(world: &World, part: Part, event_id: Uuid) -> Result<()> {
-    let mut command = Command::new(binary("outbox-relay")?);
-    command.args(["dead", "discard", &event_id.to_string(), "--by", "chaos", "--reason", "poison of this run"]);
-    let output = command.env("RELAY_DATABASE_URL", world.site.relay_url(part)).kill_on_drop(true).output().await?;
-    ensure!(output.status.success(), "cannot discard {event_id}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    let event_id = event_id.to_string();
+    let arguments = ["dead", "discard", &event_id, "--by", "chaos", "--reason", "poison of this run"];
+    operate(&world.site.relay_url(part), &arguments).await.map(drop)
 }
 
 /// Every acknowledgement is true.

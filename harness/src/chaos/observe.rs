@@ -2,17 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
-use sqlx::{Connection, PgConnection};
-use tokio::time::{sleep, timeout};
+use sqlx::Connection;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{site::Part, world::World};
+use crate::processes::resident_bytes;
 
 const INTERVAL: Duration = Duration::from_millis(500);
 /// Of its time that watching may cost the system: the longer the ledger, the longer it takes to be added up.
@@ -20,7 +20,6 @@ const REST_TIMES: u32 = 8;
 const SAMPLE_LIMIT: Duration = Duration::from_secs(5);
 /// Resident memory that a process may have: many times what any has under load.
 const MEMORY_MIB_MAX: u64 = 512;
-const PAGE_BYTES: u64 = 4096;
 
 /// What was seen.
 #[derive(Debug, Default)]
@@ -95,7 +94,8 @@ async fn find_idle(world: &World, part: Part) -> Result<Vec<String>> {
 fn measure_memory(world: &World, observed: &Mutex<Observed>) {
     for part in Part::ALL {
         let Some(pid) = world.site.unit(part).pid() else { continue };
-        let Some(mib) = resident_mib(pid.as_raw_nonzero().get()) else { continue };
+        let Some(bytes) = resident_bytes(pid.as_raw_nonzero().get().cast_unsigned()) else { continue };
+        let mib = bytes / (1 << 20);
         let mut observed = observed.lock().unwrap_or_else(PoisonError::into_inner);
         let most = observed.memory.entry(part.name()).or_default();
         if mib > MEMORY_MIB_MAX && *most <= MEMORY_MIB_MAX {
@@ -103,24 +103,6 @@ fn measure_memory(world: &World, observed: &Mutex<Observed>) {
             observed.violations.push(format!("{} has {mib} MiB of memory", part.name()));
         } else {
             *most = mib.max(*most);
-        }
-    }
-}
-
-/// On Linux.
-fn resident_mib(pid: i32) -> Option<u64> {
-    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
-    Some(pages * PAGE_BYTES / (1 << 20))
-}
-
-/// Waits until a database answers, for a checker that has to read it.
-pub(super) async fn connect_patiently(world: &World, part: Part, limit: Duration) -> Result<PgConnection> {
-    let began = Instant::now();
-    loop {
-        match world.site.connect(part).await {
-            Err(_) if began.elapsed() < limit => sleep(Duration::from_millis(100)).await,
-            connected => return connected,
         }
     }
 }

@@ -17,7 +17,6 @@ use proto::{
     orders::v1::{CreateOrderRequest, Order, OrderCreated, OrderItem, order_service_client::OrderServiceClient},
 };
 use rustix::process::Signal;
-use sqlx::types::time::OffsetDateTime;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -36,6 +35,7 @@ use super::{
     wire::Mark,
     world::World,
 };
+use crate::replay::event_again;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long an event that kills its receiver may live.
@@ -302,24 +302,15 @@ async fn outcomes(world: &World, events: Vec<Event>) -> Result<Vec<(Outcome, Str
 
 /// The events of some orders that have had their effect a while ago, as a relay has delivered them.
 async fn read_delivered(world: &World) -> Result<Vec<Event>> {
-    type Row = (Uuid, OffsetDateTime, String, String, i64, Vec<String>, Vec<i32>, Vec<i64>);
-    let rows: Vec<Row> = sqlx::query_as(
+    let order_ids: Vec<Uuid> = sqlx::query_scalar(
         "-- chaos: choose delivered
-        SELECT order_id, created_at, customer_id, currency_code, total_minor, array_agg(sku ORDER BY line),
-            array_agg(quantity ORDER BY line), array_agg(unit_price_minor ORDER BY line)
-        FROM (
-            SELECT * FROM orders
-            WHERE created_at < now() - interval '6 s'
-                AND NOT EXISTS (SELECT FROM outbox WHERE aggregate_id = order_id)
-            ORDER BY order_id DESC LIMIT $1
-        ) AS delivered
-        JOIN order_items USING (order_id)
-        GROUP BY 1, 2, 3, 4, 5",
+        SELECT order_id FROM orders
+        WHERE created_at < now() - interval '6 s' AND NOT EXISTS (SELECT FROM outbox WHERE aggregate_id = order_id)
+        ORDER BY order_id DESC LIMIT $1",
     )
     .bind(AGAIN)
     .fetch_all(&mut world.site.connect(Part::Orders).await?)
     .await?;
-    let order_ids: Vec<Uuid> = rows.iter().map(|row| row.0).collect();
     let effects: Vec<(Uuid, Uuid)> = sqlx::query_as(
         "-- chaos: find their events
         SELECT order_id, event_id FROM reservations WHERE order_id = ANY ($1) AND event_id IS NOT NULL",
@@ -327,24 +318,11 @@ async fn read_delivered(world: &World) -> Result<Vec<Event>> {
     .bind(order_ids)
     .fetch_all(&mut world.site.connect(Part::Inventory).await?)
     .await?;
-    let event = |(order_id, created_at, customer_id, currency_code, total_minor, skus, quantities, prices): Row| {
-        let event_id = effects.iter().find(|(of, _)| *of == order_id)?.1;
-        let items = skus.into_iter().zip(quantities).zip(prices);
-        let item = |((sku, quantity), unit_price_minor)| OrderItem { sku, quantity, unit_price_minor };
-        let items = items.map(item).collect();
-        let created = OrderCreated { order_id: order_id.into(), customer_id, currency_code, items, total_minor };
-        Some(Event {
-            id: event_id.into(),
-            source: "order-service".into(),
-            r#type: OrderCreated::full_name(),
-            subject: order_id.into(),
-            sequence: 1,
-            time: Some(prost_types::Timestamp { seconds: created_at.unix_timestamp(), nanos: 0 }),
-            data: created.encode_to_vec().into(),
-            ..Event::default()
-        })
-    };
-    Ok(rows.into_iter().filter_map(event).collect())
+    let mut events = Vec::with_capacity(effects.len());
+    for (order_id, event_id) in effects {
+        events.push(event_again(&world.target, &order_id.to_string(), event_id).await?);
+    }
+    Ok(events)
 }
 
 /// What a stranger might send to a port: none of it may be accepted, or harm anybody.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use sqlx::{Connection, PgConnection};
 use tokio::{sync::Mutex, task::JoinSet};
 
@@ -26,7 +26,6 @@ use crate::{
 };
 
 const HEALTHY_LIMIT: Duration = Duration::from_secs(30);
-const ONCE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Sessions that one server takes: few, so that they can be used up.
 pub(super) const SESSIONS_MAX: u32 = 150;
@@ -351,8 +350,7 @@ async fn prepare(server: &Server, part: Part, logs: &Path) -> Result<()> {
         let environment = [("ORDERS_DATABASE_URL", &url), ("INVENTORY_DATABASE_URL", &url)];
         let log = logs.join(format!("{database}-{command}.log"));
         let mut process = Process::spawn(part.name(), &binary(part.name())?, [command], environment, &log)?;
-        let status = tokio::time::timeout(ONCE_LIMIT, process.wait()).await??;
-        ensure!(status.success(), "{} {command} failed: {}", part.name(), process.log_tail(5));
+        process.finish(command).await?;
     }
     let mut connection = PgConnection::connect(&server.superuser_url(database)).await?;
     sqlx::raw_sql(include_str!("watch_leases.sql"))
