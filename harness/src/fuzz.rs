@@ -7,6 +7,7 @@ use std::{
     panic::{self, AssertUnwindSafe, RefUnwindSafe},
     process,
     sync::{Arc, Mutex, Once},
+    time::Duration,
 };
 
 use bolero::TypeGenerator;
@@ -14,9 +15,10 @@ use prost::{
     Message,
     bytes::{Buf, BufMut, Bytes},
 };
+use proto::events::v1::{DeliverResponse, Event, EventResult, Outcome};
 use tokio::runtime::{Builder, Runtime};
 use tonic::{
-    Request, Response, Status,
+    Code, Request, Response, Status,
     client::Grpc,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     codegen::http::uri::PathAndQuery,
@@ -25,6 +27,13 @@ use tonic::{
 use uuid::Uuid;
 
 use crate::processes::resident_bytes;
+
+/// For how long a target is fed by `cargo test`.
+pub const TEST_TIME: Duration = Duration::from_millis(1500);
+/// What a server takes unless it is told otherwise.
+pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
+/// What a receiver of events takes.
+pub const BATCH_MAX: usize = 16 * 1024 * 1024;
 
 /// What a process that keeps nothing may grow by: its pools, its caches, and other tests that run beside it.
 const GROWTH_MAX: u64 = 256 * 1024 * 1024;
@@ -240,6 +249,34 @@ pub fn repeat<M: Message + Clone>(messages: &[M], times: &Times) -> Vec<M> {
     };
     let count = messages.len() << times.power().min(MOST);
     messages.iter().cycle().take(count).take_while(bearable).cloned().collect()
+}
+
+/// Whether the transport refused what was sent by itself, being too large or no message at all; asserts that what it refused
+/// was one of these, and refused as the contract says.
+pub fn is_refused_by_transport<M: Message + Default>(status: &Status, sent: &Bytes, limit: usize) -> bool {
+    if sent.len() > limit {
+        assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+        true
+    } else if M::decode(sent.clone()).is_err() {
+        assert_eq!((status.code(), status.details()), (Code::Internal, &[][..]), "{status:?}");
+        true
+    } else {
+        false
+    }
+}
+
+/// Asserts that the answer has a result for each event, in their order, and why an event was not applied.
+pub fn is_result_of_each(events: &[Event], answer: &DeliverResponse) {
+    let ids = |result: &EventResult| result.event_id.clone();
+    assert!(answer.results.iter().map(ids).eq(events.iter().map(|event| event.id.clone())));
+    for result in &answer.results {
+        let applied = match result.outcome() {
+            Outcome::Applied | Outcome::Duplicate => true,
+            Outcome::Rejected => false,
+            Outcome::Retry | Outcome::Unspecified => panic!("no reason to come again: {result:?}"),
+        };
+        assert_eq!((result.reason.is_empty(), result.detail.is_empty()), (applied, applied), "{result:?}");
+    }
 }
 
 /// Makes the unary call at `path` with these bytes in the place of its message, and answers those that come back.

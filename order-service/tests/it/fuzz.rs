@@ -4,14 +4,16 @@ use std::{
     collections::HashSet,
     slice,
     sync::{Mutex, PoisonError},
-    time::Duration,
 };
 
 use bolero::{TypeGenerator, check, produce};
-use harness::fuzz::{Damage, Host, Id, Number, Text, Times, call, repeat};
+use harness::fuzz::{
+    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
+    is_result_of_each, repeat,
+};
 use prost::{Message, Name, bytes::Bytes};
 use proto::{
-    events::v1::{DeliverRequest, DeliverResponse, Event, EventResult, Outcome},
+    events::v1::{DeliverRequest, DeliverResponse, Event},
     inventory::v1::{Shortage, StockRejected, StockReleased, StockReserved},
     orders::v1::{CreateOrderRequest, ListOrdersRequest, ListOrdersResponse, Order},
 };
@@ -22,22 +24,13 @@ use tonic::{
 
 use crate::service::{Service, Written, order, order_once, refusal, reserved};
 
-/// For how long a target is fed by `cargo test`.
-const TEST_TIME: Duration = Duration::from_millis(1500);
-/// What a server takes unless it is told otherwise, and what a receiver of events takes.
-const MESSAGE_MAX: usize = 4 * 1024 * 1024;
-const BATCH_MAX: usize = 16 * 1024 * 1024;
 /// Beyond a few KiB, headers are refused before they come to the service.
 const HEADER_MAX: usize = 2048;
 
 /// Asserts that the refusal is one the contract has for what was sent: the transport's own for what is too large or no
 /// message at all, and one of `declared`, with its reason, for anything else.
 fn is_declared<M: Message + Default>(status: Status, sent: &Bytes, limit: usize, declared: &[(Code, &str)]) {
-    if sent.len() > limit {
-        assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
-    } else if M::decode(sent.clone()).is_err() {
-        assert_eq!((status.code(), status.details()), (Code::Internal, &[][..]), "{status:?}");
-    } else {
+    if !is_refused_by_transport::<M>(&status, sent, limit) {
         let refused = refusal::<()>(Err(status));
         assert!(declared.contains(&(refused.code, refused.reason.as_str())), "{refused:?}");
     }
@@ -294,20 +287,6 @@ fn encoded(order_id: String, answer: &Answer) -> (String, Bytes) {
             let shortages: Vec<_> = shortages.iter().map(shortage).collect();
             of(&StockRejected { order_id, shortages: repeat(&shortages, times) })
         }
-    }
-}
-
-/// Asserts that the answer has a result for each event, in their order, and why an event was not applied.
-fn is_result_of_each(events: &[Event], answer: &DeliverResponse) {
-    let ids = |result: &EventResult| result.event_id.clone();
-    assert!(answer.results.iter().map(ids).eq(events.iter().map(|event| event.id.clone())));
-    for result in &answer.results {
-        let applied = match result.outcome() {
-            Outcome::Applied | Outcome::Duplicate => true,
-            Outcome::Rejected => false,
-            Outcome::Retry | Outcome::Unspecified => panic!("no reason to come again: {result:?}"),
-        };
-        assert_eq!((result.reason.is_empty(), result.detail.is_empty()), (applied, applied), "{result:?}");
     }
 }
 
