@@ -156,7 +156,7 @@ async fn strike(world: &Arc<World>, seed: u64, minutes: f64) -> Duration {
     let mut schedule = Schedule::of(seed, minutes >= DEADLY_FROM_MINUTES);
     let (began, mut said) = (Instant::now(), Instant::now());
     loop {
-        let left = world.tally.lock().unwrap_or_else(PoisonError::into_inner).left();
+        let left = world.tally().left();
         let over = began.elapsed().saturating_sub(Duration::from_secs_f64(minutes * 60.0));
         if over > OVERTIME_MAX || over > Duration::ZERO && left.is_empty() {
             return began.elapsed();
@@ -173,7 +173,7 @@ async fn strike(world: &Arc<World>, seed: u64, minutes: f64) -> Duration {
 
 fn progress(world: &World) -> String {
     let acknowledged = world.history.known().acknowledged.len();
-    let faults = world.tally.lock().unwrap_or_else(PoisonError::into_inner).faults();
+    let faults = world.tally().faults();
     format!("{acknowledged} orders acknowledged, {faults} faults")
 }
 
@@ -205,7 +205,7 @@ async fn strike_together(world: &Arc<World>, step: Vec<Fault>) {
     }
     let bit = striking.join_all().await.into_iter().filter(|bit| *bit).count();
     if together > 1 {
-        let mut tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tally = world.tally();
         *tally.struck.entry(TOGETHER).or_default() += 1;
         *tally.bit.entry(TOGETHER).or_default() += u32::from(bit > 1);
     }

@@ -111,7 +111,7 @@ impl At {
 }
 
 /// What a relay sends to a receiver is a delivery, or asks nothing but to be told about it, which takes no bytes.
-pub(super) fn is_delivery(mark: &Mark) -> bool {
+fn is_delivery(mark: &Mark) -> bool {
     matches!(mark, Mark::Request(message) if !message.is_empty())
 }
 

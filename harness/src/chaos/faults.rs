@@ -151,7 +151,7 @@ impl Fault {
             7 => Self::Slow { link, late: rng.bool().then(|| Duration::from_millis(rng.u64(200..5000))), lasts },
             8 => Self::StopPastLease(any(rng, &Part::RELAYS)),
             9 => Self::WrongClock { part, ahead: rng.bool(), lasts },
-            // One that kills its receiver takes half a minute to be found out.
+            // One that kills its receiver comes once, by itself.
             10 => Self::Poison(any(rng, &[Poison::Undecodable, Poison::UnknownType, Poison::OfNoOrder])),
             11 if rng.bool() => Self::Receiver { part: service, how: ReceiverFault::Hang(lasts) },
             11 => Self::Receiver { part: Part::Inventory, how: ReceiverFault::CrashOn { times: rng.u32(1..4) } },

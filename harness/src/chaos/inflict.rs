@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -146,8 +146,11 @@ async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
 
 /// How often the relay has found that another had its events.
 fn count_lost(world: &World, relay: Part) -> Result<usize> {
-    let log = fs::read_to_string(&world.site.unit(relay).plan().log)?;
-    Ok(log.matches("lease lost: another relay has these events").count())
+    count_in(&world.site.unit(relay).plan().log, "lease lost: another relay has these events")
+}
+
+fn count_in(log: &Path, text: &str) -> Result<usize> {
+    Ok(fs::read_to_string(log)?.matches(text).count())
 }
 
 async fn hang(world: &World, part: Part, lasts: Duration) -> Result<bool> {
@@ -252,17 +255,16 @@ async fn terminate_sessions(connection: &mut PgConnection) -> Result<i64> {
 
 async fn fill_disk(world: &World, lasts: Duration) -> Result<bool> {
     let Some(disk) = &world.site.disk else { return Ok(false) };
-    let count =
-        |log: &std::path::Path| Ok::<_, std::io::Error>(fs::read_to_string(log)?.matches("No space left").count());
+    let count_full = |log: &Path| count_in(log, "No space left");
     // Its log is on the same disk, and so cannot tell of what it has no room for.
     let log = world.site.cluster(Part::Inventory).lock().await.log();
-    let before = count(&log)?;
+    let before = count_full(&log)?;
     let ballast = disk.fill().await?;
     sleep(lasts).await;
     drop(ballast);
     world.site.cluster(Part::Inventory).lock().await.recover().await?;
     sleep(Duration::from_millis(200)).await;
-    Ok(count(&log)? > before)
+    Ok(count_full(&log)? > before)
 }
 
 /// Locks a table, so that whoever comes keeps a connection of its pool for as long.

@@ -170,7 +170,7 @@ impl Link {
         let mut ended = self.ended.subscribe();
         let reader = Mutex::new(Reader::of(self.protocol));
         let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-        let (mut up, mut down) = (Pump::of(from_client, to_server), Pump::of(from_server, to_client));
+        let (mut up, mut down) = (Pump { from: from_client, to: to_server }, Pump { from: from_server, to: to_client });
         let how = select! {
             how = self.pump(&mut up, Direction::Up, &reader) => how,
             how = self.pump(&mut down, Direction::Down, &reader) => how,
@@ -308,10 +308,6 @@ struct Pump {
 }
 
 impl Pump {
-    fn of(from: OwnedReadHalf, to: OwnedWriteHalf) -> Self {
-        Self { from, to }
-    }
-
     /// Reads to the end, for nobody.
     async fn drain(&mut self) {
         let mut buffer = vec![0; 16 * 1024];

@@ -54,7 +54,7 @@ impl Report {
             observed.balances, observed.sessions, verdict.drained
         ));
         let vacuous = vacuous(world, &observed, &known, duplicates, struck);
-        let faults = world.tally.lock().unwrap_or_else(PoisonError::into_inner).faults();
+        let faults = world.tally().faults();
         let findings = verdict.lost.iter().chain(&verdict.doubled).chain(&verdict.others);
         lines.extend(findings.take(SHOWN).map(|finding| format!("violation: {finding}")));
         let violations = verdict.violations();
@@ -79,7 +79,7 @@ impl Report {
             verdict.doubled.len(),
             violations,
         );
-        let tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let tally = world.tally();
         let not_tried: Vec<String> = tally.impossible.keys().map(usize::to_string).collect();
         let quote = if not_tried.is_empty() { quote } else { format!("{quote} not_tried={}", not_tried.join(",")) };
         drop(tally);
@@ -102,7 +102,7 @@ impl Report {
 }
 
 fn table(world: &World) -> Vec<String> {
-    let tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
+    let tally = world.tally();
     let mut lines = vec!["      struck   bit  class".to_owned()];
     for (class, name) in (1..).zip(CLASSES) {
         let of = |counts: &std::collections::BTreeMap<usize, u32>| counts.get(&class).copied().unwrap_or_default();
@@ -126,7 +126,7 @@ fn table(world: &World) -> Vec<String> {
 /// Why the run shows nothing, if it does not.
 fn vacuous(world: &World, observed: &Observed, known: &Known, duplicates: u64, struck: Duration) -> Vec<String> {
     let Known { asked, answered, recovered, .. } = known;
-    let tally = world.tally.lock().unwrap_or_else(PoisonError::into_inner);
+    let tally = world.tally();
     let mut vacuous = Vec::new();
     #[expect(clippy::cast_precision_loss, reason = "orders that fit into memory")]
     let share = *answered as f64 / (*asked).max(1) as f64;

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,7 +30,7 @@ pub(super) struct World {
     pub(super) forgotten: Mutex<Vec<Uuid>>,
     /// Until when a part is not at fault for a session that idles: it stands still, or its database cannot hear it.
     disturbed: Mutex<BTreeMap<Part, Instant>>,
-    pub(super) tally: Mutex<Tally>,
+    tally: Mutex<Tally>,
 }
 
 /// Faults by class.
@@ -100,8 +100,12 @@ impl World {
         self.poisoned.lock().unwrap_or_else(PoisonError::into_inner).insert(aggregate);
     }
 
+    pub(super) fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn struck(&self, fault: &Fault, bit: bool) {
-        let mut tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tally = self.tally();
         *tally.struck.entry(fault.class()).or_default() += 1;
         if bit {
             *tally.bit.entry(fault.class()).or_default() += 1;
