@@ -1,15 +1,27 @@
 //! Connects to the database and bounds the work done there.
 
-use std::{error::Error, fmt, future::Future, pin::Pin, str::FromStr, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    future::Future,
+    pin::Pin,
+    str::FromStr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use backon::{ExponentialBuilder, Retryable};
 use clap::Args;
 use sqlx::{
-    Connection, PgConnection, PgPool,
+    Connection, PgConnection, PgPool, Postgres,
     migrate::Migrator,
+    pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
@@ -20,6 +32,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a connection is trusted without being asked.
 const REST_MAX: Duration = Duration::from_millis(500);
+/// How long a connection that is always busy is kept from the pool, which makes a new one every half hour.
+const AT_HAND_MAX: Duration = Duration::from_secs(60);
 
 /// A unit of database work: the future a closure passed to [`Database::run`] returns.
 pub type Work<'c, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>>;
@@ -82,7 +96,7 @@ pub struct DatabaseSettings {
 /// A pool of connections on which work is run so that no caller can stop it half-way.
 #[derive(Clone, Debug)]
 pub struct Database {
-    pool: PgPool,
+    connections: Connections,
     acquire_limit: Duration,
     work_limit: Duration,
 }
@@ -126,7 +140,8 @@ impl Database {
             None => Ok(None),
             Some(connected) => {
                 let work_limit = Duration::from_millis(settings.database_work_ms);
-                connected.map(|()| Some(Self { pool, acquire_limit, work_limit }))
+                let connections = Connections { pool, at_hand: Arc::default(), return_limit: work_limit };
+                connected.map(|()| Some(Self { connections, acquire_limit, work_limit }))
             }
         }
     }
@@ -149,22 +164,21 @@ impl Database {
         E: From<sqlx::Error> + Send + 'static,
         W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, E> + Send + 'static,
     {
-        let Self { pool, acquire_limit, work_limit } = self.clone();
+        let Self { connections, acquire_limit, work_limit } = self.clone();
         let (begin, begun) = oneshot::channel();
         let task = tokio::spawn(async move {
-            let mut connection = pool.acquire().await?;
+            let mut taken = connections.take().await?;
             if begin.send(()).is_err() {
                 return Err(E::from(sqlx::Error::PoolTimedOut));
             }
-            if let Ok(done) = timeout(work_limit, work(&mut connection)).await {
-                // The pool asks a returned connection whether it is well, and holds its place meanwhile, without a limit.
-                tokio::spawn(timeout(work_limit, connection.return_to_pool()));
+            if let Ok(done) = timeout(work_limit, work(&mut taken.connection)).await {
+                connections.give_back(taken, done.is_ok());
                 return done;
             }
             error!("database work took over {work_limit:?}: connection cut");
             // Dropped, the socket is closed at once. sqlx's close_hard would first write what is still to be sent, and where
             // the network swallows it wait for as long as TCP does: a quarter of an hour.
-            drop(connection.detach());
+            drop(taken.connection.detach());
             Err(E::from(timed_out()))
         });
         // Only the caller stops waiting here, not the task: after an outage every connection is made anew, and on a busy
@@ -180,7 +194,76 @@ impl Database {
         // Enough for a connection to be made, however short work is to be: cut off each time, none ever would on a busy
         // machine.
         let limit = CONNECT_LIMIT.max(self.work_limit);
-        Probe { options: self.pool.connect_options().as_ref().clone(), limit, connection: None }
+        Probe { options: self.connections.pool.connect_options().as_ref().clone(), limit, connection: None }
+    }
+}
+
+/// The pool, and connections of it that are kept from it.
+///
+/// The pool asks each connection that comes back whether it is well: one more round trip for every unit of work, a seventh
+/// of what a lone order costs. So one whose work has succeeded is kept at hand for the next.
+#[derive(Clone, Debug)]
+struct Connections {
+    pool: PgPool,
+    at_hand: Arc<Mutex<AtHand>>,
+    return_limit: Duration,
+}
+
+#[derive(Debug, Default)]
+struct AtHand {
+    /// The last to have been busy is on top.
+    idle: Vec<Taken>,
+    /// Units of work that wait for the pool, having found none at hand. Nothing is kept from it meanwhile.
+    waiting: usize,
+}
+
+#[derive(Debug)]
+struct Taken {
+    connection: PoolConnection<Postgres>,
+    /// When it was taken from the pool.
+    since: Instant,
+    /// When it was last at work, or asked.
+    well: Instant,
+}
+
+impl Connections {
+    async fn take(&self) -> Result<Taken, sqlx::Error> {
+        while let Some(mut taken) = self.pop_or_wait() {
+            let is_busy = taken.well.elapsed() <= REST_MAX;
+            if is_busy || matches!(timeout(CONNECT_LIMIT, taken.connection.ping()).await, Ok(Ok(()))) {
+                return Ok(taken);
+            }
+            drop(taken.connection.detach());
+        }
+        let acquired = self.pool.acquire().await;
+        self.lock().waiting -= 1;
+        let now = Instant::now();
+        acquired.map(|connection| Taken { connection, since: now, well: now })
+    }
+
+    fn pop_or_wait(&self) -> Option<Taken> {
+        let mut at_hand = self.lock();
+        let taken = at_hand.idle.pop();
+        at_hand.waiting += usize::from(taken.is_none());
+        taken
+    }
+
+    /// What still has something to send, which is the end of a transaction that work has left open, sends it on the way back
+    /// to the pool; at hand, it would hold its locks until it is wanted again.
+    fn give_back(&self, mut taken: Taken, succeeded: bool) {
+        let may_keep = succeeded && !taken.connection.should_flush() && taken.since.elapsed() < AT_HAND_MAX;
+        let mut at_hand = self.lock();
+        if may_keep && at_hand.waiting == 0 {
+            taken.well = Instant::now();
+            at_hand.idle.push(taken);
+        } else {
+            // The pool holds its place while it asks, without a limit.
+            tokio::spawn(timeout(self.return_limit, taken.connection.return_to_pool()));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AtHand> {
+        self.at_hand.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

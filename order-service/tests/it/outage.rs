@@ -10,6 +10,7 @@ use sqlx::{Connection, PgConnection, QueryBuilder, postgres::PgConnectOptions, t
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
+    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -166,4 +167,53 @@ async fn a_connection_that_takes_longer_to_make_than_a_call_may_wait_is_made_all
     let begun = || database.run::<(), sqlx::Error, _>(|connection| Box::pin(connection.ping()));
     assert!(matches!(begun().await, Err(sqlx::Error::PoolTimedOut)), "no call waits longer than it may");
     eventually("a later call finds the connection made", async || begun().await.is_ok()).await;
+}
+
+async fn connect(server: &TestDatabase, database_connections: u32) -> Database {
+    let settings = DatabaseSettings { database_connections, database_acquire_ms: 5000, database_work_ms: 5000 };
+    let url = server.url_as("order_service").parse().unwrap();
+    Database::connect(&url, &settings, &MIGRATORS, &CancellationToken::new()).await.unwrap().unwrap()
+}
+
+/// A connection that is kept at hand would keep the transaction, and its locks, until it is wanted again.
+#[tokio::test]
+async fn a_transaction_that_work_leaves_open_is_undone_at_once() {
+    let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
+    let database = connect(&server, 2).await;
+    let leave_open = database.run::<(), sqlx::Error, _>(|connection| {
+        Box::pin(async move {
+            let mut tx = connection.begin().await?;
+            sqlx::raw_sql("LOCK TABLE orders IN ROW EXCLUSIVE MODE").execute(&mut *tx).await?;
+            Ok(())
+        })
+    });
+    leave_open.await.unwrap();
+    let mut lock = server.pool().await.begin().await.unwrap();
+    sqlx::raw_sql("SET LOCAL lock_timeout = '3s'; LOCK TABLE orders").execute(&mut *lock).await.unwrap();
+}
+
+/// Each unit of work gets a connection, be it at hand or the pool's, and none is lost on the way.
+#[tokio::test]
+async fn work_that_exceeds_the_connections_waits_for_them() {
+    const CALLERS: usize = 20;
+    let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
+    for connections in [1, 2, 5] {
+        let database = connect(&server, connections).await;
+        let mut callers = JoinSet::new();
+        for caller in 0..CALLERS {
+            let database = database.clone();
+            callers.spawn(async move {
+                for unit in 0..CALLERS {
+                    // Some fail: their connections go another way.
+                    let sql = if (caller + unit) % 4 == 0 { "SELECT 1 / 0" } else { "SELECT 1" };
+                    let work = database.run::<_, sqlx::Error, _>(move |connection| {
+                        Box::pin(async move { sqlx::raw_sql(sql).execute(connection).await })
+                    });
+                    let done = work.await;
+                    assert!(!matches!(done, Err(sqlx::Error::PoolTimedOut)), "{connections} connections");
+                }
+            });
+        }
+        callers.join_all().await;
+    }
 }
