@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use harness::{audit, bench, chaos, demo, replay, stress, up, with_postgres};
+use tokio::runtime;
 
 /// Run the whole system on one machine.
 ///
@@ -30,9 +31,23 @@ enum Command {
     WithPostgres(with_postgres::Arguments),
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let outcome = match chassis::parse::<Arguments>().command {
+fn main() -> ExitCode {
+    let command = chassis::parse::<Arguments>().command;
+    // A load that is measured is to take little of the processors it shares; and what answers at once runs as the services do.
+    let mut runtime = match command {
+        Command::Bench(_) | Command::BenchNoop(_) => runtime::Builder::new_current_thread(),
+        _ => runtime::Builder::new_multi_thread(),
+    };
+    let outcome =
+        runtime.enable_all().build().map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run(command)));
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Up(arguments) => up::run(arguments).await,
         Command::Demo(arguments) => demo::run(arguments).await,
         Command::Stress(arguments) => stress::run(arguments).await,
@@ -42,9 +57,5 @@ async fn main() -> ExitCode {
         Command::Chaos(arguments) => chaos::run(arguments).await,
         Command::BenchNoop(arguments) => bench::noop::run(arguments).await,
         Command::WithPostgres(arguments) => with_postgres::run(arguments).await,
-    };
-    outcome.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
+    }
 }
