@@ -1,20 +1,21 @@
 //! Group commit: calls that come at the same time place their orders in one transaction, each as if it were alone.
 
-use std::{slice, sync::Arc, time::Duration};
+use std::{future::pending, mem, slice, sync::Arc, time::Duration};
 
 use chassis::{Database, begins_within, may_pass};
 use clap::Args;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use outbox::Notifier;
 use proto::orders::v1::Order;
 use sqlx::PgConnection;
 use tokio::{
+    select,
     sync::{
-        Mutex,
         mpsc::{self, error::TrySendError},
         oneshot,
     },
     task::yield_now,
-    time::{Instant, timeout},
+    time::{Instant, sleep_until},
 };
 use tracing::error;
 
@@ -24,9 +25,13 @@ use crate::create_order::{Draft, Outcome, create_orders};
 /// are past the size at which a larger group is any faster.
 const GROUP_MAX: usize = 512;
 
-/// How long a writer is the only one. A second one at once makes groups smaller, and each order dearer; none at all would
-/// let one slow transaction, or one connection that is gone without a word, keep everybody waiting.
-const ALONE_MAX: Duration = Duration::from_millis(5);
+/// Calls that have to wait for a transaction to begin beside another. A transaction costs as much as 16 orders do in one
+/// that begins anyway, so smaller ones make each order dearer; larger ones keep one processor at work for PostgreSQL while
+/// the others wait for something to do.
+const WORTH_ANOTHER: usize = 32;
+/// How long fewer calls wait for the transactions that are under way: one that is slow, or a connection that is gone without
+/// a word, is not to keep everybody waiting.
+const PATIENCE: Duration = Duration::from_millis(5);
 /// How long a group waits for what is on its way: where the processor is so busy that each look finds somebody, the first
 /// of them is not to wait until the group is full.
 const GATHER_MAX: Duration = Duration::from_millis(1);
@@ -34,9 +39,9 @@ const GATHER_MAX: Duration = Duration::from_millis(1);
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions at most that place orders at once. The next begins when one has taken 5 ms; calls that come meanwhile
-    /// share it.
-    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside it for 32
+    /// that wait, or after 5 ms.
+    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -63,12 +68,12 @@ impl CreateOrderError {
     }
 }
 
-/// Where calls bring their orders, to be placed by the writers behind it. The writers end with the last clone.
+/// Where calls bring their orders, to be placed by the task behind it, which ends with the last clone.
 ///
-/// A lone order waits for nobody, and groups grow by themselves as far as the load asks for it: a writer begins when it has
-/// committed what came before. It first lets arrive what is ready to, or the first call after a commit would be a group by
-/// itself, with the others, who were answered at the same moment, a little behind it; and the next writer begins only when
-/// this one takes long. (See the table in ARCHITECTURE.md.)
+/// Groups grow by themselves as far as the load asks for it: a transaction begins when none is under way, with what waits,
+/// so an order that is alone waits for nobody. It first lets arrive what is ready to, or the first call after a commit would be a
+/// group by itself, with the others, who were answered at the same moment, a little behind it. Another begins beside it when
+/// so many wait that it is worth it. (See the table in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::Sender<Call>,
@@ -85,7 +90,7 @@ struct Call {
 }
 
 impl Intake {
-    /// Starts the writers; `relay` is told of new events. An order whose turn has not come within `begin_limit` is refused.
+    /// Starts the task; `relay` is told of new events. An order whose turn has not come within `begin_limit` is refused.
     pub(crate) fn start(
         database: &Database,
         settings: &IntakeSettings,
@@ -93,10 +98,8 @@ impl Intake {
         begin_limit: Duration,
     ) -> Self {
         let (queue, calls) = mpsc::channel(settings.queue as usize);
-        let calls = Arc::new(Mutex::new(calls));
-        for _ in 0..settings.writers {
-            tokio::spawn(write(calls.clone(), database.clone(), relay.clone()));
-        }
+        let waiting = Waiting { calls, open: true, group: Vec::new() };
+        tokio::spawn(write(waiting, settings.writers as usize, database.clone(), relay.clone()));
         Self { queue, begin_limit }
     }
 
@@ -118,39 +121,82 @@ impl Intake {
 }
 
 /// Places group after group until nobody can bring an order any more.
-async fn write(calls: Arc<Mutex<mpsc::Receiver<Call>>>, database: Database, relay: Notifier) {
-    loop {
-        // The other writers wait for the lock meanwhile: each order goes to one of them.
-        let mut calls = calls.lock().await;
-        let group = gather(&mut calls).await;
-        if group.is_empty() {
-            return;
+async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: Notifier) {
+    let mut placing = FuturesUnordered::new();
+    let mut until = Instant::now();
+    while waiting.can_go_on() {
+        let is_one_free = placing.len() < writers;
+        if is_one_free && waiting.may_begin(placing.is_empty(), until) {
+            if placing.is_empty() {
+                waiting.let_arrive().await;
+            }
+            let group = waiting.take_share(writers - placing.len());
+            placing.push(place_wanted(group, &database, &relay));
+            until = Instant::now() + PATIENCE;
+            continue;
         }
-        let placing = place_wanted(group, &database, &relay);
-        tokio::pin!(placing);
-        if timeout(ALONE_MAX, &mut placing).await.is_err() {
-            drop(calls);
-            placing.await;
+        select! {
+            // What is not received yet waits in the queue, which is bounded.
+            () = waiting.receive(), if is_one_free => {}
+            Some(()) = placing.next() => {}
+            () = sleep_until(until), if is_one_free && !waiting.group.is_empty() => {}
         }
+    }
+    while placing.next().await.is_some() {}
+}
+
+/// Calls whose orders are not on their way to the database yet.
+struct Waiting {
+    calls: mpsc::Receiver<Call>,
+    /// Whether anybody can bring an order yet.
+    open: bool,
+    /// Those that are received, in the order they came.
+    group: Vec<Call>,
+}
+
+impl Waiting {
+    fn can_go_on(&self) -> bool {
+        self.open || !self.group.is_empty()
+    }
+
+    /// Whether a group may begin: as the first one under way, or beside others, which have `until` to end.
+    fn may_begin(&self, as_first: bool, until: Instant) -> bool {
+        let waiting = self.group.len();
+        waiting > 0 && (as_first || waiting >= WORTH_ANOTHER || Instant::now() >= until)
+    }
+
+    /// Receives what comes. Never ready while there is no room for it, or once nobody can bring an order any more.
+    async fn receive(&mut self) {
+        let room = GROUP_MAX - self.group.len();
+        if room == 0 || !self.open {
+            return pending().await;
+        }
+        self.open = self.calls.recv_many(&mut self.group, room).await > 0;
+    }
+
+    /// Receives also those that are on their way: what is ready to run, as a connection is that has calls to bring, is as a
+    /// rule run before a task that yields. With nothing else to run this is a matter of microseconds.
+    async fn let_arrive(&mut self) {
+        let until = Instant::now() + GATHER_MAX;
+        while self.group.len() < GROUP_MAX && Instant::now() < until {
+            yield_now().await;
+            if self.calls.is_empty() {
+                break;
+            }
+            self.receive().await;
+        }
+    }
+
+    /// The next group: those who came first, but a share for each writer that is free, if that is worth it. Else all of a
+    /// burst's orders would be written one after the other by a single process of PostgreSQL.
+    fn take_share(&mut self, free: usize) -> Vec<Call> {
+        let later = self.group.split_off(share(self.group.len(), free));
+        mem::replace(&mut self.group, later)
     }
 }
 
-/// Waits for a call, and lets others that are on their way arrive as well: what is ready to run, as a connection is that has
-/// calls to bring, is as a rule run before a task that yields. With nothing else to run this is a matter of microseconds.
-/// Empty when nobody can bring an order any more.
-async fn gather(calls: &mut mpsc::Receiver<Call>) -> Vec<Call> {
-    let mut group = Vec::new();
-    calls.recv_many(&mut group, GROUP_MAX).await;
-    let until = Instant::now() + GATHER_MAX;
-    while !group.is_empty() && group.len() < GROUP_MAX && Instant::now() < until {
-        yield_now().await;
-        if calls.is_empty() {
-            break;
-        }
-        let room = GROUP_MAX - group.len();
-        calls.recv_many(&mut group, room).await;
-    }
-    group
+fn share(waiting: usize, free: usize) -> usize {
+    waiting.div_ceil((waiting / WORTH_ANOTHER).clamp(1, free))
 }
 
 /// Places the orders of those who still wait, and answers them.
@@ -205,4 +251,17 @@ async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Ve
         }
     }
     outcomes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn what_waits_is_shared_unless_groups_become_small() {
+        for (waiting, free, expected) in [(1, 4, 1), (63, 4, 63), (64, 4, 32), (65, 4, 33), (200, 4, 50), (200, 1, 200)]
+        {
+            assert_eq!(share(waiting, free), expected, "{waiting} calls, {free} writers");
+        }
+    }
 }

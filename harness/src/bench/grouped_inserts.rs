@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{quantiles::Latencies, requests::Shape};
 
 const ORDERS_OF_A_GROUP: usize = 256;
-/// As many as order-service has writers.
+/// Each keeps a process of PostgreSQL at work without a pause: together, all of two processors.
 const CLIENTS: usize = 2;
 
 /// Nothing is looked up, answered or decided, as order-service has to.
