@@ -71,9 +71,9 @@ impl CreateOrderError {
 /// Where calls bring their orders, to be placed by the task behind it, which ends with the last clone.
 ///
 /// Groups grow by themselves as far as the load asks for it: a transaction begins when none is under way, with what waits,
-/// so an order that is alone waits for nobody. It first lets arrive what is ready to, or the first call after a commit would be a
-/// group by itself, with the others, who were answered at the same moment, a little behind it. Another begins beside it when
-/// so many wait that it is worth it. (See the table in ARCHITECTURE.md.)
+/// so an order that is alone waits for nobody. It first lets arrive what is ready to, or the first call after a commit would
+/// be a group by itself, with the others, who were answered at the same moment, a little behind it. Another begins beside it
+/// when so many wait that it is worth it. (See the table in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::Sender<Call>,
