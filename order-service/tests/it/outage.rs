@@ -155,31 +155,29 @@ async fn slow_line(url: &str, delay: Duration) -> String {
     format!("{before}@{near}/{database}")
 }
 
+async fn connect(url: &str, database_connections: u32, acquire_limit: Duration) -> Database {
+    let database_acquire_ms = acquire_limit.as_millis().try_into().unwrap();
+    let settings = DatabaseSettings { database_connections, database_acquire_ms, database_work_ms: 5000 };
+    Database::connect(&url.parse().unwrap(), &settings, &MIGRATORS, &CancellationToken::new()).await.unwrap().unwrap()
+}
+
 /// As after an outage on a busy machine: were each try cut off with the call that wanted it, none would ever succeed.
 #[tokio::test]
 async fn a_connection_that_takes_longer_to_make_than_a_call_may_wait_is_made_all_the_same() {
     let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
     let url = slow_line(&server.url_as("order_service"), Duration::from_millis(600)).await;
-    let settings = DatabaseSettings { database_connections: 2, database_acquire_ms: 200, database_work_ms: 5000 };
-    let connecting = Database::connect(&url.parse().unwrap(), &settings, &MIGRATORS, &CancellationToken::new()).await;
-    let database = connecting.unwrap().unwrap();
+    let database = connect(&url, 2, Duration::from_millis(200)).await;
 
     let begun = || database.run::<(), sqlx::Error, _>(|connection| Box::pin(connection.ping()));
     assert!(matches!(begun().await, Err(sqlx::Error::PoolTimedOut)), "no call waits longer than it may");
     eventually("a later call finds the connection made", async || begun().await.is_ok()).await;
 }
 
-async fn connect(server: &TestDatabase, database_connections: u32) -> Database {
-    let settings = DatabaseSettings { database_connections, database_acquire_ms: 5000, database_work_ms: 5000 };
-    let url = server.url_as("order_service").parse().unwrap();
-    Database::connect(&url, &settings, &MIGRATORS, &CancellationToken::new()).await.unwrap().unwrap()
-}
-
 /// A connection that is kept at hand would keep the transaction, and its locks, until it is wanted again.
 #[tokio::test]
 async fn a_transaction_that_work_leaves_open_is_undone_at_once() {
     let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
-    let database = connect(&server, 2).await;
+    let database = connect(&server.url_as("order_service"), 2, Duration::from_secs(5)).await;
     let leave_open = database.run::<(), sqlx::Error, _>(|connection| {
         Box::pin(async move {
             let mut tx = connection.begin().await?;
@@ -198,7 +196,7 @@ async fn work_that_exceeds_the_connections_waits_for_them() {
     const CALLERS: usize = 20;
     let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
     for connections in [1, 2, 5] {
-        let database = connect(&server, connections).await;
+        let database = connect(&server.url_as("order_service"), connections, Duration::from_secs(5)).await;
         let mut callers = JoinSet::new();
         for caller in 0..CALLERS {
             let database = database.clone();
