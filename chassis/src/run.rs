@@ -37,8 +37,7 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 ///
 /// On one thread, since two take 1.5 times as much of the processor for the same calls: a connection's task runs at once on
 /// whatever thread has an answer for it, and writes them one by one, where one thread makes all the answers of a commit
-/// ready before it writes them together. One thread takes in more orders than PostgreSQL beside it can; who has
-/// processors left starts more processes.
+/// ready before it writes them together. Who has processors left starts more processes.
 ///
 /// Nothing is waited for once the work is done. A name that is being looked up, in a thread that cannot be interrupted,
 /// would hold up the end for as long as a resolver is silent, past every drain time.
