@@ -93,19 +93,18 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let mut measured = Measured::default();
     for round in 1..=site.rounds() {
         println!("bench: 1  round {round}");
-        for connection in [&mut orders, &mut plain_orders] {
-            sqlx::raw_sql(EMPTY).execute(connection).await?;
-        }
-        site.checkpoint().await?;
-        let mut acknowledged = 0;
         for at_once in CALLS {
-            acknowledged +=
+            begin_empty(site, &mut orders).await?;
+            let acknowledged =
                 measure_calls(site, layout.order_service, at_once, calls(at_once), &mut measured, report).await?;
+            check_placed(&mut orders, acknowledged, report).await?;
         }
-        check_placed(&mut orders, acknowledged, report).await?;
         let bytes = payload_bytes(&mut orders).await?;
-        measure_pgbench(site, &plain, bytes, &mut measured).await?;
-        sqlx::raw_sql(EMPTY).execute(&mut plain_orders).await?;
+        for count in CLIENTS {
+            begin_empty(site, &mut plain_orders).await?;
+            measure_pgbench(site, &plain, count, bytes, &mut measured).await?;
+        }
+        begin_empty(site, &mut plain_orders).await?;
         measure_grouped(site, &plain, bytes, groups, &mut measured).await?;
         measure_calls(site, noop, NOOP_CALLS, NOOP.into(), &mut measured, report).await?;
     }
@@ -117,6 +116,13 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     processes.extend(start(&layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
     wait_until_delivered(&layout.target()?.databases, DRAIN_LIMIT).await?;
     finish(&layout, processes, report).await
+}
+
+/// Whatever is measured begins with empty tables after a checkpoint. Did each go on where the one before ended, the fastest
+/// would also have the largest indexes.
+async fn begin_empty(site: &Site, database: &mut PgConnection) -> Result<()> {
+    sqlx::raw_sql(EMPTY).execute(database).await?;
+    site.checkpoint().await
 }
 
 async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
@@ -184,20 +190,17 @@ async fn payload_bytes(orders: &mut PgConnection) -> Result<u32> {
     Ok(bytes.unsigned_abs())
 }
 
-async fn measure_pgbench(site: &Site, plain: &Layout, bytes: u32, measured: &mut Measured) -> Result<()> {
+async fn measure_pgbench(site: &Site, plain: &Layout, count: u32, bytes: u32, measured: &mut Measured) -> Result<()> {
     let url = site.superuser_url(&plain.orders);
     let (warm_up, time) = times(site);
     let until = Until::Time { warm_up, time };
     let variables = &[("bytes", bytes)];
-    for count in CLIENTS {
-        let run = pgbench::Run { script: pgbench::CREATE_ORDER, url: &url, clients: count, until, variables };
-        let outcome = pgbench::run(site.installation(), site.directory(), run).await?;
-        measured.add(clients(count), Round::of(outcome.rate, &outcome.latencies));
-    }
+    let run = pgbench::Run { script: pgbench::CREATE_ORDER, url: &url, clients: count, until, variables };
+    let outcome = pgbench::run(site.installation(), site.directory(), run).await?;
+    measured.add(clients(count), Round::of(outcome.rate, &outcome.latencies));
     Ok(())
 }
 
-/// Into tables that are empty, as those of order-service were at first.
 async fn measure_grouped(
     site: &Site,
     plain: &Layout,
