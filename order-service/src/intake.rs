@@ -4,7 +4,10 @@ use std::{future::pending, mem, slice, sync::Arc, time::Duration};
 
 use chassis::{Database, begins_within, may_pass};
 use clap::Args;
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::{
+    future::FutureExt,
+    stream::{FuturesUnordered, StreamExt},
+};
 use outbox::Notifier;
 use proto::orders::v1::Order;
 use sqlx::PgConnection;
@@ -25,9 +28,9 @@ use crate::create_order::{Draft, Outcome, create_orders};
 /// are past the size at which a larger group is any faster.
 const GROUP_MAX: usize = 512;
 
-/// Calls that have to wait for a transaction to begin beside another. A transaction costs as much as 16 orders do in one
-/// that begins anyway, so smaller ones make each order dearer; larger ones keep one processor at work for PostgreSQL while
-/// the others wait for something to do.
+/// Calls that have to wait, at the least, for a transaction to begin beside another. A transaction costs as much as 16 orders
+/// do in one that begins anyway, so smaller ones make each order dearer; larger ones keep one processor at work for
+/// PostgreSQL while the others wait for something to do.
 const WORTH_ANOTHER: usize = 32;
 /// How long fewer calls wait for the transactions that are under way: one that is slow, or a connection that is gone without
 /// a word, is not to keep everybody waiting.
@@ -39,9 +42,9 @@ const GATHER_MAX: Duration = Duration::from_millis(1);
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside it for 32
-    /// that wait, or after 5 ms.
-    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside it for as
+    /// many that wait as are in it, and at least 32, or after 5 ms.
+    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -73,7 +76,8 @@ impl CreateOrderError {
 /// Groups grow by themselves as far as the load asks for it: a transaction begins when none is under way, with what waits,
 /// so an order that is alone waits for nobody. It first lets arrive what is ready to, or the first call after a commit would
 /// be a group by itself, with the others, who were answered at the same moment, a little behind it. Another begins beside it
-/// when so many wait that it is worth it. (See the table in ARCHITECTURE.md.)
+/// when as many wait as are in it, if they are worth it: for fewer, groups would become smaller and smaller. (See the tables
+/// in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::Sender<Call>,
@@ -123,22 +127,26 @@ impl Intake {
 /// Places group after group until nobody can bring an order any more.
 async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: Notifier) {
     let mut placing = FuturesUnordered::new();
+    // Calls whose transactions are under way.
+    let mut under_way = 0;
     let mut until = Instant::now();
     while waiting.can_go_on() {
         let is_one_free = placing.len() < writers;
-        if is_one_free && waiting.may_begin(placing.is_empty(), until) {
+        if is_one_free && waiting.may_begin(under_way / placing.len().max(1), until) {
             if placing.is_empty() {
                 waiting.let_arrive().await;
             }
             let group = waiting.take_share(writers - placing.len());
-            placing.push(place_wanted(group, &database, &relay));
+            let calls = group.len();
+            placing.push(place_wanted(group, &database, &relay).map(move |()| calls));
+            under_way += calls;
             until = Instant::now() + PATIENCE;
             continue;
         }
         select! {
             // What is not received yet waits in the queue, which is bounded.
             () = waiting.receive(), if is_one_free => {}
-            Some(()) = placing.next() => {}
+            Some(ended) = placing.next() => under_way -= ended,
             () = sleep_until(until), if is_one_free && !waiting.group.is_empty() => {}
         }
     }
@@ -159,10 +167,11 @@ impl Waiting {
         self.open || !self.group.is_empty()
     }
 
-    /// Whether a group may begin: as the first one under way, or beside others, which have `until` to end.
-    fn may_begin(&self, as_first: bool, until: Instant) -> bool {
+    /// Whether a group may begin: as the first one under way, or beside others of `mean` size, which is 0 for none. They have
+    /// `until` to end.
+    fn may_begin(&self, mean: usize, until: Instant) -> bool {
         let waiting = self.group.len();
-        waiting > 0 && (as_first || waiting >= WORTH_ANOTHER || Instant::now() >= until)
+        waiting > 0 && (mean == 0 || waiting >= WORTH_ANOTHER.max(mean) || Instant::now() >= until)
     }
 
     /// Receives what comes. Never ready while there is no room for it, or once nobody can bring an order any more.
