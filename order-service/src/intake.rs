@@ -29,11 +29,10 @@ use crate::create_order::{Draft, Outcome, create_orders};
 const GROUP_MAX: usize = 512;
 
 /// Calls that have to wait, at the least, for a transaction to begin beside another. A transaction costs as much as 16 orders
-/// do in one that begins anyway, so smaller ones make each order dearer; larger ones keep one processor at work for
-/// PostgreSQL while the others wait for something to do.
+/// do in one that begins anyway, so smaller ones make each order dearer.
 const WORTH_ANOTHER: usize = 32;
 /// How long fewer calls wait for the transactions that are under way: one that is slow, or a connection that is gone without
-/// a word, is not to keep everybody waiting.
+/// a word, is not to keep everybody waiting. (As many as there are writers do, until the database's work is given up.)
 const PATIENCE: Duration = Duration::from_millis(5);
 /// How long a group waits for what is on its way: where the processor is so busy that each look finds somebody, the first
 /// of them is not to wait until the group is full.
@@ -42,8 +41,8 @@ const GATHER_MAX: Duration = Duration::from_millis(1);
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside it for as
-    /// many that wait as are in it, and at least 32, or after 5 ms.
+    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside those under
+    /// way once as many wait as these hold on average, and at least 32, or 5 ms after the last.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
@@ -76,8 +75,8 @@ impl CreateOrderError {
 /// Groups grow by themselves as far as the load asks for it: a transaction begins when none is under way, with what waits,
 /// so an order that is alone waits for nobody. It first lets arrive what is ready to, or the first call after a commit would
 /// be a group by itself, with the others, who were answered at the same moment, a little behind it. Another begins beside it
-/// when as many wait as are in it, if they are worth it: for fewer, groups would become smaller and smaller. (See the tables
-/// in ARCHITECTURE.md.)
+/// when as many wait as are in it, if they are worth it: were it for fewer, groups would become smaller and smaller. (See the
+/// tables in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::Sender<Call>,
@@ -127,16 +126,17 @@ impl Intake {
 /// Places group after group until nobody can bring an order any more.
 async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: Notifier) {
     let mut placing = FuturesUnordered::new();
-    // Calls whose transactions are under way.
+    // Calls in the groups that are under way.
     let mut under_way = 0;
     let mut until = Instant::now();
     while waiting.can_go_on() {
         let is_one_free = placing.len() < writers;
-        if is_one_free && waiting.may_begin(under_way / placing.len().max(1), until) {
+        let worth = WORTH_ANOTHER.max(under_way / placing.len().max(1));
+        if is_one_free && waiting.may_begin(placing.is_empty(), worth, until) {
             if placing.is_empty() {
                 waiting.let_arrive().await;
             }
-            let group = waiting.take_share(writers - placing.len());
+            let group = waiting.take_share(writers - placing.len(), worth);
             let calls = group.len();
             placing.push(place_wanted(group, &database, &relay).map(move |()| calls));
             under_way += calls;
@@ -167,11 +167,11 @@ impl Waiting {
         self.open || !self.group.is_empty()
     }
 
-    /// Whether a group may begin: as the first one under way, or beside others of `mean` size, which is 0 for none. They have
-    /// `until` to end.
-    fn may_begin(&self, mean: usize, until: Instant) -> bool {
+    /// Whether a group may begin: as the first one under way, or beside others, if it is `worth` it, or if they have not ended
+    /// `until` then.
+    fn may_begin(&self, as_first: bool, worth: usize, until: Instant) -> bool {
         let waiting = self.group.len();
-        waiting > 0 && (mean == 0 || waiting >= WORTH_ANOTHER.max(mean) || Instant::now() >= until)
+        waiting > 0 && (as_first || waiting >= worth || Instant::now() >= until)
     }
 
     /// Receives what comes. Never ready while there is no room for it, or once nobody can bring an order any more.
@@ -198,14 +198,15 @@ impl Waiting {
 
     /// The next group: those who came first, but a share for each writer that is free, if that is worth it. Else all of a
     /// burst's orders would be written one after the other by a single process of PostgreSQL.
-    fn take_share(&mut self, free: usize) -> Vec<Call> {
-        let later = self.group.split_off(share(self.group.len(), free));
+    fn take_share(&mut self, free: usize, worth: usize) -> Vec<Call> {
+        let later = self.group.split_off(share(self.group.len(), free, worth));
         mem::replace(&mut self.group, later)
     }
 }
 
-fn share(waiting: usize, free: usize) -> usize {
-    waiting.div_ceil((waiting / WORTH_ANOTHER).clamp(1, free))
+/// Rounded down: what is left is then worth a group as large as this one.
+fn share(waiting: usize, free: usize, worth: usize) -> usize {
+    waiting / (waiting / worth).clamp(1, free)
 }
 
 /// Places the orders of those who still wait, and answers them.
@@ -264,13 +265,34 @@ async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use super::share;
+    use super::{GROUP_MAX, WORTH_ANOTHER, share};
 
     #[test]
     fn what_waits_is_shared_unless_groups_become_small() {
-        for (waiting, free, expected) in [(1, 4, 1), (63, 4, 63), (64, 4, 32), (65, 4, 33), (200, 4, 50), (200, 1, 200)]
+        for (waiting, free, expected) in [(1, 4, 1), (63, 4, 63), (64, 4, 32), (65, 4, 32), (200, 4, 50), (200, 1, 200)]
         {
-            assert_eq!(share(waiting, free), expected, "{waiting} calls, {free} writers");
+            assert_eq!(share(waiting, free, WORTH_ANOTHER), expected, "{waiting} calls, {free} writers");
+        }
+    }
+
+    #[test]
+    fn beside_large_groups_no_small_ones_begin() {
+        assert_eq!(share(130, 3, 128), 130);
+        assert_eq!(share(256, 3, 128), 128);
+    }
+
+    #[test]
+    fn every_writer_gets_a_share_of_a_burst() {
+        for (waiting, writers) in
+            (2..=8).flat_map(|writers| (32 * writers..=GROUP_MAX).map(move |calls| (calls, writers)))
+        {
+            let (mut left, mut worth) = (waiting, WORTH_ANOTHER);
+            for begun in 1..=writers {
+                assert!(left >= worth, "{waiting} calls, {writers} writers: group {begun} waits, of {left}");
+                left -= share(left, writers + 1 - begun, worth);
+                worth = WORTH_ANOTHER.max((waiting - left) / begun);
+            }
+            assert_eq!(left, 0, "{waiting} calls, {writers} writers");
         }
     }
 }

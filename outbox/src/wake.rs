@@ -42,7 +42,7 @@ pub struct Notifier {
 
 impl Notifier {
     /// Starts the task that notifies; it connects when it is first needed, and ends with the last clone of this value. So
-    /// calls that finish while the process drains still notify.
+    /// calls that finish while the process drains still notify, unless it ends within a pause.
     pub fn start(database: PgConnectOptions, channel: &'static str) -> Self {
         let wanted = Arc::new(Notify::new());
         let task = tokio::spawn(notify_when_wanted(database, channel, wanted.clone()));
