@@ -3,8 +3,8 @@
 //! Compared in the same rounds: pgbench, which commits the same rows an order a transaction; and the bound that follows
 //! from taking turns between gRPC alone (a process that answers at once what order-service would) and inserts alone (256
 //! orders a transaction, see [`super::grouped_inserts`]): `1 / (1 / gRPC + 1 / inserts)`. No relay runs
-//! meanwhile, and the tables are emptied before every round. What the last round has written is delivered, answered and
-//! audited at the end.
+//! meanwhile, and the tables are emptied before every measurement, once the orders that were acknowledged are counted. What
+//! the last one of order-service has written is delivered, answered and audited at the end.
 
 use std::{collections::BTreeMap, net::TcpStream, time::Duration};
 
@@ -112,7 +112,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     report_figures(&measured, report);
     plot::throughput(site.directory(), &points(&measured, &CALLS, calls), &points(&measured, &CLIENTS, clients))?;
 
-    println!("bench: 1  delivering what the last round has placed");
+    println!("bench: 1  delivering what was placed last");
     processes.extend(start(&layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
     wait_until_delivered(&layout.target()?.databases, DRAIN_LIMIT).await?;
     finish(&layout, processes, report).await
