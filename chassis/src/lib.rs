@@ -15,11 +15,6 @@ mod serve;
 mod shutdown;
 mod telemetry;
 
-/// Of every process that is built on this crate. With the allocator of glibc order-service takes a seventh more of the
-/// processor's time for the same calls. (See ARCHITECTURE.md.)
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 pub use cli::parse;
 pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work, begins_within};
 pub use fields::Fields;

@@ -6,6 +6,10 @@ use clap::{Parser, Subcommand};
 use harness::{audit, bench, chaos, demo, replay, stress, up, with_postgres};
 use tokio::runtime;
 
+/// For what it is worth, see ARCHITECTURE.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Run the whole system on one machine.
 ///
 /// Needs PostgreSQL 14 or newer: the server of POSTGRES_URL if that is set, else a private one, started from the

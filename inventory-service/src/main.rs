@@ -7,6 +7,10 @@ use chassis::DatabaseUrl;
 use clap::{Parser, Subcommand};
 use inventory_service::{MIGRATORS, Settings};
 
+/// For what it is worth, see ARCHITECTURE.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Applies the events of orders, each once, and keeps the stock they take.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]

@@ -7,6 +7,10 @@ use chassis::DatabaseUrl;
 use clap::{Parser, Subcommand};
 use order_service::{MIGRATORS, Settings};
 
+/// For what it is worth, see ARCHITECTURE.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Takes orders over gRPC and commits each together with the event that tells of it.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]

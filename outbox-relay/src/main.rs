@@ -5,6 +5,10 @@ use std::{net::SocketAddr, process::ExitCode};
 use clap::{Parser, Subcommand};
 use outbox_relay::{Settings, operate};
 
+/// For what it is worth, see ARCHITECTURE.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Delivers the events of an outbox to the service that receives them, each at least once and in order per aggregate;
 /// shows what is in the outbox, and lets an operator decide about what could not be delivered.
 #[derive(Parser)]
