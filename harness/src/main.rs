@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use harness::{audit, bench, chaos, demo, replay, stress, up, with_postgres};
 use tokio::runtime;
 
-/// For what it is worth, see ARCHITECTURE.md.
+/// An order takes 0.88 of order-service's time with it, of what it takes with the allocator of glibc (ARCHITECTURE.md).
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

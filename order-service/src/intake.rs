@@ -167,8 +167,8 @@ impl Waiting {
         self.open || !self.group.is_empty()
     }
 
-    /// Whether a group may begin: as the first one under way, or beside others, if it is `worth` it, or if they have not ended
-    /// `until` then.
+    /// Whether a group may begin: as the first one under way; or beside others, when at least `worth` calls wait, or once the
+    /// others have had the time `until` which they may take to end.
     fn may_begin(&self, as_first: bool, worth: usize, until: Instant) -> bool {
         let waiting = self.group.len();
         waiting > 0 && (as_first || waiting >= worth || Instant::now() >= until)
@@ -196,7 +196,7 @@ impl Waiting {
         }
     }
 
-    /// The next group: those who came first, but a share for each writer that is free, if that is worth it. Else all of a
+    /// The next group: those who came first, but a share for each writer that is free, if each is `worth` a group. Else all of a
     /// burst's orders would be written one after the other by a single process of PostgreSQL.
     fn take_share(&mut self, free: usize, worth: usize) -> Vec<Call> {
         let later = self.group.split_off(share(self.group.len(), free, worth));
@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn every_writer_gets_a_share_of_a_burst() {
         for (waiting, writers) in
-            (2..=8).flat_map(|writers| (32 * writers..=GROUP_MAX).map(move |calls| (calls, writers)))
+            (2..=8).flat_map(|writers| (WORTH_ANOTHER * writers..=GROUP_MAX).map(move |calls| (calls, writers)))
         {
             let (mut left, mut worth) = (waiting, WORTH_ANOTHER);
             for begun in 1..=writers {

@@ -7,7 +7,7 @@ use chassis::DatabaseUrl;
 use clap::{Parser, Subcommand};
 use order_service::{MIGRATORS, Settings};
 
-/// For what it is worth, see ARCHITECTURE.md.
+/// An order takes 0.88 of order-service's time with it, of what it takes with the allocator of glibc (ARCHITECTURE.md).
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
