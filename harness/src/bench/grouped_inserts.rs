@@ -17,13 +17,15 @@ const CLIENTS: usize = 2;
 const INSERT: &str = "-- bench: insert orders
     WITH inserted_orders AS (
         INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
-        SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::bigint[])
+        SELECT unnest($1::uuid[]), unnest($2::uuid[]), unnest($3::text[]), unnest($4::text[]), unnest($5::bigint[])
     ), inserted_items AS (
         INSERT INTO order_items (order_id, line, sku, quantity, unit_price_minor)
-        SELECT * FROM unnest($6::uuid[], $7::integer[], $8::text[], $9::integer[], $10::bigint[])
+        SELECT unnest($6::uuid[]), unnest($7::integer[]), unnest($8::text[]), unnest($9::integer[]),
+            unnest($10::bigint[])
     )
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
-    SELECT * FROM unnest($1::uuid[], $11::integer[], $12::uuid[], $13::text[], $14::bytea[])";
+    SELECT unnest($1::uuid[]), unnest($11::integer[]), unnest($12::uuid[]), unnest($13::text[]),
+        unnest($14::bytea[])";
 
 /// The orders that are placed otherwise, as the arrays the statement takes.
 #[derive(Default)]

@@ -1,6 +1,7 @@
 //! Calls that come at once share transactions, and nothing else.
 
 use proto::orders::v1::{CreateOrderRequest, Order};
+use sqlx::{Postgres, Transaction};
 use tokio::task::JoinSet;
 use tonic::{Code, Response, Status};
 use uuid::Uuid;
@@ -20,22 +21,26 @@ fn place_for(service: &Service, calls: &mut JoinSet<Answer>, customer_id: &str) 
 
 /// Has one order hold up the only writer and as many wait behind it as may, for these customers by turns. What is more is
 /// refused at once; returns the others, among them the first, when they are answered.
-async fn place_as_one_group(service: &Service, customer_ids: &[&str]) -> Vec<Answer> {
+async fn place_behind_one(service: &Service, customer_ids: &[&str], queue: usize) -> Vec<Answer> {
     let lock = service.lock_orders().await;
     let mut calls = JoinSet::new();
     place_for(service, &mut calls, "first");
     service.waits_for_a_lock().await;
-    for customer_id in customer_ids.iter().cycle().take(3 * QUEUE) {
+    for customer_id in customer_ids.iter().cycle().take(3 * queue) {
         place_for(service, &mut calls, customer_id);
     }
-    // That all of these are refused says that the others wait.
-    for _ in 0..2 * QUEUE {
+    refuses_the_others(&mut calls, 2 * queue).await;
+    lock.rollback().await.unwrap();
+    calls.join_all().await
+}
+
+/// That all of those are refused whom the queue has no room for says that the others wait.
+async fn refuses_the_others(calls: &mut JoinSet<Answer>, others: usize) {
+    for _ in 0..others {
         let refused = refusal(calls.join_next().await.unwrap().unwrap());
         refused.is(Code::ResourceExhausted, "OVERLOADED");
         assert!(refused.retry_after.is_some_and(|after| !after.is_zero()), "{refused:?}");
     }
-    lock.rollback().await.unwrap();
-    calls.join_all().await
 }
 
 async fn transactions(service: &Service) -> i64 {
@@ -45,7 +50,7 @@ async fn transactions(service: &Service) -> i64 {
 #[tokio::test]
 async fn what_comes_while_a_writer_is_busy_is_one_transaction_and_what_is_too_much_is_refused_at_once() {
     let service = Service::start_with(&ONE_WRITER).await;
-    let answers = place_as_one_group(&service, &["ann", "bob"]).await;
+    let answers = place_behind_one(&service, &["ann", "bob"], QUEUE).await;
     assert_eq!(answers.len(), 1 + QUEUE);
     for answer in answers {
         let order = answer.unwrap().into_inner();
@@ -67,7 +72,7 @@ async fn an_order_that_the_database_turns_down_fails_none_of_its_group() {
         )
         .await;
     let (placed, failed): (Vec<_>, Vec<_>) =
-        place_as_one_group(&service, &["bad", "good"]).await.into_iter().partition(Result::is_ok);
+        place_behind_one(&service, &["bad", "good"], QUEUE).await.into_iter().partition(Result::is_ok);
     assert_eq!((placed.len(), failed.len()), (1 + QUEUE / 2, QUEUE / 2));
     for answer in failed {
         refusal(answer).is(Code::Internal, "INTERNAL");
@@ -99,24 +104,62 @@ async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed()
     service.end().await;
 }
 
-#[tokio::test]
-async fn a_transaction_that_takes_long_keeps_nobody_else_waiting() {
-    let service = Service::start().await;
-    let taken = Uuid::new_v4();
+fn place_with(service: &Service, calls: &mut JoinSet<Answer>, request_id: Uuid) {
+    let mut orders = service.orders();
+    let request = CreateOrderRequest { request_id: request_id.to_string(), ..order() };
+    calls.spawn(async move { orders.create_order(request).await });
+}
+
+/// Another transaction that places an order with this request id, and other content.
+async fn hold(service: &Service, request_id: Uuid) -> Transaction<'static, Postgres> {
     let mut holder = service.pool.begin().await.unwrap();
     sqlx::query(
         "INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
         VALUES (gen_random_uuid(), $1, 'holder', 'EUR', 0)",
     )
-    .bind(taken)
+    .bind(request_id)
     .execute(&mut *holder)
     .await
     .unwrap();
+    holder
+}
+
+#[tokio::test]
+async fn an_order_that_somebody_else_places_at_the_same_moment_fails_none_of_its_group() {
+    let service = Service::start_with(&ONE_WRITER).await;
+    let (before, taken) = (Uuid::new_v4(), Uuid::new_v4());
+    let (first, second) = (hold(&service, before).await, hold(&service, taken).await);
+    let (mut alone, mut refused, mut calls) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+    place_with(&service, &mut alone, before);
+    service.waits_for_a_lock().await;
+    place_with(&service, &mut refused, taken);
+    for _ in 1..3 * QUEUE {
+        place_for(&service, &mut calls, "neighbour");
+    }
+    refuses_the_others(&mut calls, 2 * QUEUE).await;
+
+    first.commit().await.unwrap();
+    refusal(alone.join_next().await.unwrap().unwrap()).is(Code::InvalidArgument, "REQUEST_ID_REUSED");
+    service.waits_for_a_lock().await;
+    assert!(calls.try_join_next().is_none(), "all are in the group that waits");
+    second.commit().await.unwrap();
+    refusal(refused.join_next().await.unwrap().unwrap()).is(Code::InvalidArgument, "REQUEST_ID_REUSED");
+    for answer in calls.join_all().await {
+        let order = answer.unwrap().into_inner();
+        assert_eq!(service.get(&order.order_id).await, order);
+    }
+    // The neighbours are one; the two who were first are one each.
+    assert_eq!(transactions(&service).await, 3);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_transaction_that_takes_long_keeps_nobody_else_waiting() {
+    let service = Service::start().await;
+    let taken = Uuid::new_v4();
+    let holder = hold(&service, taken).await;
     let mut calls = JoinSet::new();
-    let mut orders = service.orders();
-    calls.spawn(
-        async move { orders.create_order(CreateOrderRequest { request_id: taken.to_string(), ..order() }).await },
-    );
+    place_with(&service, &mut calls, taken);
     service.waits_for_a_lock().await;
     for _ in 0..3 {
         service.place(order()).await;

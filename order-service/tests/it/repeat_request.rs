@@ -50,6 +50,21 @@ async fn a_request_id_with_other_content_is_refused_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn of_two_calls_at_once_with_one_request_id_and_other_content_one_places_its_order() {
+    let service = Service::start().await;
+    let request = order_once();
+    let other = CreateOrderRequest { customer_id: "bob".into(), ..request.clone() };
+    let (mut orders, mut others) = (service.orders(), service.orders());
+    let (first, second) = tokio::join!(orders.create_order(request), others.create_order(other));
+    let (placed, refused) = if first.is_ok() { (first, second) } else { (second, first) };
+    refusal(refused).is(Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let placed = placed.unwrap().into_inner();
+    assert_eq!(service.get(&placed.order_id).await, placed);
+    assert_eq!(service.written().await, ONE_ORDER);
+    service.end().await;
+}
+
+#[tokio::test]
 async fn a_repeated_request_is_answered_with_the_order_as_it_stands_now() {
     let service = Service::start().await;
     let request = order_once();
