@@ -28,12 +28,13 @@ use crate::create_order::{Draft, Outcome, create_orders};
 /// are past the size at which a larger group is any faster.
 const GROUP_MAX: usize = 512;
 
-/// Calls that have to wait, at the least, for a transaction to begin beside another. A transaction costs as much as 16 orders
-/// do in one that begins anyway, so smaller ones make each order dearer.
-const WORTH_ANOTHER: usize = 32;
-/// How long fewer calls wait for the transactions that are under way: one that is slow, or a connection that is gone without
-/// a word, is not to keep everybody waiting. (As many as there are writers do, until the database's work is given up.)
-const PATIENCE: Duration = Duration::from_millis(5);
+/// Orders that are worth a transaction of their own while there are more. It costs as much as 5 to 8 of them.
+const WORTH_A_GROUP: usize = 16;
+/// How long a transaction may take, and for each of its orders, until another begins beside it. One that does not wait takes
+/// half of it. So the disk is waited for by several, where it is slow, and nobody else waits for a connection that is gone
+/// without a word. (As many as there are writers keep all waiting, until the database's work is given up.)
+const PATIENCE: Duration = Duration::from_millis(1);
+const PATIENCE_PER_ORDER: Duration = Duration::from_micros(16);
 /// How long a group waits for what is on its way: where the processor is so busy that each look finds somebody, the first
 /// of them is not to wait until the group is full.
 const GATHER_MAX: Duration = Duration::from_millis(1);
@@ -41,9 +42,9 @@ const GATHER_MAX: Duration = Duration::from_millis(1);
 /// How orders are taken in.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside those under
-    /// way once as many wait as these hold on average, and at least 32, or 5 ms after the last.
-    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Transactions at most that place orders at once. Calls share one as far as they wait; another begins beside it only when it
+    /// takes longer than its orders should.
+    #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
     /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -73,9 +74,9 @@ impl CreateOrderError {
 /// Where calls bring their orders, to be placed by the task behind it, which ends with the last clone.
 ///
 /// Groups grow by themselves as far as the load asks for it: a transaction begins when none is under way, with what waits,
-/// so an order that is alone waits for nobody. It first lets arrive what is ready to, or the first call after a commit would
-/// be a group by itself, with the others, who were answered at the same moment, a little behind it. Another begins beside it
-/// when as many wait as are in it, if they are worth it: were it for fewer, groups would become smaller and smaller. (See the
+/// so an order that is alone waits for nobody. A few first let arrive what is ready to, or the first call after a commit
+/// would be a group by itself, with the others, who were answered at the same moment, a little behind it. Of many, half are a
+/// group: while it is in the database the other half are answered and call again, and neither waits for the other. (See the
 /// tables in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
@@ -126,31 +127,46 @@ impl Intake {
 /// Places group after group until nobody can bring an order any more.
 async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: Notifier) {
     let mut placing = FuturesUnordered::new();
-    // Calls in the groups that are under way.
-    let mut under_way = 0;
+    // Calls that are in the groups under way, and that are answered at this moment.
+    let (mut under_way, mut answered) = (0, 0);
     let mut until = Instant::now();
     while waiting.can_go_on() {
         let is_one_free = placing.len() < writers;
-        let worth = WORTH_ANOTHER.max(under_way / placing.len().max(1));
-        if is_one_free && waiting.may_begin(placing.is_empty(), worth, until) {
-            if placing.is_empty() {
+        if is_one_free {
+            waiting.receive().now_or_never();
+        }
+        if is_one_free && waiting.may_begin(placing.is_empty(), until) {
+            if placing.is_empty() && waiting.group.len() < WORTH_A_GROUP {
                 waiting.let_arrive().await;
+                // Whoever of these calls again has arrived.
+                answered = 0;
             }
-            let group = waiting.take_share(writers - placing.len(), worth);
+            let group = waiting.take_half(under_way + answered);
             let calls = group.len();
-            placing.push(place_wanted(group, &database, &relay).map(move |()| calls));
-            under_way += calls;
-            until = Instant::now() + PATIENCE;
+            until = Instant::now() + patience(calls);
+            placing.push(place_wanted(group, &database, &relay).map(move |()| (calls, until)));
+            (under_way, answered) = (under_way + calls, 0);
             continue;
         }
-        select! {
+        answered = select! {
             // What is not received yet waits in the queue, which is bounded.
-            () = waiting.receive(), if is_one_free => {}
-            Some(ended) = placing.next() => under_way -= ended,
-            () = sleep_until(until), if is_one_free && !waiting.group.is_empty() => {}
-        }
+            () = waiting.receive(), if is_one_free => 0,
+            Some((calls, its_until)) = placing.next() => {
+                // The last that began has ended: if others have not, nobody has to be patient with them twice.
+                if its_until == until {
+                    until = Instant::now();
+                }
+                calls
+            }
+            () = sleep_until(until), if is_one_free && !waiting.group.is_empty() => 0,
+        };
+        under_way -= answered;
     }
     while placing.next().await.is_some() {}
+}
+
+fn patience(calls: usize) -> Duration {
+    PATIENCE + PATIENCE_PER_ORDER * u32::try_from(calls).unwrap_or(u32::MAX)
 }
 
 /// Calls whose orders are not on their way to the database yet.
@@ -167,11 +183,9 @@ impl Waiting {
         self.open || !self.group.is_empty()
     }
 
-    /// Whether a group may begin: as the first one under way; or beside others, when at least `worth` calls wait, or once the
-    /// others have had the time `until` which they may take to end.
-    fn may_begin(&self, as_first: bool, worth: usize, until: Instant) -> bool {
-        let waiting = self.group.len();
-        waiting > 0 && (as_first || waiting >= worth || Instant::now() >= until)
+    /// Whether a group may begin: as the first one under way, or once the others have had the time `until` which they may take.
+    fn may_begin(&self, as_first: bool, until: Instant) -> bool {
+        !self.group.is_empty() && (as_first || Instant::now() >= until)
     }
 
     /// Receives what comes. Never ready while there is no room for it, or once nobody can bring an order any more.
@@ -196,17 +210,17 @@ impl Waiting {
         }
     }
 
-    /// The next group: those who came first, but a share for each writer that is free, if each is `worth` a group. Else all of a
-    /// burst's orders would be written one after the other by a single process of PostgreSQL.
-    fn take_share(&mut self, free: usize, worth: usize) -> Vec<Call> {
-        let later = self.group.split_off(share(self.group.len(), free, worth));
+    /// The next group: those who came first, of `elsewhere` more calls.
+    fn take_half(&mut self, elsewhere: usize) -> Vec<Call> {
+        let later = self.group.split_off(half(self.group.len(), elsewhere));
         mem::replace(&mut self.group, later)
     }
 }
 
-/// Rounded down: what is left is then worth a group as large as this one.
-fn share(waiting: usize, free: usize, worth: usize) -> usize {
-    waiting / (waiting / worth).clamp(1, free)
+/// How many of those who wait are half of all calls, if half are worth a group.
+fn half(waiting: usize, elsewhere: usize) -> usize {
+    let half = (waiting + elsewhere).div_ceil(2);
+    if half < WORTH_A_GROUP { waiting } else { waiting.min(half) }
 }
 
 /// Places the orders of those who still wait, and answers them.
@@ -265,34 +279,19 @@ async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use super::{GROUP_MAX, WORTH_ANOTHER, share};
+    use super::half;
 
     #[test]
-    fn what_waits_is_shared_unless_groups_become_small() {
-        for (waiting, free, expected) in [(1, 4, 1), (63, 4, 63), (64, 4, 32), (65, 4, 32), (200, 4, 50), (200, 1, 200)]
-        {
-            assert_eq!(share(waiting, free, WORTH_ANOTHER), expected, "{waiting} calls, {free} writers");
+    fn few_calls_are_one_group() {
+        for calls in 1..=30 {
+            assert_eq!(half(calls, 0), calls);
         }
     }
 
     #[test]
-    fn beside_large_groups_no_small_ones_begin() {
-        assert_eq!(share(130, 3, 128), 130);
-        assert_eq!(share(256, 3, 128), 128);
-    }
-
-    #[test]
-    fn every_writer_gets_a_share_of_a_burst() {
-        for (waiting, writers) in
-            (2..=8).flat_map(|writers| (WORTH_ANOTHER * writers..=GROUP_MAX).map(move |calls| (calls, writers)))
-        {
-            let (mut left, mut worth) = (waiting, WORTH_ANOTHER);
-            for begun in 1..=writers {
-                assert!(left >= worth, "{waiting} calls, {writers} writers: group {begun} waits, of {left}");
-                left -= share(left, writers + 1 - begun, worth);
-                worth = WORTH_ANOTHER.max((waiting - left) / begun);
-            }
-            assert_eq!(left, 0, "{waiting} calls, {writers} writers");
+    fn of_many_calls_half_are_a_group_wherever_the_others_are() {
+        for (waiting, elsewhere, expected) in [(31, 0, 16), (64, 0, 32), (32, 32, 32), (48, 16, 32), (20, 44, 20)] {
+            assert_eq!(half(waiting, elsewhere), expected, "{waiting} calls wait, {elsewhere} are elsewhere");
         }
     }
 }

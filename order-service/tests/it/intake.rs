@@ -61,6 +61,18 @@ async fn what_comes_while_a_writer_is_busy_is_one_transaction_and_what_is_too_mu
     service.end().await;
 }
 
+/// So many wait that a group of half of them is worth it, and a group of a quarter too: the calls that are answered at the
+/// moment count, though they are not repeated here.
+#[tokio::test]
+async fn of_many_calls_half_are_a_transaction_and_then_the_other_half() {
+    let flags = ["--writers", "1", "--queue", "62", "--concurrent-streams", "200", "--database-acquire-ms", "8000"];
+    let service = Service::start_with(&flags).await;
+    let answers = place_behind_one(&service, &["ann"], 62).await;
+    assert_eq!(answers.into_iter().filter(Result::is_ok).count(), 1 + 62);
+    assert_eq!(transactions(&service).await, 3);
+    service.end().await;
+}
+
 #[tokio::test]
 async fn an_order_that_the_database_turns_down_fails_none_of_its_group() {
     let service = Service::start_with(&ONE_WRITER).await;
