@@ -77,49 +77,49 @@ pub(crate) async fn create_orders(
     connection: &mut PgConnection,
     drafts: &[Draft],
 ) -> Result<Vec<Outcome>, sqlx::Error> {
-    let mut new = first_of_each_request(drafts);
-    let created_at = place_new(connection, &mut new).await?;
-    let placed: HashSet<Uuid> = new.iter().map(|draft| draft.order_id).collect();
-    let repeated = drafts.iter().filter(|draft| !placed.contains(&draft.order_id));
+    let placed = place_new(connection, drafts).await?;
+    let repeated = drafts.iter().filter(|draft| !placed.contains_key(&draft.order_id));
     let found = find_placed(connection, repeated).await.map_err(Arc::new);
-    let outcome = |draft: &Draft| match (created_at, &found) {
-        (Some(created_at), _) if placed.contains(&draft.order_id) => Outcome::Placed(created_at),
-        (_, Ok(found)) => match draft.request_id.and_then(|request_id| found.get(&request_id)) {
+    let outcome = |draft: &Draft| match (placed.get(&draft.order_id), &found) {
+        (Some(created_at), _) => Outcome::Placed(*created_at),
+        (None, Ok(found)) => match draft.request_id.and_then(|request_id| found.get(&request_id)) {
             Some(order) if draft.is_of(order) => Outcome::Found(order.clone()),
             Some(_) => Outcome::RequestIdReused,
             None => Outcome::Failed(Arc::new(sqlx::Error::RowNotFound)),
         },
-        (_, Err(cause)) => Outcome::Failed(cause.clone()),
+        (None, Err(cause)) => Outcome::Failed(cause.clone()),
     };
     Ok(drafts.iter().map(outcome).collect())
 }
 
-fn first_of_each_request(drafts: &[Draft]) -> Vec<&Draft> {
-    let mut seen = HashSet::new();
-    drafts.iter().filter(|draft| draft.request_id.is_none_or(|request_id| seen.insert(request_id))).collect()
-}
-
-/// Places those whose request id has placed no order yet, and leaves only these. Returns when they were created, if any is
-/// left.
+/// Places those whose request id has placed no order yet, the first of each. Returns when they were created.
 ///
 /// It ends: whoever has placed an order meanwhile has committed it, so the next look finds it, and there are only so many. (Did
 /// look and key contradict each other, as with a damaged index, it would end with the time that a unit of work may take.)
 async fn place_new(
     connection: &mut PgConnection,
-    drafts: &mut Vec<&Draft>,
-) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-    while !drafts.is_empty() {
-        match insert_orders(connection, drafts).await {
-            Ok(Inserted { created_at, repeated }) if repeated.is_empty() => return Ok(Some(created_at)),
+    drafts: &[Draft],
+) -> Result<HashMap<Uuid, OffsetDateTime>, sqlx::Error> {
+    let mut new = first_of_each_request(drafts);
+    while !new.is_empty() {
+        match insert_orders(connection, &new).await {
+            Ok(Inserted { created_at, repeated }) if repeated.is_empty() => {
+                return Ok(new.into_iter().map(|draft| (draft.order_id, created_at)).collect());
+            }
             Ok(Inserted { repeated, .. }) => {
-                drafts.retain(|draft| draft.request_id.is_none_or(|request_id| !repeated.contains(&request_id)));
+                new.retain(|draft| draft.request_id.is_none_or(|request_id| !repeated.contains(&request_id)));
             }
             // Between the look and the insert another transaction has placed it: now it will be seen.
             Err(sqlx::Error::Database(error)) if error.constraint() == Some("orders_request_id_key") => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(None)
+    Ok(HashMap::new())
+}
+
+fn first_of_each_request(drafts: &[Draft]) -> Vec<&Draft> {
+    let mut seen = HashSet::new();
+    drafts.iter().filter(|draft| draft.request_id.is_none_or(|request_id| seen.insert(request_id))).collect()
 }
 
 /// When the orders were created, unless there are request ids that have placed one before: then nothing is written.
