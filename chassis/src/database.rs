@@ -269,7 +269,7 @@ impl Connections {
 
 /// Whether what is to send on `begin`'s channel before it begins does so in time. If not, its send fails from now on, and
 /// it must not begin.
-pub async fn begins_within(limit: Duration, mut begun: oneshot::Receiver<()>) -> bool {
+async fn begins_within(limit: Duration, mut begun: oneshot::Receiver<()>) -> bool {
     if timeout(limit, &mut begun).await.is_ok() {
         return true;
     }

@@ -16,7 +16,7 @@ mod shutdown;
 mod telemetry;
 
 pub use cli::parse;
-pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work, begins_within};
+pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work};
 pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use page::{decode_page_token, encode_page_token};

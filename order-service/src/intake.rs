@@ -2,10 +2,10 @@
 
 use std::{future::pending, mem, slice, sync::Arc, time::Duration};
 
-use chassis::{Database, begins_within, may_pass};
+use chassis::{Database, may_pass};
 use clap::Args;
 use futures_util::{
-    future::FutureExt,
+    future::{FutureExt, OptionFuture},
     stream::{FuturesUnordered, StreamExt},
 };
 use outbox::Notifier;
@@ -13,10 +13,7 @@ use proto::orders::v1::Order;
 use sqlx::PgConnection;
 use tokio::{
     select,
-    sync::{
-        mpsc::{self, error::TrySendError},
-        oneshot,
-    },
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::yield_now,
     time::{Instant, sleep_until},
 };
@@ -46,7 +43,8 @@ pub struct IntakeSettings {
     /// takes longer than its orders should.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
-    /// Orders that wait to be placed at most; what comes then is refused with a hint to retry.
+    /// Orders that wait to be placed at most, those of the next transaction among them; what comes then is refused with a hint
+    /// to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue: u32,
 }
@@ -80,46 +78,44 @@ impl CreateOrderError {
 /// tables in ARCHITECTURE.md.)
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
-    queue: mpsc::Sender<Call>,
-    begin_limit: Duration,
+    queue: mpsc::UnboundedSender<Call>,
+    /// How many more may wait. (Were it the channel that is bounded, those that are received would come on top.)
+    room: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
 struct Call {
     draft: Draft,
-    /// Tells the caller that its order is on its way to the database. A caller who is gone, or has waited for too long,
-    /// does not hear it any more, and then nothing is begun.
-    begin: oneshot::Sender<()>,
-    answer: oneshot::Sender<Result<Order, CreateOrderError>>,
+    came: Instant,
+    _room: OwnedSemaphorePermit,
+    /// Closed once the caller is gone.
+    answer: Answer,
 }
 
+type Answer = oneshot::Sender<Result<Order, CreateOrderError>>;
+
 impl Intake {
-    /// Starts the task; `relay` is told of new events. An order whose turn has not come within `begin_limit` is refused.
+    /// Starts the task; `relay` is told of new events. An order that cannot begin within `begin_limit` is refused.
     pub(crate) fn start(
         database: &Database,
         settings: &IntakeSettings,
         relay: &Notifier,
         begin_limit: Duration,
     ) -> Self {
-        let (queue, calls) = mpsc::channel(settings.queue as usize);
-        let waiting = Waiting { calls, open: true, group: Vec::new() };
+        let (queue, calls) = mpsc::unbounded_channel();
+        let waiting = Waiting { calls, open: true, group: Vec::new(), begin_limit };
         tokio::spawn(write(waiting, settings.writers as usize, database.clone(), relay.clone()));
-        Self { queue, begin_limit }
+        Self { queue, room: Arc::new(Semaphore::new(settings.queue as usize)) }
     }
 
     /// Places the order together with those of other calls, and answers once it is committed.
     ///
     /// From the moment its transaction has begun the order is placed whether or not the caller still waits.
     pub(crate) async fn place(&self, draft: Draft) -> Result<Order, CreateOrderError> {
-        let (begin, begun) = oneshot::channel();
+        let room = self.room.clone().try_acquire_owned().map_err(|_| CreateOrderError::Overloaded)?;
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send(Call { draft, begin, answer }).map_err(|refused| match refused {
-            TrySendError::Full(_) => CreateOrderError::Overloaded,
-            TrySendError::Closed(_) => CreateOrderError::of_database(sqlx::Error::WorkerCrashed, 1),
-        })?;
-        if !begins_within(self.begin_limit, begun).await {
-            return Err(CreateOrderError::of_database(sqlx::Error::PoolTimedOut, 1));
-        }
+        // Did the task not live any more, the answer would say so.
+        drop(self.queue.send(Call { draft, came: Instant::now(), _room: room, answer }));
         answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed, 1)))
     }
 }
@@ -131,10 +127,8 @@ async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: 
     let (mut under_way, mut answered) = (0, 0);
     let mut until = Instant::now();
     while waiting.can_go_on() {
+        waiting.receive().now_or_never();
         let is_one_free = placing.len() < writers;
-        if is_one_free {
-            waiting.receive().now_or_never();
-        }
         if is_one_free && waiting.may_begin(placing.is_empty(), until) {
             if placing.is_empty() && waiting.group.len() < WORTH_A_GROUP {
                 waiting.let_arrive().await;
@@ -148,9 +142,11 @@ async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: 
             (under_way, answered) = (under_way + calls, 0);
             continue;
         }
+        // Only now: what may begin begins, late or not, as after the process has stood still.
+        waiting.refuse_late();
+        let look_again = waiting.look_again(is_one_free.then_some(until)).map(sleep_until);
         answered = select! {
-            // What is not received yet waits in the queue, which is bounded.
-            () = waiting.receive(), if is_one_free => 0,
+            () = waiting.receive() => 0,
             Some((calls, its_until)) = placing.next() => {
                 // The last that began has ended: if others have not, nobody has to be patient with them twice.
                 if its_until == until {
@@ -158,7 +154,7 @@ async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: 
                 }
                 calls
             }
-            () = sleep_until(until), if is_one_free && !waiting.group.is_empty() => 0,
+            Some(()) = OptionFuture::from(look_again) => 0,
         };
         under_way -= answered;
     }
@@ -171,11 +167,13 @@ fn patience(calls: usize) -> Duration {
 
 /// Calls whose orders are not on their way to the database yet.
 struct Waiting {
-    calls: mpsc::Receiver<Call>,
+    calls: mpsc::UnboundedReceiver<Call>,
     /// Whether anybody can bring an order yet.
     open: bool,
     /// Those that are received, in the order they came.
     group: Vec<Call>,
+    /// How long they may wait for their turn.
+    begin_limit: Duration,
 }
 
 impl Waiting {
@@ -210,6 +208,21 @@ impl Waiting {
         }
     }
 
+    /// Refuses those whose turn has not come in time.
+    fn refuse_late(&mut self) {
+        let now = Instant::now();
+        let late = self.group.partition_point(|call| now.duration_since(call.came) >= self.begin_limit);
+        if late > 0 {
+            fail(self.group.drain(..late).map(|call| call.answer).collect(), sqlx::Error::PoolTimedOut);
+        }
+    }
+
+    /// When there is something to do if nothing happens: at `until`, or when the first has waited for too long.
+    fn look_again(&self, until: Option<Instant>) -> Option<Instant> {
+        let late = self.group.first()?.came + self.begin_limit;
+        Some(until.map_or(late, |until| until.min(late)))
+    }
+
     /// The next group: those who came first, of `elsewhere` more calls.
     fn take_half(&mut self, elsewhere: usize) -> Vec<Call> {
         let later = self.group.split_off(half(self.group.len(), elsewhere));
@@ -225,8 +238,8 @@ fn half(waiting: usize, elsewhere: usize) -> usize {
 
 /// Places the orders of those who still wait, and answers them.
 async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
-    let wanted = group.into_iter().filter_map(|call| call.begin.send(()).is_ok().then_some((call.draft, call.answer)));
-    let (drafts, answers): (Vec<_>, Vec<_>) = wanted.unzip();
+    let wanted = group.into_iter().filter(|call| !call.answer.is_closed());
+    let (drafts, answers): (Vec<_>, Vec<_>) = wanted.map(|call| (call.draft, call.answer)).unzip();
     if drafts.is_empty() {
         return;
     }
@@ -235,11 +248,13 @@ async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
     // Whoever does not wait for the answer any more learns it by repeating the call.
     match placed {
         Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
-        Err(cause) => {
-            let failed = CreateOrderError::of_database(cause, answers.len());
-            answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
-        }
+        Err(cause) => fail(answers, cause),
     }
+}
+
+fn fail(answers: Vec<Answer>, cause: sqlx::Error) {
+    let failed = CreateOrderError::of_database(cause, answers.len());
+    answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
 }
 
 async fn place_group(

@@ -110,3 +110,27 @@ async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays
     assert_eq!(service.written().await, ONE_ORDER);
     service.end().await;
 }
+
+#[tokio::test]
+async fn an_order_whose_caller_hangs_up_while_it_waits_for_its_turn_is_never_placed() {
+    let service = Service::start_with(&["--writers", "1", "--database-acquire-ms", "8000"]).await;
+    let lock = service.lock_orders().await;
+    let call = || {
+        let mut orders = service.orders();
+        tokio::spawn(async move { orders.create_order(order()).await })
+    };
+    let first = call();
+    service.waits_for_a_lock().await;
+    let second = call();
+    // All on one connection: the server has read what came before.
+    service.health().await.unwrap();
+    second.abort();
+    assert!(second.await.unwrap_err().is_cancelled());
+    service.health().await.unwrap();
+    lock.rollback().await.unwrap();
+
+    service.place(order()).await;
+    first.await.unwrap().unwrap();
+    assert_eq!(service.written().await.orders, 2);
+    service.end().await;
+}

@@ -1,8 +1,10 @@
 //! Calls that come at once share transactions, and nothing else.
 
+use std::time::Duration;
+
 use proto::orders::v1::{CreateOrderRequest, Order};
 use sqlx::{Postgres, Transaction};
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 use tonic::{Code, Response, Status};
 use uuid::Uuid;
 
@@ -113,6 +115,27 @@ async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed()
         sqlx::query_scalar("SELECT order_id::text FROM orders").fetch_all(&service.pool).await.unwrap();
     assert_eq!(placed.len(), 2);
     assert!(placed.contains(&behind.order_id));
+    service.end().await;
+}
+
+/// More than a group holds: those behind it are refused in time, too, though no writer comes free to take it.
+#[tokio::test]
+async fn of_any_number_of_orders_whose_turn_does_not_come_each_is_refused_in_time() {
+    const WAITING: usize = 1100;
+    let flags = ["--writers", "1", "--queue", "1100", "--concurrent-streams", "2000", "--database-acquire-ms", "1000"];
+    let patient = ["--database-work-ms", "60000", "--request-seconds", "60"];
+    let service = Service::start_with(&[&flags[..], &patient].concat()).await;
+    let lock = service.lock_orders().await;
+    let mut first = JoinSet::new();
+    place_for(&service, &mut first, "first");
+    service.waits_for_a_lock().await;
+    let mut calls = JoinSet::new();
+    (0..WAITING).for_each(|_| place_for(&service, &mut calls, "behind"));
+    let refused = timeout(Duration::from_secs(30), calls.join_all()).await.expect("nobody waits for the writer");
+    refused.into_iter().for_each(|answer| refusal(answer).asks_to_retry());
+    lock.rollback().await.unwrap();
+    assert!(first.join_all().await[0].is_ok());
+    assert_eq!(service.written().await.orders, 1);
     service.end().await;
 }
 
