@@ -95,7 +95,7 @@ struct Call {
 type Answer = oneshot::Sender<Result<Order, CreateOrderError>>;
 
 impl Intake {
-    /// Starts the task; `relay` is told of new events. An order that cannot begin within `begin_limit` is refused.
+    /// Starts the task; `relay` is told of new events. An order whose turn has not come within `begin_limit` is refused.
     pub(crate) fn start(
         database: &Database,
         settings: &IntakeSettings,
@@ -126,8 +126,12 @@ async fn write(mut waiting: Waiting, writers: usize, database: Database, relay: 
     // Calls that are in the groups under way, and that are answered at this moment.
     let (mut under_way, mut answered) = (0, 0);
     let mut until = Instant::now();
-    while waiting.can_go_on() {
+    loop {
+        // Before it is asked whether to go on: that the last who could bring orders is gone is heard only once.
         waiting.receive().now_or_never();
+        if !waiting.can_go_on() {
+            break;
+        }
         let is_one_free = placing.len() < writers;
         if is_one_free && waiting.may_begin(placing.is_empty(), until) {
             if placing.is_empty() && waiting.group.len() < WORTH_A_GROUP {
@@ -212,8 +216,10 @@ impl Waiting {
     fn refuse_late(&mut self) {
         let now = Instant::now();
         let late = self.group.partition_point(|call| now.duration_since(call.came) >= self.begin_limit);
-        if late > 0 {
-            fail(self.group.drain(..late).map(|call| call.answer).collect(), sqlx::Error::PoolTimedOut);
+        let late = self.group.drain(..late).map(|call| call.answer);
+        let refused: Vec<_> = late.filter(|answer| !answer.is_closed()).collect();
+        if !refused.is_empty() {
+            fail(refused, sqlx::Error::PoolTimedOut);
         }
     }
 
@@ -294,7 +300,31 @@ async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use super::half;
+    use std::time::Duration;
+
+    use chassis::{Database, DatabaseSettings, DatabaseUrl};
+    use harness::TestDatabase;
+    use outbox::Notifier;
+    use tokio::{sync::mpsc, time::timeout};
+    use tokio_util::sync::CancellationToken;
+
+    use super::{Waiting, half, write};
+    use crate::MIGRATORS;
+
+    /// As they may be while the last of their orders is answered.
+    #[tokio::test]
+    async fn it_ends_if_all_who_could_bring_an_order_are_gone_before_it_looks() {
+        let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
+        let url: DatabaseUrl = server.url_as("order_service").parse().unwrap();
+        let settings = DatabaseSettings { database_connections: 1, database_acquire_ms: 1000, database_work_ms: 5000 };
+        let shutdown = CancellationToken::new();
+        let connected = Database::connect(&url, &settings, &MIGRATORS, &shutdown).await;
+        let database = connected.unwrap().unwrap();
+        let relay = Notifier::start(url.options(), outbox::CHANNEL);
+        let (_, calls) = mpsc::unbounded_channel();
+        let waiting = Waiting { calls, open: true, group: Vec::new(), begin_limit: Duration::from_secs(1) };
+        timeout(Duration::from_secs(10), write(waiting, 1, database, relay)).await.unwrap();
+    }
 
     #[test]
     fn few_calls_are_one_group() {

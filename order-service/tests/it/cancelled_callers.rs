@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use tokio::{task::JoinSet, time::timeout};
-use tonic::Request;
+use tonic::{Code, Request};
 use uuid::Uuid;
 
 use crate::{
-    service::{ONE_ORDER, Service, eventually, order, order_once},
+    service::{ONE_ORDER, Service, eventually, order, order_once, refusal},
     wake_relays::{hear, listen},
 };
 
@@ -113,24 +113,25 @@ async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays
 
 #[tokio::test]
 async fn an_order_whose_caller_hangs_up_while_it_waits_for_its_turn_is_never_placed() {
-    let service = Service::start_with(&["--writers", "1", "--database-acquire-ms", "8000"]).await;
+    let service = Service::start_with(&["--writers", "1", "--queue", "1", "--database-acquire-ms", "8000"]).await;
     let lock = service.lock_orders().await;
     let call = || {
         let mut orders = service.orders();
-        tokio::spawn(async move { orders.create_order(order()).await })
+        async move { orders.create_order(order()).await }
     };
-    let first = call();
+    let first = tokio::spawn(call());
     service.waits_for_a_lock().await;
-    let second = call();
-    // All on one connection: the server has read what came before.
-    service.health().await.unwrap();
-    second.abort();
-    assert!(second.await.unwrap_err().is_cancelled());
+    let mut others = JoinSet::from_iter([call(), call()]);
+    // That one of the two is refused says that the other waits.
+    refusal(others.join_next().await.unwrap().unwrap()).is(Code::ResourceExhausted, "OVERLOADED");
+    others.abort_all();
+    assert!(others.join_next().await.unwrap().unwrap_err().is_cancelled());
+    // On the same connection: the server has read that the call was given up before it answers this.
     service.health().await.unwrap();
     lock.rollback().await.unwrap();
 
-    service.place(order()).await;
     first.await.unwrap().unwrap();
+    service.place(order()).await;
     assert_eq!(service.written().await.orders, 2);
     service.end().await;
 }
