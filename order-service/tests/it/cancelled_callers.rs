@@ -4,11 +4,12 @@
 use std::time::Duration;
 
 use tokio::{task::JoinSet, time::timeout};
-use tonic::{Code, Request};
+use tonic::Request;
 use uuid::Uuid;
 
 use crate::{
-    service::{ONE_ORDER, Service, eventually, order, order_once, refusal},
+    intake::{place_for, refuses_the_others},
+    service::{ONE_ORDER, Service, eventually, order, order_once},
     wake_relays::{hear, listen},
 };
 
@@ -115,22 +116,19 @@ async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays
 async fn an_order_whose_caller_hangs_up_while_it_waits_for_its_turn_is_never_placed() {
     let service = Service::start_with(&["--writers", "1", "--queue", "1", "--database-acquire-ms", "8000"]).await;
     let lock = service.lock_orders().await;
-    let call = || {
-        let mut orders = service.orders();
-        async move { orders.create_order(order()).await }
-    };
-    let first = tokio::spawn(call());
+    let (mut first, mut others) = (JoinSet::new(), JoinSet::new());
+    place_for(&service, &mut first, "first");
     service.waits_for_a_lock().await;
-    let mut others = JoinSet::from_iter([call(), call()]);
-    // That one of the two is refused says that the other waits.
-    refusal(others.join_next().await.unwrap().unwrap()).is(Code::ResourceExhausted, "OVERLOADED");
+    place_for(&service, &mut others, "behind");
+    place_for(&service, &mut others, "behind");
+    refuses_the_others(&mut others, 1).await;
     others.abort_all();
     assert!(others.join_next().await.unwrap().unwrap_err().is_cancelled());
     // On the same connection: the server has read that the call was given up before it answers this.
     service.health().await.unwrap();
     lock.rollback().await.unwrap();
 
-    first.await.unwrap().unwrap();
+    assert!(first.join_all().await[0].is_ok());
     service.place(order()).await;
     assert_eq!(service.written().await.orders, 2);
     service.end().await;

@@ -15,7 +15,7 @@ type Answer = Result<Response<Order>, Status>;
 const QUEUE: usize = 8;
 const ONE_WRITER: [&str; 6] = ["--writers", "1", "--queue", "8", "--database-acquire-ms", "8000"];
 
-fn place_for(service: &Service, calls: &mut JoinSet<Answer>, customer_id: &str) {
+pub(crate) fn place_for(service: &Service, calls: &mut JoinSet<Answer>, customer_id: &str) {
     let mut orders = service.orders();
     let request = CreateOrderRequest { customer_id: customer_id.into(), ..order() };
     calls.spawn(async move { orders.create_order(request).await });
@@ -37,7 +37,7 @@ async fn place_behind_one(service: &Service, customer_ids: &[&str], queue: usize
 }
 
 /// That all of those are refused whom the queue has no room for says that the others wait.
-async fn refuses_the_others(calls: &mut JoinSet<Answer>, others: usize) {
+pub(crate) async fn refuses_the_others(calls: &mut JoinSet<Answer>, others: usize) {
     for _ in 0..others {
         let refused = refusal(calls.join_next().await.unwrap().unwrap());
         refused.is(Code::ResourceExhausted, "OVERLOADED");
