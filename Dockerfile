@@ -6,8 +6,8 @@
 FROM rust:1.95-slim-bookworm AS skeleton
 WORKDIR /workspace
 COPY . .
-RUN mkdir -p /skeleton/harness/src \
-    && touch /skeleton/harness/src/lib.rs \
+RUN for member in bench chaos harness testkit; do mkdir -p "$member/src" && touch "$member/src/lib.rs"; done \
+    && mkdir /skeleton \
     && cp --parents .cargo/config.toml Cargo.* */Cargo.toml */build.rs */src/lib.rs */src/main.rs /skeleton \
     && cd /skeleton \
     && for source in */build.rs */src/*.rs; do echo 'fn main() {}' >"$source"; done

@@ -22,12 +22,12 @@ use uuid::Uuid;
 use crate::{
     audit::audit,
     interrupt::unless_interrupted,
-    processes::Process,
     replay::{available, name, replay, wait_until_applied},
     stress::{Load, count_dead, place_orders, wait_until_delivered},
     system::{Layout, ServerArguments, Service, stop},
     target::Target,
 };
+use testkit::processes::Process;
 
 const DIRECTORY: &str = "target/demo/postgres";
 const LOGS: &str = "target/demo/logs";

@@ -10,7 +10,7 @@ use tokio::{
 
 /// Does the work, or drops it when a signal comes first. The process is about to end then: what the work has started ends with
 /// its future, or with the process.
-pub(crate) async fn unless_interrupted(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
+pub async fn unless_interrupted(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     select! {
         done = work => done,

@@ -1,14 +1,11 @@
 //! The command line of the harness.
 
-use std::process::ExitCode;
+use std::{ffi::OsString, os::unix::process::CommandExt, process::ExitCode};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
-use harness::{audit, bench, chaos, demo, replay, stress, up, with_postgres};
-use tokio::runtime;
-
-/// An order takes 0.88 of order-service's time with it, of what it takes with the allocator of glibc (ARCHITECTURE.md).
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+use harness::{audit, demo, replay, stress, up, with_postgres};
+use testkit::processes::binary;
 
 /// Run the whole system on one machine.
 ///
@@ -28,28 +25,47 @@ enum Command {
     Stress(stress::Arguments),
     Replay(replay::Arguments),
     Audit(audit::Arguments),
-    Bench(bench::Arguments),
-    Chaos(chaos::Arguments),
-    #[command(hide = true)]
-    BenchNoop(bench::noop::Arguments),
+    /// Measure the system against PostgreSQL and gRPC alone
+    ///
+    /// Runs the program `bench` beside this one, a crate of its own, with the same arguments.
+    #[command(disable_help_flag = true)]
+    Bench(Handed),
+    /// Break the system in every way known, under load, and check that nothing was lost or applied twice
+    ///
+    /// Runs the program `chaos` beside this one, a crate of its own, with the same arguments.
+    #[command(disable_help_flag = true)]
+    Chaos(Handed),
     WithPostgres(with_postgres::Arguments),
 }
 
+/// What is handed on to a program of its own.
+#[derive(clap::Args, Debug)]
+struct Handed {
+    /// Its arguments; `--help` explains them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    arguments: Vec<OsString>,
+}
+
 fn main() -> ExitCode {
-    let command = chassis::parse::<Arguments>().command;
-    // A load that is measured is to take little of the processors it shares; and what answers at once runs as the services do.
-    let mut runtime = match command {
-        Command::Bench(_) | Command::BenchNoop(_) => runtime::Builder::new_current_thread(),
-        _ => runtime::Builder::new_multi_thread(),
+    let outcome = match chassis::parse::<Arguments>().command {
+        Command::Bench(handed) => become_program("bench", &handed),
+        Command::Chaos(handed) => become_program("chaos", &handed),
+        command => run(command),
     };
-    let outcome =
-        runtime.enable_all().build().map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run(command)));
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
 }
 
+/// Replaces this process, so that signals and the exit code are the program's.
+fn become_program(name: &str, handed: &Handed) -> anyhow::Result<ExitCode> {
+    let path = binary(name)?;
+    let failed = std::process::Command::new(&path).args(&handed.arguments).exec();
+    Err(failed).with_context(|| format!("cannot run {}", path.display()))
+}
+
+#[tokio::main]
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Up(arguments) => up::run(arguments).await,
@@ -57,9 +73,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Stress(arguments) => stress::run(arguments).await,
         Command::Replay(arguments) => replay::run(arguments).await,
         Command::Audit(arguments) => audit::run(arguments).await,
-        Command::Bench(arguments) => bench::run(arguments).await,
-        Command::Chaos(arguments) => chaos::run(arguments).await,
-        Command::BenchNoop(arguments) => bench::noop::run(arguments).await,
         Command::WithPostgres(arguments) => with_postgres::run(arguments).await,
+        Command::Bench(_) | Command::Chaos(_) => unreachable!("these are programs of their own"),
     }
 }

@@ -133,7 +133,7 @@ async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Resul
 }
 
 /// The event of an order, as it was delivered.
-pub(crate) async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Event> {
+pub async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Event> {
     let order = target.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await?.into_inner();
     let created = OrderCreated {
         order_id: order.order_id,

@@ -210,7 +210,11 @@ fn request(number: u32) -> CreateOrderRequest {
     }
 }
 
-pub(crate) fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
+/// Whether the order is what was asked for.
+///
+/// # Errors
+/// When it is not; the error says in what.
+pub fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
     let total: i64 = request.items.iter().map(|item| item.unit_price_minor * i64::from(item.quantity)).sum();
     // A call that is repeated finds its order as it stands by then.
     let status = matches!(order.status(), OrderStatus::Pending | OrderStatus::Confirmed);

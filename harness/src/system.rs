@@ -11,11 +11,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use tokio::process::Command;
 
-use crate::{
+use crate::target::{Databases, Target};
+use testkit::{
     bootstrap::{bootstrap, create_databases},
     postgres::{self, Cluster, Options, Server},
     processes::{Process, binary, free_port},
-    target::{Databases, Target},
 };
 
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
@@ -245,7 +245,7 @@ impl Layout {
 ///
 /// # Errors
 /// When the command fails; the error shows its message.
-pub(crate) async fn operate(database_url: &str, arguments: &[&str]) -> Result<String> {
+pub async fn operate(database_url: &str, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new(binary("outbox-relay")?);
     command.args(arguments).env("RELAY_DATABASE_URL", database_url);
     let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;

@@ -9,11 +9,8 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{
-    postgres::Cluster,
-    processes::Process,
-    system::{Layout, ServerArguments, Service, stop},
-};
+use crate::system::{Layout, ServerArguments, Service, stop};
+use testkit::{postgres::Cluster, processes::Process};
 
 /// What the private server keeps from one `up` to the next.
 const DIRECTORY: &str = "target/postgres";

@@ -16,7 +16,7 @@ use tokio::{
     signal::unix::{Signal as Listener, SignalKind, signal},
 };
 
-use crate::{
+use testkit::{
     bootstrap::bootstrap,
     postgres::{self, Cluster, Options, Server},
 };

@@ -303,8 +303,8 @@ mod tests {
     use std::time::Duration;
 
     use chassis::{Database, DatabaseSettings, DatabaseUrl};
-    use harness::TestDatabase;
     use outbox::Notifier;
+    use testkit::TestDatabase;
     use tokio::{sync::mpsc, time::timeout};
     use tokio_util::sync::CancellationToken;
 

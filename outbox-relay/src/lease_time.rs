@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use chassis::Database;
 use clap::Parser;
-use harness::TestDatabase;
 use sqlx::PgPool;
+use testkit::TestDatabase;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;

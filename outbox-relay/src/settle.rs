@@ -355,12 +355,12 @@ fn count(rows: u64) -> usize {
 mod tests {
     use std::time::Duration;
 
-    use harness::TestDatabase;
     use proptest::{
         prelude::*,
         test_runner::{Config, TestCaseError, TestRunner},
     };
     use sqlx::{PgConnection, types::time::OffsetDateTime};
+    use testkit::TestDatabase;
     use tokio::runtime::Runtime;
     use uuid::Uuid;
 

@@ -3,7 +3,6 @@
 
 use harness::{
     audit::audit,
-    processes::Process,
     replay::available,
     system::{Service, stop},
     target::Target,
@@ -13,6 +12,7 @@ use proto::{
     orders::v1::{CancelOrderRequest, CreateOrderRequest, GetOrderRequest, OrderItem, OrderStatus},
 };
 use sqlx::{FromRow, PgPool, types::time::OffsetDateTime};
+use testkit::processes::Process;
 use tonic::{Code, transport::Channel};
 use uuid::Uuid;
 

@@ -1,24 +1,11 @@
-//! The harness's own parts, against a real PostgreSQL and real processes. Run them with `make test`.
+//! The whole system, as real processes against a real PostgreSQL. Run them with `make test`.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
-
-mod scratch;
 
 mod site;
 
-mod bootstrap;
-
-mod cluster;
-
-mod processes;
-
-mod system;
-
-mod test_database;
-
-mod with_postgres;
-
+mod command_line;
 mod interleavings;
-
-mod third_service;
-
 mod plans;
+mod system;
+mod third_service;
+mod with_postgres;

@@ -1,8 +1,9 @@
 //! Databases, ports and log files for one system.
 
-use harness::{TestDatabase, postgres::Server, system::Layout};
+use harness::system::Layout;
+use testkit::{TestDatabase, postgres::Server};
 
-use crate::scratch::Scratch;
+use testkit::Scratch;
 
 /// What the processes of one test run on; everything in it is gone after the test.
 pub(crate) struct Site {

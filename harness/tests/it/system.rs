@@ -4,12 +4,12 @@ use std::{future::Future, time::Duration};
 
 use harness::{
     audit::audit,
-    processes::Process,
     replay::replay,
     stress::{Load, count_missing, place_orders, wait_until_delivered},
     system::{Service, stop},
 };
 use sqlx::PgPool;
+use testkit::processes::Process;
 use tokio::{process::Command, time::sleep};
 
 use crate::site::Site;

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use harness::{
-    TestDatabase,
-    processes::{Process, binary},
     stress::{Load, place_orders, wait_until_delivered},
     system::{Service, stop},
 };
 use sqlx::PgPool;
+use testkit::{
+    TestDatabase,
+    processes::{Process, binary},
+};
 
 use crate::site::Site;
 

@@ -5,13 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{
+use rustix::process::Signal;
+use testkit::{
     postgres::{Cluster, Options},
     processes::Process,
 };
-use rustix::process::Signal;
 
-use crate::{cluster::can_be_made, scratch::Scratch};
+use testkit::{Scratch, postgres::find};
 
 const EXISTING: &str = "postgres://nobody:nothing@127.0.0.1:1/postgres";
 
@@ -31,7 +31,7 @@ fn clusters(directory: &Path) -> usize {
 
 #[test]
 fn lends_a_server_and_passes_the_exit_code_on() {
-    if !can_be_made() {
+    if find().is_err() {
         return;
     }
     let scratch = Scratch::new();
@@ -81,7 +81,7 @@ async fn endless(scratch: &Scratch) -> Process {
 
 #[tokio::test]
 async fn signals_reach_the_command() {
-    if !can_be_made() {
+    if find().is_err() {
         return;
     }
     let scratch = Scratch::new();
@@ -96,7 +96,7 @@ async fn signals_reach_the_command() {
 
 #[tokio::test]
 async fn what_a_killed_run_leaves_is_cleaned_up_by_the_next() {
-    if !can_be_made() {
+    if find().is_err() {
         return;
     }
     let scratch = Scratch::new();
@@ -113,7 +113,7 @@ async fn what_a_killed_run_leaves_is_cleaned_up_by_the_next() {
 
 #[tokio::test]
 async fn what_a_killed_run_leaves_can_be_taken_over() {
-    if !can_be_made() {
+    if find().is_err() {
         return;
     }
     let scratch = Scratch::new();

@@ -1,15 +1,15 @@
 //! Whatever a stranger sends is answered as the contract says, and neither harms the service nor stays with it.
 
 use bolero::{TypeGenerator, check, produce};
-use harness::fuzz::{
-    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
-    is_result_of_each, repeat,
-};
 use prost::{Message, bytes::Bytes};
 use proto::{
     events::v1::{DeliverRequest, DeliverResponse, Event},
     inventory::v1::{AdjustStockRequest, ListStockRequest, ListStockResponse, StockLevel},
     orders::v1::{OrderCreated, OrderItem},
+};
+use testkit::fuzz::{
+    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
+    is_result_of_each, repeat,
 };
 use tonic::{Request, Status};
 use uuid::Uuid;

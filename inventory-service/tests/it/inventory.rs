@@ -3,10 +3,10 @@
 use std::{env, future::Future, net::SocketAddr, time::Duration};
 
 use clap::Parser;
-use harness::{TestDatabase, postgres::Server};
 use inventory_service::{MIGRATORS, Settings};
 use proto::events::v1::Event;
 use sqlx::{Executor, PgPool, Postgres, QueryBuilder, Transaction};
+use testkit::{TestDatabase, postgres::Server};
 use tokio::{
     net::TcpListener,
     task::JoinHandle,

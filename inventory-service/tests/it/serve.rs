@@ -1,5 +1,5 @@
 use chassis::RunError;
-use harness::TestDatabase;
+use testkit::TestDatabase;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::timeout,

@@ -2,8 +2,8 @@
 
 use std::{net::SocketAddr, path::Path, process::Output, time::Duration};
 
-use harness::{TestDatabase, processes::Process};
 use order_service::MIGRATORS;
+use testkit::{TestDatabase, processes::Process};
 use tokio::process::Command;
 use uuid::Uuid;
 

@@ -7,15 +7,15 @@ use std::{
 };
 
 use bolero::{TypeGenerator, check, produce};
-use harness::fuzz::{
-    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
-    is_result_of_each, repeat,
-};
 use prost::{Message, Name, bytes::Bytes};
 use proto::{
     events::v1::{DeliverRequest, DeliverResponse, Event},
     inventory::v1::{Shortage, StockRejected, StockReleased, StockReserved},
     orders::v1::{CreateOrderRequest, ListOrdersRequest, ListOrdersResponse, Order},
+};
+use testkit::fuzz::{
+    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
+    is_result_of_each, repeat,
 };
 use tonic::{
     Code, Request, Status,

@@ -1,7 +1,7 @@
 use chassis::{DatabaseUrl, RunError, SchemaError};
-use harness::TestDatabase;
 use order_service::MIGRATORS;
 use sqlx::migrate::MigrateError;
+use testkit::TestDatabase;
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
 

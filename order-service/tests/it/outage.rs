@@ -3,10 +3,10 @@
 use std::{env, time::Duration};
 
 use chassis::{Database, DatabaseSettings};
-use harness::{TestDatabase, postgres::Server};
 use order_service::MIGRATORS;
 use proto::orders::v1::{GetOrderRequest, ListOrdersRequest};
 use sqlx::{Connection, PgConnection, QueryBuilder, postgres::PgConnectOptions, types::time::OffsetDateTime};
+use testkit::{TestDatabase, postgres::Server};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},

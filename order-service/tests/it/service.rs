@@ -3,7 +3,6 @@
 use std::{fmt::Debug, net::SocketAddr, time::Duration};
 
 use clap::Parser;
-use harness::TestDatabase;
 use order_service::{MIGRATORS, Settings};
 use prost::{Message, Name};
 use proto::{
@@ -15,6 +14,7 @@ use proto::{
     },
 };
 use sqlx::{PgPool, Postgres, Transaction};
+use testkit::TestDatabase;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use harness::TestDatabase;
 use sqlx::{FromRow, PgPool, types::time::OffsetDateTime};
+use testkit::TestDatabase;
 use uuid::Uuid;
 
 use crate::wait::{AMPLE, until, until_within};

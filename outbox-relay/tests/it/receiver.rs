@@ -7,11 +7,11 @@ use std::{
     time::Duration,
 };
 
-use harness::processes::free_port;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
+use testkit::processes::free_port;
 use tokio::{
     net::TcpListener,
     sync::watch,

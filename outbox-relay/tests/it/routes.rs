@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use harness::processes::free_port;
+use testkit::processes::free_port;
 use uuid::Uuid;
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use chassis::DatabaseUrl;
 use chassis::RunError;
-use harness::TestDatabase;
+use testkit::TestDatabase;
 
 use crate::{
     line::Line,

@@ -2,8 +2,8 @@
 
 use std::{process::Stdio, time::Duration};
 
-use harness::TestDatabase;
 use serde_json::{Value, json};
+use testkit::TestDatabase;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     net::TcpListener,

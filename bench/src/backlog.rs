@@ -1,0 +1,174 @@
+//! A backlog that is drained again and again: placed once, through order-service, and put back before each drain.
+//!
+//! A drain is timed from the moment the relay, which is up and paused, is told to resume, to the moment its outbox is
+//! empty. How much is left is known from the relay's own metrics, which cost nobody anything; counting rows every 50 ms
+//! would take half a core. The relay of the answers is not running meanwhile: so what is measured is one way.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use sqlx::PgConnection;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    closed_loop::fill,
+    report::Report,
+    requests::Shape,
+    site::{Site, finish, start},
+};
+use harness::{
+    stress::wait_until_delivered,
+    system::{Layout, Service, stop},
+};
+use testkit::processes::{Process, free_port};
+
+const SAMPLE_PAUSE: Duration = Duration::from_millis(25);
+const DRAIN_LIMIT: Duration = Duration::from_secs(180);
+const PAUSE: [&str; 5] = ["pause", "--by", "bench", "--reason", "bench"];
+const RESUME: [&str; 1] = ["resume"];
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
+
+const KEEP_ORDERS: &str = "-- bench: keep the backlog
+    CREATE TABLE bench_backlog AS SELECT * FROM outbox ORDER BY visible_at";
+const KEEP_INVENTORY: &str = "-- bench: keep the stock
+    CREATE TABLE bench_stock AS SELECT * FROM stock;
+    CREATE TABLE bench_ledger AS SELECT * FROM stock_ledger";
+const RESTORE_INVENTORY: &str = "-- bench: put the stock back
+    TRUNCATE processed_messages, reservations, outbox, stock_ledger, stock;
+    INSERT INTO stock SELECT * FROM bench_stock;
+    INSERT INTO stock_ledger SELECT * FROM bench_ledger";
+/// A statement each: VACUUM runs in no transaction.
+const VACUUM: [&str; 2] = ["VACUUM (ANALYZE)", "CHECKPOINT"];
+
+/// Orders whose events wait.
+#[derive(Debug)]
+pub(super) struct Backlog {
+    layout: Layout,
+    processes: Vec<Process>,
+    orders: PgConnection,
+    inventory: PgConnection,
+}
+
+/// A drain.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Drained {
+    /// Events a second.
+    pub(super) rate: f64,
+    /// Seconds since the begin, and events left.
+    pub(super) samples: Vec<(f64, u64)>,
+}
+
+impl Backlog {
+    /// Places the orders, in databases of that name.
+    pub(super) async fn place(site: &Site, name: &str, orders: u64, shape: Shape) -> Result<Self> {
+        let layout = site.databases(name).await?;
+        let processes = start(&layout, &[Service::Inventory, Service::Orders]).await?;
+        shape.put_stock_in(&layout.target()?).await?;
+        let (mut orders_database, mut inventory) =
+            (site.connect(&layout.orders).await?, site.connect(&layout.inventory).await?);
+        fill(layout.order_service, orders, shape).await?;
+        sqlx::raw_sql(KEEP_ORDERS).execute(&mut orders_database).await?;
+        sqlx::raw_sql(KEEP_INVENTORY).execute(&mut inventory).await?;
+        layout.operate(Service::OrdersRelay, &PAUSE).await?;
+        Ok(Self { layout, processes, orders: orders_database, inventory })
+    }
+
+    /// Puts the oldest events back, and inventory to where it was before it had any.
+    async fn restore(&mut self, events: u64) -> Result<()> {
+        sqlx::raw_sql(RESTORE_INVENTORY).execute(&mut self.inventory).await?;
+        sqlx::raw_sql("TRUNCATE outbox").execute(&mut self.orders).await?;
+        sqlx::query("INSERT INTO outbox SELECT * FROM bench_backlog ORDER BY visible_at LIMIT $1")
+            .bind(i64::try_from(events)?)
+            .execute(&mut self.orders)
+            .await?;
+        for statement in VACUUM {
+            for connection in [&mut self.orders, &mut self.inventory] {
+                sqlx::raw_sql(statement).execute(connection).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Drains so many of the events, by a relay with these settings besides; no longer than `time`, if that is given.
+    pub(super) async fn drain(
+        &mut self,
+        events: u64,
+        settings: &[(&str, &str)],
+        time: Option<Duration>,
+    ) -> Result<Drained> {
+        self.restore(events).await?;
+        let metrics = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+        let mut layout = self.layout.clone();
+        layout.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        layout.settings.push(("RELAY_METRICS_LISTEN".into(), metrics.to_string()));
+        let relay = layout.start(Service::OrdersRelay).await?;
+        timeout(OPEN_LIMIT, wait_until_open(metrics)).await.context("the relay has not opened its route")??;
+
+        let begin = Instant::now();
+        layout.operate(Service::OrdersRelay, &RESUME).await?;
+        let mut samples = vec![(0.0, events)];
+        let drained = loop {
+            let handled = read_metric(metrics, "outbox_relay_events_total", "outcome=\"handled\"").await?;
+            let elapsed = begin.elapsed();
+            samples.push((elapsed.as_secs_f64(), events.saturating_sub(handled)));
+            if handled >= events || time.is_some_and(|time| elapsed >= time) {
+                break Drained { rate: handled as f64 / elapsed.as_secs_f64(), samples };
+            }
+            ensure!(elapsed < DRAIN_LIMIT, "{} events are left after {DRAIN_LIMIT:?}", events - handled);
+            sleep(SAMPLE_PAUSE).await;
+        };
+        layout.operate(Service::OrdersRelay, &PAUSE).await?;
+        stop([relay]).await?;
+        if time.is_none() {
+            let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox").fetch_one(&mut self.orders).await?;
+            ensure!(left == 0, "{left} events are left of a drain that its relay took for finished");
+        }
+        Ok(drained)
+    }
+
+    /// Brings the answers of the last drain back, and audits. That drain must have been of the whole backlog.
+    pub(super) async fn finish(mut self, report: &mut Report) -> Result<()> {
+        self.layout.operate(Service::OrdersRelay, &RESUME).await?;
+        self.processes.extend(start(&self.layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
+        wait_until_delivered(&self.layout.target()?.databases, DRAIN_LIMIT).await?;
+        finish(&self.layout, self.processes, report).await
+    }
+}
+
+async fn wait_until_open(metrics: SocketAddr) -> Result<()> {
+    while read_metric(metrics, "outbox_relay_route_open", "").await.unwrap_or(0) == 0 {
+        sleep(SAMPLE_PAUSE).await;
+    }
+    Ok(())
+}
+
+/// The sum of a metric's values whose labels contain the text, as the relay shows them.
+async fn read_metric(address: SocketAddr, name: &str, label: &str) -> Result<u64> {
+    let mut connection = TcpStream::connect(address).await.context("the relay's metrics cannot be read")?;
+    connection.write_all(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").await?;
+    let mut shown = String::new();
+    connection.read_to_string(&mut shown).await?;
+    Ok(sum_metric(&shown, name, label))
+}
+
+fn sum_metric(shown: &str, name: &str, label: &str) -> u64 {
+    let samples = shown.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "));
+    samples.filter(|(labels, _)| labels.contains(label)).filter_map(|(_, value)| value.parse::<u64>().ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sum_metric;
+
+    #[test]
+    fn metrics_of_all_routes_count() {
+        let shown = "# TYPE events_total counter\nevents_total{route=\"a\",outcome=\"handled\"} 40\n\
+                     events_total{route=\"b\",outcome=\"handled\"} 2\nevents_total{route=\"a\",outcome=\"died\"} 1\n";
+        assert_eq!(sum_metric(shown, "events_total", "outcome=\"handled\""), 42);
+        assert_eq!(sum_metric("", "events_total", ""), 0);
+    }
+}

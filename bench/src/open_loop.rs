@@ -1,0 +1,213 @@
+//! Load at a constant rate, whatever becomes of the calls: what latency is measured with.
+//!
+//! A thread says when each call is due; its latency counts from then. So a service that stalls is charged for all calls
+//! that would have come meanwhile, and not only for the one that met it ("coordinated omission"). At most [`AT_ONCE`]
+//! calls are under way; those that are due beyond that wait here, and their time runs. What could not be sent by the end
+//! of the schedule and a second is given up: then the rate was beyond what can be had, and the run says so.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use sqlx::PgConnection;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+    time::timeout_at,
+};
+use uuid::Uuid;
+
+use super::{
+    quantiles::Latencies,
+    requests::{Failures, Shape, connect, place},
+};
+
+/// Calls under way at most: the most that part 1 has. Beyond what it can do, a service is right to refuse calls that would
+/// wait too long, and what is asked here is how long orders take, not when that begins.
+const AT_ONCE: u32 = 256;
+/// For how long after the last call is due others may still be sent.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A constant rate.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Schedule {
+    /// Calls a second.
+    pub(super) rate: u32,
+    pub(super) time: Duration,
+}
+
+impl Schedule {
+    fn calls(self) -> u32 {
+        u32::try_from(u128::from(self.rate) * self.time.as_millis() / 1000).unwrap_or(u32::MAX)
+    }
+
+    /// When a call is due, counted from the begin. Every one is computed from the begin, so that no error adds up.
+    fn due(self, call: u32) -> Duration {
+        Duration::from_secs_f64(f64::from(call) / f64::from(self.rate))
+    }
+}
+
+/// The database's clock, by which commits are stamped, without asking it each time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DatabaseClock {
+    read_at: Instant,
+    micros: i64,
+}
+
+impl DatabaseClock {
+    /// Reads it a few times and believes the answer that took the shortest; it is then wrong by half of that at most.
+    pub(super) async fn read(connection: &mut PgConnection) -> Result<Self> {
+        let mut best: Option<(Duration, Self)> = None;
+        for _ in 0..20 {
+            let asked = Instant::now();
+            let micros = sqlx::query_scalar::<_, i64>(
+                "-- bench: read clock
+                SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint",
+            )
+            .fetch_one(&mut *connection)
+            .await?;
+            let took = asked.elapsed();
+            if best.is_none_or(|(shortest, _)| took < shortest) {
+                best = Some((took, Self { read_at: asked + took / 2, micros }));
+            }
+        }
+        best.map(|(_, clock)| clock).ok_or_else(|| anyhow::anyhow!("the clock was not read"))
+    }
+
+    /// Microseconds since 1970.
+    pub(super) fn at(self, instant: Instant) -> i64 {
+        let after = instant.saturating_duration_since(self.read_at).as_micros();
+        let before = self.read_at.saturating_duration_since(instant).as_micros();
+        self.micros + i64::try_from(after).unwrap_or(i64::MAX) - i64::try_from(before).unwrap_or(i64::MAX)
+    }
+}
+
+/// An order that was acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Acknowledged {
+    pub(super) order_id: Uuid,
+    /// When its call was due.
+    pub(super) due: Instant,
+    pub(super) acknowledged: Instant,
+}
+
+/// What became of a schedule.
+#[derive(Debug)]
+pub(super) struct Offered {
+    /// When the first call was due.
+    pub(super) began: Instant,
+    pub(super) orders: Vec<Acknowledged>,
+    /// Calls that were due and were given up.
+    pub(super) unsent: u32,
+    pub(super) failures: Failures,
+}
+
+impl Offered {
+    /// Orders acknowledged a second, up to the last.
+    pub(super) fn achieved(&self, schedule: Schedule) -> f64 {
+        let last = self.orders.iter().map(|order| order.acknowledged).max().unwrap_or(self.began);
+        self.orders.len() as f64 / (last - self.began).max(schedule.time).as_secs_f64()
+    }
+
+    /// From due to acknowledged; of a call that was given up, to the end of the run: at least so long.
+    pub(super) fn acknowledgements(&self, schedule: Schedule) -> Latencies {
+        let sent = self.orders.iter().map(|order| (order.acknowledged - order.due).as_secs_f64() * 1e3);
+        let calls = schedule.calls();
+        let end = schedule.time + GRACE;
+        let unsent =
+            (calls - self.unsent..calls).map(|call| end.saturating_sub(schedule.due(call)).as_secs_f64() * 1e3);
+        Latencies::of(sent.chain(unsent).collect())
+    }
+}
+
+/// Places orders as they are due.
+pub(super) async fn offer(address: SocketAddr, schedule: Schedule, shape: Shape) -> Result<Offered> {
+    let clients = connect(address, AT_ONCE)?;
+    let began = Instant::now() + Duration::from_millis(20);
+    let give_up = tokio::time::Instant::from_std(began + schedule.time + GRACE);
+    let mut due = start_clock(schedule, began);
+    let permits = Arc::new(Semaphore::new(usize::try_from(AT_ONCE)?));
+    let mut calls = JoinSet::new();
+    let mut clients = clients.iter().cycle();
+    let mut sent = 0;
+    let mut offered = Offered { began, orders: Vec::new(), unsent: 0, failures: Failures::default() };
+    while let Some(due_at) = due.recv().await {
+        let Ok(permit) = timeout_at(give_up, permits.clone().acquire_owned()).await else { break };
+        let (permit, Some(mut client)) = (permit?, clients.next().cloned()) else { break };
+        sent += 1;
+        calls.spawn(async move {
+            let placed = place(&mut client, shape).await;
+            let acknowledged = Instant::now();
+            drop(permit);
+            let order_id = placed?.order_id.parse()?;
+            Ok(Acknowledged { order_id, due: due_at, acknowledged })
+        });
+        while let Some(call) = calls.try_join_next() {
+            offered.record(call?);
+        }
+    }
+    while let Some(call) = calls.join_next().await {
+        offered.record(call?);
+    }
+    offered.unsent = schedule.calls() - sent;
+    Ok(offered)
+}
+
+impl Offered {
+    fn record(&mut self, call: Result<Acknowledged>) {
+        match call {
+            Ok(order) => self.orders.push(order),
+            Err(error) => self.failures.add(&error),
+        }
+    }
+}
+
+/// A thread, because it can sleep for less than the millisecond that timers of the runtime are rounded to.
+fn start_clock(schedule: Schedule, began: Instant) -> mpsc::UnboundedReceiver<Instant> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    thread::spawn(move || {
+        for call in 0..schedule.calls() {
+            let due = began + schedule.due(call);
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            if sender.send(due).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::{Acknowledged, Failures, Offered, Schedule};
+    use crate::quantiles::P99;
+
+    #[test]
+    fn calls_are_due_at_a_constant_rate() {
+        let schedule = Schedule { rate: 3000, time: Duration::from_secs(8) };
+        assert_eq!(schedule.calls(), 24_000);
+        assert_eq!(schedule.due(0), Duration::ZERO);
+        assert_eq!(schedule.due(12_000), Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_stall_is_charged_to_all_calls_that_were_due_meanwhile() {
+        let schedule = Schedule { rate: 100, time: Duration::from_secs(1) };
+        let began = Instant::now();
+        // All were sent when the stall was over, a second after the first was due.
+        let acknowledged = began + Duration::from_secs(1);
+        let order = |call| Acknowledged { order_id: uuid::Uuid::nil(), due: began + schedule.due(call), acknowledged };
+        let orders = (0..50).map(order).collect();
+        let offered = Offered { began, orders, unsent: 50, failures: Failures::default() };
+        assert_eq!(offered.achieved(schedule), 50.0);
+        let latencies = offered.acknowledgements(schedule);
+        assert_eq!(latencies.all().len(), 100);
+        assert!((latencies.at(P99) - 1490.0).abs() < 1.0, "given up 2 s after the begin: {}", latencies.at(P99));
+    }
+}

@@ -1,0 +1,119 @@
+//! The orders that are placed, and placing them.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, Result};
+use proto::{
+    inventory::v1::AdjustStockRequest,
+    orders::v1::{CreateOrderRequest, Order, OrderItem, order_service_client::OrderServiceClient},
+};
+use tokio::task::JoinSet;
+use tonic::{
+    Request,
+    transport::{Channel, Endpoint},
+};
+use uuid::Uuid;
+
+use harness::{stress::check_reply, target::Target};
+
+/// How long one call may take before it counts as failed.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// One connection carries a limited number of calls at once.
+const CALLS_PER_CONNECTION: u32 = 64;
+/// Enough of each SKU for any run; the most that one adjustment may add.
+const STOCK: i64 = 1_000_000_000;
+const STOCK_CALLERS: u32 = 8;
+
+/// What orders are about.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    /// How many SKUs there are, each as likely as the others.
+    pub(super) skus: u32,
+    /// How many different ones an order names.
+    pub(super) items: u32,
+}
+
+impl Shape {
+    pub(super) const USUAL: Self = Self { skus: 1000, items: 2 };
+
+    /// An order like no other: its request id is new.
+    pub(super) fn request(self) -> CreateOrderRequest {
+        let first = fastrand::u32(..self.skus);
+        let apart = self.skus / self.items;
+        let item = |number| OrderItem {
+            sku: sku((first + number * apart) % self.skus),
+            quantity: 1,
+            unit_price_minor: 1250 + 2950 * i64::from(number),
+        };
+        CreateOrderRequest {
+            request_id: Uuid::new_v4().into(),
+            customer_id: format!("bench-{}", fastrand::u32(..1000)),
+            currency_code: "EUR".into(),
+            items: (0..self.items).map(item).collect(),
+        }
+    }
+
+    /// Puts more of every SKU in than will be ordered.
+    pub(super) async fn put_stock_in(self, target: &Target) -> Result<()> {
+        let inventory = target.inventory();
+        let mut callers = JoinSet::new();
+        for caller in 0..STOCK_CALLERS {
+            let (mut inventory, skus) = (inventory.clone(), self.skus);
+            callers.spawn(async move {
+                for number in (caller..skus).step_by(STOCK_CALLERS as usize) {
+                    let request_id = Uuid::new_v4().into();
+                    let request = AdjustStockRequest { request_id, sku: sku(number), delta: STOCK };
+                    inventory.adjust_stock(request).await.context("cannot put stock in")?;
+                }
+                Ok::<_, anyhow::Error>(())
+            });
+        }
+        callers.join_all().await.into_iter().collect()
+    }
+}
+
+/// As the scripts of pgbench name them.
+fn sku(number: u32) -> String {
+    format!("SKU-{:04}", number + 1)
+}
+
+/// Connections enough for so many calls at once, each made when first used.
+pub(super) fn connect(address: SocketAddr, at_once: u32) -> Result<Vec<OrderServiceClient<Channel>>> {
+    let endpoint = Endpoint::try_from(format!("http://{address}"))?.tcp_nodelay(true);
+    let connections = at_once.div_ceil(CALLS_PER_CONNECTION);
+    Ok((0..connections).map(|_| OrderServiceClient::new(endpoint.connect_lazy())).collect())
+}
+
+/// Places one order.
+///
+/// # Errors
+/// Anything but an answer that is right.
+pub(super) async fn place(client: &mut OrderServiceClient<Channel>, shape: Shape) -> Result<Order> {
+    let content = shape.request();
+    let mut request = Request::new(content.clone());
+    request.set_timeout(CALL_LIMIT);
+    let answered = client.create_order(request).await;
+    let order = answered
+        .map_err(|status| anyhow::anyhow!("CreateOrder was answered {:?}: {}", status.code(), status.message()))?;
+    let order = order.into_inner();
+    check_reply(&content, &order)?;
+    Ok(order)
+}
+
+/// Calls that failed or were answered wrongly: how many, and the first of them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Failures {
+    pub(super) count: u64,
+    pub(super) first: Option<String>,
+}
+
+impl Failures {
+    pub(super) fn add(&mut self, error: &anyhow::Error) {
+        self.merge(Self { count: 1, first: Some(format!("{error:#}")) });
+    }
+
+    pub(super) fn merge(&mut self, other: Self) {
+        self.count += other.count;
+        self.first = self.first.take().or(other.first);
+    }
+}

@@ -1,0 +1,141 @@
+//! What a bench works on: a private durable cluster, databases of each part's own, and the processes over them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use sqlx::{Connection, PgConnection};
+
+use super::{machine, report::Report};
+use harness::{
+    audit::audit,
+    system::{Layout, Service, stop},
+};
+use testkit::{
+    bootstrap::{bootstrap, create_database},
+    postgres::{self, Cluster, Installation, Options},
+    processes::Process,
+};
+
+/// Durable as by default. What is set is set for both sides of every comparison: memory so that reading does not count,
+/// and room for WAL, so that checkpoints come by the clock and not in the middle of a run of seconds.
+const SETTINGS: [&str; 5] = [
+    "track_commit_timestamp=on",
+    "shared_buffers=1GB",
+    "max_wal_size=8GB",
+    "checkpoint_timeout=30min",
+    // Parameters would make the log of statements many times as large.
+    "log_parameter_max_length=0",
+];
+
+/// The cluster of a bench.
+#[derive(Debug)]
+pub(super) struct Site {
+    cluster: Cluster,
+    directory: PathBuf,
+    /// Small sizes.
+    pub(super) quick: bool,
+}
+
+impl Site {
+    /// Starts the cluster in the directory, which also gets logs and scratch files.
+    pub(super) async fn start(directory: &Path, quick: bool) -> Result<Self> {
+        let home = directory.join("postgres");
+        // That of a killed bench has databases of the same names.
+        postgres::remove_abandoned(&home).await?;
+        let options = Options {
+            directory: home,
+            port: None,
+            keep: false,
+            durable: true,
+            settings: SETTINGS.map(str::to_owned).into(),
+        };
+        let cluster = Cluster::start(options).await?;
+        bootstrap(cluster.server()).await?;
+        Ok(Self { cluster, directory: directory.to_owned(), quick })
+    }
+
+    /// Either size.
+    pub(super) fn size<T>(&self, full: T, quick: T) -> T {
+        if self.quick { quick } else { full }
+    }
+
+    pub(super) fn rounds(&self) -> usize {
+        self.size(3, 1)
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(super) fn installation(&self) -> &Installation {
+        self.cluster.installation()
+    }
+
+    /// The file with what the server has logged.
+    pub(super) fn server_log(&self) -> PathBuf {
+        self.cluster.log()
+    }
+
+    /// A new pair of databases, with their schemas and the demo stock.
+    pub(super) async fn databases(&self, name: &str) -> Result<Layout> {
+        let server = self.cluster.server();
+        let (orders, inventory) = (format!("{name}_orders"), format!("{name}_inventory"));
+        create_database(server, &orders, "orders_owner").await?;
+        create_database(server, &inventory, "inventory_owner").await?;
+        let logs = self.directory.join("logs").join(name);
+        let layout = Layout::on_free_ports(server.clone(), &orders, &inventory, &logs)?;
+        layout.prepare().await?;
+        Ok(layout)
+    }
+
+    /// A superuser's connection.
+    pub(super) async fn connect(&self, database: &str) -> Result<PgConnection> {
+        let url = self.superuser_url(database);
+        PgConnection::connect(&url).await.with_context(|| format!("cannot connect to {database}"))
+    }
+
+    pub(super) fn superuser_url(&self, database: &str) -> String {
+        self.cluster.server().superuser_url(database)
+    }
+
+    /// Ends all that was written so far, so that no run pays for the one before.
+    pub(super) async fn checkpoint(&self) -> Result<()> {
+        let mut connection = self.cluster.server().connect().await?;
+        sqlx::raw_sql("CHECKPOINT").execute(&mut connection).await?;
+        Ok(())
+    }
+
+    pub(super) async fn describe(&self) -> Result<serde_json::Value> {
+        machine::describe(&mut self.cluster.server().connect().await?).await
+    }
+
+    /// Deadlocks in any database since the cluster was made.
+    pub(super) async fn count_deadlocks(&self) -> Result<i64> {
+        let mut connection = self.cluster.server().connect().await?;
+        let deadlocks = sqlx::query_scalar(
+            "-- bench: count deadlocks
+            SELECT coalesce(sum(deadlocks), 0)::bigint FROM pg_stat_database",
+        );
+        Ok(deadlocks.fetch_one(&mut connection).await?)
+    }
+
+    pub(super) async fn stop(self) -> Result<()> {
+        self.cluster.stop().await
+    }
+}
+
+/// Starts processes in their order.
+pub(super) async fn start(layout: &Layout, services: &[Service]) -> Result<Vec<Process>> {
+    let mut processes = Vec::new();
+    for service in services {
+        processes.push(layout.start(*service).await?);
+    }
+    Ok(processes)
+}
+
+/// Audits both databases, and ends the processes.
+pub(super) async fn finish(layout: &Layout, processes: Vec<Process>, report: &mut Report) -> Result<()> {
+    let audit = audit(&layout.target()?.databases).await?;
+    report.audited(&audit);
+    stop(processes).await
+}

@@ -1,0 +1,258 @@
+//! Holds what clients were told against what is in the databases in the end.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use sqlx::PgConnection;
+use tokio::{process::Command, time::sleep};
+use uuid::Uuid;
+
+use super::{history::Known, site::Part, world::World};
+use harness::{audit::audit, stress::wait_until_delivered, system::operate};
+
+/// How long the system may take, once all is healed, to deliver all there is.
+const HEAL_LIMIT: Duration = Duration::from_secs(60);
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is wrong.
+#[derive(Debug, Default)]
+pub(super) struct Verdict {
+    /// Acknowledged, and without effect.
+    pub(super) lost: Vec<String>,
+    /// Applied twice, or placed twice.
+    pub(super) doubled: Vec<String>,
+    pub(super) others: Vec<String>,
+    /// How long it took until everything was delivered, if it was.
+    pub(super) drained: Duration,
+}
+
+impl Verdict {
+    pub(super) fn violations(&self) -> usize {
+        self.lost.len() + self.doubled.len() + self.others.len()
+    }
+
+    /// By the word that a finding begins with, also those of the audit: what is WRONG there is taken too often, or too much.
+    fn add(&mut self, finding: String) {
+        match finding.split(':').next() {
+            Some("LOST") => self.lost.push(finding),
+            Some("DOUBLED" | "WRONG") => self.doubled.push(finding),
+            _ => self.others.push(finding),
+        }
+    }
+}
+
+/// Checks a system that is healed and idle, and adds what is wrong.
+///
+/// # Errors
+/// When something cannot be read; what was found before stays.
+pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
+    let mut orders = connect_patiently(world, Part::Orders).await?;
+    let mut inventory = connect_patiently(world, Part::Inventory).await?;
+    match wait_until_delivered(&world.target.databases, HEAL_LIMIT).await {
+        Ok(drained) => verdict.drained = drained,
+        Err(error) => verdict.others.push(format!("after all was healed: {error:#}")),
+    }
+    for connection in [&mut orders, &mut inventory] {
+        check_breaches(connection, verdict).await?;
+    }
+    check_dead(world, &mut orders, &mut inventory, verdict).await?;
+    check_known(world, &mut orders, verdict).await?;
+    check_adjusted(world, &mut inventory, verdict).await?;
+    check_sequence(&mut inventory, verdict).await?;
+    remember_again(world, &mut inventory).await?;
+    let audit = audit(&world.target.databases).await?;
+    audit.findings.into_iter().for_each(|finding| verdict.add(finding));
+    check_files(world, verdict).await
+}
+
+/// Waits until a database answers: it may have been crashed a moment ago.
+async fn connect_patiently(world: &World, part: Part) -> Result<PgConnection> {
+    let began = Instant::now();
+    loop {
+        match world.site.connect(part).await {
+            Err(_) if began.elapsed() < CONNECT_LIMIT => sleep(Duration::from_millis(100)).await,
+            connected => return connected,
+        }
+    }
+}
+
+async fn check_breaches(connection: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let rows: Vec<(String, String, i64)> = sqlx::query_as(
+        "-- chaos: read breaches
+        SELECT breach, session, count(*) FROM chaos_breaches GROUP BY 1, 2",
+    )
+    .fetch_all(connection)
+    .await?;
+    verdict.others.extend(rows.into_iter().map(|(breach, by, events)| format!("{events} events {breach}, by {by}")));
+    Ok(())
+}
+
+/// Exactly the poison is dead. Then it is discarded, as an operator would, so that the audit finds nothing of it.
+async fn check_dead(
+    world: &World,
+    orders: &mut PgConnection,
+    inventory: &mut PgConnection,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let poisoned = world.poisoned.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut dead = BTreeSet::new();
+    for (part, connection) in [(Part::Orders, orders), (Part::Inventory, inventory)] {
+        let rows: Vec<(Uuid, Uuid, String)> = sqlx::query_as(
+            "-- chaos: read dead
+            SELECT aggregate_id, event_id, last_error FROM outbox WHERE visible_at = 'infinity'",
+        )
+        .fetch_all(connection)
+        .await?;
+        for (aggregate, event_id, reason) in rows {
+            if poisoned.contains(&aggregate) {
+                discard(world, part, event_id).await?;
+            } else {
+                verdict.others.push(format!("event {event_id} of {aggregate} is dead, and was no poison: {reason}"));
+            }
+            dead.insert(aggregate);
+        }
+    }
+    let alive = poisoned.difference(&dead);
+    verdict.others.extend(alive.map(|aggregate| format!("the poison of {aggregate} is not dead")));
+    Ok(())
+}
+
+async fn discard(world: &World, part: Part, event_id: Uuid) -> Result<()> {
+    let event_id = event_id.to_string();
+    let arguments = ["dead", "discard", &event_id, "--by", "chaos", "--reason", "poison of this run"];
+    operate(&world.site.relay_url(part), &arguments).await.map(drop)
+}
+
+/// Every acknowledgement is true.
+async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let rows: Vec<(Uuid, Option<Uuid>, String)> = sqlx::query_as(
+        "-- chaos: read orders
+        SELECT order_id, request_id, status FROM orders",
+    )
+    .fetch_all(&mut *orders)
+    .await?;
+    let placed: HashMap<Uuid, (Option<Uuid>, String)> =
+        rows.into_iter().map(|(order_id, request_id, status)| (order_id, (request_id, status))).collect();
+    let mut of_requests: HashMap<Uuid, u32> = HashMap::new();
+    for (request_id, _) in placed.values() {
+        if let Some(request_id) = request_id {
+            *of_requests.entry(*request_id).or_default() += 1;
+        }
+    }
+    let twice = of_requests.into_iter().filter(|(_, orders)| *orders > 1);
+    verdict
+        .doubled
+        .extend(twice.map(|(request, orders)| format!("DOUBLED: request {request} has placed {orders} orders")));
+
+    let known = world.history.known();
+    let Known { acknowledged, cancelled, refused, settled, .. } = &*known;
+    for (request, order_ids) in acknowledged {
+        if order_ids.len() > 1 {
+            verdict.doubled.push(format!("DOUBLED: request {request} was answered with the orders {order_ids:?}"));
+        }
+        for order_id in order_ids {
+            match placed.get(order_id) {
+                None => verdict.lost.push(format!("LOST: order {order_id} was acknowledged, and is not there")),
+                Some((of, _)) if *of != Some(*request) => {
+                    verdict
+                        .others
+                        .push(format!("order {order_id} was acknowledged to request {request}, and is of {of:?}"));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    let status_of = |order_id: &Uuid| placed.get(order_id).map_or("MISSING", |(_, status)| status.as_str());
+    for order_id in cancelled.iter().filter(|order_id| status_of(order_id) != "CANCELLED") {
+        let status = status_of(order_id);
+        verdict.lost.push(format!("LOST: the cancellation of order {order_id} was acknowledged, and it is {status}"));
+    }
+    for order_id in refused.iter().filter(|order_id| status_of(order_id) != "REJECTED") {
+        let status = status_of(order_id);
+        verdict.others.push(format!("the cancellation of order {order_id} was refused, and it is {status}"));
+    }
+    for (order_id, seen) in settled {
+        let (seen, is) = (seen.as_str_name().trim_start_matches("ORDER_STATUS_"), status_of(order_id));
+        if is != seen && (seen, is) != ("CONFIRMED", "CANCELLED") {
+            verdict.others.push(format!("order {order_id} was shown to be {seen}, and is {is}"));
+        }
+    }
+    Ok(())
+}
+
+/// The audit asks the inbox for all that was applied, and a fault has made it forget some.
+async fn remember_again(world: &World, inventory: &mut PgConnection) -> Result<()> {
+    let forgotten = world.forgotten.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    sqlx::query(
+        "-- chaos: remember again
+        INSERT INTO processed_messages (message_id) SELECT DISTINCT id FROM unnest($1::uuid[]) AS id
+        ON CONFLICT (message_id) DO UPDATE SET processed_at = now()",
+    )
+    .bind(forgotten)
+    .execute(inventory)
+    .await?;
+    Ok(())
+}
+
+async fn check_adjusted(world: &World, inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let adjusted = world.history.known().adjusted.clone();
+    let missing: Vec<Uuid> = sqlx::query_scalar(
+        "-- chaos: find lost adjustments
+        SELECT request FROM unnest($1::uuid[]) AS request
+        WHERE (SELECT sum(delta) FROM stock_ledger WHERE reference = request AND kind = 'ADJUSTMENT')
+            IS DISTINCT FROM 1",
+    )
+    .bind(adjusted)
+    .fetch_all(inventory)
+    .await?;
+    verdict
+        .lost
+        .extend(missing.into_iter().map(|id| format!("LOST: adjustment {id} was acknowledged, and has not added 1")));
+    Ok(())
+}
+
+/// Nothing was discarded before this, so a cancellation that has come before its order was delivered out of sequence.
+async fn check_sequence(inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let rows: Vec<Uuid> = sqlx::query_scalar(
+        "-- chaos: find out of sequence
+        SELECT order_id FROM reservations WHERE event_id IS NULL",
+    )
+    .fetch_all(inventory)
+    .await?;
+    verdict
+        .others
+        .extend(rows.into_iter().map(|id| format!("order {id} was cancelled at inventory before it was placed")));
+    Ok(())
+}
+
+/// PostgreSQL's own look at its tables and indexes.
+async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
+    for part in [Part::Orders, Part::Inventory] {
+        let mut command = Command::new(world.site.installation.client("pg_amcheck"));
+        command.args(["--install-missing", &world.site.superuser_url(part)]);
+        let output = command.kill_on_drop(true).output().await.context("cannot run pg_amcheck")?;
+        if !output.status.success() {
+            let said = [output.stdout, output.stderr].concat();
+            verdict.others.push(format!("pg_amcheck of {}: {}", part.name(), String::from_utf8_lossy(&said).trim()));
+        }
+    }
+    Ok(())
+}
+
+/// What answers were wrong by themselves, and how the processes have ended.
+pub(super) fn check_processes(world: &World, verdict: &mut Verdict) -> Result<()> {
+    std::mem::take(&mut world.history.known().violations).into_iter().for_each(|violation| verdict.add(violation));
+    for part in Part::ALL {
+        let unit = world.site.unit(part);
+        let log = fs::read_to_string(&unit.plan().log)?;
+        let panics = log.lines().filter(|line| line.contains("panicked"));
+        verdict.others.extend(panics.map(|line| format!("a panic of {}: {line}", part.name())));
+        verdict.others.extend(unit.unexpected().into_iter().map(|end| format!("{} {end}", part.name())));
+    }
+    Ok(())
+}

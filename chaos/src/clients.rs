@@ -1,0 +1,270 @@
+//! Clients: they place orders, repeat calls that were not answered, hang up, cancel, and watch.
+
+use std::{sync::Arc, time::Duration};
+
+use proto::{
+    inventory::v1::{AdjustStockRequest, inventory_service_client::InventoryServiceClient},
+    orders::v1::{
+        CancelOrderRequest, CreateOrderRequest, Order, OrderItem, OrderStatus, WatchOrderRequest,
+        order_service_client::OrderServiceClient,
+    },
+};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Status, transport::Channel};
+use uuid::Uuid;
+
+use super::history::{Ending, History};
+use harness::{stress::check_reply, target::Target};
+
+/// Clients at once, and how long each rests between two orders at most: about 90 orders a second when nothing is broken.
+const CLIENTS: u32 = 16;
+const REST_MAX: Duration = Duration::from_millis(330);
+/// How long one call may take.
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(3);
+/// How long a client repeats a call before it gives the order up.
+const PATIENCE: Duration = Duration::from_secs(45);
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(400);
+const WATCH_LIMIT: Duration = Duration::from_secs(20);
+/// A caller that hangs up does so within this.
+pub(super) const HANG_UP_MAX: Duration = Duration::from_millis(50);
+/// Of the demo stock.
+const SKUS: [&str; 5] = ["COFFEE-BEANS", "FILTER-PAPER", "GRINDER", "KETTLE", "MUG"];
+
+/// Starts the clients; they end after `stop`, when what they are about is done.
+pub(super) fn start(target: &Target, history: &Arc<History>, stop: &CancellationToken) -> JoinSet<()> {
+    let mut clients = JoinSet::new();
+    for number in 1..=CLIENTS {
+        let client = Client::new(format!("client-{number}"), target, history.clone());
+        clients.spawn(client.work(stop.clone()));
+    }
+    clients
+}
+
+/// One client, with a connection of its own.
+#[derive(Clone)]
+pub(super) struct Client {
+    name: Arc<str>,
+    orders: OrderServiceClient<Channel>,
+    inventory: InventoryServiceClient<Channel>,
+    history: Arc<History>,
+}
+
+impl Client {
+    pub(super) fn new(name: String, target: &Target, history: Arc<History>) -> Self {
+        Self { name: name.into(), orders: target.orders(), inventory: target.inventory(), history }
+    }
+
+    async fn work(mut self, stop: CancellationToken) {
+        while !stop.is_cancelled() {
+            let request = request();
+            // Not all repeat a call that was not answered: then nobody knows what became of the order.
+            let patience = if fastrand::u8(..100) < 90 { PATIENCE } else { Duration::ZERO };
+            let hang_up = (fastrand::u8(..100) < 7).then(|| HANG_UP_MAX.mul_f64(fastrand::f64()));
+            if let Some(order) = self.place(&request, patience, hang_up).await {
+                match fastrand::u8(..100) {
+                    0..10 => self.cancel(&order).await,
+                    10..14 => self.watch(&order).await,
+                    14..16 => self.adjust().await,
+                    _ => {}
+                }
+            }
+            let _ = timeout(REST_MAX.mul_f64(fastrand::f64()), stop.cancelled()).await;
+        }
+    }
+
+    /// Places an order, and repeats the call with the same request id until it is answered, or for as long as `patience`
+    /// lasts. With `hang_up`, the first call is dropped after that time.
+    pub(super) async fn place(
+        &mut self,
+        request: &CreateOrderRequest,
+        patience: Duration,
+        mut hang_up: Option<Duration>,
+    ) -> Option<Order> {
+        let id: Uuid = request.request_id.parse().unwrap_or_default();
+        let began = Instant::now();
+        let patient = u64::from(!patience.is_zero());
+        self.history.known().asked += patient;
+        for attempt in 0_u32.. {
+            self.history.invoke(&self.name, "create", id);
+            let call = self.orders.create_order(limited(request.clone()));
+            let answer = timeout(hang_up.take().unwrap_or(CALL_LIMIT * 2), call).await;
+            match self.ending("create", id, answer) {
+                Ok(order) => {
+                    let order = order.into_inner();
+                    self.history.known().answered += patient;
+                    self.acknowledged(request, &order, attempt);
+                    return Some(order);
+                }
+                Err((Ending::Fail, code)) => {
+                    self.history.violation(format!("a proper order was refused for good, {code:?}: request {id}"));
+                    return None;
+                }
+                Err(_) if began.elapsed() >= patience => return None,
+                Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
+            }
+        }
+        None
+    }
+
+    fn acknowledged(&self, request: &CreateOrderRequest, order: &Order, attempt: u32) {
+        let (Ok(request_id), Ok(order_id)) = (request.request_id.parse(), order.order_id.parse()) else {
+            return self.history.violation(format!("an order without ids: {order:?}"));
+        };
+        if let Err(error) = check_status(request, order) {
+            self.history.violation(error);
+        }
+        let mut known = self.history.known();
+        let orders: &mut Vec<Uuid> = known.acknowledged.entry(request_id).or_default();
+        if !orders.contains(&order_id) {
+            orders.push(order_id);
+        }
+        known.recovered += u64::from(attempt > 0);
+    }
+
+    /// Cancels an order; repeats the call until it is answered.
+    async fn cancel(&mut self, order: &Order) {
+        let id = Uuid::new_v4();
+        let request = CancelOrderRequest { request_id: id.into(), order_id: order.order_id.clone() };
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            self.history.invoke(&self.name, "cancel", id);
+            let answer = timeout(CALL_LIMIT * 2, self.orders.cancel_order(limited(request.clone()))).await;
+            match self.ending("cancel", id, answer) {
+                Ok(cancelled) if cancelled.get_ref().status() == OrderStatus::Cancelled => {
+                    return self.history.known().cancelled.extend(order.order_id.parse::<Uuid>());
+                }
+                Ok(cancelled) => {
+                    return self.history.violation(format!("CancelOrder was answered {:?}", cancelled.get_ref()));
+                }
+                Err((Ending::Fail, Code::FailedPrecondition)) => {
+                    return self.history.known().refused.extend(order.order_id.parse::<Uuid>());
+                }
+                Err((Ending::Fail, code)) => {
+                    let order_id = &order.order_id;
+                    return self
+                        .history
+                        .violation(format!("the cancellation of order {order_id} was refused, {code:?}"));
+                }
+                Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
+            }
+        }
+    }
+
+    /// Watches an order until it is settled, or the stream ends, or it takes too long.
+    async fn watch(&mut self, order: &Order) {
+        let id: Uuid = order.order_id.parse().unwrap_or_default();
+        self.history.invoke(&self.name, "watch", id);
+        let watching = async {
+            let request = WatchOrderRequest { order_id: order.order_id.clone() };
+            let mut orders = self.orders.watch_order(request).await?.into_inner();
+            let mut last = None;
+            while let Some(order) = orders.message().await? {
+                last = Some(order.status());
+            }
+            Ok(last)
+        };
+        match timeout(WATCH_LIMIT, watching).await {
+            Ok(Ok(Some(status))) => {
+                self.history.end(&self.name, "watch", id, Ending::Ok, status.as_str_name());
+                if status != OrderStatus::Pending {
+                    self.history.known().settled.push((id, status));
+                }
+            }
+            Ok(Err(status)) => {
+                let ending = ending_of(&status);
+                self.note_code("watch", id, ending, &status);
+                if ending == Ending::Fail {
+                    self.history.violation(format!("order {id} could not be watched: {status}"));
+                }
+            }
+            Ok(Ok(None)) | Err(_) => self.history.end(&self.name, "watch", id, Ending::Unknown, ""),
+        }
+    }
+
+    /// Adds one to a SKU, once.
+    async fn adjust(&mut self) {
+        let id = Uuid::new_v4();
+        let sku = fastrand::choice(SKUS).unwrap_or_default();
+        let request = AdjustStockRequest { request_id: id.into(), sku: sku.into(), delta: 1 };
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            self.history.invoke(&self.name, "adjust", id);
+            let answer = timeout(CALL_LIMIT * 2, self.inventory.adjust_stock(limited(request.clone()))).await;
+            match self.ending("adjust", id, answer) {
+                Ok(_) => return self.history.known().adjusted.push(id),
+                Err((Ending::Fail, code)) => {
+                    return self.history.violation(format!("a proper adjustment was refused for good, {code:?}: {id}"));
+                }
+                Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
+            }
+        }
+    }
+
+    fn ending<T>(
+        &self,
+        call: &'static str,
+        id: Uuid,
+        answer: Result<Result<T, Status>, tokio::time::error::Elapsed>,
+    ) -> Result<T, (Ending, Code)> {
+        match answer {
+            Ok(Ok(answer)) => {
+                self.history.end(&self.name, call, id, Ending::Ok, "");
+                Ok(answer)
+            }
+            Ok(Err(status)) => {
+                let ending = ending_of(&status);
+                self.note_code(call, id, ending, &status);
+                Err((ending, status.code()))
+            }
+            Err(_) => {
+                self.history.known().hung_up += 1;
+                self.history.end(&self.name, call, id, Ending::Unknown, "not waited for");
+                Err((Ending::Unknown, Code::DeadlineExceeded))
+            }
+        }
+    }
+
+    fn note_code(&self, call: &'static str, id: Uuid, ending: Ending, status: &Status) {
+        let code = format!("{:?}", status.code());
+        *self.history.known().codes.entry(code.clone()).or_default() += 1;
+        self.history.end(&self.name, call, id, ending, &format!("{code}: {}", status.message()));
+    }
+}
+
+/// A status with a source was made on this side, of a connection that broke.
+pub(super) fn ending_of(status: &Status) -> Ending {
+    let refused = matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::NotFound);
+    if refused && std::error::Error::source(status).is_none() { Ending::Fail } else { Ending::Unknown }
+}
+
+pub(super) fn limited<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_LIMIT);
+    request
+}
+
+/// By the time a repeated call finds it, the order may have any status but CANCELLED, which only its client could make it.
+fn check_status(request: &CreateOrderRequest, order: &Order) -> Result<(), String> {
+    let mut settled = order.clone();
+    if order.status() == OrderStatus::Rejected {
+        settled.set_status(OrderStatus::Confirmed);
+    }
+    check_reply(request, &settled).map_err(|error| format!("{error:#}"))
+}
+
+/// An order of one or two items; one in a hundred asks for something that there is not.
+pub(super) fn request() -> CreateOrderRequest {
+    let sku = || if fastrand::u8(..100) == 0 { "NO-SUCH-SKU" } else { fastrand::choice(SKUS).unwrap_or_default() };
+    let item =
+        |_| OrderItem { sku: sku().into(), quantity: fastrand::i32(1..4), unit_price_minor: fastrand::i64(1..100_000) };
+    CreateOrderRequest {
+        request_id: Uuid::new_v4().into(),
+        customer_id: format!("chaos-{}", fastrand::u32(..100)),
+        currency_code: "EUR".into(),
+        items: (0..fastrand::u8(1..3)).map(item).collect(),
+    }
+}

@@ -1,0 +1,93 @@
+//! A small disk, to be filled.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command as Blocking,
+};
+
+use anyhow::{Context, Result, ensure};
+use tokio::{process::Command, task::spawn_blocking};
+
+use testkit::postgres;
+
+/// What a cluster needs before anything is in it, WAL included, and what a minute of a run adds at most.
+const BASE_MIB: f64 = 300.0;
+const MINUTE_MIB: f64 = 15.0;
+/// It is memory: a night's run has to do with this.
+const MOST_MIB: f64 = 4096.0;
+
+/// A file system in memory of a size of its own; unmounted when dropped.
+#[derive(Debug)]
+pub(super) struct SmallDisk {
+    path: PathBuf,
+}
+
+impl SmallDisk {
+    /// Mounts it, where that is allowed (to root, on Linux); what was mounted by a run that was killed is replaced.
+    ///
+    /// It is below the temporary directory, which PostgreSQL's user can reach whoever runs the harness.
+    pub(super) async fn mount(run: &Path, minutes: f64) -> Option<Self> {
+        let path = std::env::temp_dir().join(format!("outbox-disk{}", run.display().to_string().replace('/', "-")));
+        let disk = Self { path };
+        // The server of a run that was killed would be found on it no more.
+        postgres::remove_abandoned(&disk.path.join("postgres")).await.ok()?;
+        disk.unmount();
+        fs::create_dir_all(&disk.path).ok()?;
+        let size = format!("size={:.0}m,mode=0755", MOST_MIB.min(BASE_MIB + MINUTE_MIB * minutes));
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &size, "outbox-chaos"]).arg(&disk.path);
+        let mounted = mount.kill_on_drop(true).output().await.is_ok_and(|output| output.status.success());
+        mounted.then_some(disk)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Fills it to the last block, until the value it returns is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be written to, or has room for ever.
+    pub(super) async fn fill(&self) -> Result<Ballast> {
+        let ballast = Ballast { path: self.path.join("ballast") };
+        spawn_blocking(|| ballast.grow()).await?
+    }
+
+    fn unmount(&self) {
+        let _ = Blocking::new("umount").arg("-l").arg(&self.path).output();
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        self.unmount();
+    }
+}
+
+/// What fills a disk.
+#[derive(Debug)]
+pub(super) struct Ballast {
+    path: PathBuf,
+}
+
+impl Ballast {
+    fn grow(self) -> Result<Self> {
+        let mut file = File::create(&self.path).with_context(|| self.path.display().to_string())?;
+        // Ever smaller pieces, to the last block.
+        for size in [1 << 20, 1 << 12] {
+            let piece = vec![0; size];
+            while file.write_all(&piece).is_ok() {}
+        }
+        ensure!(file.metadata()?.len() > 0, "nothing could be written to {}", self.path.display());
+        Ok(self)
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
