@@ -10,12 +10,14 @@
 mod accept;
 mod enqueue;
 mod envelope;
+mod id;
 mod prune;
 mod receive;
 mod wake;
 
 pub use enqueue::{NewEvent, Rows, TraceContext, enqueue};
 pub use envelope::{Envelope, Malformed, timestamp};
+pub use id::{AggregateId, EventId};
 pub use receive::{ApplyError, Handler, InboxSettings, Receiver, Refusal};
 pub use wake::{CHANNEL, Notifier, listen, notify};
 

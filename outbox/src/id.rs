@@ -1,0 +1,59 @@
+//! Types for ids, so that none can be passed in the place of another.
+
+/// Defines the type of an id: a UUID, transparent for sqlx, that no other id can stand in for.
+///
+/// A statement that takes five arrays of UUIDs compiles with any two of them swapped. With a type for each, it does not.
+///
+/// ```
+/// outbox::id! {
+///     /// Names an invoice.
+///     pub struct InvoiceId
+/// }
+/// let id = InvoiceId::new();
+/// assert_eq!(id.to_string().parse::<uuid::Uuid>().map(InvoiceId::from), Ok(id));
+/// ```
+#[macro_export]
+macro_rules! id {
+    ($(#[$meta:meta])* $visibility:vis struct $name:ident) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, sqlx::Type)]
+        #[sqlx(transparent)]
+        $visibility struct $name(uuid::Uuid);
+
+        #[allow(dead_code, clippy::allow_attributes, reason = "not every id is used in every way")]
+        impl $name {
+            /// A new one, later than all that this process made before (UUID v7).
+            #[expect(clippy::new_without_default, reason = "each is another")]
+            $visibility fn new() -> Self {
+                Self(uuid::Uuid::now_v7())
+            }
+
+            /// The UUID.
+            $visibility fn uuid(self) -> uuid::Uuid {
+                self.0
+            }
+        }
+
+        impl From<uuid::Uuid> for $name {
+            fn from(id: uuid::Uuid) -> Self {
+                Self(id)
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+id! {
+    /// Names an event: what its receiver deduplicates by.
+    pub struct EventId
+}
+
+id! {
+    /// Names what an event is about, such as an order. The events of an aggregate are delivered in sequence.
+    pub struct AggregateId
+}
