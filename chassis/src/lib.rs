@@ -1,15 +1,15 @@
-//! What every process of the system needs before it can do its work, in the order it needs it: settings, logs, a signal
-//! to stop by, a database, a schema it knows, a server; and the manners of an API: field checks, pages, refusals.
+//! What every process needs, in this order: a command line, logs, a shutdown signal, a database with the right schema,
+//! a server. Also the conventions of every API: field checks, pages, errors.
 //!
-//! There is no SQL here, nothing of the contract and nothing of any domain.
+//! The crate knows no table, no message of the contract, and nothing about orders or stock.
 
 mod cli;
 mod database;
+mod entry;
 mod fields;
 mod health;
 mod page;
 mod refuse;
-mod run;
 mod schema;
 mod serve;
 mod shutdown;
@@ -17,12 +17,12 @@ mod telemetry;
 
 pub use cli::parse;
 pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work};
+pub use entry::{RunError, main, serve_until_signal};
 pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, may_pass};
-pub use run::{RunError, bind, run};
-pub use schema::{SchemaError, migrate};
+pub use schema::{MigrateError, SchemaError, migrate};
 pub use serve::{ServeError, ServeSettings, Services, serve};
 pub use shutdown::shutdown_signal;
 pub use telemetry::log_to_stdout;

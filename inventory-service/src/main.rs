@@ -1,41 +1,35 @@
-//! The process: reads its settings, then serves, migrates, seeds or asks for health.
+//! The command line of inventory-service.
 
 use std::{net::SocketAddr, process::ExitCode};
 
 use anyhow::Context;
-use chassis::DatabaseUrl;
-use clap::{Parser, Subcommand};
+use chassis::{DatabaseUrl, serve_until_signal};
+use clap::Parser;
 use inventory_service::{MIGRATORS, Settings};
 
-/// An order takes 0.88 of order-service's time with it, of what it takes with the allocator of glibc (ARCHITECTURE.md).
+/// It needs less processor time for an order than glibc's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Applies the events of orders, each once, and keeps the stock they take.
+/// Reserves and releases stock: applies each event of an order once, and answers it in the same transaction.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
+#[command(version)]
 enum Command {
     /// Serve gRPC until SIGTERM or Ctrl-C.
     Serve(Settings),
-    /// Bring the inventory database to this version's schema. Safe to repeat, and to run twice at once.
+    /// Bring the inventory database to the schema of this version. Safe to repeat, and to run twice at once.
     Migrate {
-        /// The inventory database, as the role that owns it.
+        /// The inventory database, as the role that owns it: postgres://user:password@host:5432/database.
         #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
     },
-    /// Put demo stock in, once: SKUs that are there already stay as they are.
+    /// Add demo stock. SKUs that exist stay unchanged.
     Seed {
-        /// The inventory database, as the role inventory_service or its owner.
+        /// The inventory database, as the role inventory_service or as its owner.
         #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
     },
-    /// Exit with 0 if the process listening on the address serves, with 1 otherwise.
+    /// Exit with 0 if the process that listens on the address serves, otherwise with 1.
     Healthcheck {
         /// Address of the process.
         #[arg(long, env = "INVENTORY_SERVICE_LISTEN", default_value = "127.0.0.1:50052")]
@@ -44,30 +38,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = chassis::parse::<Cli>();
-    chassis::log_to_stdout();
-    chassis::run(run(cli.command))
-}
-
-async fn run(command: Command) -> anyhow::Result<()> {
-    match command {
-        Command::Serve(settings) => {
-            let shutdown = chassis::shutdown_signal()?;
-            let listener = chassis::bind(settings.listen).await?;
-            inventory_service::run(listener, settings, shutdown).await?;
+    chassis::main(async |command| {
+        chassis::log_to_stdout();
+        match command {
+            Command::Serve(settings) => serve_until_signal(settings.listen, settings, inventory_service::run).await?,
+            Command::Migrate { database_url: url } => chassis::migrate(&url, &MIGRATORS).await?,
+            Command::Seed { database_url: url } => {
+                let added = inventory_service::seed(&url).await.with_context(|| format!("cannot seed {url}"))?;
+                tracing::info!("{added} SKUs added to {url}");
+            }
+            Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
         }
-        Command::Migrate { database_url } => {
-            chassis::migrate(&database_url, &MIGRATORS)
-                .await
-                .with_context(|| format!("cannot migrate {database_url}"))?;
-            tracing::info!("schema of {database_url} is current");
-        }
-        Command::Seed { database_url } => {
-            let added =
-                inventory_service::seed(&database_url).await.with_context(|| format!("cannot seed {database_url}"))?;
-            tracing::info!("{added} SKUs added to {database_url}");
-        }
-        Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
-    }
-    Ok(())
+        anyhow::Ok(())
+    })
 }

@@ -1,0 +1,92 @@
+//! The entry of every process: command line, runtime, socket, shutdown signal and exit code.
+
+use std::{fmt::Display, io, net::SocketAddr, process::ExitCode};
+
+use clap::Parser;
+use tokio::{net::TcpListener, runtime};
+use tokio_util::sync::CancellationToken;
+
+use crate::{SchemaError, ServeError, parse, shutdown_signal};
+
+/// Why a process could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The address cannot be bound, or signals cannot be handled.
+    #[error(transparent)]
+    Start(#[from] io::Error),
+    /// The database refuses this process, or does not have the schema that this process needs.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The server failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// A setting names something that cannot be used. The text says what, why, and what to do.
+    #[error("{0}")]
+    Unusable(String),
+    /// A task that must run until shutdown panicked. The process ends, to be restarted, because without the task it
+    /// would only look healthy.
+    #[error("{0} panicked")]
+    Panicked(&'static str),
+}
+
+/// The `main` of a process: parses the command line, runs the command, and returns the exit code. An error is one line
+/// on stderr, with exit code 1.
+///
+/// The command runs on one thread. With several threads, each answer starts its connection's task on another thread,
+/// and is written alone. One thread prepares all answers of a commit, and writes them together. To use more processors,
+/// start more processes.
+pub fn main<C: Parser, E: Display>(command: impl AsyncFnOnce(C) -> Result<(), E>) -> ExitCode {
+    run(command(parse()))
+}
+
+/// Binds `address`, and serves on it until SIGTERM or SIGINT. Both cancel the token that `serve` is given.
+///
+/// # Errors
+/// Those of `serve`, and of the socket.
+pub async fn serve_until_signal<S, E: From<io::Error>>(
+    address: SocketAddr,
+    settings: S,
+    serve: impl AsyncFnOnce(TcpListener, S, CancellationToken) -> Result<(), E>,
+) -> Result<(), E> {
+    let shutdown = shutdown_signal()?;
+    // The system's message leaves the address out.
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
+    let listener = TcpListener::bind(address).await.map_err(named)?;
+    serve(listener, settings, shutdown).await
+}
+
+/// The end waits for no other thread. A thread that looks a name up cannot be interrupted, and a silent resolver would
+/// delay the end past every drain time.
+fn run(work: impl Future<Output = Result<(), impl Display>>) -> ExitCode {
+    let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(error),
+    };
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_background();
+    outcome.map_or_else(fail, |()| ExitCode::SUCCESS)
+}
+
+fn fail(error: impl Display) -> ExitCode {
+    // In this form anyhow prints all causes on the line.
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, process::ExitCode, thread, time::Duration};
+
+    use tokio::{task::spawn_blocking, time::Instant};
+
+    #[test]
+    fn the_end_does_not_wait_for_a_blocked_thread() {
+        let began = Instant::now();
+        let code = super::run(async {
+            drop(spawn_blocking(|| thread::sleep(Duration::from_secs(60))));
+            Ok::<_, Infallible>(())
+        });
+        assert_eq!(code, ExitCode::SUCCESS);
+        assert!(began.elapsed() < Duration::from_secs(20));
+    }
+}
