@@ -1,17 +1,21 @@
-//! A third service: it gives its customers points for what they order, each order counted once, however often its event
-//! arrives. This is all it takes, on a server with the roles of migrations/bootstrap; route events to it with `outbox-relay serve --route …`, or try it alone:
+//! A third service: it gives customers points for their orders, and counts each order once, however often its event is
+//! delivered. It needs no other code, on a server with the roles of migrations/bootstrap.
+//!
+//! Route events to it with `outbox-relay serve --route …`, or try it alone:
 //!
 //! ```text
 //! cargo run -p outbox --example loyalty_service -- --database-url postgres://owner:password@127.0.0.1/loyalty
 //! grpcurl -plaintext localhost:50055 events.v1.EventReceiver/Describe
 //! ```
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, Refuse, ServeSettings, Services};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, Refuse, ServeSettings, Services, serve_until_signal};
 use outbox::{ApplyError, Envelope, Handler, InboxSettings, Receiver, Refusal};
 use proto::{events::v1::event_receiver_server::SERVICE_NAME, orders::v1::OrderCreated};
 use sqlx::{Postgres, Transaction, migrate::Migrator};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
@@ -22,17 +26,14 @@ impl Handler for Loyalty {
     type Event = OrderCreated;
 
     fn read(&self, envelope: &Envelope<'_>) -> Result<OrderCreated, Refusal> {
-        if !envelope.carries::<OrderCreated>() {
-            return Err(Refusal::unknown_type(envelope));
-        }
         let order: OrderCreated = envelope.decode()?;
-        // Postgres has no NUL in text; it would fail the whole batch.
-        let sound = !order.customer_id.contains('\0');
-        sound.then_some(order).ok_or_else(|| Refusal::reject("INVALID_ORDER", "no sound customer_id"))
+        // PostgreSQL allows no NUL in text; one such order would fail its whole batch.
+        let valid = !order.customer_id.contains('\0');
+        valid.then_some(order).ok_or_else(|| Refusal::reject("INVALID_ORDER", "customer_id contains NUL"))
     }
 
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, orders: &[&OrderCreated]) -> Result<(), ApplyError> {
-        // In the order of the customers, as every service does that may wait for another transaction's locks.
+        // In the order of the customers, so that two batches cannot deadlock over their rows.
         let statement = "-- loyalty: add points
             INSERT INTO points SELECT customer, sum(total) FROM unnest($1::text[], $2::bigint[]) AS o (customer, total)
             GROUP BY customer ORDER BY customer
@@ -58,16 +59,19 @@ struct Settings {
     serve: ServeSettings,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let settings = chassis::parse::<Settings>();
-    chassis::log_to_stdout();
-    let (shutdown, listener) = (chassis::shutdown_signal()?, chassis::bind(settings.listen).await?);
+fn main() -> ExitCode {
+    chassis::main(async |settings: Settings| {
+        chassis::log_to_stdout();
+        serve_until_signal(settings.listen, settings, run).await
+    })
+}
+
+async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> anyhow::Result<()> {
     chassis::migrate(&settings.database_url, &MIGRATORS).await?;
     let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
     let table = "CREATE TABLE IF NOT EXISTS points (customer text PRIMARY KEY, points numeric NOT NULL)";
-    database.run(move |connection| Box::pin(async move { sqlx::query(table).execute(connection).await })).await?;
+    database.run(move |connection| Box::pin(sqlx::query(table).execute(connection))).await?;
     let refuse = Refuse { domain: "loyalty-service" };
     let receiver = Receiver::start(&database, Loyalty, refuse, &settings.inbox, shutdown.clone());
     let services = Services { routes: Routes::new(receiver), names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };

@@ -1,40 +1,47 @@
-//! Takes events in once: the inbox.
+//! The inbox: accepts each event once.
 
 use std::{collections::HashMap, time::Duration};
 
 use sqlx::{Postgres, Transaction, types::time::OffsetDateTime};
-use uuid::Uuid;
 
-use crate::prune::CLOCK_MARGIN;
+use crate::{EventId, prune::CLOCK_MARGIN};
 
-/// What the inbox knows of an event that arrives.
+/// What the inbox knows of an event that is delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Acceptance {
-    /// Recorded by this transaction: apply it, in this same transaction.
+    /// Recorded by this transaction, which must apply it.
     Fresh,
-    /// Recorded before.
+    /// Recorded by an earlier transaction.
     Duplicate,
-    /// Not on record, and so old that it may have been, and been pruned.
+    /// Not on record, and so old that its record may have been pruned.
     Stale,
 }
 
-/// Records the events, given by id and time, and says which of them were not recorded before.
+struct Arrived {
+    id: EventId,
+    fresh: bool,
+    stale: bool,
+}
+
+/// Records the events, given by id and time, and returns what the inbox knew of each.
 ///
-/// The insert comes before the work and the unique key decides: of two transactions that bring the same event, the
-/// second waits here for the first, then finds it recorded (or, if the first rolled back, applies it itself). Looking
-/// first and inserting later would let both see nothing.
+/// The insert comes before the work, and the unique key decides. If two transactions deliver one event, the second
+/// waits here until the first ends. Then it finds the record, or applies the event itself if the first rolled back. A
+/// query before the insert would not do: both transactions could find nothing.
 ///
-/// Ids are inserted in their order, so two overlapping batches wait for each other in the same order and cannot deadlock.
+/// Ids are inserted in order. So overlapping batches wait for each other in the same order, and cannot deadlock.
 ///
-/// Age is judged by this database's clock, as pruning is: an event that is not stale here is not pruned yet, if it was
-/// ever applied (see `prune`). What was pruned under a shorter retention stays stale under a longer one.
+/// The age of an event is measured by this database's clock, as for pruning. So the record of an event that is not
+/// stale cannot be pruned yet (see `prune`). If the retention is made longer, events that were pruned before stay
+/// stale.
 pub(crate) async fn accept(
     tx: &mut Transaction<'_, Postgres>,
-    events: &[(Uuid, OffsetDateTime)],
+    events: &[(EventId, OffsetDateTime)],
     retention: Duration,
-) -> Result<HashMap<Uuid, Acceptance>, sqlx::Error> {
-    let (ids, times): (Vec<Uuid>, Vec<OffsetDateTime>) = events.iter().copied().unzip();
-    let rows = sqlx::query!(
+) -> Result<HashMap<EventId, Acceptance>, sqlx::Error> {
+    let (ids, times): (Vec<EventId>, Vec<OffsetDateTime>) = events.iter().copied().unzip();
+    let rows = sqlx::query_as!(
+        Arrived,
         r#"-- inbox: accept
         WITH arrived AS (
             SELECT id, max(time) > greatest(
@@ -51,7 +58,7 @@ pub(crate) async fn accept(
         SELECT id AS "id!", id IN (SELECT message_id FROM recorded) AS "fresh!",
             NOT young AND (SELECT true FROM processed_messages WHERE message_id = id) IS NULL AS "stale!"
         FROM arrived"#,
-        &ids,
+        &ids as &[EventId],
         &times,
         retention.as_secs_f64(),
         CLOCK_MARGIN.as_secs_f64(),

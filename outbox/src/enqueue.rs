@@ -1,10 +1,11 @@
-//! Writes events into the outbox, in the transaction of the change they tell of.
+//! Writes events into the outbox, in the transaction of the change that they report.
 
 use prost::{Message, Name};
 use sqlx::{Postgres, Transaction};
-use uuid::Uuid;
 
-/// W3C trace context, carried from the call that caused an event to the work the event causes.
+use crate::{AggregateId, EventId};
+
+/// The W3C trace context of a call. Events pass it on to the work that they cause.
 #[derive(Clone, Debug, Default)]
 pub struct TraceContext {
     traceparent: Option<String>,
@@ -12,9 +13,11 @@ pub struct TraceContext {
 }
 
 impl TraceContext {
-    /// Takes the two headers as a caller sent them. What is longer than the standard obliges anyone to carry (55 and
-    /// 512 characters) is dropped, and so is what a header cannot hold: a caller must not decide how large an outbox row
-    /// is, nor whether it can be written (Postgres has no NUL in text).
+    /// Reads the two headers of a call.
+    ///
+    /// A caller must not decide how large an outbox row is, or whether it can be written (PostgreSQL allows no NUL in
+    /// text). So a header is dropped if it is longer than the standard requires services to support, or has other than
+    /// printable characters.
     pub fn from_headers(traceparent: Option<&str>, tracestate: Option<&str>) -> Self {
         let bounded = |header: Option<&str>, chars_max| {
             let sound = |text: &&str| {
@@ -28,10 +31,10 @@ impl TraceContext {
     }
 }
 
-/// An event to be enqueued.
+/// An event to enqueue.
 #[derive(Clone, Debug)]
 pub struct NewEvent {
-    aggregate_id: Uuid,
+    aggregate_id: AggregateId,
     sequence: i32,
     event_type: String,
     payload: Vec<u8>,
@@ -39,24 +42,30 @@ pub struct NewEvent {
 }
 
 impl NewEvent {
-    /// `message` as event number `sequence` (from 1, without gaps) of the aggregate.
-    pub fn of<M: Message + Name>(aggregate_id: Uuid, sequence: i32, message: &M, trace: &TraceContext) -> Self {
+    /// Makes `message` the event number `sequence` of an aggregate. Numbers start at 1 and have no gaps.
+    pub fn of<M: Message + Name>(
+        aggregate_id: impl Into<AggregateId>,
+        sequence: i32,
+        message: &M,
+        trace: &TraceContext,
+    ) -> Self {
         let (event_type, payload) = (M::full_name(), message.encode_to_vec());
-        Self { aggregate_id, sequence, event_type, payload, trace: trace.clone() }
+        Self { aggregate_id: aggregate_id.into(), sequence, event_type, payload, trace: trace.clone() }
     }
 }
 
 /// Enqueues the events.
 ///
-/// It takes a transaction, not a connection, so that an event without its change cannot be written by mistake. Nothing
-/// is sent from here: call [`Notifier::notify`](crate::Notifier::notify) after the commit.
+/// It takes a transaction and not a connection, so that nobody writes an event without its change by mistake. It sends
+/// nothing: call [`Notifier::notify`](crate::Notifier::notify) after the commit.
 ///
-/// Whoever writes event n+1 must have seen event n committed (by a lock on the aggregate's row, say): that is what lets
-/// the relay deliver an aggregate's events in sequence by looking only at the rows that are still there.
+/// A transaction that enqueues event n+1 must see event n committed, for example because both lock the aggregate's row.
+/// The relay relies on this: it delivers an aggregate's events in sequence, and looks only at the rows that are left.
 ///
 /// # Errors
-/// Those of the database; a violation of `outbox_pkey` means that the aggregate already has an event of this sequence, one
-/// of `outbox_payload_deliverable` that an event takes over 1 MiB. Put large things where the receiver can fetch them.
+/// Those of the database. A violation of `outbox_pkey` means that the aggregate already has an event with this
+/// sequence. A violation of `outbox_payload_deliverable` means that an event is over 1 MiB: store large data elsewhere,
+/// and let the receiver fetch it.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> Result<(), sqlx::Error> {
     if events.is_empty() {
         return Ok(());
@@ -66,9 +75,9 @@ pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) ->
         "-- outbox: enqueue
         INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
         SELECT * FROM unnest($1::uuid[], $2::integer[], $3::uuid[], $4::text[], $5::bytea[], $6::text[], $7::text[])",
-        &rows.aggregate_ids,
+        &rows.aggregate_ids as &[AggregateId],
         &rows.sequences,
-        &rows.event_ids,
+        &rows.event_ids as &[EventId],
         &rows.event_types as &[&str],
         &rows.payloads as &[&[u8]],
         &rows.traceparents as &[Option<&str>],
@@ -79,14 +88,14 @@ pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) ->
     Ok(())
 }
 
-/// The columns of the outbox that events fill, as the arrays a statement takes. For who writes change and event in one
-/// statement of its own; everybody else calls [`enqueue`].
+/// Outbox columns of events, as array parameters. They are for statements that write a change and its events at once;
+/// all other callers use [`enqueue`].
 #[derive(Debug, Default)]
 #[expect(missing_docs, reason = "the columns are documented in the schema")]
 pub struct Rows<'e> {
-    pub aggregate_ids: Vec<Uuid>,
+    pub aggregate_ids: Vec<AggregateId>,
     pub sequences: Vec<i32>,
-    pub event_ids: Vec<Uuid>,
+    pub event_ids: Vec<EventId>,
     pub event_types: Vec<&'e str>,
     pub payloads: Vec<&'e [u8]>,
     pub traceparents: Vec<Option<&'e str>>,
@@ -94,13 +103,13 @@ pub struct Rows<'e> {
 }
 
 impl<'e> Rows<'e> {
-    /// A row per event, in their order; each is given its id here.
+    /// One row for each event, in their order, each with a new event id.
     pub fn of(events: impl IntoIterator<Item = &'e NewEvent>) -> Self {
         let mut rows = Self::default();
         for event in events {
             rows.aggregate_ids.push(event.aggregate_id);
             rows.sequences.push(event.sequence);
-            rows.event_ids.push(Uuid::now_v7());
+            rows.event_ids.push(EventId::new());
             rows.event_types.push(&event.event_type);
             rows.payloads.push(&event.payload);
             rows.traceparents.push(event.trace.traceparent.as_deref());
@@ -115,7 +124,7 @@ mod tests {
     use super::TraceContext;
 
     #[test]
-    fn trace_headers_longer_than_the_standard_are_dropped() {
+    fn trace_headers_that_are_too_long_or_not_printable_are_dropped() {
         let trace = TraceContext::from_headers(Some(&"0".repeat(56)), Some(&"k=v,".repeat(129)));
         assert_eq!((trace.traceparent, trace.tracestate), (None, None));
         assert_eq!(TraceContext::from_headers(Some("00-\0"), None).traceparent, None);

@@ -5,66 +5,42 @@ use proto::events::v1::Event;
 use sqlx::types::time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::TraceContext;
+use crate::{AggregateId, EventId, Refusal, TraceContext};
 
-/// A delivered event whose envelope is sound; its data is not decoded yet.
+/// A delivered event with a valid envelope. Its data is not decoded yet.
 #[derive(Debug)]
 pub struct Envelope<'a> {
-    /// What to deduplicate by.
-    pub id: Uuid,
-    /// The aggregate the event is about.
-    pub subject: Uuid,
-    /// When the event was committed, by the clock of its database.
+    /// The id to deduplicate by.
+    pub id: EventId,
+    /// The aggregate that the event is about.
+    pub subject: AggregateId,
+    /// When the event was enqueued, by the clock of its database.
     pub time: OffsetDateTime,
     event: &'a Event,
-}
-
-/// Why an event can never be applied.
-#[derive(Debug, thiserror::Error)]
-pub enum Malformed {
-    /// A field of the envelope is not what the contract says.
-    #[error("{field} is not a UUID")]
-    NotAUuid {
-        /// The field's name.
-        field: &'static str,
-    },
-    /// The sequence is below 1.
-    #[error("sequence is {0}, and counts from 1")]
-    Sequence(i64),
-    /// There is no time, or none that a calendar has.
-    #[error("time is missing or out of range")]
-    Time,
-    /// The data is not an encoded message of the event's type.
-    #[error("data is not a {type_name}: {cause}")]
-    Undecodable {
-        /// The type the event claims.
-        type_name: String,
-        /// What the decoder said.
-        cause: prost::DecodeError,
-    },
 }
 
 impl<'a> Envelope<'a> {
     /// Checks the envelope.
     ///
     /// # Errors
-    /// [`Malformed`], which no repetition will mend.
-    pub fn read(event: &'a Event) -> Result<Self, Malformed> {
-        let uuid = |field, text: &str| Uuid::parse_str(text).map_err(|_| Malformed::NotAUuid { field });
-        let (id, subject) = (uuid("id", &event.id)?, uuid("subject", &event.subject)?);
+    /// UNDECODABLE, with the field that is not what the contract says.
+    pub fn read(event: &'a Event) -> Result<Self, Refusal> {
+        let uuid = |field, text: &str| Uuid::parse_str(text).map_err(|_| undecodable(format!("{field} is not a UUID")));
+        let (id, subject) = (uuid("id", &event.id)?.into(), uuid("subject", &event.subject)?.into());
         if event.sequence < 1 {
-            return Err(Malformed::Sequence(event.sequence));
+            return Err(undecodable(format!("sequence is {}, and must be at least 1", event.sequence)));
         }
-        let time = event.time.as_ref().and_then(read_timestamp).ok_or(Malformed::Time)?;
+        let time = event.time.as_ref().and_then(read_timestamp);
+        let time = time.ok_or_else(|| undecodable("time is missing or out of range".into()))?;
         Ok(Self { id, subject, time, event })
     }
 
-    /// Full protobuf name of what the event claims to carry.
+    /// The full protobuf name of the event's data.
     pub fn type_name(&self) -> &str {
         &self.event.r#type
     }
 
-    /// The trace of the call that caused the event, to be passed on to the events that this one causes.
+    /// The trace of the call that caused the event, for the events that this one causes.
     pub fn trace(&self) -> TraceContext {
         TraceContext::from_headers(Some(&self.event.traceparent), Some(&self.event.tracestate))
     }
@@ -74,23 +50,31 @@ impl<'a> Envelope<'a> {
         self.event.r#type == M::full_name()
     }
 
-    /// Decodes the data as a message of type `M`.
+    /// Decodes the event's data as a message of type `M`.
     ///
     /// # Errors
-    /// [`Malformed::Undecodable`].
-    pub fn decode<M: Message + Name + Default>(&self) -> Result<M, Malformed> {
-        M::decode(self.event.data.clone()).map_err(|cause| Malformed::Undecodable { type_name: M::full_name(), cause })
+    /// UNKNOWN_TYPE if the event is of another type, and UNDECODABLE if its data is not a message of its type.
+    pub fn decode<M: Message + Name + Default>(&self) -> Result<M, Refusal> {
+        if !self.carries::<M>() {
+            return Err(Refusal::unknown_type(self));
+        }
+        M::decode(self.event.data.clone())
+            .map_err(|cause| undecodable(format!("data is not a {}: {cause}", M::full_name())))
     }
 }
 
-/// A time of the database as the contract carries it.
+fn undecodable(detail: String) -> Refusal {
+    Refusal::reject("UNDECODABLE", detail)
+}
+
+/// Converts a time of the database for the contract.
 pub fn timestamp(time: OffsetDateTime) -> prost_types::Timestamp {
     // `nanosecond` is below 1,000,000,000.
     prost_types::Timestamp { seconds: time.unix_timestamp(), nanos: time.nanosecond().cast_signed() }
 }
 
 fn read_timestamp(timestamp: &prost_types::Timestamp) -> Option<OffsetDateTime> {
-    // From year 1, as the contract's timestamps are: Postgres does not go as far back as the calendar here does.
+    // Timestamps of the contract start at year 1. The calendar here has earlier years, which PostgreSQL may not have.
     let time = OffsetDateTime::from_unix_timestamp(timestamp.seconds).ok().filter(|time| time.year() >= 1)?;
     time.replace_nanosecond(timestamp.nanos.try_into().ok()?).ok()
 }

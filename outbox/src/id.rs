@@ -1,8 +1,9 @@
-//! Types for ids, so that none can be passed in the place of another.
+//! A type for each kind of id, so that none can be passed in place of another.
 
-/// Defines the type of an id: a UUID, transparent for sqlx, that no other id can stand in for.
+/// Defines the type of an id: a UUID, and transparent for sqlx.
 ///
-/// A statement that takes five arrays of UUIDs compiles with any two of them swapped. With a type for each, it does not.
+/// A statement with several parameters of type `uuid[]` compiles even if two of them are swapped. With a type for each
+/// kind of id it does not.
 ///
 /// ```
 /// outbox::id! {
@@ -22,8 +23,8 @@ macro_rules! id {
 
         #[allow(dead_code, clippy::allow_attributes, reason = "not every id is used in every way")]
         impl $name {
-            /// A new one, later than all that this process made before (UUID v7).
-            #[expect(clippy::new_without_default, reason = "each is another")]
+            /// A new id, greater than all ids that this process made before (UUID v7).
+            #[expect(clippy::new_without_default, reason = "each call returns another id")]
             $visibility fn new() -> Self {
                 Self(uuid::Uuid::now_v7())
             }
@@ -49,11 +50,11 @@ macro_rules! id {
 }
 
 id! {
-    /// Names an event: what its receiver deduplicates by.
+    /// Names an event. Receivers deduplicate by it.
     pub struct EventId
 }
 
 id! {
-    /// Names what an event is about, such as an order. The events of an aggregate are delivered in sequence.
+    /// Names an aggregate, such as an order. Its events are delivered in sequence.
     pub struct AggregateId
 }

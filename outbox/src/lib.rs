@@ -1,11 +1,37 @@
-//! The transactional outbox and inbox: the two halves of the pattern that live in a service's own transactions.
+//! The transactional outbox and inbox: the two parts of the pattern that run in a service's own transactions.
 //!
-//! A service that must change its database **and** tell others commits both with [`enqueue`]; a relay delivers what is
-//! committed. A service that receives implements [`Handler`] and serves a [`Receiver`], which has each event applied once,
-//! however often it arrives.
+//! A service that changes its database **and** tells other services commits both with [`enqueue`]. A relay then
+//! delivers the committed events. A service that receives events implements [`Handler`] and serves a [`Receiver`],
+//! which applies each event once, however often it is delivered.
 //!
-//! The tables are defined here, for every database: run [`MIGRATOR`] before the service's own. It gives the relay's role,
-//! `outbox_relay`, its rights, so that role must exist.
+//! ```no_run
+//! # use outbox::{ApplyError, Envelope, Handler, NewEvent, Refusal, TraceContext};
+//! # use proto::orders::v1::OrderCreated;
+//! # use sqlx::{Postgres, Transaction, types::Uuid};
+//! # struct Loyalty;
+//! // The sender commits the order and its event together.
+//! async fn place(tx: &mut Transaction<'_, Postgres>, id: Uuid, order: &OrderCreated) -> sqlx::Result<()> {
+//!     sqlx::query("INSERT INTO orders (order_id) VALUES ($1)").bind(id).execute(&mut **tx).await?;
+//!     outbox::enqueue(tx, &[NewEvent::of(id, 1, order, &TraceContext::default())]).await
+//! }
+//! // The receiver commits each event's effect once.
+//! impl Handler for Loyalty {
+//!     type Event = OrderCreated;
+//!     fn read(&self, envelope: &Envelope<'_>) -> Result<OrderCreated, Refusal> { envelope.decode() }
+//!     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, orders: &[&OrderCreated]) -> Result<(), ApplyError> {
+//!         for order in orders {
+//!             let sql = "INSERT INTO points (customer, points) VALUES ($1, $2)";
+//!             sqlx::query(sql).bind(&order.customer_id).bind(order.total_minor).execute(&mut **tx).await?;
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//! ```
+//!
+//! `outbox/examples/loyalty_service.rs` is the whole receiving service, in less than sixty lines.
+//!
+//! [`MIGRATOR`] creates the tables, the same in every database. Run it before the service's own migrations. It grants
+//! privileges to the relay's role `outbox_relay`, so that role must exist.
 
 mod accept;
 mod enqueue;
@@ -16,10 +42,10 @@ mod receive;
 mod wake;
 
 pub use enqueue::{NewEvent, Rows, TraceContext, enqueue};
-pub use envelope::{Envelope, Malformed, timestamp};
+pub use envelope::{Envelope, timestamp};
 pub use id::{AggregateId, EventId};
 pub use receive::{ApplyError, Handler, InboxSettings, Receiver, Refusal};
 pub use wake::{CHANNEL, Notifier, listen, notify};
 
-/// Creates the tables of the outbox and the inbox. Its history is kept apart from the service's own.
+/// Creates the tables of the outbox and the inbox. Its history is separate from the service's own migrations.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();

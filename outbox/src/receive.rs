@@ -1,4 +1,4 @@
-//! Receives events, as `events.v1.EventReceiver`: each is applied once, and each only whole.
+//! Serves `events.v1.EventReceiver`: applies each event once, and completely or not at all.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,47 +18,45 @@ use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
-use uuid::Uuid;
 
 use crate::{
-    Envelope, Malformed,
+    Envelope, EventId,
     accept::{Acceptance, accept},
     prune::prune_until_shutdown,
 };
 
 const EVENTS_MAX: usize = 1000;
-/// A full batch of the largest orders is under 8 MB.
+/// More than a full batch of the largest orders takes.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// How long a batch waits for those before it. With the wait for a connection and the work itself, as they are by default, it
-/// stays under the time a call may take, or the caller would be cut off without a word, which a relay may have to charge to an
+/// How long a batch waits for a slot. By default, this wait, the wait for a connection and the work together are
+/// shorter than a call may take. A call that is cut off has no answer, and a relay may have to count that against an
 /// event.
 const WAIT_MAX: Duration = Duration::from_secs(3);
 
-/// What a service does with the events it receives.
+/// What a service does with the events that it receives.
 pub trait Handler: Send + Sync + 'static {
-    /// An event as the service understands it.
+    /// A decoded event.
     type Event: Send + Sync;
 
-    /// Decodes an event and checks all that can be checked by looking at it.
+    /// Decodes an event, and checks it as far as that is possible without the database.
     ///
     /// # Errors
-    /// Why it will never be applied here.
+    /// The refusal of an event that this service cannot apply.
     fn read(&self, envelope: &Envelope<'_>) -> Result<Self::Event, Refusal>;
 
-    /// Applies events that are new to this service, in their order, in the transaction that records them. When it
-    /// returns an error all of it is undone, the records included.
+    /// Applies new events, in their order, in the transaction that records their ids. After an error the transaction is
+    /// rolled back, with the ids.
     ///
     /// # Errors
-    /// [`ApplyError::Refused`] names events that cannot be applied; it is then called again without these. Each such
-    /// round refuses at least one event, so there are at most as many as events.
+    /// [`ApplyError::Refused`] names events that cannot be applied. `apply` then runs again without them, in a new
+    /// transaction, until it refuses none. It may refuse only events that it was given; otherwise the delivery fails.
     fn apply(
         &self,
         tx: &mut Transaction<'_, Postgres>,
         events: &[&Self::Event],
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
-    /// Called after the commit of anything that [`Handler::apply`] did, even if the caller has hung up: the place to
-    /// notify others from.
+    /// Runs after each commit of [`Handler::apply`], even if the caller has hung up. Send notifications here.
     fn committed(&self) {}
 }
 
@@ -71,35 +69,29 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// It will never work, however often it comes. `reason` is a constant in UPPER_SNAKE_CASE.
+    /// The event can never be applied, so it is dead. `reason` is a constant in UPPER_SNAKE_CASE.
     pub fn reject(reason: &'static str, detail: impl Into<String>) -> Self {
         Self { outcome: Outcome::Rejected, reason, detail: detail.into() }
     }
 
-    /// It does not work now, and may later. `reason` is a constant in UPPER_SNAKE_CASE.
+    /// The event cannot be applied now, and is retried. `reason` is a constant in UPPER_SNAKE_CASE.
     pub fn retry(reason: &'static str, detail: impl Into<String>) -> Self {
         Self { outcome: Outcome::Retry, reason, detail: detail.into() }
     }
 
-    /// The event is of a type that this service does not receive.
+    /// This service does not receive events of this type.
     pub fn unknown_type(envelope: &Envelope<'_>) -> Self {
         Self::reject("UNKNOWN_TYPE", format!("this service does not know events of type {}", envelope.type_name()))
-    }
-}
-
-impl From<Malformed> for Refusal {
-    fn from(malformed: Malformed) -> Self {
-        Self::reject("UNDECODABLE", malformed.to_string())
     }
 }
 
 /// Why a batch was not applied.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    /// Some of its events cannot be, given by id.
+    /// These events cannot be applied.
     #[error("some events cannot be applied")]
-    Refused(HashMap<Uuid, Refusal>),
-    /// The database.
+    Refused(HashMap<EventId, Refusal>),
+    /// The database failed.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -107,11 +99,12 @@ pub enum ApplyError {
 /// Settings of the inbox.
 #[derive(Args, Clone, Debug)]
 pub struct InboxSettings {
-    /// Hours for which the ids of applied events are remembered. Older events are refused, since they may have been
-    /// applied and forgotten; relays must not deliver any that are (their --max-age-hours).
+    /// Hours for which ids of applied events are kept. Older events are rejected, since they may have been applied
+    /// before. Relays must have a smaller --max-age-hours.
     #[arg(long, env = "RETENTION_HOURS", default_value_t = 168, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     pub retention_hours: u32,
-    /// Batches of events applied at once; further ones wait. Raise it where batches rarely want the same rows.
+    /// At most so many batches of events are applied at once; others wait. Raise it if batches rarely change the same
+    /// rows.
     #[arg(long, env = "BATCHES_AT_ONCE", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub batches_at_once: u16,
 }
@@ -129,13 +122,13 @@ pub struct Receiver<H> {
     handler: Arc<H>,
     refuse: Refuse,
     retention: Duration,
-    /// A batch that wants the rows of another has to wait for it in any case. Here it waits without a connection, which other
-    /// calls may need, and without costing the processor's time (see ARCHITECTURE.md for how much that is).
-    room: Arc<Semaphore>,
+    /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
+    /// connection, which other calls may need, nor processor time.
+    slots: Arc<Semaphore>,
 }
 
 impl<H: Handler> Receiver<H> {
-    /// The server, ready to be added to the service's routes; and starts pruning the inbox, until `shutdown`.
+    /// Returns the server, to be added to the service's routes, and prunes the inbox until `shutdown`.
     pub fn start(
         database: &Database,
         handler: H,
@@ -145,8 +138,8 @@ impl<H: Handler> Receiver<H> {
     ) -> EventReceiverServer<Self> {
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
-        let room = Arc::new(Semaphore::new(settings.batches_at_once.into()));
-        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention, room };
+        let slots = Arc::new(Semaphore::new(settings.batches_at_once.into()));
+        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention, slots };
         EventReceiverServer::new(receiver).max_decoding_message_size(BATCH_BYTES_MAX)
     }
 }
@@ -161,16 +154,15 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         let (handler, retention) = (self.handler.clone(), self.retention);
-        // Waited for by the caller, who may give up, and then kept by the work, which outlives its caller: at the longest for
-        // as long as a connection may take to be made, and the work itself.
-        let waiting = timeout(WAIT_MAX, self.room.clone().acquire_owned());
-        let granted =
-            waiting.await.map_err(|_| self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches"))?;
-        let place = granted.expect("nobody closes it");
+        // The caller waits for the slot, and may give up. Then the work holds it, even after its caller is gone: at
+        // most until a connection is made and the work is done.
+        let waiting = timeout(WAIT_MAX, self.slots.clone().acquire_owned());
+        let busy = |_| self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again");
+        let slot = waiting.await.map_err(busy)?.expect("the semaphore is never closed");
         self.database
             .run(move |connection| {
                 Box::pin(async move {
-                    let _place = place;
+                    let _slot = slot;
                     apply_batch(connection, &*handler, &events, retention).await
                 })
             })
@@ -179,7 +171,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             .map_err(|error| self.refuse.database(&error))
     }
 
-    /// Asks the database too: a relay takes the answer for the sign that a delivery can be applied.
+    /// Pings the database too: relays take an answer as the sign that a delivery can be applied.
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         let answers = self.database.run(|connection| Box::pin(connection.ping()));
         answers.await.map_err(|error| self.refuse.database(&error))?;
@@ -188,15 +180,16 @@ impl<H: Handler> EventReceiver for Receiver<H> {
     }
 }
 
-/// An event that may be applied, as far as one can tell by looking at it.
+/// A delivered event that its handler has read.
 struct Arrived<E> {
-    id: Uuid,
+    id: EventId,
     time: OffsetDateTime,
     event: E,
 }
 
-/// Answers one result per event, in order, once their effects are committed. An event that is refused leaves no trace in
-/// the inbox, so it is applied if it comes again to a version that knows it.
+/// Applies a batch, and returns one result per event, in order, after the commit.
+///
+/// The inbox does not record refused events. So a later version of the service that knows such an event can apply it.
 async fn apply_batch<H: Handler>(
     connection: &mut PgConnection,
     handler: &H,
@@ -217,7 +210,7 @@ async fn apply_batch<H: Handler>(
         Ok(Arrived { id, .. }) => match accepted.get(&id) {
             Some(Acceptance::Stale) => refused(event, &stale(retention)),
             Some(Acceptance::Fresh) => {
-                // An event that stands twice in one batch is a duplicate the second time.
+                // If the event is in the batch twice, the second one is a duplicate.
                 accepted.insert(id, Acceptance::Duplicate);
                 result(event, Outcome::Applied)
             }
@@ -225,7 +218,7 @@ async fn apply_batch<H: Handler>(
                 info!(event_id = %id, subject = event.subject, "duplicate skipped");
                 result(event, Outcome::Duplicate)
             }
-            None => refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox said nothing about it")),
+            None => refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox returned no row for the event")),
         },
     });
     Ok(results.collect())
@@ -236,18 +229,18 @@ fn read<H: Handler>(handler: &H, event: &Event) -> Result<Arrived<H::Event>, Ref
     Ok(Arrived { id: envelope.id, time: envelope.time, event: handler.read(&envelope)? })
 }
 
-/// Applies those of the events that are new, and says what the inbox knew of each.
+/// Applies the new events in one transaction, and returns what the inbox knew of each.
 async fn apply_once<H: Handler>(
     connection: &mut PgConnection,
     handler: &H,
     arrived: &[Result<Arrived<H::Event>, Refusal>],
     retention: Duration,
-) -> Result<HashMap<Uuid, Acceptance>, ApplyError> {
+) -> Result<HashMap<EventId, Acceptance>, ApplyError> {
     let sound: Vec<&Arrived<H::Event>> = arrived.iter().flatten().collect();
     if sound.is_empty() {
         return Ok(HashMap::new());
     }
-    let ids: Vec<(Uuid, OffsetDateTime)> = sound.iter().map(|arrived| (arrived.id, arrived.time)).collect();
+    let ids: Vec<(EventId, OffsetDateTime)> = sound.iter().map(|arrived| (arrived.id, arrived.time)).collect();
 
     let mut tx = connection.begin().await?;
     let accepted = accept(&mut tx, &ids, retention).await?;
@@ -267,10 +260,10 @@ async fn apply_once<H: Handler>(
     Ok(accepted)
 }
 
-/// Takes the events out that were refused.
+/// Replaces the refused events by their refusals.
 fn refuse<E>(
     arrived: &mut [Result<Arrived<E>, Refusal>],
-    refusals: &HashMap<Uuid, Refusal>,
+    refusals: &HashMap<EventId, Refusal>,
 ) -> Result<(), sqlx::Error> {
     let mut found = false;
     for entry in arrived {
@@ -279,14 +272,18 @@ fn refuse<E>(
             found = true;
         }
     }
-    // The batch would be tried for ever here; and by relays, if they were told that the database is away.
-    let none = || sqlx::Error::InvalidArgument("the handler refused events that it was not given".into());
+    // Without this the batch would be tried again here for ever. The error must not be transient, or relays would retry
+    // it.
+    let none = || sqlx::Error::InvalidArgument("the handler refused no event that it was given".into());
     found.then_some(()).ok_or_else(none)
 }
 
 fn stale(retention: Duration) -> Refusal {
     let hours = retention.as_secs() / 3600;
-    Refusal::reject("STALE", format!("older than {hours} hours: whether it was applied is not on record any more"))
+    Refusal::reject(
+        "STALE",
+        format!("older than {hours} hours (--retention-hours): it may have been applied, and its record pruned"),
+    )
 }
 
 fn refused(event: &Event, refusal: &Refusal) -> EventResult {
