@@ -7,8 +7,9 @@ use clap::{
     error::{ContextKind, ErrorKind},
 };
 
-/// Parses flags and environment, or ends the process: with the help on stdout and exit code 0 where it was asked for,
-/// otherwise with one line on stderr and exit code 2.
+/// Parses flags and environment variables, or ends the process.
+///
+/// Help that was asked for goes to stdout, with exit code 0. A mistake is one line on stderr, with exit code 2.
 pub fn parse<C: Parser>() -> C {
     C::try_parse().unwrap_or_else(|error| {
         if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -20,7 +21,7 @@ pub fn parse<C: Parser>() -> C {
 }
 
 fn one_line(error: &clap::Error) -> String {
-    // clap prints the refused value, which may be a URL with a password; the cause says what is wrong without it.
+    // clap prints the refused value, which may be a URL with a password. The cause explains the mistake without it.
     if error.kind() == ErrorKind::ValueValidation
         && let (Some(flag), Some(cause)) = (error.get(ContextKind::InvalidArg), error.source())
     {

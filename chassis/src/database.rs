@@ -1,4 +1,4 @@
-//! Connects to the database and bounds the work done there.
+//! Connects to the database, and limits how long work there may take.
 
 use std::{
     error::Error,
@@ -27,28 +27,29 @@ use tracing::{error, info};
 
 use crate::{SchemaError, schema::check_schema};
 
-/// How long one try to connect may take, if calls do not wait longer for a connection than that.
+/// Timeout of one attempt to connect, unless calls may wait longer for a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a connection is trusted without being asked.
-const REST_MAX: Duration = Duration::from_millis(500);
-/// How long a connection that is always busy is kept from the pool, which makes a new one every half hour.
-const AT_HAND_MAX: Duration = Duration::from_secs(60);
+/// A connection that was idle for longer is pinged before it is used.
+const IDLE_MAX: Duration = Duration::from_millis(500);
+/// A connection returns to the pool after this time even if it is always busy, since only the pool replaces old
+/// connections.
+const KEEP_MAX: Duration = Duration::from_secs(60);
 
-/// A unit of database work: the future a closure passed to [`Database::run`] returns.
+/// The future of a unit of database work, as closures passed to [`Database::run`] return it.
 pub type Work<'c, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'c>>;
 
-/// Where a database is and who connects. Its `Debug` and `Display` leave the password out.
+/// The URL of a database. `Debug` and `Display` omit the password.
 #[derive(Clone)]
 pub struct DatabaseUrl(PgConnectOptions);
 
-/// A database URL that cannot be read. It does not repeat the URL, which may hold a password.
+/// A database URL that cannot be parsed. The error does not repeat the URL, which may contain a password.
 #[derive(Debug, thiserror::Error)]
 #[error("not a database URL; it looks like postgres://user:password@host:5432/database")]
 pub struct InvalidDatabaseUrl;
 
 impl DatabaseUrl {
-    /// What a connection is made from.
+    /// The options to connect with.
     pub fn options(&self) -> PgConnectOptions {
         self.0.clone()
     }
@@ -82,18 +83,18 @@ impl fmt::Debug for DatabaseUrl {
 /// How a process uses its database.
 #[derive(Args, Clone, Debug)]
 pub struct DatabaseSettings {
-    /// Connections to the database at most.
+    /// At most so many connections to the database.
     #[arg(long, env = "DATABASE_CONNECTIONS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub database_connections: u32,
-    /// Milliseconds a call waits for a free connection before it is refused with a hint to retry.
+    /// Milliseconds a call waits for a free connection. Then it fails with a hint to retry.
     #[arg(long, env = "DATABASE_ACQUIRE_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub database_acquire_ms: u64,
-    /// Milliseconds a unit of work may take in the database before its connection is cut and its transaction undone.
+    /// Milliseconds the database work of a call may take. Then its connection is cut and its transaction rolled back.
     #[arg(long, env = "DATABASE_WORK_MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub database_work_ms: u64,
 }
 
-/// A pool of connections on which work is run so that no caller can stop it half-way.
+/// A pool of connections. Work on it runs to its end, even if its caller goes away.
 #[derive(Clone, Debug)]
 pub struct Database {
     connections: Connections,
@@ -102,13 +103,13 @@ pub struct Database {
 }
 
 impl Database {
-    /// Connects, waiting with back-off for as long as the database does not answer, and saying so; and checks that all
-    /// `migrations` were run.
+    /// Connects, and checks that all `migrations` were run. While the database does not answer, it retries with
+    /// back-off and logs each retry.
     ///
-    /// Returns `None` when `shutdown` came first.
+    /// Returns `None` if `shutdown` comes first.
     ///
     /// # Errors
-    /// What waiting does not mend: wrong credentials, a schema this process does not know.
+    /// Those that a retry does not fix: wrong credentials, or a schema that this process does not know.
     pub async fn connect(
         url: &DatabaseUrl,
         settings: &DatabaseSettings,
@@ -120,14 +121,14 @@ impl Database {
             .max_connections(settings.database_connections)
             .acquire_timeout(CONNECT_LIMIT.max(acquire_limit))
             .test_before_acquire(false)
-            .before_acquire(|connection, state| Box::pin(test_after_rest(connection, state.idle_for)))
+            .before_acquire(|connection, state| Box::pin(ping_if_idle(connection, state.idle_for)))
             .connect_lazy_with(with_statement_timeout(url.options(), settings.database_work_ms));
         let back_off = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))
             .with_max_delay(Duration::from_secs(5))
             .with_jitter()
             .without_max_times();
-        // The pool hides why it has no connection; one made by hand tells.
+        // The pool hides why it cannot connect. A connection made without it returns the cause.
         let connect = || try_to_connect(url.options(), migrations);
         let waiting = connect
             .retry(back_off)
@@ -140,24 +141,27 @@ impl Database {
             None => Ok(None),
             Some(connected) => {
                 let work_limit = Duration::from_millis(settings.database_work_ms);
-                let connections = Connections { pool, at_hand: Arc::default(), return_limit: work_limit };
+                let connections = Connections { pool, kept: Arc::default(), return_limit: work_limit };
                 connected.map(|()| Some(Self { connections, acquire_limit, work_limit }))
             }
         }
     }
 
-    /// Runs one unit of work on a connection, to its end, whatever becomes of the caller.
+    /// Runs one unit of work on a connection, to its end, even if the caller goes away.
     ///
-    /// tonic drops a handler when its caller hangs up or its time is over. A `begin` that is dropped half-way returns its
-    /// connection to the pool inside an open transaction, and whatever the next caller writes there vanishes (sqlx 0.9.0,
-    /// launchbadge/sqlx#4393). So the work is a task of its own, which a dropped caller merely stops waiting for. It is
-    /// bounded here as well: on expiry the connection is cut, not returned, so that a half-open connection costs one
-    /// unit of work and not a place in the pool; the server undoes what was not committed.
+    /// tonic drops a handler when its caller hangs up or its deadline passes. If that drops a `begin` half-way, sqlx
+    /// returns the connection to the pool inside an open transaction (sqlx 0.9.0, launchbadge/sqlx#4393). The writes of
+    /// the next caller are then lost. So the work is a task of its own; a caller that goes away only stops waiting for
+    /// it.
+    ///
+    /// The work has a time limit. After it the connection is cut, not returned: a half-open connection then costs one
+    /// unit of work and not a slot of the pool. The server rolls the open transaction back.
     ///
     /// # Errors
-    /// Those of the work; [`sqlx::Error::PoolTimedOut`] when no connection came free in time, and then nothing was begun;
-    /// [`sqlx::Error::Io`] of kind `TimedOut` when the work took too long, and then it may or may not have been
-    /// committed; [`sqlx::Error::WorkerCrashed`] when it panicked.
+    /// - Those of the work.
+    /// - [`sqlx::Error::PoolTimedOut`]: no connection was free in time, and the work has not started.
+    /// - [`sqlx::Error::Io`] of kind `TimedOut`: the work took too long, and may or may not be committed.
+    /// - [`sqlx::Error::WorkerCrashed`]: the work panicked.
     pub async fn run<T, E, W>(&self, work: W) -> Result<T, E>
     where
         T: Send + 'static,
@@ -165,121 +169,126 @@ impl Database {
         W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, E> + Send + 'static,
     {
         let Self { connections, acquire_limit, work_limit } = self.clone();
-        let (begin, begun) = oneshot::channel();
+        let (start, started) = oneshot::channel();
         let task = tokio::spawn(async move {
-            let mut taken = connections.take().await?;
-            if begin.send(()).is_err() {
+            let mut acquired = connections.acquire().await?;
+            if start.send(()).is_err() {
                 return Err(E::from(sqlx::Error::PoolTimedOut));
             }
-            if let Ok(done) = timeout(work_limit, work(&mut taken.connection)).await {
-                connections.give_back(taken, done.is_ok());
+            if let Ok(done) = timeout(work_limit, work(&mut acquired.connection)).await {
+                connections.release(acquired, done.is_ok());
                 return done;
             }
             error!("database work took over {work_limit:?}: connection cut");
-            // Dropped, the socket is closed at once. sqlx's close_hard would first write what is still to be sent, and where
-            // the network swallows it wait for as long as TCP does: a quarter of an hour.
-            drop(taken.connection.detach());
+            // A drop closes the socket at once. sqlx's close_hard would first write pending bytes. If the network
+            // swallows them, it waits until TCP gives up, for a quarter of an hour.
+            drop(acquired.connection.detach());
             Err(E::from(timed_out()))
         });
-        // Only the caller stops waiting here, not the task: after an outage every connection is made anew, and on a busy
-        // machine that may take longer than a call may wait. Were each try cut off with its caller, none would succeed.
-        if !begins_within(acquire_limit, begun).await {
+        // Only the caller stops waiting here; the task goes on. After an outage every connection is made anew, which on
+        // a busy machine may take longer than a call may wait. If each attempt ended with its caller, none would
+        // succeed.
+        if !starts_within(acquire_limit, started).await {
             return Err(E::from(sqlx::Error::PoolTimedOut));
         }
         task.await.unwrap_or_else(|_| Err(E::from(sqlx::Error::WorkerCrashed)))
     }
 
-    /// Asks the database for its health from now on.
+    /// A probe of the database's health.
     pub(crate) fn probe(&self) -> Probe {
-        // Enough for a connection to be made, however short work is to be: cut off each time, none ever would on a busy
-        // machine.
+        // Long enough to connect, even if the limit for work is shorter: with each attempt cut off, none would ever
+        // succeed on a busy machine.
         let limit = CONNECT_LIMIT.max(self.work_limit);
         Probe { options: self.connections.pool.connect_options().as_ref().clone(), limit, connection: None }
     }
 }
 
-/// The pool, and connections of it that are kept from it.
+/// The pool, and idle connections that are kept outside it.
 ///
-/// The pool asks each connection that comes back whether it is well: one more round trip for every unit of work, a seventh
-/// of what a lone order costs. So one whose work has succeeded is kept at hand for the next.
+/// The pool pings each connection that is returned to it, which is one more round trip for each unit of work. So a
+/// connection whose work succeeded is kept here for the next unit of work.
 #[derive(Clone, Debug)]
 struct Connections {
     pool: PgPool,
-    at_hand: Arc<Mutex<AtHand>>,
+    kept: Arc<Mutex<Kept>>,
     return_limit: Duration,
 }
 
 #[derive(Debug, Default)]
-struct AtHand {
-    /// The last to have been busy is on top.
-    idle: Vec<Taken>,
-    /// Units of work that wait for the pool, having found none at hand. Nothing is kept from it meanwhile.
+struct Kept {
+    /// The connection used last is at the end.
+    idle: Vec<Acquired>,
+    /// Units of work that found no kept connection and wait for the pool. Until there are none, all connections go back
+    /// to the pool.
     waiting: usize,
 }
 
 #[derive(Debug)]
-struct Taken {
+struct Acquired {
     connection: PoolConnection<Postgres>,
-    /// When it was taken from the pool.
-    since: Instant,
-    /// When it was last at work, or asked.
-    well: Instant,
+    /// When the pool handed it out.
+    acquired_at: Instant,
+    used_at: Instant,
 }
 
 impl Connections {
-    async fn take(&self) -> Result<Taken, sqlx::Error> {
-        while let Some(mut taken) = self.pop_or_wait() {
-            let is_busy = taken.well.elapsed() <= REST_MAX;
-            if is_busy || matches!(timeout(CONNECT_LIMIT, taken.connection.ping()).await, Ok(Ok(()))) {
-                return Ok(taken);
+    async fn acquire(&self) -> Result<Acquired, sqlx::Error> {
+        while let Some(mut kept) = self.pop_or_wait() {
+            let is_fresh = kept.used_at.elapsed() <= IDLE_MAX;
+            if is_fresh || matches!(timeout(CONNECT_LIMIT, kept.connection.ping()).await, Ok(Ok(()))) {
+                return Ok(kept);
             }
-            drop(taken.connection.detach());
+            drop(kept.connection.detach());
         }
         let acquired = self.pool.acquire().await;
         self.lock().waiting -= 1;
         let now = Instant::now();
-        acquired.map(|connection| Taken { connection, since: now, well: now })
+        acquired.map(|connection| Acquired { connection, acquired_at: now, used_at: now })
     }
 
-    fn pop_or_wait(&self) -> Option<Taken> {
-        let mut at_hand = self.lock();
-        let taken = at_hand.idle.pop();
-        at_hand.waiting += usize::from(taken.is_none());
-        taken
+    /// Takes a kept connection, or counts this unit of work as waiting.
+    fn pop_or_wait(&self) -> Option<Acquired> {
+        let mut kept = self.lock();
+        let popped = kept.idle.pop();
+        kept.waiting += usize::from(popped.is_none());
+        popped
     }
 
-    /// What still has something to send, which is the end of a transaction that work has left open, sends it on the way back
-    /// to the pool; at hand, it would hold its locks until it is wanted again.
-    fn give_back(&self, mut taken: Taken, succeeded: bool) {
-        let may_keep = succeeded && !taken.connection.should_flush() && taken.since.elapsed() < AT_HAND_MAX;
-        let mut at_hand = self.lock();
-        if may_keep && at_hand.waiting == 0 {
-            taken.well = Instant::now();
-            at_hand.idle.push(taken);
+    /// Keeps the connection, or returns it to the pool.
+    ///
+    /// A connection with unsent bytes is never kept. They are the rollback of a transaction that the work left open.
+    /// The pool sends them; a kept connection would hold the locks until its next use.
+    fn release(&self, mut acquired: Acquired, succeeded: bool) {
+        let may_keep = succeeded && !acquired.connection.should_flush() && acquired.acquired_at.elapsed() < KEEP_MAX;
+        let mut kept = self.lock();
+        if may_keep && kept.waiting == 0 {
+            acquired.used_at = Instant::now();
+            kept.idle.push(acquired);
         } else {
-            // The pool holds its place while it asks, without a limit.
-            tokio::spawn(timeout(self.return_limit, taken.connection.return_to_pool()));
+            // The pool's ping has no timeout of its own, and occupies a slot.
+            tokio::spawn(timeout(self.return_limit, acquired.connection.return_to_pool()));
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, AtHand> {
-        self.at_hand.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Whether what is to send on `begin`'s channel before it begins does so in time. If not, its send fails from now on, and
-/// it must not begin.
-async fn begins_within(limit: Duration, mut begun: oneshot::Receiver<()>) -> bool {
-    if timeout(limit, &mut begun).await.is_ok() {
+/// Whether the work sends on its channel in time. If it does not, its later send fails, and it must not start.
+async fn starts_within(limit: Duration, mut started: oneshot::Receiver<()>) -> bool {
+    if timeout(limit, &mut started).await.is_ok() {
         return true;
     }
-    // Closed first, so that what begins at this moment either is told not to, or is waited for.
-    begun.close();
-    begun.try_recv().is_ok()
+    // Close before the last look. Work that starts at this moment has then either sent already, or its send fails.
+    started.close();
+    started.try_recv().is_ok()
 }
 
-/// Asks the database whether it answers, over a connection of its own: a pool that is busy is not a database that is
-/// away, and a load balancer that took it for one would make an overload an outage.
+/// Pings the database over a connection of its own.
+///
+/// A busy pool does not mean that the database is down. If a load balancer took the one for the other, it would make an
+/// outage of an overload.
 pub(crate) struct Probe {
     options: PgConnectOptions,
     limit: Duration,
@@ -288,13 +297,16 @@ pub(crate) struct Probe {
 
 impl Probe {
     pub(crate) async fn answers(&mut self) -> bool {
-        let asked = timeout(self.limit, ask(&self.options, self.connection.take())).await;
-        self.connection = asked.ok().and_then(Result::ok);
+        let pinged = timeout(self.limit, connect_and_ping(&self.options, self.connection.take())).await;
+        self.connection = pinged.ok().and_then(Result::ok);
         self.connection.is_some()
     }
 }
 
-async fn ask(options: &PgConnectOptions, connection: Option<PgConnection>) -> Result<PgConnection, sqlx::Error> {
+async fn connect_and_ping(
+    options: &PgConnectOptions,
+    connection: Option<PgConnection>,
+) -> Result<PgConnection, sqlx::Error> {
     let mut connection = match connection {
         Some(connection) => connection,
         None => PgConnection::connect_with(options).await?,
@@ -312,20 +324,22 @@ async fn try_to_connect(
         check_schema(&mut connection, migrations).await?;
         Ok(connection.close().await?)
     };
-    // A server that accepts and stays silent would otherwise be waited for without a word.
+    // A server that accepts connections but stays silent would otherwise block without a log line.
     timeout(CONNECT_LIMIT, trying).await.unwrap_or_else(|_| Err(timed_out().into()))
 }
 
-/// Has the server give a statement up before its work is cut off here. A connection that is cut does not stop a statement:
-/// one that is a transaction by itself would be committed yet, after its caller was told to come again.
+/// Makes the server cancel a statement before its work is cut off here.
+///
+/// Cutting the connection does not stop a statement. A statement that is a transaction by itself could commit after its
+/// caller was told to retry.
 fn with_statement_timeout(options: PgConnectOptions, work_ms: u64) -> PgConnectOptions {
     options.options([("statement_timeout", (work_ms * 9).div_ceil(10))])
 }
 
-/// The pool asks every connection that comes back whether it is well. To ask again before the next work, as it does by
-/// default, is a round trip more for each; so only one that has rested is asked.
-async fn test_after_rest(connection: &mut PgConnection, rested: Duration) -> Result<bool, sqlx::Error> {
-    if rested > REST_MAX {
+/// The pool pings every connection that is returned to it. By default it pings again before each use, one more round
+/// trip. Here it does so only after an idle time.
+async fn ping_if_idle(connection: &mut PgConnection, idle: Duration) -> Result<bool, sqlx::Error> {
+    if idle > IDLE_MAX {
         connection.ping().await?;
     }
     Ok(true)
@@ -335,7 +349,7 @@ fn timed_out() -> sqlx::Error {
     sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
 }
 
-/// Whether the server answered, and its answer will not change by waiting (SQLSTATE class 28: invalid authorization).
+/// Whether the server refuses the credentials (SQLSTATE class 28), which a retry does not change.
 fn is_refused(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| code.starts_with("28")))
 }

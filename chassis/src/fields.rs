@@ -1,4 +1,4 @@
-//! Checks the fields of a request, all of them, before any is refused.
+//! Checks every field of a request, so that one answer names all bad fields.
 
 use std::ops::RangeInclusive;
 
@@ -7,19 +7,20 @@ use uuid::Uuid;
 
 use crate::page::{PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX};
 
-/// Collects what is wrong with a request. Each check names its field by path (`items[2].sku`) and goes on.
+/// Collects the bad fields of a request. Each check names its field by path (`items[2].sku`), and none stops the
+/// others.
 #[derive(Debug, Default)]
 pub struct Fields {
     violations: Vec<FieldViolation>,
 }
 
 impl Fields {
-    /// Records that a field is wrong, and how it would be right.
+    /// Records a bad field, with a description of a good one.
     pub fn refuse(&mut self, field: impl Into<String>, description: impl Into<String>) {
         self.violations.push(FieldViolation::new(field, description));
     }
 
-    /// A name that travels unchanged through databases, logs and shells: 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
+    /// Checks a name: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, which databases, logs and shells leave unchanged.
     pub fn name(&mut self, field: impl Into<String>, text: &str) {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if !(1..=64).contains(&text.len()) || !text.bytes().all(allowed) {
@@ -27,7 +28,7 @@ impl Fields {
         }
     }
 
-    /// A whole number within bounds.
+    /// Checks that a number is in a range.
     pub fn number(&mut self, field: impl Into<String>, number: impl Into<i64>, allowed: RangeInclusive<i64>) {
         let number = number.into();
         if !allowed.contains(&number) {
@@ -36,7 +37,7 @@ impl Fields {
         }
     }
 
-    /// How many entries a page of a list is to hold: the default for 0, at most 500.
+    /// Checks the size of a page, and returns the size to use: the default for 0, and at most the largest page.
     pub fn page_size(&mut self, field: impl Into<String>, asked: i32) -> u16 {
         match asked {
             ..0 => {
@@ -48,7 +49,7 @@ impl Fields {
         }
     }
 
-    /// A UUID; the nil one stands for it when it is refused.
+    /// Parses a UUID. For a bad one it returns the nil UUID.
     pub fn uuid(&mut self, field: impl Into<String>, text: &str) -> Uuid {
         Uuid::try_parse(text).unwrap_or_else(|_| {
             self.refuse(field, "must be a UUID, such as 0192f0c1-2345-7abc-8def-0123456789ab");
@@ -56,10 +57,10 @@ impl Fields {
         })
     }
 
-    /// Ends the checks: `value`, if nothing was refused.
+    /// Returns `value` if no field is bad.
     ///
     /// # Errors
-    /// Every violation, in the order of the checks.
+    /// All bad fields, in the order of the checks.
     pub fn finish<T>(self, value: T) -> Result<T, Vec<FieldViolation>> {
         if self.violations.is_empty() { Ok(value) } else { Err(self.violations) }
     }

@@ -1,4 +1,4 @@
-//! Says whether a process can do its work, and asks another.
+//! Reports the health of this process, and asks another process for its health.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -17,13 +17,15 @@ use tracing::{info, warn};
 
 use crate::database::Probe;
 
-/// How often the database is asked.
+/// How often the database is probed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a health check of another process may take.
+/// Timeout of a health check of another process.
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
-/// Reports the server's health until `shutdown`, then reports NOT_SERVING: a load balancer that watches has turned away
-/// before the server stops accepting.
+/// Reports SERVING while the database answers, and NOT_SERVING otherwise.
+///
+/// It returns after it has reported NOT_SERVING at `shutdown`, and only then the server stops accepting. So a load
+/// balancer that watches health has stopped sending calls by then.
 pub(crate) async fn report_health(
     reporter: HealthReporter,
     services: &'static [&'static str],
@@ -56,7 +58,7 @@ async fn set(reporter: &HealthReporter, services: &[&str], status: ServingStatus
     }
 }
 
-/// A process that is not reached, or does not serve.
+/// The process cannot be reached, or does not serve.
 #[derive(Debug, thiserror::Error)]
 #[error("{address} {state}")]
 pub struct NotServing {
@@ -64,7 +66,8 @@ pub struct NotServing {
     state: String,
 }
 
-/// Asks the process listening on `address` for its health; an address that means "all interfaces" is asked on loopback.
+/// Asks the process that listens on `address` for its health. An address of all interfaces, such as 0.0.0.0, is asked
+/// on loopback.
 ///
 /// # Errors
 /// [`NotServing`].
@@ -76,7 +79,10 @@ pub async fn healthcheck(mut address: SocketAddr) -> Result<(), NotServing> {
     let endpoint =
         Endpoint::from_shared(format!("http://{address}")).map_err(|error| not_serving(error.to_string()))?;
     let endpoint = endpoint.connect_timeout(CHECK_LIMIT).timeout(CHECK_LIMIT);
-    let channel = endpoint.connect().await.map_err(|_| not_serving("is not listened on".into()))?;
+    let channel = endpoint
+        .connect()
+        .await
+        .map_err(|_| not_serving("cannot be reached: check that the process runs and listens there".into()))?;
     let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
     match answer.map(|response| response.into_inner().status()) {
         Ok(health_check_response::ServingStatus::Serving) => Ok(()),

@@ -2,17 +2,19 @@
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 
-/// The largest page; asking for more answers this many.
+/// The largest page. A request for more gets this many entries.
 pub(crate) const PAGE_SIZE_MAX: u16 = 500;
 pub(crate) const PAGE_SIZE_DEFAULT: u16 = 50;
 
-/// A token that continues the list named `list` after `last`. Neither may hold a newline.
+/// Makes the token that continues the list named `list` after the entry `last`. Neither may contain a newline.
 pub fn encode_page_token(list: &str, last: &str) -> String {
     URL_SAFE_NO_PAD.encode(format!("{list}\n{last}"))
 }
 
-/// Where a token continues the list named `list`; `None` when the token was not made by [`encode_page_token`] for that
-/// list. It opens nothing to its holder that asking for the list does not.
+/// Reads the entry after which a token continues the list named `list`. Returns `None` if [`encode_page_token`] did not
+/// make the token for that list.
+///
+/// Tokens are neither signed nor secret: a made-up token shows nothing that a plain request for the list would not.
 pub fn decode_page_token(list: &str, token: &str) -> Option<String> {
     let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
     let (of_list, last) = text.split_once('\n')?;
@@ -25,7 +27,7 @@ mod tests {
 
     use super::*;
 
-    /// Of no kind, of the right letters, of what may or may not be text after the name of a list, and nearly such a token.
+    /// Any text, text in the alphabet of tokens, a list's name followed by any bytes, and tokens with a changed end.
     fn token() -> impl Strategy<Value = String> {
         let named = prop::collection::vec(any::<u8>(), 0..9)
             .prop_map(|bytes| URL_SAFE_NO_PAD.encode([b"orders\n", &bytes[..]].concat()));
@@ -38,14 +40,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_list_continues_where_it_was_left_and_no_other_does(list in "[^\n]*", other in "[^\n]*", last in "[^\n]*") {
+        fn a_token_returns_the_last_entry_for_its_own_list_and_for_no_other(list in "[^\n]*", other in "[^\n]*", last in "[^\n]*") {
             let token = encode_page_token(&list, &last);
             prop_assert_eq!(decode_page_token(&list, &token), Some(last));
             prop_assert!(list == other || decode_page_token(&other, &token).is_none());
         }
 
         #[test]
-        fn whatever_a_stranger_sends_continues_a_list_only_if_it_names_it(token in token()) {
+        fn a_made_up_token_is_accepted_only_if_it_is_the_encoding_of_its_entry(token in token()) {
             let last = decode_page_token("orders", &token);
             prop_assert!(last.is_none_or(|last| encode_page_token("orders", &last) == token));
         }

@@ -1,4 +1,4 @@
-//! Says no in a way a caller can act on.
+//! Makes gRPC errors that tell a caller what to do.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -6,17 +6,18 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 use tracing::error;
 
-/// After what time a caller may try again where the database is away or overloaded.
+/// When a caller may retry if the database is down or overloaded.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Bad fields that the message names; the details name the others.
+/// How many bad fields the message names. The details name more.
 const FIELDS_IN_MESSAGE: usize = 10;
-/// Bytes of bad fields in the details.
+/// How many bytes of bad fields the details may hold.
 const DETAILS_BYTES_MAX: usize = 6 * 1024;
-/// What an entry takes besides its text, at most.
+/// At most so many bytes of an entry are not its text.
 const ENTRY_BYTES: usize = 10;
 
-/// Makes a service's refusals: each carries `google.rpc.ErrorInfo` with a constant reason and this service as its domain.
+/// Makes the errors of a service. Each holds `google.rpc.ErrorInfo` with a constant reason and the service as its
+/// domain.
 #[derive(Clone, Copy, Debug)]
 pub struct Refuse {
     /// The service, as `ErrorInfo.domain`.
@@ -24,15 +25,15 @@ pub struct Refuse {
 }
 
 impl Refuse {
-    /// A refusal that no repetition mends.
+    /// An error that a retry does not fix.
     pub fn with(self, code: Code, reason: &str, message: impl Into<String>) -> Status {
         Status::with_error_details(code, message, self.details(reason))
     }
 
     /// INVALID_ARGUMENT, with the bad fields in `google.rpc.BadRequest` and the first of them in the message.
     ///
-    /// All of this travels in headers, of which clients take 16 KiB at most and make a broken connection of more. So from
-    /// 6 KiB on, the fields that are left are counted in a last entry instead of named.
+    /// Message and details are sent as headers. Clients accept at most 16 KiB of headers; beyond that they report a
+    /// broken connection. So fields that do not fit into `DETAILS_BYTES_MAX` are only counted, in a last entry.
     pub fn invalid(self, reason: &str, mut violations: Vec<FieldViolation>) -> Status {
         let named: Vec<_> =
             violations.iter().take(FIELDS_IN_MESSAGE).map(|bad| format!("{} {}", bad.field, bad.description)).collect();
@@ -47,14 +48,14 @@ impl Refuse {
         Status::with_error_details(Code::InvalidArgument, message, details)
     }
 
-    /// What a caller is told of a failure of the database: nothing of its SQL or names, but whether to come again. The
+    /// An error for a failure of the database. The caller learns whether a retry may help, and nothing of the SQL. The
     /// cause is logged here, once.
     pub fn database(self, cause: &sqlx::Error) -> Status {
         error!(%cause, "database work failed");
         self.database_logged(cause)
     }
 
-    /// The same, of a cause that is logged already.
+    /// The same for a cause that is already logged.
     pub fn database_logged(self, cause: &sqlx::Error) -> Status {
         if !may_pass(cause) {
             return self.with(Code::Internal, "INTERNAL", "internal error");
@@ -62,7 +63,7 @@ impl Refuse {
         self.later(Code::Unavailable, "DATABASE_UNAVAILABLE", "the database does not answer; try again")
     }
 
-    /// A refusal that passes, with the hint when to come again.
+    /// An error that a later retry may fix, with `google.rpc.RetryInfo`.
     pub fn later(self, code: Code, reason: &str, message: impl Into<String>) -> Status {
         let mut details = self.details(reason);
         details.set_retry_info(Some(RETRY_AFTER));
@@ -88,9 +89,11 @@ fn cut_to_size(violations: &mut Vec<FieldViolation>) {
     }
 }
 
-/// Whether the same call may work later. Only what the call brought with it can be its fault: its data (class 22), the
-/// constraints it violates (23) or the triggers that turn it down (P0). Anything else a database says, a read-only standby,
-/// a missing right, a changed password, is for an operator to mend, and a relay must not hold it against an event.
+/// Whether the same call may succeed later.
+///
+/// Only its own input makes a call fail for good. SQLSTATE says so by a class: bad data (22), a violated constraint
+/// (23), an exception of a trigger (P0). All other errors, such as a read-only standby, a missing privilege or a
+/// changed password, are for an operator to fix. A relay must not count them against an event.
 pub fn may_pass(cause: &sqlx::Error) -> bool {
     match cause {
         sqlx::Error::Database(error) => {
@@ -107,11 +110,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_of_any_number_of_fields_fits_into_the_headers_a_client_takes() {
+    fn an_error_with_any_number_of_bad_fields_fits_into_the_headers_that_clients_accept() {
         for fields in [1, 7, 300, 100_000] {
             let violation = FieldViolation::new("items[99].unit_price_minor", "must be from 0 to 9223372036854775807");
             let refused = Refuse { domain: "order-service" }.invalid("INVALID_ORDER", vec![violation; fields]);
-            // Details travel in base64, 4 bytes for 3.
+            // Details are sent in base64: 4 bytes for 3.
             assert!(refused.message().len() + refused.details().len() * 4 / 3 < 12 * 1024);
             let named = refused.get_error_details().bad_request().map_or(0, |bad| bad.field_violations.len());
             assert!(named == fields || named > 50, "{named} of {fields}");

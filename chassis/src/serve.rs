@@ -1,4 +1,4 @@
-//! Serves gRPC until told to stop.
+//! Serves gRPC until shutdown.
 
 use std::{future::pending, io, time::Duration};
 
@@ -18,44 +18,45 @@ const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 /// Limits of a server.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {
-    /// Seconds after SIGTERM within which the process has ended, whatever its clients do.
+    /// The process ends at most so many seconds after SIGTERM. Calls that are still open then are cut off.
     #[arg(long, env = "DRAIN_SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub drain_seconds: u64,
-    /// Seconds a call may take; a caller's own deadline may be shorter.
+    /// Seconds a call may take. A caller may set a shorter deadline.
     #[arg(long, env = "REQUEST_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub request_seconds: u64,
-    /// Calls one connection may have open at once.
+    /// At most so many open calls on one connection.
     #[arg(long, env = "CONCURRENT_STREAMS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub concurrent_streams: u32,
 }
 
-/// What a server offers besides health and reflection.
+/// What a server serves besides health and reflection.
 pub struct Services {
     /// The services.
     pub routes: Routes,
-    /// Their full names, for health.
+    /// Their full names, for health checks and reflection.
     pub names: &'static [&'static str],
-    /// The encoded descriptors of their contract, for reflection.
+    /// The encoded descriptors of their messages, for reflection.
     pub descriptors: &'static [u8],
 }
 
-/// Why a server ended other than by being told to.
+/// Why a server ended without a shutdown.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The socket.
+    /// The socket failed.
     #[error("cannot listen: {0}")]
     Listen(#[from] io::Error),
-    /// The server.
+    /// The server failed.
     #[error("cannot serve: {0}")]
     Serve(#[from] tonic::transport::Error),
-    /// The contract's descriptors.
-    #[error("cannot describe the contract: {0}")]
+    /// The descriptors cannot be decoded.
+    #[error("cannot serve reflection: {0}")]
     Reflect(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves until `shutdown`; then reports NOT_SERVING, accepts nothing more, and lets calls in flight finish for at most
-/// the drain time. A client that stays silent on an open connection would hold a graceful shutdown for ever
-/// (hyperium/hyper#4170), so that deadline is hard.
+/// Serves until `shutdown`. Then it reports NOT_SERVING, accepts no more connections, and lets calls in flight finish.
+///
+/// After the drain time it closes the connections that are left. Without that deadline, a client that stays silent on
+/// an open connection would block the shutdown for ever (hyperium/hyper#4170).
 ///
 /// # Errors
 /// [`ServeError`].
@@ -71,12 +72,12 @@ pub async fn serve(
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(services.descriptors)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // So that clients can show the details that refusals carry.
+            // With these, clients can print the details of errors.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET);
         let served = services.names.iter().chain(&[HEALTH]);
         served.fold(builder, |builder, name| builder.with_service_name(*name))
     };
-    // ghz still asks for v1alpha.
+    // ghz asks for v1alpha.
     let (reflection, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
     let routes = services.routes.add_service(health).add_service(reflection).add_service(reflection_v1alpha);
     let address = listener.local_addr()?;
@@ -93,15 +94,15 @@ pub async fn serve(
     };
     tokio::select! {
         ended = server => ended?,
-        _ = drained => warn!("drain time of {drain:?} is over: closing the connections that are left"),
+        _ = drained => warn!("drain time of {drain:?} is over: closing the remaining connections"),
     }
     Ok(())
 }
 
 fn server(settings: &ServeSettings) -> Server {
     Server::builder()
-        // Both guards are off in tonic unless set: without them one connection may open any number of streams, or have
-        // any number reset for errors of its own making.
+        // tonic sets neither limit by default. Without them one connection may open any number of streams, and may
+        // cause any number of resets by its own errors.
         .max_concurrent_streams(settings.concurrent_streams)
         .http2_max_local_error_reset_streams(Some(1024))
         .http2_keepalive_interval(Some(Duration::from_secs(20)))

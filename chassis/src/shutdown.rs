@@ -1,4 +1,4 @@
-//! Turns signals into an orderly end.
+//! Makes a signal a graceful shutdown.
 
 use std::{io, process};
 
@@ -6,8 +6,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// A token that SIGTERM or SIGINT cancels. A second signal ends the process at once: whoever sends it is done waiting,
-/// and being killed at any line is something the system recovers from.
+/// A token that SIGTERM or SIGINT cancels.
+///
+/// A second signal ends the process at once. Its sender does not want to wait, and the system recovers from a crash at
+/// any line.
 ///
 /// # Errors
 /// When the signal handlers cannot be installed.
@@ -25,7 +27,7 @@ pub fn shutdown_signal() -> io::Result<CancellationToken> {
                 warn!("{name} again: exiting at once");
                 process::exit(130);
             }
-            info!("{name}: finishing what is in flight");
+            info!("{name}: finishing the work in flight");
             cancelled.cancel();
         }
     });

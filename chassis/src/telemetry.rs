@@ -8,12 +8,13 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
-/// What is logged unless `RUST_LOG` says otherwise. The notices of a repeated migration ("already exists, skipping") say
-/// only that it is safe to repeat.
+/// The filter if `RUST_LOG` is not set. A repeated migration is safe; PostgreSQL's notices about it ("already exists,
+/// skipping") say no more than that.
 const DEFAULT: &str = "info,sqlx::postgres::notice=warn";
 
-/// Logs to stdout: for people on a terminal, as JSON, a line per event, otherwise. `RUST_LOG` chooses what; where it
-/// cannot be read, the process ends with one line on stderr and exit code 2.
+/// Logs to stdout: as text on a terminal, otherwise as one JSON object per line.
+///
+/// `RUST_LOG` filters the logs. If it is invalid, the process ends with one line on stderr and exit code 2.
 pub fn log_to_stdout() {
     let chosen = env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
     let filter = EnvFilter::try_new(chosen.as_deref().unwrap_or(DEFAULT)).unwrap_or_else(|error| {
