@@ -1,4 +1,4 @@
-//! Recompiles when a migration is added: `migrate!` embeds the folder but does not notice new files in it.
+//! Recompiles when a migration is added: `migrate!` embeds the folder, but Cargo does not see new files in it.
 
 fn main() {
     println!("cargo::rerun-if-changed=../migrations/outbox");

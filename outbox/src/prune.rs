@@ -1,4 +1,4 @@
-//! Forgets what was applied long ago.
+//! Prunes the ids of events that were applied long ago.
 
 use std::time::Duration;
 
@@ -8,37 +8,39 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// An id is kept for so much longer than the retention says. An event's time is its sender's, of another database with
-/// another clock: as long as the two differ by less than this, what is not too old to be accepted is still on record.
+/// Ids are kept for longer than the retention, by this margin. The time of an event comes from the clock of another
+/// database. While the two clocks differ by less than the margin, an event that is young enough to be accepted is on
+/// record.
 pub(crate) const CLOCK_MARGIN: Duration = Duration::from_secs(3600);
-/// Ids forgotten in one statement: few milliseconds, so that no vacuum and no shutdown waits for it.
+/// Ids pruned by one statement. It is short, so that neither VACUUM nor a shutdown waits for it.
 const BATCH: i64 = 1000;
 const INTERVAL: Duration = Duration::from_secs(5);
-/// Any number, as long as nothing else in the database uses it.
+/// Key of the advisory lock. Any number will do that nothing else in the database uses.
 const LOCK: i64 = 0x6f75_7462_6f78;
 
-/// Prunes the inbox, now and then, until `shutdown`.
+/// Prunes the inbox at intervals, until `shutdown`.
 pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration, shutdown: CancellationToken) {
-    let mut forgotten = 0;
+    let mut pruned = 0;
     while !shutdown.is_cancelled() {
         match database.run(move |connection| Box::pin(prune(connection, retention))).await {
             Ok(0) => {}
             Ok(batch) => {
-                forgotten += batch;
+                pruned += batch;
                 continue;
             }
-            Err(cause) => warn!(%cause, "inbox not pruned; it only grows meanwhile"),
+            Err(cause) => warn!(%cause, "inbox not pruned; it grows until pruning works again"),
         }
-        if forgotten > 0 {
-            info!(forgotten, "inbox pruned");
-            forgotten = 0;
+        if pruned > 0 {
+            info!(pruned, "inbox pruned");
+            pruned = 0;
         }
         shutdown.run_until_cancelled(sleep(INTERVAL)).await;
     }
 }
 
-/// Forgets a batch of ids that are older than the retention by the database's clock, oldest first, and returns how many.
-/// One pruner works at a time, whatever the number of processes: two would delete the same rows and wait for each other.
+/// Prunes a batch of ids that are older than the retention by the database's clock, oldest first. Returns how many.
+///
+/// One process prunes at a time. Two would delete the same rows, and wait for each other.
 pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) -> Result<i64, sqlx::Error> {
     let mut tx = connection.begin().await?;
     let alone = sqlx::query_scalar!(
@@ -52,7 +54,7 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
         tx.rollback().await?;
         return Ok(0);
     }
-    let forgotten = sqlx::query_scalar!(
+    let pruned = sqlx::query_scalar!(
         r#"-- inbox: prune
         WITH forgotten AS (
             DELETE FROM processed_messages
@@ -72,5 +74,5 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
     .fetch_one(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(forgotten)
+    Ok(pruned)
 }

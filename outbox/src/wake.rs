@@ -1,4 +1,4 @@
-//! Tells other processes that there is something to look at, and is told.
+//! Notifies other processes after a commit, and listens for their notifications.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,24 +16,25 @@ use tracing::{debug, warn};
 /// The channel relays listen on, in the database that holds the outbox.
 pub const CHANNEL: &str = "outbox";
 
-/// How long a notification may take before its connection is given up.
+/// Timeout of a notification. After it the connection is closed.
 const NOTIFY_LIMIT: Duration = Duration::from_secs(2);
-/// Wishes that come this soon after a notification become one more. Each notification wakes every process that listens, and
-/// those who have work do not wait for it: 2,500 a second took a tenth of two cores from the calls that asked for them.
+/// Pause after a notification; all requests during the pause become one more. Each notification wakes every process
+/// that listens, which takes processor time from the calls, and processes that have work do not wait for it.
 const NOTIFY_PAUSE: Duration = Duration::from_millis(2);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Pause before connecting again, so that a database that is down is not besieged.
+/// Pause before a new connection, so that a database that is down is not flooded with attempts.
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
-/// A listening connection is made anew after this much silence. A connection can die without a word, and sqlx sends no
-/// keepalives: this bounds for how long listeners fall back to polling.
+/// A listening connection is replaced after so long without a notification. A connection can break unnoticed, since
+/// sqlx sends no keepalives. This limits how long listeners then depend on polling.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
-/// Notifies a channel after a commit. Clones notify through the same connection.
+/// Notifies a channel after a commit. Clones share one connection.
 ///
-/// NOTIFY inside the writing transaction would take a server-wide lock at commit and serialise all commits (2.8 times
-/// slower, measured); after the commit, on a connection of its own, with all wake-ups that come while one is under way or
-/// just over made into one, it costs 6 % at most. One that is lost (crash, broken connection) costs one poll interval of
-/// whoever listens.
+/// NOTIFY inside the writing transaction lost: at commit it takes a lock of the whole server, which serialises all
+/// commits. Here it runs after the commit, on a connection of its own. Requests that come while a notification is in
+/// flight become one more.
+///
+/// A notification can be lost, with a crash or a broken connection. Listeners then find the change at their next poll.
 #[derive(Clone, Debug)]
 pub struct Notifier {
     wanted: Arc<Notify>,
@@ -41,15 +42,16 @@ pub struct Notifier {
 }
 
 impl Notifier {
-    /// Starts the task that notifies; it connects when it is first needed, and ends with the last clone of this value. So
-    /// calls that finish while the process drains still notify, unless it ends within a pause.
+    /// Starts the task that notifies. It connects when it is first needed, and ends with the last clone of this value.
+    /// So calls that finish during a shutdown still notify, unless the process ends within a pause.
     pub fn start(database: PgConnectOptions, channel: &'static str) -> Self {
         let wanted = Arc::new(Notify::new());
         let task = tokio::spawn(notify_when_wanted(database, channel, wanted.clone()));
         Self { wanted, _task: Arc::new(AbortOnDropHandle::new(task)) }
     }
 
-    /// Asks for a notification; returns at once. To be called after the commit, since whoever looks earlier sees nothing.
+    /// Requests a notification, and returns at once. Call it after the commit: listeners that look earlier find
+    /// nothing.
     pub fn notify(&self) {
         self.wanted.notify_one();
     }
@@ -58,7 +60,7 @@ impl Notifier {
 async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, wanted: Arc<Notify>) {
     let mut connection = None;
     loop {
-        // Notify holds one permit: any number of wishes during a round trip and a pause become one more round trip.
+        // `Notify` stores one permit, so any number of requests during a round trip and a pause become one more.
         wanted.notified().await;
         match timeout(NOTIFY_LIMIT, notify_on(connection.take(), &database, channel)).await {
             Ok(Ok(alive)) => {
@@ -66,19 +68,22 @@ async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, w
                 sleep(NOTIFY_PAUSE).await;
             }
             Ok(Err(error)) => {
-                warn!(%error, channel, "not notified; listeners poll meanwhile");
+                warn!(%error, channel, "notification failed; listeners depend on polling until one succeeds");
                 wanted.notify_one();
                 sleep(RECONNECT_PAUSE).await;
             }
             Err(_) => {
-                warn!(channel, "notifying took over {NOTIFY_LIMIT:?}; listeners poll meanwhile");
+                warn!(
+                    channel,
+                    "notification took over {NOTIFY_LIMIT:?}; listeners depend on polling until one succeeds"
+                );
                 wanted.notify_one();
             }
         }
     }
 }
 
-/// Gives the connection back only if the notification succeeded on it: it may have broken since the one before.
+/// Returns the connection only if the notification succeeded: it may have broken since the last one.
 async fn notify_on(
     connection: Option<PgConnection>,
     database: &PgConnectOptions,
@@ -92,21 +97,23 @@ async fn notify_on(
     Ok(connection)
 }
 
-/// Notifies a channel once, for who does so too rarely to keep a [`Notifier`]. Not within a transaction: see there.
+/// Notifies a channel once, for callers that do so too rarely for a [`Notifier`]. Do not call it in a transaction (see
+/// there).
 ///
 /// # Errors
-/// The database's. Whoever listens then finds out within its poll interval.
+/// Those of the database. Listeners then find the change at their next poll.
 pub async fn notify(connection: &mut PgConnection, channel: &str) -> Result<(), sqlx::Error> {
     sqlx::query!("-- outbox: notify\nSELECT pg_notify($1, '')", channel).execute(connection).await?;
     Ok(())
 }
 
-/// Calls `wake` for every notification of the channel, and whenever one may have been missed; never returns. Polling
-/// remains the floor under it: a notification can be lost.
+/// Calls `wake` for every notification of the channel, and whenever one may have been missed. It never returns.
+///
+/// Callers poll as well, since a notification can be lost.
 pub async fn listen(database: PgConnectOptions, channel: &'static str, wake: impl Fn() + Send + Sync) {
     loop {
         if let Err(error) = listen_until_silence(&database, channel, &wake).await {
-            warn!(%error, channel, "not listening for notifications; polling meanwhile");
+            warn!(%error, channel, "cannot listen for notifications; polling until it succeeds");
             sleep(RECONNECT_PAUSE).await;
         }
     }
@@ -123,10 +130,10 @@ async fn listen_until_silence(
     timeout(CONNECT_LIMIT, listener.listen(channel))
         .await
         .map_err(|_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
-    // Armed first, then looked: what was committed before is found by this look, what comes later is notified.
+    // Listen first, then wake once: the caller finds earlier commits now, and later ones are notified.
     wake();
     while let Ok(notification) = timeout(SILENCE_MAX, listener.try_recv()).await {
-        // None: the connection broke and was made again; something may have been missed.
+        // None: the connection broke and was replaced, so notifications may have been missed.
         if notification?.is_none() {
             debug!(channel, "listening again");
         }
