@@ -1,4 +1,4 @@
-//! Compiles the contract without protoc: protox parses it, tonic-prost-build writes the Rust into OUT_DIR.
+//! Compiles the contract without protoc: protox parses it, and tonic-prost-build writes the Rust code to OUT_DIR.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let descriptors = protox::compile(PROTOS, ["."])?;
     let out_dir = PathBuf::from(env::var("OUT_DIR")?);
-    // protox includes all imports, which server reflection needs.
+    // protox includes all imports, as server reflection needs them.
     fs::write(out_dir.join("descriptors.bin"), descriptors.encode_to_vec())?;
 
     let mut config = tonic_prost_build::Config::new();

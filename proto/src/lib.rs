@@ -1,5 +1,5 @@
-//! The contract between the processes: generated from the .proto files beside this crate, with their comments.
-//! There is no logic here.
+//! The contract between the processes, generated from the .proto files of this crate with their comments. It contains
+//! no logic.
 
 /// Delivery of events to any service.
 pub mod events {
@@ -33,5 +33,5 @@ pub mod relay {
     }
 }
 
-/// The encoded `FileDescriptorSet` of the whole contract with its imports, for server reflection.
+/// The encoded `FileDescriptorSet` of the contract and its imports, for server reflection.
 pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("descriptors");
