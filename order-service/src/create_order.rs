@@ -8,12 +8,34 @@ use std::{
 use outbox::{NewEvent, TraceContext};
 use proto::orders::v1::{Order, OrderCreated, OrderStatus};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
+use tracing::error;
 use uuid::Uuid;
 
 use crate::{get_order::get_orders, validate_order::NewOrder};
 
 /// `OrderCreated` is the first event of every order.
 const SEQUENCE: i32 = 1;
+
+/// Why an order was not placed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum CreateOrderError {
+    #[error("the request_id was used for an order with different content; use a new request_id for a new order")]
+    RequestIdReused,
+    #[error("too many orders are waiting to be placed; try again")]
+    Overloaded,
+    /// Logged already; shared by all calls of the transaction that failed.
+    #[error(transparent)]
+    Database(Arc<sqlx::Error>),
+}
+
+impl CreateOrderError {
+    /// Logs the cause, once for all the orders that it concerns.
+    pub(crate) fn of_database(cause: impl Into<Arc<sqlx::Error>>, orders: usize) -> Self {
+        let cause = cause.into();
+        error!(%cause, orders, "orders not placed");
+        Self::Database(cause)
+    }
+}
 
 /// An order that is about to be placed, and the event that tells of it.
 #[derive(Debug)]

@@ -15,9 +15,9 @@ use uuid::Uuid;
 
 use crate::{
     cancel_order::{CancelOrderError, cancel_order, validate_cancellation},
-    create_order::Draft,
+    create_order::{CreateOrderError, Draft},
     get_order::get_orders,
-    intake::{CreateOrderError, Intake},
+    intake::Intake,
     list_orders::{list_orders, validate_page},
     validate_order::validate_order,
     watch_order::{Watchers, is_settled},

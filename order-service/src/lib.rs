@@ -5,6 +5,7 @@ mod apply_reply;
 mod cancel_order;
 mod create_order;
 mod get_order;
+mod group_calls;
 mod grpc;
 mod intake;
 mod list_orders;
