@@ -1,43 +1,45 @@
-//! Applies inventory's answers to the orders they are about.
+//! Applies inventory's replies to their orders.
 
 use std::collections::{HashMap, HashSet};
 
-use outbox::{ApplyError, Envelope, Handler, Notifier, Refusal};
+use outbox::{AggregateId, ApplyError, Envelope, EventId, Handler, Notifier, Refusal};
 use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockReleased, StockReserved};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
-/// More than the hundred items take that an order has at most: under 12 kB.
+use crate::ids::OrderId;
+
+/// Holds a shortage of every item of the largest order.
 const REJECTION_BYTES_MAX: usize = 16 * 1024;
 
-/// An answer of inventory.
+/// A reply of inventory.
 #[derive(Clone, Debug)]
 pub(crate) struct Reply {
-    event_id: Uuid,
-    order_id: Uuid,
+    event_id: EventId,
+    order_id: OrderId,
     answer: Answer,
 }
 
-/// What the answer says of the order.
+/// What the reply says about the order.
 #[derive(Clone, Debug)]
 enum Answer {
     Reserved,
-    /// With why, item by item.
+    /// The reason, item by item.
     Rejected(String),
-    /// It was CANCELLED before it was told to inventory: there is nothing left to change.
+    /// The order was CANCELLED before inventory learned of it, so nothing is left to change.
     Released,
 }
 
-/// What becomes of the orders that still are PENDING, as the arrays the statement takes.
+/// New statuses for the orders that are still PENDING, as the arrays that the statement takes.
 #[derive(Debug, Default)]
 struct Settled<'r> {
-    confirmed: Vec<Uuid>,
-    rejected: Vec<Uuid>,
+    confirmed: Vec<OrderId>,
+    rejected: Vec<OrderId>,
     rejections: Vec<&'r str>,
 }
 
 impl<'r> Settled<'r> {
-    /// By the first answer of each order: a statement changes a row once.
+    /// By the first reply to each order: a statement can change a row only once.
     fn of(replies: &[&'r Reply]) -> Self {
         let (mut settled, mut seen) = (Self::default(), HashSet::new());
         for Reply { order_id, answer, .. } in replies {
@@ -54,14 +56,14 @@ impl<'r> Settled<'r> {
     }
 }
 
-/// Applies replies in batches, with one statement.
+/// Applies replies in batches, each batch with one statement.
 #[derive(Debug)]
-pub(crate) struct OrderKeeper {
-    /// Tells the processes in which an order is watched.
+pub(crate) struct ApplyReplies {
+    /// Notifies all processes whose callers watch orders.
     pub(crate) watchers: Notifier,
 }
 
-impl Handler for OrderKeeper {
+impl Handler for ApplyReplies {
     type Event = Reply;
 
     fn read(&self, envelope: &Envelope<'_>) -> Result<Reply, Refusal> {
@@ -75,23 +77,23 @@ impl Handler for OrderKeeper {
         } else {
             return Err(Refusal::unknown_type(envelope));
         };
-        if Uuid::try_parse(&order_id) != Ok(envelope.subject) {
+        if Uuid::try_parse(&order_id).map(AggregateId::from) != Ok(envelope.subject) {
             return Err(Refusal::reject("INVALID_REPLY", "order_id is not the subject of the event"));
         }
-        Ok(Reply { event_id: envelope.id, order_id: envelope.subject, answer })
+        Ok(Reply { event_id: envelope.id, order_id: envelope.subject.into(), answer })
     }
 
-    /// Only a PENDING order is settled. One that was cancelled while the answer was under way stays CANCELLED, and its
-    /// cancellation, which inventory has yet to see or has just seen, brings the stock back.
+    /// Settles only PENDING orders. An order that was cancelled while the reply was in flight stays CANCELLED. Inventory
+    /// puts its stock back when it applies the cancellation, before the reply or after it.
     ///
-    /// Batches wait for nobody in a circle: no two that run at once are about the same order, since its events come one
-    /// after the other, and a cancellation locks one order only.
+    /// Batches cannot deadlock. No two batches at a time contain the same order, since the events of an order are delivered
+    /// one after the other. A cancellation locks only one order.
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, replies: &[&Reply]) -> Result<(), ApplyError> {
-        let order_ids: Vec<Uuid> = replies.iter().map(|reply| reply.order_id).collect();
+        let order_ids: Vec<OrderId> = replies.iter().map(|reply| reply.order_id).collect();
         let Settled { confirmed, rejected, rejections } = Settled::of(replies);
-        // Each order is looked up by its id, in a subquery that cannot become a join: sessions keep their plans, and a join
-        // that was right for a few orders reads all of them when there are many. `status` stands outside, where it is asked
-        // again of an order that was cancelled meanwhile.
+        // A subquery finds each order by its id, and cannot be planned as a join. Sessions keep their plans: a join that was
+        // right for a few orders would read the whole table once there are many. The test of `status` is outside, where it
+        // is repeated for an order that was cancelled meanwhile.
         let unknown = sqlx::query_scalar!(
             r#"-- orders: apply replies
             WITH confirmed AS (
@@ -105,17 +107,18 @@ impl Handler for OrderKeeper {
                     SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
                     FROM unnest($3::uuid[]) AS reply (order_id)))
             )
-            SELECT order_id AS "order_id!" FROM unnest($1::uuid[]) AS reply (order_id)
+            SELECT order_id AS "order_id!: OrderId" FROM unnest($1::uuid[]) AS reply (order_id)
             WHERE (SELECT true FROM orders WHERE orders.order_id = reply.order_id) IS NULL"#,
-            &order_ids,
-            &confirmed,
-            &rejected,
+            &order_ids as &[OrderId],
+            &confirmed as &[OrderId],
+            &rejected as &[OrderId],
             &rejections as &[&str],
         )
         .fetch_all(&mut **tx)
         .await?;
         let of_unknown = replies.iter().filter(|reply| unknown.contains(&reply.order_id));
-        let refusals: HashMap<Uuid, Refusal> = of_unknown.map(|reply| (reply.event_id, unknown_order(reply))).collect();
+        let refusals: HashMap<EventId, Refusal> =
+            of_unknown.map(|reply| (reply.event_id, unknown_order(reply))).collect();
         if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused(refusals)) }
     }
 
@@ -128,8 +131,8 @@ fn unknown_order(reply: &Reply) -> Refusal {
     Refusal::reject("UNKNOWN_ORDER", format!("there is no order {}", reply.order_id))
 }
 
-/// For people, item by item, for as many items as it stays short enough for the order to be answered and listed: whoever
-/// sends events may name any number of them. Postgres has no NUL in text, and a SKU of inventory's might.
+/// A text for people, item by item. It is cut to a length with which the order can still be answered and listed: a sender
+/// may name any number of items. NUL is left out: a sender's SKU may contain it, and text in Postgres cannot.
 fn describe(shortages: &[Shortage]) -> String {
     let mut described = String::new();
     for (line, shortage) in shortages.iter().enumerate() {
@@ -149,7 +152,7 @@ fn describe(shortages: &[Shortage]) -> String {
 fn describe_item(shortage: &Shortage) -> String {
     let Shortage { sku, wanted, available, .. } = shortage;
     match shortage.reason() {
-        ShortageReason::UnknownSku => format!("{sku}: not a SKU that inventory knows"),
+        ShortageReason::UnknownSku => format!("{sku}: unknown SKU"),
         ShortageReason::InsufficientStock => format!("{sku}: {wanted} wanted, {available} available"),
         ShortageReason::Unspecified => format!("{sku}: not available"),
     }

@@ -1,39 +1,41 @@
-//! Cancels an order, and commits the event that tells of it in the same transaction.
+//! Cancels an order, and commits the event that announces it in the same transaction.
 
 use chassis::Fields;
 use outbox::{NewEvent, TraceContext};
 use proto::orders::v1::{CancelOrderRequest, Order, OrderCancelled};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tonic_types::FieldViolation;
-use uuid::Uuid;
 
-use crate::get_order::get_orders;
+use crate::{
+    get_order::get_orders,
+    ids::{OrderId, RequestId},
+};
 
-/// `OrderCancelled` follows `OrderCreated`, and nothing follows it.
+/// `OrderCancelled` follows `OrderCreated` and is an order's last event.
 const SEQUENCE: i32 = 2;
 
-/// A cancellation that may be tried.
+/// A valid request to cancel an order. Only [`validate_cancellation`] makes one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cancellation {
-    order_id: Uuid,
-    request_id: Option<Uuid>,
+    order_id: OrderId,
+    request_id: Option<RequestId>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CancelOrderError {
     #[error("there is no order {0}")]
-    NotFound(Uuid),
-    #[error("order {0} was rejected: nothing is reserved for it")]
-    Rejected(Uuid),
-    #[error("order {0} is cancelled already")]
-    Cancelled(Uuid),
-    #[error("the request_id was used for the cancellation of another order")]
+    NotFound(OrderId),
+    #[error("order {0} was rejected, so there is nothing to cancel")]
+    Rejected(OrderId),
+    #[error("order {0} is already cancelled")]
+    Cancelled(OrderId),
+    #[error("the request_id was used to cancel another order; use a new request_id for each order")]
     RequestIdReused,
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
-/// An order that is cancelled, by this call or by an earlier one with the same request id.
+/// An order that was cancelled by this call, or by an earlier call with the same request id.
 #[derive(Debug)]
 pub(crate) struct Cancelled {
     pub(crate) order: Order,
@@ -42,16 +44,16 @@ pub(crate) struct Cancelled {
 
 pub(crate) fn validate_cancellation(request: &CancelOrderRequest) -> Result<Cancellation, Vec<FieldViolation>> {
     let mut fields = Fields::default();
-    let request_id = (!request.request_id.is_empty()).then(|| fields.uuid("request_id", &request.request_id));
-    let order_id = fields.uuid("order_id", &request.order_id);
+    let request_id = (!request.request_id.is_empty()).then(|| fields.uuid("request_id", &request.request_id).into());
+    let order_id = fields.uuid("order_id", &request.order_id).into();
     fields.finish(Cancellation { order_id, request_id })
 }
 
 /// Cancels the order if it is PENDING or CONFIRMED.
 ///
-/// The update locks the order's row, so that a reply of inventory's is applied either before, and then the order is
-/// CONFIRMED or REJECTED here, or after, and then it finds the order CANCELLED and changes nothing. Either way inventory
-/// gets the cancellation after the creation, because of their sequence, and gives back what it reserved.
+/// The update locks the order's row, so a reply of inventory is applied either before it or after it. Before it, the order
+/// is CONFIRMED or REJECTED here. After it, the reply finds the order CANCELLED and changes nothing. Either way inventory
+/// receives the cancellation after the creation, because of their sequence, and releases the stock that it reserved.
 pub(crate) async fn cancel_order(
     connection: &mut PgConnection,
     cancellation: Cancellation,
@@ -80,14 +82,14 @@ async fn set_cancelled(
         "-- orders: cancel
         UPDATE orders SET status = 'CANCELLED', cancel_request_id = $2
         WHERE order_id = $1 AND status IN ('PENDING', 'CONFIRMED')",
-        cancellation.order_id,
-        cancellation.request_id,
+        cancellation.order_id as OrderId,
+        cancellation.request_id as Option<RequestId>,
     )
     .execute(&mut **tx)
     .await;
     match updated {
         Ok(updated) => Ok(updated.rows_affected() == 1),
-        // The unique key decides, also between two calls at the same moment.
+        // The unique key decides, even between two simultaneous calls.
         Err(sqlx::Error::Database(error)) if error.constraint() == Some("orders_cancel_request_id_key") => {
             Err(CancelOrderError::RequestIdReused)
         }
@@ -95,14 +97,15 @@ async fn set_cancelled(
     }
 }
 
-/// Whether it was this request that cancelled the order earlier; if not, why it cannot be cancelled. Statuses that end
-/// here never change again, so this read, after the update that found nothing, sees what the update saw.
+/// Succeeds if this request cancelled the order earlier. Fails with the reason why the order cannot be cancelled.
+///
+/// An order that the update did not find is missing or has a final status. Neither changes, so this later read sees the same.
 async fn find_cancelled(connection: &mut PgConnection, cancellation: Cancellation) -> Result<(), CancelOrderError> {
     let Cancellation { order_id, request_id } = cancellation;
     let found = sqlx::query!(
-        "-- orders: find cancelled
-        SELECT status, cancel_request_id FROM orders WHERE order_id = $1",
-        order_id,
+        r#"-- orders: find cancelled
+        SELECT status, cancel_request_id AS "cancel_request_id: RequestId" FROM orders WHERE order_id = $1"#,
+        order_id as OrderId,
     )
     .fetch_optional(connection)
     .await?;

@@ -1,17 +1,20 @@
-//! Commits orders, each with its event, in one transaction: the outbox pattern's first half.
+//! Commits orders, each with its event, in one transaction: the first half of the outbox pattern.
 
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
 };
 
-use outbox::{NewEvent, TraceContext};
+use outbox::{AggregateId, EventId, NewEvent, TraceContext};
 use proto::orders::v1::{Order, OrderCreated, OrderStatus};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tracing::error;
-use uuid::Uuid;
 
-use crate::{get_order::get_orders, validate_order::NewOrder};
+use crate::{
+    get_order::get_orders,
+    ids::{OrderId, RequestId},
+    validate_order::NewOrder,
+};
 
 /// `OrderCreated` is the first event of every order.
 const SEQUENCE: i32 = 1;
@@ -37,18 +40,18 @@ impl CreateOrderError {
     }
 }
 
-/// An order that is about to be placed, and the event that tells of it.
+/// An order that is about to be placed, and the event that announces it.
 #[derive(Debug)]
 pub(crate) struct Draft {
-    order_id: Uuid,
-    request_id: Option<Uuid>,
+    order_id: OrderId,
+    request_id: Option<RequestId>,
     created: OrderCreated,
     event: NewEvent,
 }
 
 impl Draft {
     pub(crate) fn of(new: NewOrder, trace: &TraceContext) -> Self {
-        let order_id = Uuid::now_v7();
+        let order_id = OrderId::new();
         let NewOrder { request_id, customer_id, currency_code, items, total_minor } = new;
         let created = OrderCreated { order_id: order_id.to_string(), customer_id, currency_code, items, total_minor };
         let event = NewEvent::of(order_id, SEQUENCE, &created, trace);
@@ -83,18 +86,19 @@ impl Draft {
 pub(crate) enum Outcome {
     /// The order and its event are committed, created at this time.
     Placed(OffsetDateTime),
-    /// An earlier call with the same request id has placed the order, with the same content.
+    /// An earlier call with the same request id placed the order, with the same content.
     Found(Order),
-    /// An earlier call with the same request id has placed an order with other content.
+    /// An earlier call with the same request id placed an order with different content.
     RequestIdReused,
-    /// The order's own statement failed, or the look for the order that its request id has placed.
+    /// The order's own statement failed, or the query for the order that its request id has placed.
     Failed(Arc<sqlx::Error>),
 }
 
-/// Places the orders, or finds those their request ids have placed; one outcome per draft, in their order.
+/// Places the orders, or finds the orders that their request ids have placed. Returns one outcome per draft, in their order.
 ///
-/// After `Ok` every order that was placed or found is durable, and its event. After an error they may be, if it struck at
-/// the commit or the time was up: the callers repeat their calls with the same request ids and learn it.
+/// After `Ok` every placed or found order is durable, and so is its event. After an error they may be durable too: a commit
+/// can succeed although its answer is lost or late. The callers find out when they repeat their calls with the same request
+/// ids.
 pub(crate) async fn create_orders(
     connection: &mut PgConnection,
     drafts: &[Draft],
@@ -114,14 +118,15 @@ pub(crate) async fn create_orders(
     Ok(drafts.iter().map(outcome).collect())
 }
 
-/// Places those whose request id has placed no order yet, the first of each. Returns when they were created.
+/// Places the drafts whose request id has placed no order yet, the first draft of each id. Returns when the orders were
+/// created.
 ///
-/// It ends: whoever has placed an order meanwhile has committed it, so the next look finds it, and there are only so many. (Did
-/// look and key contradict each other, as with a damaged index, it would end with the time that a unit of work may take.)
+/// Terminates: a retry means another transaction committed one of these orders, and the next query sees it. (If query and
+/// key contradict each other, as with a damaged index, the time limit of the unit of work ends the retries.)
 async fn place_new(
     connection: &mut PgConnection,
     drafts: &[Draft],
-) -> Result<HashMap<Uuid, OffsetDateTime>, sqlx::Error> {
+) -> Result<HashMap<OrderId, OffsetDateTime>, sqlx::Error> {
     let mut new = first_of_each_request(drafts);
     while !new.is_empty() {
         match insert_orders(connection, &new).await {
@@ -131,7 +136,7 @@ async fn place_new(
             Ok(Inserted { repeated, .. }) => {
                 new.retain(|draft| draft.request_id.is_none_or(|request_id| !repeated.contains(&request_id)));
             }
-            // Between the look and the insert another transaction has placed it: now it will be seen.
+            // Another transaction placed it after the query: the next query will see it.
             Err(sqlx::Error::Database(error)) if error.constraint() == Some("orders_request_id_key") => {}
             Err(error) => return Err(error),
         }
@@ -144,27 +149,28 @@ fn first_of_each_request(drafts: &[Draft]) -> Vec<&Draft> {
     drafts.iter().filter(|draft| draft.request_id.is_none_or(|request_id| seen.insert(request_id))).collect()
 }
 
-/// When the orders were created, unless there are request ids that have placed one before: then nothing is written.
+/// When the orders were created, and the request ids that have placed an order before. If there are such ids, nothing was
+/// written.
 struct Inserted {
     created_at: OffsetDateTime,
-    repeated: Vec<Uuid>,
+    repeated: Vec<RequestId>,
 }
 
-/// One statement, and so one transaction, one round trip and one wait for the disk, for any number of orders, each with its
-/// items and its event: all of them, or none.
+/// Inserts all of the orders, each with its items and its event, or none of them. One statement is one transaction, one
+/// round trip and one wait for the disk.
 ///
-/// It looks for repeated request ids first, since calls are repeated in numbers just when there is no time to fail whole
-/// groups for them. But it is the unique key that decides: the statement waits for another transaction that is placing an
-/// order with the same id, and fails if that commits. (`ON CONFLICT` would see both at once, row by row, and the items
-/// and events would have to be joined with what it let through: 1.25 times the work for a group of 64.)
+/// The statement looks for repeated request ids first: many calls are repeated just when the service is overloaded, and
+/// failed groups would add to the load. But the unique key decides. The statement waits for another transaction that places
+/// an order with the same id, and fails if that one commits. (`ON CONFLICT` would decide row by row in one step. Items and
+/// events would then have to be joined with the orders that it let through, which costs more.)
 ///
-/// All three inserts ask the same, once, of the same snapshot: no order is without its items and its event. `now()` is when
-/// the transaction began, and the default of `orders.created_at`.
+/// All three inserts ask the same question of one snapshot, so no order lacks its items or its event. `now()` is the start
+/// of the transaction, and the default of `orders.created_at`.
 ///
-/// Orders go in by request id, so that two statements which share several ids wait one for the other, not each for the
-/// other.
+/// Orders are inserted by request id. Two statements that share several ids therefore cannot deadlock: one of them waits at
+/// the first id that they share.
 ///
-/// All rows are fetched, to the end: only there the server says whether the commit succeeded.
+/// All rows are fetched, to the end: only there does the server say whether the commit succeeded.
 async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Result<Inserted, sqlx::Error> {
     let orders = OrderRows::of(drafts);
     let items = ItemRows::of(drafts);
@@ -191,20 +197,20 @@ async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Resu
                 unnest($15::bytea[]), unnest($16::text[]), unnest($17::text[])
             WHERE NOT EXISTS (SELECT FROM repeated)
         )
-        SELECT now() AS "created_at!", ARRAY (SELECT request_id FROM repeated) AS "repeated!""#,
-        &orders.order_ids,
-        &orders.request_ids as &[Option<Uuid>],
+        SELECT now() AS "created_at!", ARRAY (SELECT request_id FROM repeated) AS "repeated!: Vec<RequestId>""#,
+        &orders.order_ids as &[OrderId],
+        &orders.request_ids as &[Option<RequestId>],
         &orders.customer_ids as &[&str],
         &orders.currency_codes as &[&str],
         &orders.totals_minor,
-        &items.order_ids,
+        &items.order_ids as &[ItemOrderId],
         &items.lines,
         &items.skus as &[&str],
         &items.quantities,
         &items.unit_prices_minor,
-        &events.aggregate_ids,
+        &events.aggregate_ids as &[AggregateId],
         &events.sequences,
-        &events.event_ids,
+        &events.event_ids as &[EventId],
         &events.event_types as &[&str],
         &events.payloads as &[&[u8]],
         &events.traceparents as &[Option<&str>],
@@ -215,11 +221,11 @@ async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Resu
     inserted.into_iter().next().ok_or(sqlx::Error::RowNotFound)
 }
 
-/// Orders as the arrays the statement takes.
+/// Orders as the arrays that the statement takes.
 #[derive(Default)]
 struct OrderRows<'d> {
-    order_ids: Vec<Uuid>,
-    request_ids: Vec<Option<Uuid>>,
+    order_ids: Vec<OrderId>,
+    request_ids: Vec<Option<RequestId>>,
     customer_ids: Vec<&'d str>,
     currency_codes: Vec<&'d str>,
     totals_minor: Vec<i64>,
@@ -239,10 +245,15 @@ impl<'d> OrderRows<'d> {
     }
 }
 
+outbox::id! {
+    /// The order of an item. A type of its own, so that the statement's two arrays of order ids cannot be swapped.
+    struct ItemOrderId
+}
+
 /// Their items, likewise.
 #[derive(Default)]
 struct ItemRows<'d> {
-    order_ids: Vec<Uuid>,
+    order_ids: Vec<ItemOrderId>,
     lines: Vec<i32>,
     skus: Vec<&'d str>,
     quantities: Vec<i32>,
@@ -254,7 +265,7 @@ impl<'d> ItemRows<'d> {
         let mut rows = Self::default();
         for Draft { order_id, created, .. } in drafts {
             for (item, line) in created.items.iter().zip(1..) {
-                rows.order_ids.push(*order_id);
+                rows.order_ids.push(order_id.uuid().into());
                 rows.lines.push(line);
                 rows.skus.push(&item.sku);
                 rows.quantities.push(item.quantity);
@@ -265,24 +276,25 @@ impl<'d> ItemRows<'d> {
     }
 }
 
-/// The orders that the drafts' request ids have placed, by request id. They are committed: a look has seen them, or this
+/// The orders that the drafts' request ids have placed, by request id. They are committed: a query has seen them, or this
 /// group has just placed them.
 async fn find_placed(
     connection: &mut PgConnection,
     drafts: impl Iterator<Item = &Draft>,
-) -> Result<HashMap<Uuid, Order>, sqlx::Error> {
-    let request_ids: Vec<Uuid> = drafts.filter_map(|draft| draft.request_id).collect();
+) -> Result<HashMap<RequestId, Order>, sqlx::Error> {
+    let request_ids: Vec<RequestId> = drafts.filter_map(|draft| draft.request_id).collect();
     if request_ids.is_empty() {
         return Ok(HashMap::new());
     }
     let placed = sqlx::query!(
         r#"-- orders: find by request id
-        SELECT request_id AS "request_id!", order_id FROM orders WHERE request_id = ANY ($1)"#,
-        &request_ids,
+        SELECT request_id AS "request_id!: RequestId", order_id AS "order_id: OrderId"
+        FROM orders WHERE request_id = ANY ($1)"#,
+        &request_ids as &[RequestId],
     )
     .fetch_all(&mut *connection)
     .await?;
-    let order_ids: Vec<Uuid> = placed.iter().map(|row| row.order_id).collect();
+    let order_ids: Vec<OrderId> = placed.iter().map(|row| row.order_id).collect();
     let orders = get_orders(connection, &order_ids).await?;
     let by_id: HashMap<String, Order> = orders.into_iter().map(|order| (order.order_id.clone(), order)).collect();
     let found =

@@ -1,19 +1,23 @@
-//! Reads orders as they stand.
+//! Reads orders in their current state.
 
 use std::collections::HashMap;
 
 use proto::orders::v1::{Order, OrderItem, OrderStatus};
 use sqlx::PgConnection;
-use uuid::Uuid;
 
-/// The orders of these ids that exist, newest first. Two statements need no snapshot in common: an order's items are
-/// committed with it and never change.
-pub(crate) async fn get_orders(connection: &mut PgConnection, order_ids: &[Uuid]) -> Result<Vec<Order>, sqlx::Error> {
+use crate::ids::OrderId;
+
+/// Those of the orders that exist, newest first. The two statements need no common snapshot: an order's items are committed
+/// with it and never change.
+pub(crate) async fn get_orders(
+    connection: &mut PgConnection,
+    order_ids: &[OrderId],
+) -> Result<Vec<Order>, sqlx::Error> {
     let rows = sqlx::query!(
-        "-- orders: get orders
-        SELECT order_id, customer_id, status, currency_code, total_minor, created_at, rejection
-        FROM orders WHERE order_id = ANY ($1) ORDER BY order_id DESC",
-        order_ids,
+        r#"-- orders: get orders
+        SELECT order_id AS "order_id: OrderId", customer_id, status, currency_code, total_minor, created_at, rejection
+        FROM orders WHERE order_id = ANY ($1) ORDER BY order_id DESC"#,
+        order_ids as &[OrderId],
     )
     .fetch_all(&mut *connection)
     .await?;
@@ -33,17 +37,17 @@ pub(crate) async fn get_orders(connection: &mut PgConnection, order_ids: &[Uuid]
 
 async fn get_items(
     connection: &mut PgConnection,
-    order_ids: &[Uuid],
-) -> Result<HashMap<Uuid, Vec<OrderItem>>, sqlx::Error> {
+    order_ids: &[OrderId],
+) -> Result<HashMap<OrderId, Vec<OrderItem>>, sqlx::Error> {
     let rows = sqlx::query!(
-        "-- orders: get items
-        SELECT order_id, sku, quantity, unit_price_minor
-        FROM order_items WHERE order_id = ANY ($1) ORDER BY order_id, line",
-        order_ids,
+        r#"-- orders: get items
+        SELECT order_id AS "order_id: OrderId", sku, quantity, unit_price_minor
+        FROM order_items WHERE order_id = ANY ($1) ORDER BY order_id, line"#,
+        order_ids as &[OrderId],
     )
     .fetch_all(connection)
     .await?;
-    let mut items: HashMap<Uuid, Vec<OrderItem>> = HashMap::new();
+    let mut items: HashMap<OrderId, Vec<OrderItem>> = HashMap::new();
     for row in rows {
         let item = OrderItem { sku: row.sku, quantity: row.quantity, unit_price_minor: row.unit_price_minor };
         items.entry(row.order_id).or_default().push(item);

@@ -1,4 +1,4 @@
-//! The service as gRPC: requests in, answers out, and the only place that makes a `Status`.
+//! The gRPC service: reads requests, calls the functions behind them, and is the only place that makes a `Status`.
 
 use std::pin::Pin;
 
@@ -11,12 +11,12 @@ use proto::orders::v1::{
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 use tonic_types::FieldViolation;
-use uuid::Uuid;
 
 use crate::{
     cancel_order::{CancelOrderError, cancel_order, validate_cancellation},
     create_order::{CreateOrderError, Draft},
     get_order::get_orders,
+    ids::OrderId,
     intake::Intake,
     list_orders::{list_orders, validate_page},
     validate_order::validate_order,
@@ -29,9 +29,9 @@ pub(crate) const REFUSE: Refuse = Refuse { domain: "order-service" };
 pub(crate) struct Orders {
     pub(crate) database: Database,
     pub(crate) intake: Intake,
-    /// Told of new events.
+    /// Notified of new events.
     pub(crate) relay: Notifier,
-    /// Told of new statuses.
+    /// Notified of new statuses.
     pub(crate) status: Notifier,
     pub(crate) watchers: Watchers,
 }
@@ -87,24 +87,26 @@ impl OrderService for Orders {
         request: Request<WatchOrderRequest>,
     ) -> Result<Response<Self::WatchOrderStream>, Status> {
         let order_id = read_order_id(&request.get_ref().order_id)?;
-        let too_many =
-            || REFUSE.later(Code::ResourceExhausted, "TOO_MANY_WATCHERS", "too many orders are watched here");
+        let too_many = || {
+            REFUSE.later(Code::ResourceExhausted, "TOO_MANY_WATCHERS", "too many orders are being watched; try again")
+        };
         let watch = self.watchers.register(order_id).ok_or_else(too_many)?;
         let order = self.get(order_id).await?;
         let is_final = is_settled(&order);
-        let as_it_stands = tokio_stream::once(Ok(order));
+        let current = tokio_stream::once(Ok(order));
         if is_final {
-            return Ok(Response::new(Box::pin(as_it_stands)));
+            return Ok(Response::new(Box::pin(current)));
         }
-        let shuts_down = || REFUSE.later(Code::Unavailable, "SHUTTING_DOWN", "the server shuts down; watch again");
+        let shuts_down =
+            || REFUSE.later(Code::Unavailable, "SHUTTING_DOWN", "the server is shutting down; watch again");
         let later =
             tokio_stream::once(watch).then(move |watch| async move { watch.settled().await.ok_or_else(shuts_down) });
-        Ok(Response::new(Box::pin(as_it_stands.chain(later))))
+        Ok(Response::new(Box::pin(current.chain(later))))
     }
 }
 
 impl Orders {
-    async fn get(&self, order_id: Uuid) -> Result<Order, Status> {
+    async fn get(&self, order_id: OrderId) -> Result<Order, Status> {
         self.database
             .run(move |connection| Box::pin(async move { get_orders(connection, &[order_id]).await }))
             .await
@@ -114,13 +116,13 @@ impl Orders {
     }
 }
 
-fn read_order_id(text: &str) -> Result<Uuid, Status> {
+fn read_order_id(text: &str) -> Result<OrderId, Status> {
     let mut fields = Fields::default();
-    let order_id = fields.uuid("order_id", text);
+    let order_id = fields.uuid("order_id", text).into();
     fields.finish(order_id).map_err(|bad| REFUSE.invalid("INVALID_ORDER_ID", bad))
 }
 
-fn not_found(order_id: Uuid) -> Status {
+fn not_found(order_id: OrderId) -> Status {
     REFUSE.with(Code::NotFound, "ORDER_NOT_FOUND", format!("there is no order {order_id}"))
 }
 

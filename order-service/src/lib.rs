@@ -1,5 +1,5 @@
-//! order-service: takes orders. An order and the event that tells of it are committed together, or not at all; what
-//! inventory answers settles it.
+//! order-service: takes orders. An order and the event that announces it are committed together or not at all. Inventory's
+//! reply settles the order.
 
 mod apply_reply;
 mod cancel_order;
@@ -7,6 +7,7 @@ mod create_order;
 mod get_order;
 mod group_calls;
 mod grpc;
+mod ids;
 mod intake;
 mod list_orders;
 mod validate_order;
@@ -28,12 +29,12 @@ use tonic::service::Routes;
 use tracing::info;
 
 pub use crate::intake::IntakeSettings;
-use crate::{apply_reply::OrderKeeper, intake::Intake, watch_order::Watchers};
+use crate::{apply_reply::ApplyReplies, intake::Intake, watch_order::Watchers};
 
-/// Creates the tables of orders; run after [`outbox::MIGRATOR`].
-pub static MIGRATOR: Migrator = sqlx::migrate!();
+/// Creates the tables of orders. Runs after [`outbox::MIGRATOR`].
+static MIGRATOR: Migrator = sqlx::migrate!();
 
-/// Everything the schema of this service's database consists of, in order.
+/// All migrations of this service's database, in order.
 pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
 
 /// Settings of the serving process.
@@ -45,13 +46,13 @@ pub struct Settings {
     /// The orders database, as the role order_service: postgres://user:password@host:5432/database.
     #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
-    /// How orders are taken in.
+    /// How calls share transactions, and how many may wait.
     #[command(flatten)]
     pub intake: IntakeSettings,
     /// The inbox.
     #[command(flatten)]
     pub inbox: InboxSettings,
-    /// Use of the database.
+    /// How the database is used.
     #[command(flatten)]
     pub database: DatabaseSettings,
     /// Limits of the server.
@@ -69,8 +70,8 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let Some(database) = connecting.await? else { return Ok(()) };
     let notifier = |channel| Notifier::start(settings.database_url.options(), channel);
     let status = notifier(watch_order::CHANNEL);
-    let keeper = OrderKeeper { watchers: status.clone() };
-    let receiver = Receiver::start(&database, keeper, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let replies = ApplyReplies { watchers: status.clone() };
+    let receiver = Receiver::start(&database, replies, grpc::REFUSE, &settings.inbox, shutdown.clone());
     let watchers = Watchers::start(database.clone(), settings.database_url.options(), shutdown.clone());
     let relay = notifier(outbox::CHANNEL);
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);

@@ -7,19 +7,19 @@ use sqlx::PgConnection;
 use tonic_types::FieldViolation;
 use uuid::Uuid;
 
-use crate::get_order::get_orders;
+use crate::{get_order::get_orders, ids::OrderId};
 
-/// Clients refuse messages of more than 4 MiB unless they are told otherwise, and the largest orders are 20 kB each: a page
-/// of these is shorter than was asked for.
+/// Clients refuse messages over 4 MiB unless they are configured otherwise, so a page of large orders is shorter than the
+/// caller asked.
 const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 
-/// A page to be read.
+/// A page to read.
 #[derive(Debug)]
 pub(crate) struct Page {
     customer_id: String,
     size: u16,
-    /// The last order of the page before; the newest order there can be, for the first page.
-    before: Uuid,
+    /// The last order of the previous page; for the first page, an id after all others.
+    before: OrderId,
 }
 
 pub(crate) fn validate_page(request: ListOrdersRequest) -> Result<Page, Vec<FieldViolation>> {
@@ -30,21 +30,21 @@ pub(crate) fn validate_page(request: ListOrdersRequest) -> Result<Page, Vec<Fiel
     let before = match request.page_token.as_str() {
         "" => Uuid::max(),
         _ => token().and_then(|id| Uuid::try_parse(&id).ok()).unwrap_or_else(|| {
-            fields.refuse("page_token", "must be a next_page_token that this call gave for the same customer");
+            fields.refuse("page_token", "must be empty or the next_page_token of a page for the same customer");
             Uuid::max()
         }),
     };
-    fields.finish(Page { customer_id: request.customer_id, size, before })
+    fields.finish(Page { customer_id: request.customer_id, size, before: before.into() })
 }
 
 /// Reads one row more than the page holds, to know whether another page follows.
 pub(crate) async fn list_orders(connection: &mut PgConnection, page: Page) -> Result<ListOrdersResponse, sqlx::Error> {
     let order_ids = sqlx::query_scalar!(
-        "-- orders: list ids
-        SELECT order_id FROM orders
-        WHERE customer_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3",
+        r#"-- orders: list ids
+        SELECT order_id AS "order_id: OrderId" FROM orders
+        WHERE customer_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3"#,
         page.customer_id,
-        page.before,
+        page.before as OrderId,
         i64::from(page.size) + 1,
     )
     .fetch_all(&mut *connection)
@@ -58,7 +58,7 @@ pub(crate) async fn list_orders(connection: &mut PgConnection, page: Page) -> Re
     Ok(ListOrdersResponse { orders, next_page_token })
 }
 
-/// How many of the orders a message holds: one at least, of which none is as large as that.
+/// How many of the orders fit into a message: at least one, since no order is that large.
 fn fitting(orders: &[Order]) -> usize {
     let mut bytes = 0;
     let fits = |order: &&Order| {

@@ -4,34 +4,34 @@ use chassis::Fields;
 use iso_currency::Currency;
 use proto::orders::v1::{CreateOrderRequest, OrderItem};
 use tonic_types::FieldViolation;
-use uuid::Uuid;
+
+use crate::ids::RequestId;
 
 const ITEMS_MAX: usize = 100;
 const QUANTITY_MAX: i64 = 1_000_000;
 
-/// An order that may be placed; only [`validate_order`] makes one.
+/// An order that may be placed. Only [`validate_order`] makes one.
 #[derive(Clone, Debug)]
 pub(crate) struct NewOrder {
-    pub(crate) request_id: Option<Uuid>,
+    pub(crate) request_id: Option<RequestId>,
     pub(crate) customer_id: String,
     pub(crate) currency_code: String,
     pub(crate) items: Vec<OrderItem>,
     pub(crate) total_minor: i64,
 }
 
-/// Checks every field, so that one answer names all that are wrong.
+/// Checks every field, so that one answer names all bad fields.
 pub(crate) fn validate_order(request: CreateOrderRequest) -> Result<NewOrder, Vec<FieldViolation>> {
     let mut fields = Fields::default();
-    let request_id = (!request.request_id.is_empty()).then(|| fields.uuid("request_id", &request.request_id));
+    let request_id = (!request.request_id.is_empty()).then(|| fields.uuid("request_id", &request.request_id).into());
     fields.name("customer_id", &request.customer_id);
     if Currency::from_code(&request.currency_code).is_none() {
         fields.refuse("currency_code", "must be an ISO 4217 code, such as EUR");
     }
     if !(1..=ITEMS_MAX).contains(&request.items.len()) {
-        fields.refuse("items", format!("must be 1 to {ITEMS_MAX} items, and are {}", request.items.len()));
+        fields.refuse("items", format!("must have 1 to {ITEMS_MAX} items, but has {}", request.items.len()));
     }
-    // A request may hold half a million items in the size it is allowed; those past the limit are refused by their
-    // number alone.
+    // A request of the largest size can hold very many items. The items past the limit are refused by their number alone.
     for (line, item) in request.items.iter().take(ITEMS_MAX).enumerate() {
         fields.name(format!("items[{line}].sku"), &item.sku);
         fields.number(format!("items[{line}].quantity"), item.quantity, 1..=QUANTITY_MAX);
@@ -54,6 +54,7 @@ fn total_minor(items: &[OrderItem]) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use uuid::Uuid;
 
     use super::*;
 
@@ -122,7 +123,7 @@ mod tests {
         }
     }
 
-    /// A value, and whether it is sound.
+    /// A value, and whether it is valid.
     fn either<T: std::fmt::Debug>(
         sound: impl Strategy<Value = T>,
         bad: impl Strategy<Value = T>,
@@ -134,10 +135,10 @@ mod tests {
         either("[A-Za-z0-9._-]{1,64}", prop_oneof!["", "[A-Za-z0-9._-]{65,80}", "[a-z]{0,9}[^A-Za-z0-9._-][a-z]{0,9}"])
     }
 
-    /// An item, and the names of its fields that are bad.
+    /// An item, and the names of its bad fields.
     fn item() -> impl Strategy<Value = (OrderItem, Vec<&'static str>)> {
         let quantity = either(1..=1_000_000, prop_oneof![Just(0), i32::MIN..0, Just(1_000_001), 1_000_002..=i32::MAX]);
-        // Small ones, some of which a few fit into a total, and any.
+        // Small prices, prices of which only a few fit into a total, and any price.
         let price = either(
             prop_oneof![0..=10_000_i64, 0..=i64::MAX / 1_000_000, 0..=i64::MAX],
             prop_oneof![Just(-1), i64::MIN..0],
@@ -151,7 +152,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_order_has_its_total_or_each_of_its_bad_fields_named(
+        fn an_order_gets_its_total_or_an_error_for_each_bad_field(
             (request_id, request_id_sound) in either(
                 prop_oneof![Just(String::new()), any::<u128>().prop_map(|id| Uuid::from_u128(id).to_string())],
                 "[g-z]{1,40}",
@@ -181,7 +182,7 @@ mod tests {
                         prop_assert!(i64::try_from(total).is_err(), "refused for {named:?}");
                         expected.push("items".into());
                     } else if named.len() > expected.len() {
-                        // Of prices and quantities that are bad no total is to be expected, nor that there is one.
+                        // Bad prices and quantities may or may not have a total.
                         prop_assert_eq!(named.pop(), Some("items".to_owned()));
                     }
                     prop_assert_eq!(named, expected);

@@ -1,4 +1,4 @@
-//! Watches orders until they are settled.
+//! Watches orders until they are settled, which means no longer PENDING.
 
 use std::{
     collections::HashMap,
@@ -17,24 +17,25 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::get_order::get_orders;
+use crate::{get_order::get_orders, ids::OrderId};
 
-/// Notified after every commit that settles or cancels orders, by whichever process.
+/// Every process notifies this channel after a commit that settles or cancels orders.
 pub(crate) const CHANNEL: &str = "order_status";
 
-/// How often is looked when no notification comes.
+/// The poll interval, for notifications that are lost.
 const POLL: Duration = Duration::from_secs(1);
-/// Orders found settled by one look at most: what a long outage has left is worked off in pieces that fit into a unit of work.
+/// One query returns at most so many settled orders. A backlog after a long outage is read in pieces, each of which fits into
+/// a unit of work.
 const FOUND_MAX: u16 = 500;
-/// Watchers of one process at most: a look asks for the orders of all of them.
+/// A process has at most so many watchers, since each query asks for the orders of all of them.
 const WATCHERS_MAX: usize = 10_000;
-/// Between two looks at least: under load, what changed meanwhile is found by one.
+/// The shortest pause between two queries. Under load, one query finds all changes since the last one.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The orders that are watched through this process, with who waits for each. Clones share them.
+/// The orders that are watched through this process, with the watchers of each. Clones share them.
 ///
-/// One task looks for all of them at once, after a notification: neither the number of watchers nor that of changes
-/// decides how often the database is asked.
+/// One task queries all of them at once, after a notification. So the number of queries depends neither on the number of
+/// watchers nor on the number of changes.
 #[derive(Clone, Debug)]
 pub(crate) struct Watchers {
     watched: Arc<Mutex<Watched>>,
@@ -42,7 +43,7 @@ pub(crate) struct Watchers {
     shutdown: CancellationToken,
 }
 
-/// A watcher's place, given up with it.
+/// A registered watcher. Its place is free again once this is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch {
     settled: oneshot::Receiver<Order>,
@@ -50,16 +51,16 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// The order, once it is settled; `None` when the process shuts down before.
+    /// The order, once it is settled; `None` if the process shuts down before.
     pub(crate) async fn settled(self) -> Option<Order> {
         self.settled.await.ok()
     }
 }
 
-type Watched = HashMap<Uuid, Vec<oneshot::Sender<Order>>>;
+type Watched = HashMap<OrderId, Vec<oneshot::Sender<Order>>>;
 
 impl Watchers {
-    /// Starts the task, until `shutdown`; then whoever waits still is told so by the end of the channel.
+    /// Starts the task. At `shutdown` it ends and closes the channels of all watchers.
     pub(crate) fn start(database: Database, url: PgConnectOptions, shutdown: CancellationToken) -> Self {
         let places = Arc::new(Semaphore::new(WATCHERS_MAX));
         let watchers = Self { watched: Arc::default(), places, shutdown: shutdown.clone() };
@@ -75,13 +76,13 @@ impl Watchers {
         watchers
     }
 
-    /// To be called before the order is read: whatever settles it after that read is then told of. `None` when there are
-    /// too many watchers already.
-    pub(crate) fn register(&self, order_id: Uuid) -> Option<Watch> {
+    /// Call this before reading the order: a change after that read then reaches the watcher. `None` if there are already
+    /// too many watchers.
+    pub(crate) fn register(&self, order_id: OrderId) -> Option<Watch> {
         let place = self.places.clone().try_acquire_owned().ok()?;
         let (sender, settled) = oneshot::channel();
         let mut watched = self.lock();
-        // Looked at under the lock, which the task takes once more to end all channels there are then.
+        // Checked under the lock. The task takes it once more at the end, to close all channels that exist by then.
         if !self.shutdown.is_cancelled() {
             watched.entry(order_id).or_default().push(sender);
         }
@@ -90,7 +91,7 @@ impl Watchers {
 
     async fn tell_when_settled(self, database: Database, woken: Arc<Notify>) {
         loop {
-            // Elapsed: the poll.
+            // A timeout is the poll.
             drop(timeout(POLL, woken.notified()).await);
             let order_ids = self.watched();
             if order_ids.is_empty() {
@@ -103,14 +104,14 @@ impl Watchers {
                     }
                     self.tell(orders);
                 }
-                Err(cause) => warn!(%cause, "cannot look after watched orders"),
+                Err(cause) => warn!(%cause, "cannot read watched orders; retrying"),
             }
             sleep(PAUSE).await;
         }
     }
 
-    /// The orders somebody still waits for.
-    fn watched(&self) -> Vec<Uuid> {
+    /// The orders that still have watchers.
+    fn watched(&self) -> Vec<OrderId> {
         let mut watched = self.lock();
         watched.retain(|_, waiting| {
             waiting.retain(|sender| !sender.is_closed());
@@ -122,30 +123,32 @@ impl Watchers {
     fn tell(&self, orders: Vec<Order>) {
         let mut watched = self.lock();
         for order in orders {
-            let waiting = Uuid::try_parse(&order.order_id).ok().and_then(|order_id| watched.remove(&order_id));
+            let order_id = Uuid::try_parse(&order.order_id).ok().map(OrderId::from);
+            let waiting = order_id.and_then(|order_id| watched.remove(&order_id));
             for sender in waiting.unwrap_or_default() {
-                // Who has hung up wants no answer.
+                // A watcher that has hung up needs no answer.
                 drop(sender.send(order.clone()));
             }
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Watched> {
-        // No code that holds it panics half-way.
+        // No code panics while it holds the lock.
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Whether a watcher has seen all there is to see.
+/// Whether a watcher of this order is done.
 pub(crate) fn is_settled(order: &Order) -> bool {
     order.status() != OrderStatus::Pending
 }
 
-async fn find_settled(connection: &mut PgConnection, order_ids: Vec<Uuid>) -> Result<Vec<Order>, sqlx::Error> {
+async fn find_settled(connection: &mut PgConnection, order_ids: Vec<OrderId>) -> Result<Vec<Order>, sqlx::Error> {
     let settled = sqlx::query_scalar!(
-        "-- orders: find settled
-        SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status <> 'PENDING' LIMIT $2",
-        &order_ids,
+        r#"-- orders: find settled
+        SELECT order_id AS "order_id: OrderId" FROM orders
+        WHERE order_id = ANY ($1) AND status <> 'PENDING' LIMIT $2"#,
+        &order_ids as &[OrderId],
         i64::from(FOUND_MAX),
     )
     .fetch_all(&mut *connection)
@@ -160,20 +163,19 @@ async fn find_settled(connection: &mut PgConnection, order_ids: Vec<Uuid>) -> Re
 mod tests {
     use std::sync::Arc;
 
+    use super::Watchers;
+    use crate::ids::OrderId;
     use tokio::sync::Semaphore;
     use tokio_util::sync::CancellationToken;
-    use uuid::Uuid;
-
-    use super::Watchers;
 
     #[test]
-    fn a_place_is_free_as_soon_as_its_watcher_is_gone_and_each_watcher_takes_one() {
+    fn each_watcher_takes_a_place_and_frees_it_when_it_is_dropped() {
         let places = Arc::new(Semaphore::new(2));
         let watchers = Watchers { watched: Arc::default(), places, shutdown: CancellationToken::new() };
-        let order_id = Uuid::now_v7();
+        let order_id = OrderId::new();
         let (first, _second) = (watchers.register(order_id).unwrap(), watchers.register(order_id).unwrap());
-        assert!(watchers.register(Uuid::now_v7()).is_none());
+        assert!(watchers.register(OrderId::new()).is_none());
         drop(first);
-        assert!(watchers.register(Uuid::now_v7()).is_some());
+        assert!(watchers.register(OrderId::new()).is_some());
     }
 }
