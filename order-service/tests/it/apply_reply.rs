@@ -16,9 +16,9 @@ async fn a_reserved_order_is_confirmed_and_a_rejected_one_keeps_its_reason() {
     service.end().await;
 }
 
-/// A reason as long as these would make an answer that no client takes, and a page that has room for no order.
+/// With the full reason, the answer would be too large for a client, and a page would have room for no order.
 #[tokio::test]
-async fn an_order_that_is_rejected_for_any_number_of_items_or_ones_of_any_length_is_answered_and_listed() {
+async fn an_order_rejected_for_many_items_or_for_long_skus_is_still_answered_and_listed() {
     let service = Service::start().await;
     let (long, many) = ("x".repeat(5 * 1024 * 1024), vec!["TEA"; 20_000]);
     for (skus, rejection) in [
@@ -37,7 +37,7 @@ async fn an_order_that_is_rejected_for_any_number_of_items_or_ones_of_any_length
 }
 
 #[tokio::test]
-async fn a_reply_that_comes_again_is_a_duplicate() {
+async fn a_repeated_reply_is_a_duplicate() {
     let service = Service::start().await;
     let order_id = service.place(order()).await.order_id;
     let reply = reserved(&order_id);
@@ -48,7 +48,7 @@ async fn a_reply_that_comes_again_is_a_duplicate() {
 }
 
 #[tokio::test]
-async fn what_is_settled_or_cancelled_stays_so_whatever_is_answered() {
+async fn a_settled_or_cancelled_order_is_changed_by_no_reply() {
     let service = Service::start().await;
     let order_id = service.place(order()).await.order_id;
     service.cancel(&order_id, "").await.unwrap();
@@ -57,7 +57,7 @@ async fn what_is_settled_or_cancelled_stays_so_whatever_is_answered() {
         let order = service.get(&order_id).await;
         assert_eq!((order.status(), order.rejection.as_str()), (OrderStatus::Cancelled, ""));
     }
-    // No inventory contradicts itself; but whatever comes, what a customer was told stays true.
+    // Inventory does not contradict itself. Even if it did, the status that a customer has seen must stay.
     for (first, second, stays) in [
         (reserved as fn(&str) -> Event, rejected as fn(&str) -> Event, OrderStatus::Confirmed),
         (rejected, reserved, OrderStatus::Rejected),
@@ -71,14 +71,14 @@ async fn what_is_settled_or_cancelled_stays_so_whatever_is_answered() {
 }
 
 #[tokio::test]
-async fn replies_that_make_no_sense_are_rejected_and_the_rest_of_their_batch_applied() {
+async fn invalid_replies_are_rejected_and_the_rest_of_their_batch_is_applied() {
     let service = Service::start().await;
     let order_id = service.place(order()).await.order_id;
-    let of_nobody = reserved(&Uuid::now_v7().to_string());
-    let of_another = Event { subject: order_id.clone(), ..of_nobody.clone() };
+    let of_unknown = reserved(&Uuid::now_v7().to_string());
+    let of_another = Event { subject: order_id.clone(), ..of_unknown.clone() };
     let of_another_type = Event { r#type: "inventory.v1.StockCounted".into(), ..reserved(&order_id) };
 
-    let outcomes = service.deliver(&[of_nobody.clone(), of_another, of_another_type, reserved(&order_id)]).await;
+    let outcomes = service.deliver(&[of_unknown.clone(), of_another, of_another_type, reserved(&order_id)]).await;
 
     let expected = ["REJECTED UNKNOWN_ORDER", "REJECTED INVALID_REPLY", "REJECTED UNKNOWN_TYPE", "APPLIED"];
     assert_eq!(outcomes, expected);

@@ -25,10 +25,10 @@ async fn a_pending_order_and_a_confirmed_one_are_cancelled_together_with_their_e
 }
 
 #[tokio::test]
-async fn what_cannot_be_cancelled_says_why_and_stays_as_it_is() {
+async fn an_order_that_cannot_be_cancelled_stays_as_it_is_and_the_error_says_why() {
     let service = Service::start().await;
-    let of_nobody = Uuid::now_v7().to_string();
-    refusal(service.cancel(&of_nobody, "").await).is(Code::NotFound, "ORDER_NOT_FOUND");
+    let unknown = Uuid::now_v7().to_string();
+    refusal(service.cancel(&unknown, "").await).is(Code::NotFound, "ORDER_NOT_FOUND");
 
     let order_id = service.place(order()).await.order_id;
     service.deliver(&[rejected(&order_id)]).await;
@@ -46,7 +46,7 @@ async fn what_cannot_be_cancelled_says_why_and_stays_as_it_is() {
 }
 
 #[tokio::test]
-async fn fifty_equal_cancellations_at_once_are_one_and_all_answered_well() {
+async fn fifty_equal_cancellations_at_once_write_one_event_and_all_succeed() {
     let service = Service::start().await;
     let (order_id, request_id) = (service.place(order()).await.order_id, Uuid::new_v4().to_string());
     let service = std::sync::Arc::new(service);
@@ -82,7 +82,7 @@ async fn every_bad_field_of_a_cancellation_is_named() {
     service.end().await;
 }
 
-/// The cancellation and the reply meet at the order's row, in either order.
+/// The cancellation and the reply lock the order's row, in either sequence.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancellation_that_crosses_the_reply_ends_cancelled_or_finds_the_order_rejected() {
     let service = Service::start().await;

@@ -1,4 +1,4 @@
-//! Callers that hang up, or whose time is over, at any moment. tonic then drops the handler where it stands; the
+//! Callers that hang up or time out, at any moment. tonic then drops the handler at the point that it has reached. The
 //! database must not notice.
 
 use std::time::Duration;
@@ -13,13 +13,13 @@ use crate::{
     wake_relays::{hear, listen},
 };
 
-/// Sends many calls at once and gives each up after another time, from 0 to 30 ms: every second one by its deadline,
-/// which the server sees, the others by dropping them. Returns the ids of the orders that were answered.
+/// Sends many calls at once and gives up each after a different time, up to 30 ms. Every second call ends by its deadline,
+/// which the server sees; the others are dropped. Returns the ids of the orders that were answered.
 async fn give_up_calls(service: &Service, calls: u64) -> Vec<Uuid> {
     let mut waiting = JoinSet::new();
     for n in 0..calls {
         let mut orders = service.orders();
-        // 7 and 31 have no factor in common, so neighbours differ and every number of milliseconds has its turn.
+        // 7 and 31 have no common factor: neighbours differ, and every number of milliseconds occurs.
         let limit = Duration::from_millis(n * 7 % 31);
         waiting.spawn(async move {
             let mut request = Request::new(order());
@@ -34,7 +34,7 @@ async fn give_up_calls(service: &Service, calls: u64) -> Vec<Uuid> {
     answers.into_iter().flatten().map(|order| order.into_inner().order_id.parse().unwrap()).collect()
 }
 
-/// Returns once every session of the service is idle; one that stays in a transaction fails this.
+/// Returns once every session of the service is idle. Fails if a session stays in a transaction.
 pub(crate) async fn sessions_are_idle(service: &Service) {
     eventually("no session of the service is in a transaction", async || {
         let busy: Vec<String> = sqlx::query_scalar(
@@ -49,7 +49,7 @@ pub(crate) async fn sessions_are_idle(service: &Service) {
     .await;
 }
 
-/// How many orders lack their one event or their items, or events their order.
+/// How many orders lack their event or their items, and how many events lack their order.
 async fn torn(service: &Service) -> i64 {
     sqlx::query_scalar(
         "SELECT count(*) FROM orders FULL JOIN outbox ON aggregate_id = order_id
@@ -75,7 +75,7 @@ async fn committed(service: &Service, order_ids: &[Uuid]) -> usize {
 async fn calls_given_up_leave_no_transaction_open_and_no_order_torn() {
     let service = Service::start_with(&["--database-connections", "2"]).await;
     let mut answered = Vec::new();
-    // Only what comes last on a connection can be seen there afterwards, hence many rounds instead of many calls.
+    // Only the last call on a connection leaves a visible state there, hence many rounds instead of many calls.
     for _ in 0..20 {
         answered.extend(give_up_calls(&service, 31).await);
         sessions_are_idle(&service).await;
@@ -93,7 +93,7 @@ async fn calls_given_up_leave_no_transaction_open_and_no_order_torn() {
 }
 
 #[tokio::test]
-async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays_are_notified() {
+async fn an_order_whose_caller_hangs_up_during_its_transaction_is_placed_and_relays_are_notified() {
     let service = Service::start().await;
     let mut listener = listen(&service, outbox::CHANNEL).await;
     let request = order_once();
@@ -113,7 +113,7 @@ async fn an_order_whose_caller_hangs_up_midway_is_placed_all_the_same_and_relays
 }
 
 #[tokio::test]
-async fn an_order_whose_caller_hangs_up_while_it_waits_for_its_turn_is_never_placed() {
+async fn an_order_whose_caller_hangs_up_before_its_transaction_is_never_placed() {
     let service = Service::start_with(&["--writers", "1", "--queue", "1", "--database-acquire-ms", "8000"]).await;
     let lock = service.lock_orders().await;
     let (mut first, mut others) = (JoinSet::new(), JoinSet::new());

@@ -1,4 +1,4 @@
-//! The binary.
+//! The order-service binary.
 
 use std::{net::SocketAddr, path::Path, process::Output, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::service::{ONE_ORDER, Service, eventually, order};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_order-service");
 
-/// The binary with these arguments, and of the environment only what the test sets.
+/// The binary with these arguments and an empty environment.
 fn order_service(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command.args(arguments).env_clear().kill_on_drop(true);
@@ -92,7 +92,7 @@ async fn a_database_that_cannot_be_migrated_is_named_without_the_password() {
 }
 
 #[tokio::test]
-async fn the_process_serves_says_that_it_is_healthy_and_ends_on_sigterm() {
+async fn the_process_serves_reports_its_health_and_ends_on_sigterm() {
     let database = TestDatabase::create("orders_owner", &MIGRATORS).await;
     let url = database.url_as("order_service");
     let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("order-service-{}.log", Uuid::new_v4()));

@@ -71,7 +71,7 @@ async fn an_order_without_trace_headers_has_an_event_without() {
 }
 
 #[tokio::test]
-async fn the_largest_order_there_may_be_is_placed() {
+async fn the_largest_allowed_order_is_placed() {
     let service = Service::start().await;
     let mut request = order();
     request.items =

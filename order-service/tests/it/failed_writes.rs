@@ -1,4 +1,4 @@
-//! However far a transaction came before it failed, nothing of it is left.
+//! A transaction that fails leaves nothing, no matter how far it got.
 
 use tonic::Code;
 
@@ -6,7 +6,7 @@ use crate::service::{NOTHING, ONE_ORDER, Refusal, Service, order_once, refusal};
 
 const REFUSING: &str = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
     $$ BEGIN RAISE 'secret of the database'; END $$";
-/// Cuts the session that the trigger runs in, as a crash of the server would; the sleep is where it dies.
+/// Ends the session that the trigger runs in, as a crash of the server would. The session dies in the sleep.
 const CUTTING: &str = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
     $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(5); RETURN NEW; END $$";
 
@@ -16,7 +16,7 @@ const AT_EVENT: &str = "CREATE TRIGGER t AFTER INSERT ON outbox FOR EACH ROW EXE
 const AT_COMMIT: &str = "CREATE CONSTRAINT TRIGGER t AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION refuse()";
 
-/// Places an order that the database fails at one point, then the same again without that failure.
+/// Places an order while the database fails at one point, then places it again without that failure.
 async fn fails_and_leaves_nothing(function: &'static str, trigger: &'static str) -> Refusal {
     let service = Service::start().await;
     let request = order_once();
@@ -32,7 +32,7 @@ async fn fails_and_leaves_nothing(function: &'static str, trigger: &'static str)
     refused
 }
 
-fn is_internal_and_tells_nothing(refused: &Refusal) {
+fn is_internal_and_reveals_nothing(refused: &Refusal) {
     refused.is(Code::Internal, "INTERNAL");
     assert_eq!(refused.retry_after, None, "repeating does not help");
     for inside in ["secret", "refuse", "outbox", "order_items", "INSERT", "P0001"] {
@@ -42,22 +42,22 @@ fn is_internal_and_tells_nothing(refused: &Refusal) {
 
 #[tokio::test]
 async fn a_failed_order_leaves_nothing() {
-    is_internal_and_tells_nothing(&fails_and_leaves_nothing(REFUSING, AT_ORDER).await);
+    is_internal_and_reveals_nothing(&fails_and_leaves_nothing(REFUSING, AT_ORDER).await);
 }
 
 #[tokio::test]
 async fn failed_items_leave_neither_order_nor_event() {
-    is_internal_and_tells_nothing(&fails_and_leaves_nothing(REFUSING, AT_ITEMS).await);
+    is_internal_and_reveals_nothing(&fails_and_leaves_nothing(REFUSING, AT_ITEMS).await);
 }
 
 #[tokio::test]
 async fn a_failed_event_leaves_no_order() {
-    is_internal_and_tells_nothing(&fails_and_leaves_nothing(REFUSING, AT_EVENT).await);
+    is_internal_and_reveals_nothing(&fails_and_leaves_nothing(REFUSING, AT_EVENT).await);
 }
 
 #[tokio::test]
 async fn a_failed_commit_leaves_nothing() {
-    is_internal_and_tells_nothing(&fails_and_leaves_nothing(REFUSING, AT_COMMIT).await);
+    is_internal_and_reveals_nothing(&fails_and_leaves_nothing(REFUSING, AT_COMMIT).await);
 }
 
 #[tokio::test]

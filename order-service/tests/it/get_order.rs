@@ -5,7 +5,7 @@ use uuid::Uuid;
 use crate::service::{Service, order, refusal};
 
 #[tokio::test]
-async fn an_order_is_read_as_it_was_answered_when_placed() {
+async fn an_order_is_read_as_create_order_answered_it() {
     let service = Service::start().await;
     let placed = service.place(order()).await;
     service.place(order()).await;

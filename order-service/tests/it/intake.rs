@@ -1,4 +1,4 @@
-//! Calls that come at once share transactions, and nothing else.
+//! Calls that arrive at the same time share transactions, and nothing else.
 
 use std::time::Duration;
 
@@ -21,8 +21,8 @@ pub(crate) fn place_for(service: &Service, calls: &mut JoinSet<Answer>, customer
     calls.spawn(async move { orders.create_order(request).await });
 }
 
-/// Has one order hold up the only writer and as many wait behind it as may, for these customers by turns. What is more is
-/// refused at once; returns the others, among them the first, when they are answered.
+/// Fills the queue behind an order that holds up the only writer; the waiting orders are of these customers, in rotation.
+/// Further orders are refused at once. Then frees the writer, and returns the answers of all that were not refused.
 async fn place_behind_one(service: &Service, customer_ids: &[&str], queue: usize) -> Vec<Answer> {
     let lock = service.lock_orders().await;
     let mut calls = JoinSet::new();
@@ -36,7 +36,7 @@ async fn place_behind_one(service: &Service, customer_ids: &[&str], queue: usize
     calls.join_all().await
 }
 
-/// That all of those are refused whom the queue has no room for says that the others wait.
+/// Returns once so many calls are refused. The queue then has no room left, so the others wait in it.
 pub(crate) async fn refuses_the_others(calls: &mut JoinSet<Answer>, others: usize) {
     for _ in 0..others {
         let refused = refusal(calls.join_next().await.unwrap().unwrap());
@@ -50,7 +50,7 @@ async fn transactions(service: &Service) -> i64 {
 }
 
 #[tokio::test]
-async fn what_comes_while_a_writer_is_busy_is_one_transaction_and_what_is_too_much_is_refused_at_once() {
+async fn calls_that_wait_for_a_busy_writer_share_one_transaction_and_calls_beyond_the_queue_are_refused_at_once() {
     let service = Service::start_with(&ONE_WRITER).await;
     let answers = place_behind_one(&service, &["ann", "bob"], QUEUE).await;
     assert_eq!(answers.len(), 1 + QUEUE);
@@ -63,10 +63,10 @@ async fn what_comes_while_a_writer_is_busy_is_one_transaction_and_what_is_too_mu
     service.end().await;
 }
 
-/// So many wait that a group of half of them is worth it, and a group of a quarter too: the calls that are answered at the
-/// moment count, though they are not repeated here.
+/// Half of these calls are worth a group, and so is half of the rest. Yet the second group takes all of the rest: calls that
+/// were just answered count too, although they are not repeated here.
 #[tokio::test]
-async fn of_many_calls_half_are_a_transaction_and_then_the_other_half() {
+async fn half_of_many_waiting_calls_share_a_transaction_and_the_other_half_the_next() {
     let flags = ["--writers", "1", "--queue", "62", "--concurrent-streams", "200", "--database-acquire-ms", "8000"];
     let service = Service::start_with(&flags).await;
     let answers = place_behind_one(&service, &["ann"], 62).await;
@@ -76,7 +76,7 @@ async fn of_many_calls_half_are_a_transaction_and_then_the_other_half() {
 }
 
 #[tokio::test]
-async fn an_order_that_the_database_turns_down_fails_none_of_its_group() {
+async fn an_order_that_the_database_rejects_fails_no_other_order_of_its_group() {
     let service = Service::start_with(&ONE_WRITER).await;
     service
         .execute(
@@ -100,7 +100,7 @@ async fn an_order_that_the_database_turns_down_fails_none_of_its_group() {
 }
 
 #[tokio::test]
-async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed() {
+async fn an_order_that_gets_no_transaction_in_time_is_refused_and_never_placed() {
     let service = Service::start_with(&["--writers", "1", "--database-acquire-ms", "1000"]).await;
     let lock = service.lock_orders().await;
     let mut calls = JoinSet::new();
@@ -118,9 +118,9 @@ async fn an_order_whose_turn_does_not_come_in_time_is_refused_and_never_placed()
     service.end().await;
 }
 
-/// More than a group holds: those behind it are refused in time, too, though no writer comes free to take it.
+/// The orders behind a full group must not wait for it to begin: no writer becomes free.
 #[tokio::test]
-async fn of_any_number_of_orders_whose_turn_does_not_come_each_is_refused_in_time() {
+async fn more_orders_than_a_group_holds_are_all_refused_in_time_if_they_get_no_transaction() {
     const WAITING: usize = 1100;
     let flags = ["--writers", "1", "--queue", "1100", "--concurrent-streams", "2000", "--database-acquire-ms", "1000"];
     let patient = ["--database-work-ms", "60000", "--request-seconds", "60"];
@@ -131,7 +131,7 @@ async fn of_any_number_of_orders_whose_turn_does_not_come_each_is_refused_in_tim
     service.waits_for_a_lock().await;
     let mut calls = JoinSet::new();
     (0..WAITING).for_each(|_| place_for(&service, &mut calls, "behind"));
-    let refused = timeout(Duration::from_secs(30), calls.join_all()).await.expect("nobody waits for the writer");
+    let refused = timeout(Duration::from_secs(30), calls.join_all()).await.expect("no call waits for the writer");
     refused.into_iter().for_each(|answer| refusal(answer).asks_to_retry());
     lock.rollback().await.unwrap();
     assert!(first.join_all().await[0].is_ok());
@@ -145,7 +145,7 @@ fn place_with(service: &Service, calls: &mut JoinSet<Answer>, request_id: Uuid) 
     calls.spawn(async move { orders.create_order(request).await });
 }
 
-/// Another transaction that places an order with this request id, and other content.
+/// Another transaction that places an order with this request id and different content.
 async fn hold(service: &Service, request_id: Uuid) -> Transaction<'static, Postgres> {
     let mut holder = service.pool.begin().await.unwrap();
     sqlx::query(
@@ -160,7 +160,7 @@ async fn hold(service: &Service, request_id: Uuid) -> Transaction<'static, Postg
 }
 
 #[tokio::test]
-async fn an_order_that_somebody_else_places_at_the_same_moment_fails_none_of_its_group() {
+async fn an_order_that_another_transaction_is_placing_fails_no_other_order_of_its_group() {
     let service = Service::start_with(&ONE_WRITER).await;
     let (before, taken) = (Uuid::new_v4(), Uuid::new_v4());
     let (first, second) = (hold(&service, before).await, hold(&service, taken).await);
@@ -183,13 +183,13 @@ async fn an_order_that_somebody_else_places_at_the_same_moment_fails_none_of_its
         let order = answer.unwrap().into_inner();
         assert_eq!(service.get(&order.order_id).await, order);
     }
-    // The neighbours are one; the two who were first are one each.
+    // The neighbours share one transaction; the two holders have one each.
     assert_eq!(transactions(&service).await, 3);
     service.end().await;
 }
 
 #[tokio::test]
-async fn a_transaction_that_takes_long_keeps_nobody_else_waiting() {
+async fn a_slow_transaction_holds_up_no_other_call() {
     let service = Service::start().await;
     let taken = Uuid::new_v4();
     let holder = hold(&service, taken).await;
@@ -205,14 +205,14 @@ async fn a_transaction_that_takes_long_keeps_nobody_else_waiting() {
     service.end().await;
 }
 
-/// Unless all groups go in by request id, these run into deadlocks.
+/// These groups deadlock unless every group inserts by request id.
 #[tokio::test(flavor = "multi_thread")]
 async fn groups_of_two_processes_that_share_request_ids_do_not_deadlock() {
     const IDS: usize = 20;
     const ROUNDS: usize = 5;
     let service = Service::start().await;
     let other = service.start_another().await;
-    // So that no group is through before another begins.
+    // So slow that no group ends before another begins.
     service
         .execute(
             "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS

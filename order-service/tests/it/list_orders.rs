@@ -29,7 +29,7 @@ async fn pages_hold_all_orders_of_the_customer_once_and_newest_first() {
         sizes.push(page.orders.len());
         listed.extend(page.orders);
         token = page.next_page_token;
-        // One page too many shows a list that does not end, without waiting for it.
+        // One page too many is enough to show a list that does not end.
         if token.is_empty() || sizes.len() > 3 {
             break;
         }
@@ -40,7 +40,7 @@ async fn pages_hold_all_orders_of_the_customer_once_and_newest_first() {
 }
 
 #[tokio::test]
-async fn a_last_page_that_is_full_says_that_it_is_the_last() {
+async fn a_full_last_page_has_no_next_page_token() {
     let service = Service::start().await;
     for _ in 0..3 {
         place_for(&service, "ann").await;
@@ -51,9 +51,9 @@ async fn a_last_page_that_is_full_says_that_it_is_the_last() {
     service.end().await;
 }
 
-/// A hundred items, and a reason for each: clients refuse messages of over 4 MiB unless they are told otherwise.
+/// Clients refuse messages over 4 MiB unless they are configured otherwise.
 #[tokio::test]
-async fn a_page_of_large_orders_is_short_enough_for_a_message_and_the_next_goes_on_after_it() {
+async fn a_page_of_large_orders_fits_into_a_message_and_the_next_page_follows_it() {
     let service = Service::start().await;
     for _ in 0..5 {
         place_for(&service, "ann").await;
@@ -104,7 +104,7 @@ async fn bad_pages_are_refused_by_field() {
     }
     let of_bob = list(&service, page_of("bob", 1, "")).await.next_page_token;
     assert!(!of_bob.is_empty());
-    // The last one is of the right list, and what it holds is no id: "ann\nnot-an-id".
+    // The last token is for the right list, but holds no id: "ann\nnot-an-id".
     for token in [of_bob.as_str(), "garbage", "%%%", "YW5uCm5vdC1hbi1pZA"] {
         let refused = refusal(service.orders().list_orders(page_of("ann", 1, token)).await);
         refused.is(Code::InvalidArgument, "INVALID_PAGE");

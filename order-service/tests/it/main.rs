@@ -1,4 +1,4 @@
-//! order-service as its callers meet it: served in this process or as its binary, over gRPC, with a real PostgreSQL.
+//! order-service as callers see it: over gRPC, with a real PostgreSQL, served by this process or by its binary.
 //! Run with `make test`.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

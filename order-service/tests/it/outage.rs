@@ -1,4 +1,4 @@
-//! A database that is away, overloaded or slow.
+//! A database that is down, overloaded or slow.
 
 use std::{env, time::Duration};
 
@@ -21,8 +21,8 @@ use crate::{
     wake_relays::{hear, listen},
 };
 
-/// Returns once health has asked the database after this moment. What it asks leaves no statement to be seen, but its
-/// session was busy; no other session may be while this waits.
+/// Returns once the health probe has queried the database after this moment. The probe leaves no visible statement, but its
+/// session was busy. No other session may be busy meanwhile.
 async fn health_is_probed(service: &Service) {
     let now: OffsetDateTime = sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(&service.pool).await.unwrap();
     eventually("health asks the database", async || {
@@ -38,7 +38,7 @@ async fn health_is_probed(service: &Service) {
     .await;
 }
 
-/// A connection to another database of the server: one cannot close the database one is in.
+/// A connection to another database of the server: a session cannot close its own database.
 async fn maintenance() -> PgConnection {
     Server::parse(&env::var("POSTGRES_URL").unwrap()).unwrap().connect().await.unwrap()
 }
@@ -49,8 +49,8 @@ async fn allow_connections(service: &Service, allow: bool) {
     statement.build().persistent(false).execute(&mut maintenance().await).await.unwrap();
 }
 
-async fn take_database_away(service: &Service) {
-    // Made before, since the pool gets no new ones either.
+async fn take_database_down(service: &Service) {
+    // Connected before: the test's pool is refused new connections too.
     let mut connection = service.pool.acquire().await.unwrap();
     allow_connections(service, false).await;
     let ended: Vec<bool> = sqlx::query_scalar(
@@ -64,13 +64,13 @@ async fn take_database_away(service: &Service) {
 }
 
 #[tokio::test]
-async fn calls_are_asked_to_retry_while_the_database_is_away_and_work_once_it_is_back() {
+async fn calls_are_asked_to_retry_while_the_database_is_down_and_succeed_once_it_is_up() {
     let service = Service::start().await;
     let mut listener = listen(&service, outbox::CHANNEL).await;
     let placed = service.place(order()).await;
     hear(&mut listener).await;
 
-    take_database_away(&service).await;
+    take_database_down(&service).await;
     let request = order_once();
     let get = GetOrderRequest { order_id: placed.order_id.clone() };
     let list = ListOrdersRequest { customer_id: "ann".into(), ..Default::default() };
@@ -106,7 +106,7 @@ async fn a_call_that_finds_no_free_connection_is_asked_to_retry_and_health_stays
 }
 
 #[tokio::test]
-async fn work_that_takes_too_long_is_cut_undone_and_can_be_repeated() {
+async fn work_that_takes_too_long_is_cut_off_and_rolled_back_and_can_be_repeated() {
     let service = Service::start_with(&["--database-connections", "1", "--database-work-ms", "200"]).await;
     let lock = service.lock_orders().await;
     let request = order_once();
@@ -119,11 +119,12 @@ async fn work_that_takes_too_long_is_cut_undone_and_can_be_repeated() {
     service.end().await;
 }
 
-/// The whole statement is with the server by then, its end included: cut off, it would go on once the lock is gone.
+/// The server has the whole statement by then. If only the connection were cut, the statement would commit once the lock is
+/// gone.
 #[tokio::test]
-async fn what_was_refused_because_it_took_too_long_is_not_committed_later() {
+async fn an_order_that_was_refused_for_taking_too_long_is_not_committed_later() {
     let service = Service::start_with(&["--database-connections", "1", "--database-work-ms", "500"]).await;
-    // Prepares the statement on the only connection.
+    // To prepare the statement on the only connection.
     service.place(order()).await;
     let lock = service.lock_orders().await;
     refusal(service.orders().create_order(order()).await).asks_to_retry();
@@ -133,13 +134,12 @@ async fn what_was_refused_because_it_took_too_long_is_not_committed_later() {
     service.end().await;
 }
 
-/// A line to the server of `url` on which every connection takes `delay` before the first byte; returns the URL of its
-/// near end.
-async fn slow_line(url: &str, delay: Duration) -> String {
+/// A proxy to the server of `url` that delays the first byte of every connection. Returns the URL of the proxy.
+async fn slow_proxy(url: &str, delay: Duration) -> String {
     let server = url.parse::<PgConnectOptions>().unwrap();
     let (host, port) = (server.get_host().to_owned(), server.get_port());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let near = listener.local_addr().unwrap();
+    let proxy = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = listener.accept().await {
             let host = host.clone();
@@ -152,7 +152,7 @@ async fn slow_line(url: &str, delay: Duration) -> String {
     });
     let (before, after) = url.split_once('@').unwrap();
     let (_, database) = after.split_once('/').unwrap();
-    format!("{before}@{near}/{database}")
+    format!("{before}@{proxy}/{database}")
 }
 
 async fn connect(url: &str, database_connections: u32, acquire_limit: Duration) -> Database {
@@ -161,11 +161,11 @@ async fn connect(url: &str, database_connections: u32, acquire_limit: Duration) 
     Database::connect(&url.parse().unwrap(), &settings, &MIGRATORS, &CancellationToken::new()).await.unwrap().unwrap()
 }
 
-/// As after an outage on a busy machine: were each try cut off with the call that wanted it, none would ever succeed.
+/// As after an outage on a busy machine: if each attempt ended with the call that wanted it, none would ever succeed.
 #[tokio::test]
-async fn a_connection_that_takes_longer_to_make_than_a_call_may_wait_is_made_all_the_same() {
+async fn a_connection_is_made_even_if_that_takes_longer_than_a_call_may_wait() {
     let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
-    let url = slow_line(&server.url_as("order_service"), Duration::from_millis(600)).await;
+    let url = slow_proxy(&server.url_as("order_service"), Duration::from_millis(600)).await;
     let database = connect(&url, 2, Duration::from_millis(200)).await;
 
     let begun = || database.run::<(), sqlx::Error, _>(|connection| Box::pin(connection.ping()));
@@ -173,9 +173,9 @@ async fn a_connection_that_takes_longer_to_make_than_a_call_may_wait_is_made_all
     eventually("a later call finds the connection made", async || begun().await.is_ok()).await;
 }
 
-/// A connection that is kept at hand would keep the transaction, and its locks, until it is wanted again.
+/// A connection that is kept for the next work would keep the transaction and its locks until then.
 #[tokio::test]
-async fn a_transaction_that_work_leaves_open_is_undone_at_once() {
+async fn a_transaction_that_work_leaves_open_is_rolled_back_at_once() {
     let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
     let database = connect(&server.url_as("order_service"), 2, Duration::from_secs(5)).await;
     let leave_open = database.run::<(), sqlx::Error, _>(|connection| {
@@ -190,7 +190,7 @@ async fn a_transaction_that_work_leaves_open_is_undone_at_once() {
     sqlx::raw_sql("SET LOCAL lock_timeout = '3s'; LOCK TABLE orders").execute(&mut *lock).await.unwrap();
 }
 
-/// Each unit of work gets a connection, be it at hand or the pool's, and none is lost on the way.
+/// Each unit of work gets a connection, kept or from the pool, and no connection is lost.
 #[tokio::test]
 async fn work_that_exceeds_the_connections_waits_for_them() {
     const CALLERS: usize = 20;
@@ -202,7 +202,7 @@ async fn work_that_exceeds_the_connections_waits_for_them() {
             let database = database.clone();
             callers.spawn(async move {
                 for unit in 0..CALLERS {
-                    // Some fail: their connections go another way.
+                    // Some fail, and their connections go back to the pool.
                     let sql = if (caller + unit) % 4 == 0 { "SELECT 1 / 0" } else { "SELECT 1" };
                     let work = database.run::<_, sqlx::Error, _>(move |connection| {
                         Box::pin(async move { sqlx::raw_sql(sql).execute(connection).await })

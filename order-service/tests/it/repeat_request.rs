@@ -23,7 +23,7 @@ async fn fifty_equal_requests_at_once_place_one_order_and_are_all_answered_with_
 }
 
 #[tokio::test]
-async fn a_request_id_with_other_content_is_refused_and_changes_nothing() {
+async fn a_request_id_with_different_content_is_refused_and_changes_nothing() {
     let service = Service::start().await;
     let request = order_once();
     service.place(request.clone()).await;
@@ -50,7 +50,7 @@ async fn a_request_id_with_other_content_is_refused_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn of_two_calls_at_once_with_one_request_id_and_other_content_one_places_its_order() {
+async fn of_two_calls_at_once_with_one_request_id_and_different_content_one_places_its_order() {
     let service = Service::start().await;
     let request = order_once();
     let other = CreateOrderRequest { customer_id: "bob".into(), ..request.clone() };
@@ -65,7 +65,7 @@ async fn of_two_calls_at_once_with_one_request_id_and_other_content_one_places_i
 }
 
 #[tokio::test]
-async fn a_repeated_request_is_answered_with_the_order_as_it_stands_now() {
+async fn a_repeated_request_is_answered_with_the_current_order() {
     let service = Service::start().await;
     let request = order_once();
     let mut placed = service.place(request.clone()).await;
@@ -76,7 +76,7 @@ async fn a_repeated_request_is_answered_with_the_order_as_it_stands_now() {
 }
 
 #[tokio::test]
-async fn one_request_id_is_one_however_it_is_written() {
+async fn a_request_id_is_the_same_in_upper_case_and_without_hyphens() {
     let service = Service::start().await;
     let request = order_once();
     let placed = service.place(request.clone()).await;

@@ -12,7 +12,7 @@ use tonic_reflection::pb::v1::{
 use crate::service::{LIMIT, ONE_ORDER, Service, order};
 
 #[tokio::test]
-async fn the_server_and_the_service_by_its_name_are_serving_and_others_are_unknown() {
+async fn health_knows_the_server_and_the_service_and_no_other_name() {
     let service = Service::start().await;
     let mut health = HealthClient::new(service.channel.clone());
     for name in ["", "orders.v1.OrderService"] {
@@ -61,17 +61,17 @@ async fn a_client_that_is_connected_and_idle_does_not_delay_the_end() {
 async fn a_silent_client_delays_the_end_for_no_longer_than_the_drain_time() {
     let service = Service::start_with(&["--drain-seconds", "1"]).await;
     let silent = TcpStream::connect(service.address).await.unwrap();
-    // Connections are accepted in their order, so a call on a later one shows that the silent one was accepted.
+    // Connections are accepted in sequence, so a call on a later one shows that the silent one was accepted.
     chassis::healthcheck(service.address).await.unwrap();
     let begin = Instant::now();
     service.end().await;
-    // Without the deadline it would never end; the rest of the bound is for dropping the database on a busy machine.
+    // Without the deadline it would never end. The bound is generous, for dropping the database on a busy machine.
     assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
     drop(silent);
 }
 
 #[tokio::test]
-async fn whoever_watches_health_is_told_of_the_end_before_it_comes() {
+async fn health_watchers_are_notified_before_the_server_ends() {
     let service = Service::start_with(&["--drain-seconds", "1"]).await;
     let mut health = HealthClient::new(service.channel.clone());
     let request = HealthCheckRequest { service: SERVICE_NAME.into() };

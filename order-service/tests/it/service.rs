@@ -1,4 +1,4 @@
-//! The service under test, what callers send it, and how its answers are read.
+//! The service under test, the requests that callers send, and functions that read its answers.
 
 use std::{fmt::Debug, net::SocketAddr, time::Duration};
 
@@ -25,12 +25,12 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 use tonic_types::StatusExt;
 use uuid::Uuid;
 
-/// How long anything may take that is bound to happen: shorter than the 10 s after which PostgreSQL itself would end a
-/// forgotten transaction of the service's role, so that this is never what makes a test pass.
+/// The timeout for anything that must happen. PostgreSQL ends a forgotten transaction of the service's role later, after
+/// 10 s, so no test passes because of that.
 pub(crate) const LIMIT: Duration = Duration::from_secs(8);
-/// On a busy machine fifty calls at once wait for their connections longer than callers should.
+/// On a busy machine fifty calls at once wait longer for their connections than by default.
 const PATIENT: [&str; 2] = ["--database-acquire-ms", "8000"];
-/// As if they came to many replicas: what keeps batches of answers apart is the database.
+/// As with many replicas: only the database keeps batches of replies apart.
 const APART: [&str; 2] = ["--batches-at-once", "100"];
 
 #[derive(Parser)]
@@ -45,10 +45,10 @@ pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     Cli::parse_from(always.iter().chain(&APART).chain(flags)).settings
 }
 
-/// The service, serving from this process, with a database of its own.
+/// The service, served by this process, with a database of its own.
 pub(crate) struct Service {
     pub(crate) database: TestDatabase,
-    /// The superuser's eyes and hands in the database.
+    /// The database, as the superuser.
     pub(crate) pool: PgPool,
     pub(crate) address: SocketAddr,
     pub(crate) channel: Channel,
@@ -78,7 +78,7 @@ impl Service {
         service
     }
 
-    /// Another process of the service on the same database, as far as the database can tell. It ends with this one.
+    /// A second instance on the same database; the database sees another process. It ends with this one.
     pub(crate) async fn start_another(&self) -> OrderServiceClient<Channel> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -98,7 +98,7 @@ impl Service {
         self.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await.unwrap().into_inner()
     }
 
-    /// As the customer's list has it.
+    /// The newest order in the customer's list.
     pub(crate) async fn newest_of(&self, customer_id: &str) -> Option<Order> {
         let request = ListOrdersRequest { customer_id: customer_id.into(), page_size: 1, page_token: String::new() };
         self.orders().list_orders(request).await.unwrap().into_inner().orders.pop()
@@ -109,8 +109,8 @@ impl Service {
         self.orders().cancel_order(request).await
     }
 
-    /// Delivers answers of inventory's as one batch, and says what became of each, as `APPLIED`, `DUPLICATE`, or
-    /// `REJECTED` with the reason.
+    /// Delivers replies of inventory as one batch. Returns the outcome of each: `APPLIED`, `DUPLICATE`, or `REJECTED` with the
+    /// reason.
     pub(crate) async fn deliver(&self, events: &[Event]) -> Vec<String> {
         let request = DeliverRequest { events: events.to_vec() };
         let response = EventReceiverClient::new(self.channel.clone()).deliver(request).await.unwrap();
@@ -127,7 +127,7 @@ impl Service {
         sqlx::query_scalar(sql).bind(order_id).fetch_all(&self.pool).await.unwrap()
     }
 
-    /// The service's health by its name, as long as it is known.
+    /// The service's health by its name, if the server answers.
     pub(crate) async fn health(&self) -> Option<ServingStatus> {
         let request = HealthCheckRequest { service: SERVICE_NAME.to_owned() };
         let answer = HealthClient::new(self.channel.clone()).check(request).await;
@@ -138,7 +138,7 @@ impl Service {
         eventually(&format!("health is {status:?}"), async || self.health().await == Some(status)).await;
     }
 
-    /// How many orders, items and events there are, as everybody sees them.
+    /// How many orders, items and events are committed.
     pub(crate) async fn written(&self) -> Written {
         let (orders, items, events) = sqlx::query_as(
             "SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM order_items), (SELECT count(*) FROM outbox)",
@@ -153,7 +153,7 @@ impl Service {
         sqlx::raw_sql(sql).execute(&self.pool).await.unwrap();
     }
 
-    /// Makes every call that touches orders wait until the transaction returned here has ended.
+    /// Holds up every call that reads or writes orders until the returned transaction ends.
     pub(crate) async fn lock_orders(&self) -> Transaction<'static, Postgres> {
         let mut lock = self.pool.begin().await.unwrap();
         sqlx::raw_sql("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await.unwrap();
@@ -179,7 +179,7 @@ impl Service {
         self.shutdown.cancel();
     }
 
-    /// Shuts down, if that was not done before, and returns once the service has ended as it should.
+    /// Shuts down, and returns once the service has ended without an error.
     pub(crate) async fn end(self) {
         self.shut_down();
         timeout(LIMIT, self.running).await.expect("the service ends").unwrap().unwrap();
@@ -197,7 +197,7 @@ pub(crate) const NOTHING: Written = Written { orders: 0, items: 0, events: 0 };
 /// What placing [`order`] once writes.
 pub(crate) const ONE_ORDER: Written = Written { orders: 1, items: 2, events: 1 };
 
-/// A sound order of two items.
+/// A valid order of two items.
 pub(crate) fn order() -> CreateOrderRequest {
     CreateOrderRequest {
         request_id: String::new(),
@@ -210,12 +210,12 @@ pub(crate) fn order() -> CreateOrderRequest {
     }
 }
 
-/// The same order, to be placed once.
+/// The same order with a request id, so that repeated calls place it once.
 pub(crate) fn order_once() -> CreateOrderRequest {
     CreateOrderRequest { request_id: Uuid::new_v4().into(), ..order() }
 }
 
-/// Inventory has reserved all of the order.
+/// Inventory has reserved the whole order.
 pub(crate) fn reserved(order_id: &str) -> Event {
     event(order_id, 1, &StockReserved { order_id: order_id.into() })
 }
@@ -225,7 +225,7 @@ pub(crate) fn rejected(order_id: &str) -> Event {
     rejected_for(order_id, &["TEA"])
 }
 
-/// Inventory lacks these items of the order, or says so.
+/// Inventory reports that it lacks these items of the order.
 pub(crate) fn rejected_for(order_id: &str, skus: &[&str]) -> Event {
     let reason = ShortageReason::InsufficientStock.into();
     let shortage = |sku: &&str| Shortage { sku: (*sku).into(), reason, wanted: 3, available: 1 };
@@ -233,7 +233,7 @@ pub(crate) fn rejected_for(order_id: &str, skus: &[&str]) -> Event {
     event(order_id, 1, &StockRejected { order_id: order_id.into(), shortages })
 }
 
-/// Inventory has put back what it had reserved.
+/// Inventory has put the reserved stock back.
 pub(crate) fn released(order_id: &str) -> Event {
     event(order_id, 2, &StockReleased { order_id: order_id.into() })
 }
@@ -260,11 +260,11 @@ pub(crate) struct Refusal {
     pub(crate) reason: String,
     pub(crate) bad_fields: Vec<String>,
     pub(crate) retry_after: Option<Duration>,
-    /// All the caller was sent, the details' bytes included.
+    /// Message and details, as sent to the caller.
     pub(crate) text: String,
 }
 
-/// Reads a refusal and checks what all of them have: an `ErrorInfo` in this service's name.
+/// Reads a refusal, and checks that it has an `ErrorInfo` with this service as its domain.
 pub(crate) fn refusal<T: Debug>(answer: Result<Response<T>, Status>) -> Refusal {
     let status = answer.expect_err("a refusal");
     let details = status.get_error_details();
@@ -285,14 +285,14 @@ impl Refusal {
         assert_eq!((self.code, self.reason.as_str()), (code, reason), "{self:?}");
     }
 
-    /// The database is to blame, and the caller is asked to come again.
+    /// The database was unavailable, and the caller is asked to retry.
     pub(crate) fn asks_to_retry(&self) {
         self.is(Code::Unavailable, "DATABASE_UNAVAILABLE");
         assert!(self.retry_after.is_some_and(|after| !after.is_zero()), "{self:?}");
     }
 }
 
-/// Returns once the condition holds; panics if it does not within [`LIMIT`].
+/// Returns once the condition holds. Panics if that takes longer than [`LIMIT`].
 pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let holds = async {
         while !condition().await {

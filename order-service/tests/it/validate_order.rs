@@ -37,7 +37,7 @@ async fn one_answer_names_every_bad_field_and_nothing_is_written() {
 }
 
 #[tokio::test]
-async fn an_order_too_long_or_too_dear_is_refused_by_its_items() {
+async fn an_order_with_too_many_items_or_too_large_a_total_is_refused() {
     let service = Service::start().await;
     let item = OrderItem { sku: "TEA".into(), quantity: 1, unit_price_minor: i64::MAX };
     for items in [vec![item.clone(); 2], vec![OrderItem { unit_price_minor: 0, ..item }; 101]] {

@@ -1,4 +1,4 @@
-//! Relays LISTEN; what they hear, and when.
+//! Relays LISTEN: which notifications they receive, and when.
 
 use sqlx::postgres::PgListener;
 use tokio::time::timeout;
@@ -24,7 +24,7 @@ async fn relays_are_notified_of_a_committed_order_and_not_of_a_repeated_request(
     assert_eq!(hear(&mut listener).await, "");
     assert_eq!(service.written().await, ONE_ORDER, "a relay that is notified finds the event");
 
-    // A notification follows its answer within a round trip, so one of these many would come before the test's own.
+    // A notification follows its answer within a round trip, so at least one of these would arrive before the test's own.
     for _ in 0..30 {
         service.place(request.clone()).await;
     }

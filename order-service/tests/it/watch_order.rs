@@ -20,7 +20,7 @@ async fn next(stream: &mut Streaming<Order>) -> Result<Option<OrderStatus>, Stat
 }
 
 #[tokio::test]
-async fn a_watcher_sees_the_order_as_it_stands_then_how_it_is_settled_then_the_end() {
+async fn a_watcher_sees_the_current_order_then_the_settled_order_then_the_end() {
     let service = Service::start().await;
     for (reply, becomes) in [(reserved as fn(&str) -> _, OrderStatus::Confirmed), (rejected, OrderStatus::Rejected)] {
         let order_id = service.place(order()).await.order_id;
@@ -43,14 +43,14 @@ async fn a_change_by_another_process_is_seen() {
     let order_id = service.place(order()).await.order_id;
     let mut stream = watch(&service, &order_id).await;
     assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
-    // With no notification: the poll is the floor.
+    // No notification is sent, so only the poll can find it.
     service.execute("UPDATE orders SET status = 'CANCELLED'").await;
     assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Cancelled));
     service.end().await;
 }
 
 #[tokio::test]
-async fn a_hundred_watchers_are_all_told() {
+async fn a_hundred_watchers_are_all_notified() {
     let service = Service::start().await;
     let mut streams = Vec::new();
     let mut order_ids = Vec::new();
@@ -69,9 +69,9 @@ async fn a_hundred_watchers_are_all_told() {
     service.end().await;
 }
 
-/// Not by the poll alone, which would make them wait for up to a second.
+/// With the poll alone they would wait for up to a second.
 #[tokio::test]
-async fn the_processes_that_watch_are_notified_of_a_reply_and_of_a_cancellation() {
+async fn watching_processes_are_notified_of_a_reply_and_of_a_cancellation() {
     let service = Service::start().await;
     let order_ids = [service.place(order()).await.order_id, service.place(order()).await.order_id];
     let mut listener = listen(&service, "order_status").await;
@@ -84,9 +84,9 @@ async fn the_processes_that_watch_are_notified_of_a_reply_and_of_a_cancellation(
     service.end().await;
 }
 
-/// Ten in a row, which the poll would take five seconds for on average.
+/// Ten in a row: with the poll alone they would take five seconds on average.
 #[tokio::test]
-async fn a_watcher_is_told_within_moments() {
+async fn a_watcher_is_notified_without_waiting_for_the_poll() {
     let service = Service::start().await;
     let started = Instant::now();
     for _ in 0..10 {
@@ -106,7 +106,7 @@ async fn a_watch_outlives_the_time_a_call_may_take() {
     let order_id = service.place(order()).await.order_id;
     let mut stream = watch(&service, &order_id).await;
     assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Pending));
-    // Not to wait for something, but to let the limit pass.
+    // This waits for nothing but the limit.
     assert!(timeout(Duration::from_millis(1500), stream.message()).await.is_err());
     service.cancel(&order_id, "").await.unwrap();
     assert_eq!(next(&mut stream).await.unwrap(), Some(OrderStatus::Cancelled));
@@ -114,7 +114,7 @@ async fn a_watch_outlives_the_time_a_call_may_take() {
 }
 
 #[tokio::test]
-async fn watchers_are_sent_elsewhere_when_the_server_shuts_down() {
+async fn watchers_are_asked_to_retry_when_the_server_shuts_down() {
     let service = Service::start().await;
     let order_id = service.place(order()).await.order_id;
     let mut stream = watch(&service, &order_id).await;
@@ -127,7 +127,7 @@ async fn watchers_are_sent_elsewhere_when_the_server_shuts_down() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_watched_is_refused_at_once() {
+async fn an_unknown_or_malformed_order_id_cannot_be_watched() {
     let service = Service::start().await;
     let watch = async |order_id: String| service.orders().watch_order(WatchOrderRequest { order_id }).await;
     refusal(watch("7".into()).await).is(Code::InvalidArgument, "INVALID_ORDER_ID");
