@@ -1,4 +1,4 @@
-//! Corrects stock by hand, once per request id.
+//! Adjusts stock by hand, once per request id.
 
 use chassis::Fields;
 use proto::inventory::v1::{AdjustStockRequest, StockLevel};
@@ -10,7 +10,7 @@ use crate::get_stock::get_stock;
 
 const DELTA_MAX: i64 = 1_000_000_000;
 
-/// A correction that may be tried.
+/// A checked request to adjust stock.
 #[derive(Clone, Debug)]
 pub(crate) struct Adjustment {
     request_id: Uuid,
@@ -20,9 +20,9 @@ pub(crate) struct Adjustment {
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AdjustStockError {
-    #[error("the request_id was used for another adjustment")]
+    #[error("the request_id was used for another adjustment; use a new one")]
     RequestIdReused,
-    #[error("there is less of {sku} than is to be taken")]
+    #[error("not enough stock of {sku}")]
     InsufficientStock { sku: String },
     #[error(transparent)]
     Database(#[from] sqlx::Error),
@@ -39,7 +39,7 @@ pub(crate) fn validate_adjustment(request: AdjustStockRequest) -> Result<Adjustm
     fields.finish(Adjustment { request_id, sku: request.sku, delta: request.delta })
 }
 
-/// Applies the adjustment, unless its request id has been applied; answers the stock as it is then.
+/// Applies the adjustment, unless an earlier call with its request id has, and returns the stock after it.
 pub(crate) async fn adjust_stock(
     connection: &mut PgConnection,
     adjustment: Adjustment,
@@ -48,14 +48,14 @@ pub(crate) async fn adjust_stock(
     introduce_sku(&mut tx, &adjustment).await?;
     if !record_movement(&mut tx, &adjustment).await? {
         tx.rollback().await?;
-        return repeat_adjustment(connection, adjustment).await;
+        return answer_again(connection, adjustment).await;
     }
     match change_stock(&mut tx, &adjustment).await {
         Ok(Some(level)) => {
             tx.commit().await?;
             Ok(level)
         }
-        // Of a SKU nobody knows there is less than of any other.
+        // An unknown SKU has no stock to take from.
         Ok(None) => Err(AdjustStockError::InsufficientStock { sku: adjustment.sku }),
         Err(error) if violates(&error, "stock_available_not_negative") => {
             Err(AdjustStockError::InsufficientStock { sku: adjustment.sku })
@@ -64,7 +64,7 @@ pub(crate) async fn adjust_stock(
     }
 }
 
-/// What is added may be of a SKU nobody knew.
+/// An adjustment that adds stock creates the SKU if it is unknown.
 async fn introduce_sku(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjustment) -> Result<(), sqlx::Error> {
     if adjustment.delta > 0 {
         sqlx::query!(
@@ -78,7 +78,7 @@ async fn introduce_sku(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjustme
     Ok(())
 }
 
-/// False when the request id was used before: the unique index decides, as it does for two calls at the same moment.
+/// Returns whether the request id is new. The unique index decides, also between two calls at the same time.
 async fn record_movement(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjustment) -> Result<bool, sqlx::Error> {
     let inserted = sqlx::query!(
         "-- inventory: record adjustment
@@ -93,7 +93,7 @@ async fn record_movement(tx: &mut Transaction<'_, Postgres>, adjustment: &Adjust
     Ok(inserted.rows_affected() == 1)
 }
 
-/// `None` when nobody knows the SKU.
+/// Returns the new level; `None` if the SKU is unknown.
 async fn change_stock(
     tx: &mut Transaction<'_, Postgres>,
     adjustment: &Adjustment,
@@ -109,10 +109,8 @@ async fn change_stock(
     .await
 }
 
-async fn repeat_adjustment(
-    connection: &mut PgConnection,
-    adjustment: Adjustment,
-) -> Result<StockLevel, AdjustStockError> {
+/// Answers a call that repeats an earlier one with the level as it is now.
+async fn answer_again(connection: &mut PgConnection, adjustment: Adjustment) -> Result<StockLevel, AdjustStockError> {
     let earlier = sqlx::query!(
         "-- inventory: find adjustment
         SELECT sku, delta FROM stock_ledger WHERE reference = $1 AND kind = 'ADJUSTMENT'",

@@ -5,7 +5,7 @@ use proto::inventory::v1::{ListStockRequest, ListStockResponse, StockLevel};
 use sqlx::PgConnection;
 use tonic_types::FieldViolation;
 
-/// The list that page tokens of [`list_stock`] continue.
+/// The name of this list in page tokens.
 const LIST: &str = "stock";
 
 pub(crate) async fn get_stock(connection: &mut PgConnection, sku: &str) -> Result<Option<StockLevel>, sqlx::Error> {
@@ -19,11 +19,11 @@ pub(crate) async fn get_stock(connection: &mut PgConnection, sku: &str) -> Resul
     .await
 }
 
-/// A page to be read.
+/// A checked request for a page.
 #[derive(Debug)]
 pub(crate) struct Page {
     size: u16,
-    /// The last SKU of the page before; empty, which sorts before every SKU, for the first page.
+    /// The last SKU of the page before. Empty for the first page: it sorts before every SKU.
     after: String,
 }
 
@@ -32,16 +32,16 @@ pub(crate) fn validate_page(request: &ListStockRequest) -> Result<Page, Vec<Fiel
     let size = fields.page_size("page_size", request.page_size);
     let after = match request.page_token.as_str() {
         "" => String::new(),
-        // A NUL cannot be in a SKU, and Postgres would refuse it as text.
+        // No SKU has a NUL, and Postgres would refuse it as text.
         token => chassis::decode_page_token(LIST, token).filter(|sku| !sku.contains('\0')).unwrap_or_else(|| {
-            fields.refuse("page_token", "must be a next_page_token that this call gave");
+            fields.refuse("page_token", "must be the next_page_token of an earlier answer of this call");
             String::new()
         }),
     };
     fields.finish(Page { size, after })
 }
 
-/// Reads one row more than the page holds, to know whether another page follows.
+/// Reads one row more than the page holds, to find out whether another page follows.
 pub(crate) async fn list_stock(connection: &mut PgConnection, page: Page) -> Result<ListStockResponse, sqlx::Error> {
     let mut levels = sqlx::query_as!(
         StockLevel,

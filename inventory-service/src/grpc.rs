@@ -1,4 +1,4 @@
-//! The services as gRPC: requests in, answers out, and the only place that makes a `Status`.
+//! The gRPC service: reads requests, writes answers, and makes every `Status`.
 
 use chassis::{Database, Fields, Refuse};
 use proto::inventory::v1::{

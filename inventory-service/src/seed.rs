@@ -1,13 +1,13 @@
-//! Puts demo stock in.
+//! Adds demo stock.
 
 use chassis::DatabaseUrl;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-/// What moved the stock, in the ledger.
+/// The reference of the opening movements in the ledger.
 const SEED: Uuid = Uuid::from_u128(0x0192_0000_0000_7000_8000_0000_0000_5eed);
 
-/// Enough to order by hand and under load; the last is short, to see an order turned away.
+/// Enough for orders by hand and under load. The last SKU is short, so that orders for it can be seen rejected.
 const DEMO_STOCK: [(&str, i64); 6] = [
     ("COFFEE-BEANS", 1_000_000),
     ("FILTER-PAPER", 1_000_000),
@@ -17,7 +17,7 @@ const DEMO_STOCK: [(&str, i64); 6] = [
     ("LAST-OF-ITS-KIND", 3),
 ];
 
-/// Adds the demo SKUs that are not there yet, each with its opening movement in the ledger, and returns how many.
+/// Adds the demo SKUs that do not exist yet, each with its opening movement in the ledger, and returns their number.
 ///
 /// # Errors
 /// Those of the database.
