@@ -8,7 +8,7 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    move_stock::Stock, record_reservation::Reservations, release_stock::release_stock, reserve_stock::reserve_stock,
+    release_stock::release_stock, reservations::Reservations, reserve_stock::reserve_stock, stock::Stock,
     write_batch::write_batch,
 };
 

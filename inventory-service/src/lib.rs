@@ -4,11 +4,11 @@ mod adjust_stock;
 mod apply_event;
 mod get_stock;
 mod grpc;
-mod move_stock;
-mod record_reservation;
 mod release_stock;
+mod reservations;
 mod reserve_stock;
 mod seed;
+mod stock;
 mod write_batch;
 
 use std::net::SocketAddr;

@@ -5,8 +5,8 @@ use proto::inventory::v1::StockReleased;
 
 use crate::{
     apply_event::OrderEvent,
-    move_stock::{Movement, Stock},
-    record_reservation::{Reservation, Reservations, Status},
+    reservations::{Reservation, Reservations, Status},
+    stock::{Movement, Stock},
 };
 
 /// Follows the answer to the order itself.

@@ -7,8 +7,8 @@ use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockReserve
 
 use crate::{
     apply_event::OrderEvent,
-    move_stock::{Movement, Stock},
-    record_reservation::{Reservation, Reservations},
+    reservations::{Reservation, Reservations},
+    stock::{Movement, Stock},
 };
 
 /// The answer is the first event of inventory about an order.

@@ -7,8 +7,8 @@ use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
-    move_stock::Stock,
-    record_reservation::{CancelledRows, NewRows, Reservations},
+    reservations::{CancelledRows, NewRows, Reservations},
+    stock::Stock,
 };
 
 /// One statement for all tables: stock is under lock, and whoever wants the same SKU waits for each round trip from here to
