@@ -1,9 +1,13 @@
-//! inventory-service: applies each order's events once, moves stock and answers in the same transaction.
+//! inventory-service: applies each event of an order once. The transaction that records the event moves stock and enqueues
+//! the answer.
 
 mod adjust_stock;
 mod apply_event;
+mod decide;
 mod get_stock;
 mod grpc;
+mod lock_batch;
+mod order_event;
 mod release_stock;
 mod reservations;
 mod reserve_stock;
@@ -27,12 +31,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::info;
 
-use crate::apply_event::StockKeeper;
+use crate::apply_event::ApplyOrderEvents;
 
-/// Creates the tables of stock; run after [`outbox::MIGRATOR`].
+/// Creates the tables of stock. Runs after [`outbox::MIGRATOR`].
 pub static MIGRATOR: Migrator = sqlx::migrate!();
 
-/// Everything the schema of this service's database consists of, in order.
+/// All migrations of this service's database, in the order they run.
 pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
 
 /// Settings of the serving process.
@@ -63,8 +67,9 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     info!(?settings, "inventory-service starts");
     let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
-    let keeper = StockKeeper { relay: Notifier::start(settings.database_url.options(), outbox::CHANNEL) };
-    let receiver = Receiver::start(&database, keeper, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let relay = Notifier::start(settings.database_url.options(), outbox::CHANNEL);
+    let receiver =
+        Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, shutdown.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() });
     let routes = Routes::new(receiver).add_service(inventory);
     let services = Services {

@@ -1,4 +1,4 @@
-//! Reserves stock for an order: all its items, or none.
+//! Reserves stock for an order: all its items, or none. No I/O.
 
 use std::collections::BTreeMap;
 
@@ -6,15 +6,17 @@ use outbox::{NewEvent, Refusal};
 use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockReserved};
 
 use crate::{
-    apply_event::OrderEvent,
+    order_event::OrderEvent,
     reservations::{Reservation, Reservations},
     stock::{Movement, Stock},
 };
 
-/// The answer is the first event of inventory about an order.
+/// The answer is inventory's first event about an order.
 const SEQUENCE: i32 = 1;
 
-/// Takes all of the order out of the stock, or nothing, and returns the answer. Orders are served as they come.
+/// Takes all quantities of the order from stock, or none, and returns the answer.
+///
+/// Orders are served in the order of their events. One that is rejected does not hold back a later one that fits.
 pub(crate) fn reserve_stock(
     event: &OrderEvent,
     quantities: &BTreeMap<String, i64>,
@@ -52,5 +54,77 @@ fn describe(shortage: &Shortage) -> String {
     match shortage.reason() {
         ShortageReason::UnknownSku => format!("UNKNOWN_SKU {sku}"),
         _ => format!("INSUFFICIENT_STOCK {sku}: {wanted} wanted, {available} available"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+    use crate::{
+        order_event::{Change, OrderId},
+        reservations::NewRows,
+    };
+
+    fn stock(available: &[(&str, i64)]) -> Stock {
+        Stock::of(available.iter().map(|(sku, available)| ((*sku).to_owned(), *available)).collect())
+    }
+
+    /// Has an order reserve these quantities, and returns its answer.
+    fn reserve(wanted: &[(&str, i64)], reservations: &mut Reservations, stock: &mut Stock) -> NewEvent {
+        let event = OrderEvent::created(OrderId::new(), wanted);
+        let Change::Created(quantities) = &event.change else { unreachable!() };
+        reserve_stock(&event, quantities, reservations, stock).unwrap()
+    }
+
+    fn shortage(sku: &str, reason: ShortageReason, wanted: i64, available: i64) -> Shortage {
+        Shortage { sku: sku.into(), reason: reason.into(), wanted, available }
+    }
+
+    #[test]
+    fn an_order_that_fits_is_reserved_to_the_last_piece() {
+        let (mut reservations, mut stock) = (Reservations::default(), stock(&[("KETTLE", 5), ("MUG", 2)]));
+        let answer = reserve(&[("KETTLE", 1), ("MUG", 2)], &mut reservations, &mut stock);
+
+        assert_eq!(outbox::Rows::of([&answer]).event_types, ["inventory.v1.StockReserved"]);
+        assert_eq!((stock.available("KETTLE"), stock.available("MUG")), (Some(4), Some(0)));
+        let ledger = stock.ledger();
+        assert_eq!(ledger.kinds, ["RESERVATION"; 2]);
+        assert_eq!((ledger.skus, ledger.deltas), (vec!["KETTLE", "MUG"], vec![-1, -2]));
+        let new = NewRows::of(&reservations);
+        assert_eq!((new.statuses, new.rejections), (vec!["RESERVED"], vec![None]));
+    }
+
+    #[test]
+    fn an_order_short_of_one_sku_takes_nothing_of_the_others() {
+        let (mut reservations, mut stock) = (Reservations::default(), stock(&[("KETTLE", 5), ("MUG", 1)]));
+        let answer = reserve(&[("KETTLE", 1), ("MUG", 2)], &mut reservations, &mut stock);
+
+        let answers = outbox::Rows::of([&answer]);
+        assert_eq!(answers.event_types, ["inventory.v1.StockRejected"]);
+        let rejected = StockRejected::decode(answers.payloads[0]).unwrap();
+        assert_eq!(rejected.shortages, [shortage("MUG", ShortageReason::InsufficientStock, 2, 1)]);
+        assert_eq!((stock.available("KETTLE"), stock.available("MUG")), (Some(5), Some(1)));
+        assert!(stock.ledger().deltas.is_empty());
+        let new = NewRows::of(&reservations);
+        let why = "INSUFFICIENT_STOCK MUG: 2 wanted, 1 available";
+        assert_eq!((new.statuses, new.rejections), (vec!["REJECTED"], vec![Some(why)]));
+    }
+
+    #[test]
+    fn an_order_of_an_unknown_sku_is_rejected_naming_each_shortage() {
+        let (mut reservations, mut stock) = (Reservations::default(), stock(&[("MUG", 0)]));
+        let answer = reserve(&[("MUG", 1), ("TEAPOT", 3)], &mut reservations, &mut stock);
+
+        let rejected = StockRejected::decode(outbox::Rows::of([&answer]).payloads[0]).unwrap();
+        let expected = [
+            shortage("MUG", ShortageReason::InsufficientStock, 1, 0),
+            shortage("TEAPOT", ShortageReason::UnknownSku, 3, 0),
+        ];
+        assert_eq!(rejected.shortages, expected);
+        assert_eq!(stock.available("TEAPOT"), None);
+        let why = "INSUFFICIENT_STOCK MUG: 1 wanted, 0 available; UNKNOWN_SKU TEAPOT";
+        assert_eq!(NewRows::of(&reservations).rejections, [Some(why)]);
     }
 }

@@ -1,9 +1,13 @@
-//! Moves stock, and keeps the ledger of it.
+//! Stock in memory: the SKUs that a batch has under lock, and their movements.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use sqlx::{Postgres, Transaction};
-use uuid::Uuid;
+use crate::order_event::OrderId;
+
+outbox::id! {
+    /// What moved stock, as the ledger names it. A batch moves stock for orders only.
+    pub(crate) struct Reference
+}
 
 /// Why stock is moved.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +17,7 @@ pub(crate) enum Movement {
 }
 
 impl Movement {
-    /// As `stock_ledger_kind_known` has it.
+    /// The name that `stock_ledger_kind_known` allows.
     fn kind(self) -> &'static str {
         match self {
             Self::Reservation => "RESERVATION",
@@ -22,65 +26,46 @@ impl Movement {
     }
 }
 
-/// Stock under lock, and how it was moved since.
+/// Stock under lock, and its movements since.
 #[derive(Debug)]
 pub(crate) struct Stock {
     available: BTreeMap<String, i64>,
     movements: Vec<Entry>,
 }
 
-/// An entry of the ledger to be.
+/// A movement that will be in the ledger.
 #[derive(Debug)]
 struct Entry {
-    order_id: Uuid,
+    order_id: OrderId,
     movement: Movement,
     sku: String,
     delta: i64,
 }
 
 impl Stock {
-    /// Locks the SKUs, all at once in the order of their names, so that two batches never wait for each other in a circle.
-    ///
-    /// NO KEY UPDATE is the lock the deduction itself takes. The SKUs are joined, not compared with `ANY`: each row that
-    /// another batch has changed meanwhile would be looked for again in the whole array, and that with stock under lock.
-    pub(crate) async fn lock(
-        tx: &mut Transaction<'_, Postgres>,
-        skus: impl Iterator<Item = &String>,
-    ) -> Result<Self, sqlx::Error> {
-        let skus: BTreeSet<&String> = skus.collect();
-        let skus: Vec<String> = skus.into_iter().cloned().collect();
-        let rows = sqlx::query!(
-            "-- inventory: lock stock
-            SELECT stock.sku, stock.available
-            FROM unnest($1::text[]) AS wanted (sku) JOIN stock ON stock.sku = wanted.sku
-            ORDER BY stock.sku
-            FOR NO KEY UPDATE OF stock",
-            &skus,
-        )
-        .fetch_all(&mut **tx)
-        .await?;
-        let available = rows.into_iter().map(|row| (row.sku, row.available)).collect();
-        Ok(Self { available, movements: Vec::new() })
+    /// The quantity available of each SKU under lock.
+    pub(crate) fn of(available: BTreeMap<String, i64>) -> Self {
+        Self { available, movements: Vec::new() }
     }
 
-    /// What there is; `None` of a SKU nobody knows.
+    /// The quantity available; `None` if the SKU is unknown.
     pub(crate) fn available(&self, sku: &str) -> Option<i64> {
         self.available.get(sku).copied()
     }
 
     /// Moves stock of a SKU that is under lock.
-    pub(crate) fn move_by(&mut self, order_id: Uuid, movement: Movement, sku: &str, delta: i64) {
+    pub(crate) fn move_by(&mut self, order_id: OrderId, movement: Movement, sku: &str, delta: i64) {
         if let Some(available) = self.available.get_mut(sku) {
             *available += delta;
         }
         self.movements.push(Entry { order_id, movement, sku: sku.to_owned(), delta });
     }
 
-    /// The entries of the ledger to be, as the arrays a statement takes.
+    /// The movements as the arrays that a statement takes.
     pub(crate) fn ledger(&self) -> LedgerRows<'_> {
         let mut rows = LedgerRows::default();
         for entry in &self.movements {
-            rows.order_ids.push(entry.order_id);
+            rows.references.push(entry.order_id.uuid().into());
             rows.kinds.push(entry.movement.kind());
             rows.skus.push(&entry.sku);
             rows.deltas.push(entry.delta);
@@ -88,8 +73,10 @@ impl Stock {
         rows
     }
 
-    /// How much each SKU was moved. The rows are locked and were decided on, so the table's check (never below zero) is
-    /// a second look, not the guard.
+    /// The sum of the movements of each SKU.
+    ///
+    /// The table's check (never below zero) is a second line of defence, not the guard: these rows are under lock, and
+    /// the batch decided on what they hold.
     pub(crate) fn totals(&self) -> TotalRows<'_> {
         let mut totals: BTreeMap<&str, i64> = BTreeMap::new();
         for Entry { sku, delta, .. } in &self.movements {
@@ -102,7 +89,7 @@ impl Stock {
 
 #[derive(Debug, Default)]
 pub(crate) struct LedgerRows<'s> {
-    pub(crate) order_ids: Vec<Uuid>,
+    pub(crate) references: Vec<Reference>,
     pub(crate) kinds: Vec<&'static str>,
     pub(crate) skus: Vec<&'s str>,
     pub(crate) deltas: Vec<i64>,
