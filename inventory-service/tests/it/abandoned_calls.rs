@@ -15,8 +15,8 @@ const CLIENTS: u64 = 4;
 const CALLS: usize = 20;
 const ROUNDS: u64 = 8;
 
-/// Delivers events at random and gives up on nearly every call, at any moment of it: by a deadline the server is told
-/// of, or by dropping the call. Answers how many calls it gave up.
+/// Delivers random events and gives up on nearly every call, at a random moment: by a deadline that the server knows,
+/// or by dropping the call. Returns the number of calls given up.
 async fn give_up(client: Client, events: Vec<Event>, seed: u64) -> usize {
     let mut rng = Rng::with_seed(seed);
     let mut given_up = 0;
@@ -38,7 +38,7 @@ async fn give_up(client: Client, events: Vec<Event>, seed: u64) -> usize {
     given_up
 }
 
-/// As a relay does: what failed for want of a connection comes again.
+/// Retries as a relay does, as long as no connection is free.
 async fn redeliver(client: &Client, events: &[Event]) -> Vec<String> {
     timeout(Duration::from_secs(10), async {
         loop {
@@ -49,7 +49,7 @@ async fn redeliver(client: &Client, events: &[Event]) -> Vec<String> {
         }
     })
     .await
-    .expect("the service works off what its callers left")
+    .expect("the service finishes the calls that were given up")
 }
 
 async fn assert_no_transaction_is_left_open(inventory: &Inventory) {
@@ -66,7 +66,7 @@ async fn callers_that_give_up_leave_no_transaction_open_and_each_event_is_applie
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_that_give_up_while_they_wait_for_others_batches_leave_room_for_the_next() {
+async fn callers_that_give_up_while_they_wait_for_other_batches_make_room_for_the_next() {
     give_up_and_deliver_again("1").await;
 }
 
@@ -81,30 +81,30 @@ async fn give_up_and_deliver_again(batches: &str) {
         clients.push(Client::connect(inventory.address).await);
     }
     let mut given_up = 0;
-    // In rounds, since the next call on a connection that was left inside a transaction may well end it.
+    // In rounds, since a later call on the same connection may end a transaction that was left open.
     for round in 0..ROUNDS {
         let calls = clients.iter().zip(round * CLIENTS..);
         let calls = calls.map(|(client, seed)| give_up(client.clone(), events.clone(), seed));
         given_up += at_once(calls).await.into_iter().sum::<usize>();
         assert_no_transaction_is_left_open(&inventory).await;
     }
-    assert!(given_up > 120, "only {given_up} calls were given up: nothing was put to the test");
+    assert!(given_up > 120, "only {given_up} calls were given up: too few to test anything");
 
     let mut outcomes = Vec::new();
     for batch in events.chunks(20) {
         outcomes.extend(redeliver(&inventory.client, batch).await);
     }
     assert!(outcomes.iter().all(|outcome| outcome == "APPLIED" || outcome == "DUPLICATE"), "{outcomes:?}");
-    assert!(outcomes.iter().any(|outcome| outcome == "DUPLICATE"), "no work went on without its caller");
+    assert!(outcomes.iter().any(|outcome| outcome == "DUPLICATE"), "no work continued without its caller");
     assert_eq!(inventory.count("SELECT count(*) FROM processed_messages").await, 120);
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 760);
     assert_eq!(inventory.client.get_stock("KETTLE").await.unwrap(), 880);
     inventory.stop().await;
 }
 
-/// The server's own limit cuts the call, so its answer proves that the handler was dropped in the midst of its work.
+/// The server's own time limit ends the call, so its answer proves that the handler was dropped while it worked.
 #[tokio::test]
-async fn work_goes_on_to_its_commit_when_its_call_is_cut() {
+async fn work_continues_to_its_commit_when_its_call_times_out() {
     let inventory = Inventory::serve(&["--request-seconds", "1"]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let event = order(&[("MUG", 1)]);

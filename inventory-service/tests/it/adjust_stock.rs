@@ -11,7 +11,7 @@ fn request_id() -> String {
 }
 
 #[tokio::test]
-async fn an_adjustment_adds_or_takes_and_introduces_a_sku_nobody_knew() {
+async fn an_adjustment_adds_or_takes_and_creates_an_unknown_sku() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
 
@@ -83,7 +83,7 @@ async fn of_two_adjustments_racing_under_one_request_id_one_is_made_and_the_othe
 }
 
 #[tokio::test]
-async fn taking_more_than_there_is_is_refused_until_there_is_enough() {
+async fn taking_more_than_is_available_is_refused_until_there_is_enough() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let before = inventory.contents().await;
@@ -98,7 +98,7 @@ async fn taking_more_than_there_is_is_refused_until_there_is_enough() {
     }
     assert_eq!(inventory.contents().await, before);
 
-    // A refused adjustment was not made, so its id is not used up.
+    // A refused adjustment does not use up its id.
     inventory.client.adjust_stock(&request_id(), "MUG", 1).await.unwrap();
     assert_eq!(inventory.client.adjust_stock(&of_known, "MUG", -11).await.unwrap(), 0);
     inventory.stop().await;

@@ -1,4 +1,4 @@
-//! Calls the service as its peers do.
+//! Calls the service as relays and clients do.
 
 use std::net::SocketAddr;
 
@@ -27,7 +27,7 @@ impl Client {
         Self { channel }
     }
 
-    /// What became of each event, as `APPLIED`, `DUPLICATE`, or `REJECTED` with the reason.
+    /// Returns the outcome of each event: `APPLIED`, `DUPLICATE`, or `REJECTED` with the reason.
     pub(crate) async fn deliver(&self, events: impl IntoIterator<Item = &Event>) -> Result<Vec<String>, Status> {
         let events = events.into_iter().cloned().collect();
         self.deliver_request(Request::new(DeliverRequest { events })).await

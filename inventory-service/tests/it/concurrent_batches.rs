@@ -12,7 +12,7 @@ use crate::{
 };
 
 const CLIENTS: u64 = 8;
-/// So long that nothing a test holds up is given up for it.
+/// Limits longer than any test here blocks a batch.
 const LONG_WORK: [&str; 4] = ["--database-work-ms", "60000", "--request-seconds", "60"];
 const SKUS: [&str; 10] = ["J", "C", "H", "A", "F", "E", "B", "I", "D", "G"];
 
@@ -35,7 +35,7 @@ async fn an_event_in_twenty_batches_at_once_is_applied_once() {
     inventory.stop().await;
 }
 
-/// Events of one to four items each, and what they take of each SKU together.
+/// Random events of one to four items, and the quantity that all of them take of each SKU.
 fn random_orders(rng: &mut Rng, orders: usize) -> (Vec<Event>, BTreeMap<&'static str, i64>) {
     let mut taken = BTreeMap::new();
     let events = (0..orders).map(|_| {
@@ -48,7 +48,7 @@ fn random_orders(rng: &mut Rng, orders: usize) -> (Vec<Event>, BTreeMap<&'static
     (events.collect(), taken)
 }
 
-/// Delivers all events in batches of 50, shuffled in a way of this client's own. Answers how many were applied.
+/// Delivers all events in batches of 50, in a random order of its own. Returns the number applied.
 async fn deliver_shuffled(client: Client, mut events: Vec<Event>, seed: u64, start: Arc<Barrier>) -> usize {
     Rng::with_seed(seed).shuffle(&mut events);
     let mut applied = 0;
@@ -69,7 +69,7 @@ async fn connect_all(inventory: &Inventory) -> Vec<Client> {
     clients
 }
 
-/// Has every client deliver all events, in an order of its own, at once. Answers how many were applied by all together.
+/// Has all clients deliver all events at once, each in an order of its own. Returns the number applied in total.
 async fn deliver_overlapping(clients: &[Client], events: &[Event], round: u64) -> usize {
     let start = Arc::new(Barrier::new(clients.len()));
     let calls = clients.iter().zip(0..).map(|(client, number)| {
@@ -78,8 +78,7 @@ async fn deliver_overlapping(clients: &[Client], events: &[Event], round: u64) -
     at_once(calls).await.into_iter().sum()
 }
 
-/// Unless all batches insert their ids in one order, these run into deadlocks within the first round; `stop` looks for
-/// them as well.
+/// These deadlock within the first round if batches do not insert their ids in one order. `stop` looks for deadlocks.
 #[tokio::test(flavor = "multi_thread")]
 async fn overlapping_batches_in_any_order_apply_each_event_once_without_deadlock() {
     let inventory = Inventory::serve(&[]).await;
@@ -101,9 +100,9 @@ async fn overlapping_batches_in_any_order_apply_each_event_once_without_deadlock
     inventory.stop().await;
 }
 
-/// Orders that are cancelled, in batches in which new ones come as well: reservations are locked here, too.
+/// Batches of cancellations and new orders, so that reservations are locked too.
 #[tokio::test(flavor = "multi_thread")]
-async fn overlapping_batches_of_cancellations_give_everything_back_once_without_deadlock() {
+async fn overlapping_batches_of_cancellations_release_everything_once_without_deadlock() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&SKUS.map(|sku| (sku, 1_000_000))).await;
     let clients = connect_all(&inventory).await;
@@ -125,7 +124,7 @@ async fn overlapping_batches_of_cancellations_give_everything_back_once_without_
     inventory.stop().await;
 }
 
-/// Here no batch waits for another's events, so that all meet at the locks on stock.
+/// No two batches share an event, so they meet only at the locks on stock.
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_of_different_events_over_the_same_skus_do_not_deadlock() {
     let inventory = Inventory::serve(&[]).await;
@@ -146,7 +145,7 @@ async fn batches_of_different_events_over_the_same_skus_do_not_deadlock() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_a_hundred_orders_at_once_for_the_last_thirty_pieces_thirty_are_reserved() {
+async fn a_hundred_orders_at_once_for_the_last_thirty_pieces_reserve_thirty() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("LAST", 30), ("PLENTY", 1000)]).await;
 
@@ -157,15 +156,15 @@ async fn of_a_hundred_orders_at_once_for_the_last_thirty_pieces_thirty_are_reser
     assert!(at_once(calls).await.iter().all(|outcomes| *outcomes == ["APPLIED"]));
 
     assert_eq!(inventory.count("SELECT count(*) FROM reservations WHERE status = 'RESERVED'").await, 30);
-    let turned_away = "SELECT count(*) FROM reservations
+    let rejected = "SELECT count(*) FROM reservations
         WHERE rejection = 'INSUFFICIENT_STOCK LAST: 1 wanted, 0 available'";
-    assert_eq!(inventory.count(turned_away).await, 70);
+    assert_eq!(inventory.count(rejected).await, 70);
     assert_eq!(inventory.client.get_stock("LAST").await.unwrap(), 0);
     assert_eq!(inventory.client.get_stock("PLENTY").await.unwrap(), 970);
     inventory.stop().await;
 }
 
-/// Adjusts and delivers by turns at random. Answers what the adjustments that were made add up to, by SKU.
+/// Adjusts stock or delivers orders, at random. Returns the sum of the adjustments made, by SKU.
 async fn sell_and_adjust(client: Client, seed: u64) -> BTreeMap<&'static str, i64> {
     let mut rng = Rng::with_seed(seed);
     let mut adjusted = BTreeMap::new();
@@ -187,7 +186,7 @@ async fn sell_and_adjust(client: Client, seed: u64) -> BTreeMap<&'static str, i6
 #[tokio::test(flavor = "multi_thread")]
 async fn stock_is_conserved_under_orders_and_adjustments_at_once() {
     let inventory = Inventory::serve(&[]).await;
-    // Little enough that some of both are turned away.
+    // So little that some orders and some adjustments are refused.
     inventory.put_in(&SKUS.map(|sku| (sku, 50))).await;
     let mut calls = Vec::new();
     for seed in 0..CLIENTS {
@@ -202,8 +201,8 @@ async fn stock_is_conserved_under_orders_and_adjustments_at_once() {
         let reserved: i64 = sqlx::query_scalar(sql).bind(sku).fetch_one(&inventory.pool).await.unwrap();
         assert_eq!(inventory.client.get_stock(sku).await.unwrap(), 50 + adjusted + reserved, "{sku}");
     }
-    let turned_away = inventory.count("SELECT count(*) FROM reservations WHERE status = 'REJECTED'").await;
-    assert!(turned_away > 0, "there was enough of everything: nothing was put to the test");
+    let rejected = inventory.count("SELECT count(*) FROM reservations WHERE status = 'REJECTED'").await;
+    assert!(rejected > 0, "no order was rejected: too much stock to test anything");
     inventory.stop().await;
 }
 
@@ -221,8 +220,8 @@ async fn batches_that_wait_for_each_other_leave_connections_to_other_calls() {
         })
         .collect();
     inventory.wait_for_waiting_sessions(2).await;
-    // As a rule after all deliveries, being later on the same connection; refused, if these had taken all three of the
-    // database's.
+    // These calls usually run after all deliveries, since they come later on the same connection. They would be refused
+    // if the deliveries held all connections to the database.
     for _ in 0..20 {
         assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 100);
     }
@@ -237,7 +236,7 @@ async fn batches_that_wait_for_each_other_leave_connections_to_other_calls() {
 }
 
 #[tokio::test]
-async fn a_batch_that_has_waited_too_long_for_others_is_told_to_come_again() {
+async fn a_batch_that_waits_too_long_for_others_is_told_to_retry() {
     let inventory = Inventory::serve(&[&["--batches-at-once", "1"], &LONG_WORK[..]].concat()).await;
     inventory.put_in(&[("MUG", 100)]).await;
     let lock = inventory.lock_stock().await;

@@ -56,7 +56,7 @@ async fn the_same_event_again_is_a_duplicate_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn an_event_that_stands_twice_in_a_batch_is_applied_then_a_duplicate() {
+async fn an_event_that_is_twice_in_a_batch_is_applied_then_a_duplicate() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let (event, other) = (order(&[("MUG", 2)]), order(&[("MUG", 3)]));
@@ -69,7 +69,7 @@ async fn an_event_that_stands_twice_in_a_batch_is_applied_then_a_duplicate() {
 }
 
 #[tokio::test]
-async fn a_batch_holds_anything_from_no_event_to_a_thousand() {
+async fn a_batch_has_from_no_event_to_a_thousand() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 5000)]).await;
     assert_eq!(inventory.client.deliver([]).await.unwrap(), Vec::<String>::new());
@@ -85,7 +85,7 @@ async fn a_batch_holds_anything_from_no_event_to_a_thousand() {
     inventory.stop().await;
 }
 
-/// One event for each way of being beyond repair, with the outcome it gets.
+/// One event for each reason to reject an event for good, with its outcome.
 fn bad_events() -> Vec<(Event, &'static str)> {
     let good = || order(&[("MUG", 1)]);
     let with_data = |data: Vec<u8>| Event { data: data.into(), ..good() };
@@ -135,7 +135,7 @@ async fn events_that_can_never_be_applied_are_rejected_and_all_others_applied() 
 }
 
 #[tokio::test]
-async fn a_rejected_event_is_applied_when_it_comes_again_sound() {
+async fn a_rejected_event_is_applied_when_it_arrives_again_valid() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let sound = order(&[("MUG", 2)]);

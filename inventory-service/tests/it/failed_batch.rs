@@ -9,21 +9,21 @@ const FAIL_THE_STATEMENT: &str = "
         $$ BEGIN RAISE EXCEPTION 'stock_ledger is cursed'; END $$;
     CREATE TRIGGER curse BEFORE INSERT ON stock_ledger
         FOR EACH ROW WHEN (NEW.sku = 'CURSED') EXECUTE FUNCTION curse()";
-/// The same, found out only by the commit.
+/// The same, but only the commit fails.
 const FAIL_THE_COMMIT: &str = "
     CREATE FUNCTION curse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'stock_ledger is cursed'; END $$;
     CREATE CONSTRAINT TRIGGER curse AFTER INSERT ON stock_ledger DEFERRABLE INITIALLY DEFERRED
         FOR EACH ROW WHEN (NEW.sku = 'CURSED') EXECUTE FUNCTION curse()";
-/// As if the transaction had lost a race.
+/// The same, as a failure that may pass: a race that the transaction lost.
 const FAIL_FOR_NOW: &str = "
     CREATE FUNCTION curse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'stock_ledger is cursed' USING ERRCODE = 'serialization_failure'; END $$;
     CREATE TRIGGER curse BEFORE INSERT ON stock_ledger
         FOR EACH ROW WHEN (NEW.sku = 'CURSED') EXECUTE FUNCTION curse()";
 
-/// Delivers a batch while `curse` holds, then again without it: first nothing of it may be seen, then all. Answers the
-/// failure.
+/// Delivers a batch while `curse` is active, then without it. First the batch must leave nothing, then all is applied.
+/// Returns the failure.
 async fn fail_then_apply(curse: &'static str) -> Status {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10), ("CURSED", 10)]).await;
@@ -38,7 +38,7 @@ async fn fail_then_apply(curse: &'static str) -> Status {
     }
 
     assert_eq!(inventory.contents().await, before);
-    // The connection that failed serves on, and is not stuck in the failed transaction.
+    // The connection is still usable: it is not stuck in the failed transaction.
     assert_eq!(inventory.client.deliver(&[order(&[("MUG", 1)])]).await.unwrap(), ["APPLIED"]);
 
     sqlx::raw_sql("DROP FUNCTION curse CASCADE").execute(&inventory.pool).await.unwrap();
@@ -49,7 +49,7 @@ async fn fail_then_apply(curse: &'static str) -> Status {
     failures.pop().unwrap()
 }
 
-/// Details are encoded, but text in them stays legible.
+/// Details are encoded, but text in them stays readable.
 fn assert_tells_nothing_of_the_database(status: &Status) {
     let told = format!("{} {}", status.message(), String::from_utf8_lossy(status.details())).to_lowercase();
     for secret in ["curse", "ledger", "insert", "plpgsql", "trigger", "stock_", "p0001", "40001"] {
@@ -72,17 +72,17 @@ async fn a_batch_whose_commit_fails_is_not_answered_as_applied() {
 }
 
 #[tokio::test]
-async fn a_failure_that_passes_is_answered_with_when_to_come_again() {
+async fn a_failure_that_may_pass_is_answered_with_a_time_to_retry() {
     let status = fail_then_apply(FAIL_FOR_NOW).await;
     assert_eq!(status.code(), Code::Unavailable);
     assert_eq!(refusal(&status), "Unavailable DATABASE_UNAVAILABLE");
     assert_tells_nothing_of_the_database(&status);
 }
 
-/// What an operator has broken and will mend is no fault of the events: answered as one, a relay would charge them with it
+/// A missing right is an operator's to mend. If the answer blamed the events, a relay would count attempts against them
 /// until they are dead.
 #[tokio::test]
-async fn a_right_that_is_missing_is_answered_as_an_outage() {
+async fn a_missing_right_is_answered_as_an_outage() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let event = order(&[("MUG", 1)]);

@@ -21,7 +21,7 @@ use crate::{
 };
 
 pub(crate) const SERVICES: [&str; 3] = ["", "events.v1.EventReceiver", "inventory.v1.InventoryService"];
-/// Far above what anything here takes, so that only what never happens is late.
+/// Far longer than any step here takes: only a step that hangs exceeds it.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Parser)]
@@ -35,7 +35,7 @@ pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     let url = database.url_as("inventory_service");
     // On a busy machine a hundred calls at once may wait longer than the default for one of 16 connections.
     let given = ["inventory-service", "--database-url", &url, "--database-acquire-ms", "9000"];
-    // As if they came to many replicas: what keeps batches apart is the database.
+    // As with many replicas: only the database keeps batches apart.
     let given = given.iter().chain(&["--batches-at-once", "100"]);
     Cli::parse_from(given.chain(flags)).settings
 }
@@ -52,7 +52,7 @@ pub(crate) struct Inventory {
 }
 
 impl Inventory {
-    /// Serves on a free port, and waits until the service reports that it does.
+    /// Serves on a free port, and waits until health reports it.
     pub(crate) async fn serve(flags: &[&str]) -> Self {
         let database = TestDatabase::create("inventory_owner", &MIGRATORS).await;
         let pool = database.pool().await;
@@ -69,15 +69,15 @@ impl Inventory {
         inventory
     }
 
-    /// Stops the service in good order, then audits what must hold whatever was called.
+    /// Stops the service gracefully, then audits the invariants, which hold after any calls.
     pub(crate) async fn stop(self) {
         self.shutdown.cancel();
         timeout(LIMIT, self.running).await.expect("the service ends").unwrap().expect("it ends well");
         let pool = self.pool;
-        // A session hands in its statistics before it leaves, and deadlocks are audited.
+        // A session reports its statistics when it ends, and the audit reads the number of deadlocks from them.
         let sessions = "SELECT count(*) FROM pg_stat_activity
             WHERE datname = current_database() AND usename = 'inventory_service'";
-        eventually("the service's sessions leave", async || count(&pool, sessions).await == 0).await;
+        eventually("the service's sessions end", async || count(&pool, sessions).await == 0).await;
         audit(&pool).await;
         pool.close().await;
     }
@@ -87,14 +87,14 @@ impl Inventory {
         self.running.is_finished()
     }
 
-    /// `None` when nobody reports for the service.
+    /// `None` if health does not know the service.
     pub(crate) async fn health(&self, service: &str) -> Option<ServingStatus> {
         let request = HealthCheckRequest { service: service.into() };
         let answer = HealthClient::new(self.client.channel.clone()).check(request).await.ok()?;
         Some(answer.into_inner().status())
     }
 
-    /// Puts stock in, with its opening in the ledger.
+    /// Adds stock, with its opening movement in the ledger.
     pub(crate) async fn put_in(&self, levels: &[(&str, i64)]) {
         for (sku, available) in levels {
             let sql = "WITH opened AS (INSERT INTO stock VALUES ($1, $2))
@@ -119,7 +119,7 @@ impl Inventory {
         sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
     }
 
-    /// The reservation of the event's order, as `RESERVED` or `REJECTED` with why; and whether this event made it.
+    /// The reservation of the event's order: `RESERVED`, or `REJECTED` with the reason; and whether this event made it.
     pub(crate) async fn reservation(&self, event: &Event) -> (String, bool) {
         let sql = "SELECT concat_ws(' ', status, rejection), event_id = $2 FROM reservations WHERE order_id = $1";
         let query = sqlx::query_as(sql).bind(order_id_of(event)).bind(id_of(event));
@@ -131,13 +131,13 @@ impl Inventory {
         sqlx::query_scalar(sql).bind(id_of(event)).fetch_one(&self.pool).await.unwrap()
     }
 
-    /// The answers to the event's order that wait for a relay, by type, in sequence.
+    /// The types of the answers about the event's order in the outbox, in sequence.
     pub(crate) async fn answers(&self, event: &Event) -> Vec<String> {
         let sql = "SELECT event_type FROM outbox WHERE aggregate_id = $1 ORDER BY sequence";
         sqlx::query_scalar(sql).bind(order_id_of(event)).fetch_all(&self.pool).await.unwrap()
     }
 
-    /// Makes whoever wants stock wait for the end of this transaction.
+    /// Blocks all batches and adjustments until this transaction ends.
     pub(crate) async fn lock_stock(&self) -> Transaction<'static, Postgres> {
         let mut lock = self.pool.begin().await.unwrap();
         sqlx::query("SELECT FROM stock FOR UPDATE").execute(&mut *lock).await.unwrap();
@@ -152,7 +152,7 @@ impl Inventory {
 
     /// Takes the database away from the service: it loses its connections and gets no new ones.
     pub(crate) async fn cut_database(&self) {
-        // Made before, since the pool gets no new ones either.
+        // Acquired first, since the pool gets no new connections either.
         let mut connection = self.pool.acquire().await.unwrap();
         self.allow_connections(false).await;
         let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
@@ -168,7 +168,7 @@ impl Inventory {
     }
 
     async fn allow_connections(&self, allowed: bool) {
-        // From outside: PostgreSQL lets nobody lock the database they are connected to.
+        // On a connection to another database: PostgreSQL refuses this for a session's own.
         let server = Server::parse(&env::var("POSTGRES_URL").unwrap()).unwrap();
         let mut statement: QueryBuilder<Postgres> = QueryBuilder::new("ALTER DATABASE ");
         statement.push(self.database.name()).push(" ALLOW_CONNECTIONS ").push(allowed);
@@ -189,7 +189,7 @@ async fn audit(pool: &PgPool) {
             WHERE available <> coalesce(moved, 0) OR available < 0",
         ),
         (
-            "an event is in the inbox without an effect, or had one without being there",
+            "an event is in the inbox without an effect, or has an effect without being in the inbox",
             "SELECT count(*) FROM processed_messages FULL JOIN (
                 SELECT event_id FROM reservations WHERE event_id IS NOT NULL
                 UNION ALL SELECT cancelled_by FROM reservations WHERE cancelled_by IS NOT NULL
@@ -202,13 +202,13 @@ async fn audit(pool: &PgPool) {
                 SELECT coalesce(sum(delta), 0) FROM stock_ledger WHERE reference = order_id))",
         ),
         (
-            "a movement of one SKU was reserved once and released otherwise",
+            "an order's release of a SKU is not what was reserved of it",
             "SELECT count(*) FROM reservations JOIN stock_ledger ON reference = order_id
             WHERE status <> 'RESERVED'
             GROUP BY order_id, sku HAVING sum(delta) <> 0 UNION ALL SELECT 0 ORDER BY 1 DESC LIMIT 1",
         ),
         (
-            "an order has another answer than it should",
+            "an order has an answer that it should not have, or lacks one",
             "SELECT count(*) FROM (
                 SELECT order_id, 1 AS sequence,
                     'inventory.v1.Stock' || CASE status WHEN 'REJECTED' THEN 'Rejected' ELSE 'Reserved' END AS event_type
@@ -228,17 +228,17 @@ async fn audit(pool: &PgPool) {
     }
 }
 
-/// Waits for what is sure to come, and fails if it does not.
+/// Waits until the condition holds; panics if it does not within [`LIMIT`].
 pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let polling = async {
         while !holds().await {
             sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(LIMIT, polling).await.unwrap_or_else(|_| panic!("within {LIMIT:?}: {what}"));
+    timeout(LIMIT, polling).await.unwrap_or_else(|_| panic!("not within {LIMIT:?}: {what}"));
 }
 
-/// Runs the calls at once, and answers what they did in their order.
+/// Runs the calls at once, and returns their results in order.
 pub(crate) async fn at_once<T, F>(calls: impl IntoIterator<Item = F>) -> Vec<T>
 where
     T: Send + 'static,

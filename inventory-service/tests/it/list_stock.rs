@@ -36,7 +36,7 @@ async fn a_full_last_page_gives_no_token_and_neither_does_an_empty_list() {
 }
 
 #[tokio::test]
-async fn a_page_goes_on_behind_the_last_sku_whatever_came_in_meanwhile() {
+async fn the_next_page_starts_after_the_last_sku_whatever_was_added_meanwhile() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("B", 1), ("D", 1), ("F", 1)]).await;
     let first = inventory.client.list_stock(2, "").await.unwrap();
@@ -83,7 +83,7 @@ async fn a_bad_page_is_refused_naming_every_bad_field() {
 }
 
 #[tokio::test]
-async fn the_stock_of_one_sku_is_answered_or_why_not() {
+async fn get_stock_answers_the_level_or_the_reason_of_a_refusal() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 3)]).await;
 

@@ -1,7 +1,6 @@
 //! inventory-service, served in this process, called by real clients, on a real PostgreSQL. Run them with `make test`.
 //!
-//! Every test has a database of its own, and ends with [`inventory::Inventory::stop`], which audits what must hold
-//! after any history of calls.
+//! Every test has a database of its own. It ends with [`inventory::Inventory::stop`], which audits the invariants.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod client;

@@ -19,7 +19,7 @@ pub(crate) fn event_of(order_id: Uuid, items: &[(&str, i32)]) -> Event {
     Event { r#type: "orders.v1.OrderCreated".into(), sequence: 1, data, ..event_about(order_id) }
 }
 
-/// The event of the cancellation of the order that another event is about.
+/// A new event that cancels the order of another event.
 pub(crate) fn cancellation_of(event: &Event) -> Event {
     let data = OrderCancelled { order_id: event.subject.clone() }.encode_to_vec().into();
     Event { r#type: "orders.v1.OrderCancelled".into(), sequence: 2, data, ..event_about(order_id_of(event)) }
@@ -37,7 +37,7 @@ fn event_about(order_id: Uuid) -> Event {
     }
 }
 
-/// The same event, as if it had been committed so many hours ago.
+/// The same event, committed this many hours earlier.
 pub(crate) fn hours_ago(event: &Event, hours: i64) -> Event {
     let time = event.time.map(|time| Timestamp { seconds: time.seconds - hours * 3600, ..time });
     Event { time, ..event.clone() }

@@ -10,7 +10,7 @@ const REJECTED: &str = "inventory.v1.StockRejected";
 const RELEASED: &str = "inventory.v1.StockReleased";
 
 #[tokio::test]
-async fn a_cancellation_gives_back_all_that_was_reserved_once() {
+async fn a_cancellation_releases_all_that_was_reserved_once() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10), ("KETTLE", 5)]).await;
     let created = order(&[("MUG", 2), ("KETTLE", 1), ("MUG", 3)]);
@@ -27,13 +27,13 @@ async fn a_cancellation_gives_back_all_that_was_reserved_once() {
 }
 
 #[tokio::test]
-async fn an_order_created_and_cancelled_in_one_batch_moves_stock_there_and_back() {
+async fn an_order_created_and_cancelled_in_one_batch_leaves_its_stock_to_the_next() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 5)]).await;
     let created = order(&[("MUG", 5)]);
     let next = order(&[("MUG", 5)]);
 
-    // What the cancellation gives back is there for the next order of the same batch.
+    // Stock that the cancellation releases is available to the next order of the same batch.
     let outcomes = inventory.client.deliver([&created, &cancellation_of(&created), &next]).await.unwrap();
 
     assert_eq!(outcomes, ["APPLIED"; 3]);
@@ -44,7 +44,7 @@ async fn an_order_created_and_cancelled_in_one_batch_moves_stock_there_and_back(
 }
 
 #[tokio::test]
-async fn a_cancellation_of_a_rejected_order_gives_nothing_back() {
+async fn a_cancellation_of_a_rejected_order_releases_nothing() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 1)]).await;
     let created = order(&[("MUG", 2)]);
@@ -58,7 +58,7 @@ async fn a_cancellation_of_a_rejected_order_gives_nothing_back() {
 }
 
 #[tokio::test]
-async fn an_order_cancelled_before_it_was_seen_is_never_reserved() {
+async fn an_order_cancelled_before_its_creation_is_never_reserved() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let created = order(&[("MUG", 2)]);
@@ -87,10 +87,10 @@ async fn a_second_cancellation_of_an_order_is_rejected_and_the_rest_of_its_batch
     inventory.stop().await;
 }
 
-/// No relay of ours does this, since an order's events go one after the other; but whatever comes, stock is conserved
-/// (`stop` audits it), and an order that stays cancelled keeps nothing.
+/// Our relay never does this, since it delivers an order's events one after the other. Stock must be conserved all the
+/// same (`stop` audits it), and a cancelled order must keep nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_creation_and_its_cancellation_at_the_same_moment_leave_nothing_reserved() {
+async fn a_creation_and_its_cancellation_at_once_leave_nothing_reserved() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 1000)]).await;
     for _ in 0..20 {

@@ -24,7 +24,7 @@ async fn an_order_that_is_short_of_stock_is_rejected_whole_and_names_each_shorta
 }
 
 #[tokio::test]
-async fn orders_of_a_batch_are_served_in_their_order_and_a_later_one_that_fits_is_reserved() {
+async fn orders_of_a_batch_are_decided_in_order_and_a_later_one_that_fits_is_reserved() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 10), ("KETTLE", 10)]).await;
     let events = [
@@ -51,7 +51,7 @@ async fn orders_of_a_batch_are_served_in_their_order_and_a_later_one_that_fits_i
 }
 
 #[tokio::test]
-async fn a_rejected_order_stays_rejected_when_stock_comes_in() {
+async fn a_rejected_order_stays_rejected_when_stock_is_added() {
     let inventory = Inventory::serve(&[]).await;
     let event = order(&[("MUG", 1)]);
     assert_eq!(inventory.client.deliver([&event]).await.unwrap(), ["APPLIED"]);
@@ -64,9 +64,9 @@ async fn a_rejected_order_stays_rejected_when_stock_comes_in() {
     inventory.stop().await;
 }
 
-/// Answered item by item, the larger one would take more than an event may.
+/// An answer that names every item of the larger order would exceed the size limit of an event.
 #[tokio::test]
-async fn an_order_of_too_many_items_is_rejected_and_one_of_the_most_answered_beside_it() {
+async fn an_order_of_too_many_items_is_rejected_and_one_of_the_most_items_answered() {
     let inventory = Inventory::serve(&[]).await;
     let skus: Vec<String> = (0..20_000).map(|number| format!("{number:064}")).collect();
     let items: Vec<(&str, i32)> = skus.iter().map(|sku| (sku.as_str(), i32::MAX)).collect();
@@ -130,7 +130,7 @@ async fn of_many_events_for_one_order_at_once_exactly_one_is_applied() {
 
     let calls = (0..20).map(|call| {
         let client = inventory.client.clone();
-        // By turns of different SKUs, so that the locks on stock do not make the calls queue up.
+        // Alternating SKUs, so that the calls do not queue for the locks on stock.
         let event = event_of(order_id, &[(["MUG", "KETTLE"][call % 2], 1)]);
         async move { client.deliver(&[event, order(&[("MUG", 1)])]).await.unwrap() }
     });

@@ -8,7 +8,7 @@ use crate::{
 const DEMO_SKUS: [&str; 6] = ["COFFEE-BEANS", "FILTER-PAPER", "GRINDER", "KETTLE", "LAST-OF-ITS-KIND", "MUG"];
 
 #[tokio::test]
-async fn demo_stock_is_put_in_once_and_what_was_sold_is_not_restored() {
+async fn demo_stock_is_added_once_and_sold_stock_is_not_restored() {
     let inventory = Inventory::serve(&[]).await;
     let url: DatabaseUrl = inventory.database.url_as("inventory_service").parse().unwrap();
 
@@ -29,7 +29,7 @@ async fn demo_stock_is_put_in_once_and_what_was_sold_is_not_restored() {
 }
 
 #[tokio::test]
-async fn a_sku_that_is_there_already_is_left_alone_and_the_others_are_added() {
+async fn a_sku_that_exists_is_left_alone_and_the_others_are_added() {
     let inventory = Inventory::serve(&[]).await;
     inventory.put_in(&[("MUG", 2), ("TEAPOT", 1)]).await;
     let url: DatabaseUrl = inventory.database.url_as("inventory_service").parse().unwrap();
@@ -42,7 +42,7 @@ async fn a_sku_that_is_there_already_is_left_alone_and_the_others_are_added() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn seeds_at_once_put_each_sku_in_once() {
+async fn seeds_at_once_add_each_sku_once() {
     let inventory = Inventory::serve(&[]).await;
     let url: DatabaseUrl = inventory.database.url_as("inventory_service").parse().unwrap();
     let seeds = (0..8).map(|_| {

@@ -19,7 +19,7 @@ use crate::{
 };
 
 #[tokio::test]
-async fn health_and_reflection_tell_of_both_services() {
+async fn health_and_reflection_name_both_services() {
     let inventory = Inventory::serve(&[]).await;
     for service in SERVICES {
         assert_eq!(inventory.health(service).await, Some(ServingStatus::Serving), "{service:?}");
@@ -44,7 +44,7 @@ async fn health_and_reflection_tell_of_both_services() {
 }
 
 #[tokio::test]
-async fn while_the_database_is_away_calls_are_told_to_come_again_and_health_says_so() {
+async fn while_the_database_is_down_calls_are_told_to_retry_and_health_reports_it() {
     let inventory = Inventory::serve(&["--database-acquire-ms", "1000"]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let event = order(&[("MUG", 1)]);
@@ -58,7 +58,7 @@ async fn while_the_database_is_away_calls_are_told_to_come_again_and_health_says
     assert_eq!(refusal(&client.adjust_stock(&request_id, "MUG", 1).await.unwrap_err()), unavailable);
     for service in SERVICES {
         let not_serving = async || inventory.health(service).await == Some(ServingStatus::NotServing);
-        eventually("health says that the database is away", not_serving).await;
+        eventually("health reports that the database is down", not_serving).await;
     }
     chassis::healthcheck(inventory.address).await.unwrap_err();
 
@@ -67,7 +67,7 @@ async fn while_the_database_is_away_calls_are_told_to_come_again_and_health_says
     assert_eq!(client.adjust_stock(&request_id, "MUG", 1).await.unwrap(), 10);
     for service in SERVICES {
         let serving = async || inventory.health(service).await == Some(ServingStatus::Serving);
-        eventually("health says that the database is back", serving).await;
+        eventually("health reports that the database is back", serving).await;
     }
     inventory.stop().await;
 }
@@ -82,7 +82,7 @@ async fn a_call_in_flight_at_shutdown_is_answered() {
     inventory.wait_for_waiting_sessions(1).await;
 
     inventory.shutdown.cancel();
-    eventually("nothing more is accepted", async || TcpStream::connect(inventory.address).await.is_err()).await;
+    eventually("no more connections are accepted", async || TcpStream::connect(inventory.address).await.is_err()).await;
     lock.rollback().await.unwrap();
 
     assert_eq!(call.await.unwrap().unwrap(), ["APPLIED"]);

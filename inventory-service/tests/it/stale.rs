@@ -1,4 +1,4 @@
-//! The window within which a duplicate is recognised, and what lies beyond it.
+//! The retention within which duplicates are recognised, and events that are older.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::{
 const DAY: [&str; 2] = ["--retention-hours", "24"];
 
 #[tokio::test]
-async fn the_receiver_says_for_how_long_it_remembers() {
+async fn the_receiver_reports_its_retention() {
     let inventory = Inventory::serve(&DAY).await;
     let mut client = EventReceiverClient::new(inventory.client.channel.clone());
     let description = client.describe(DescribeRequest {}).await.unwrap().into_inner();
@@ -22,7 +22,7 @@ async fn the_receiver_says_for_how_long_it_remembers() {
 }
 
 #[tokio::test]
-async fn an_event_older_than_the_window_is_rejected_and_the_rest_of_its_batch_applied() {
+async fn an_event_older_than_the_retention_is_rejected_and_the_rest_of_its_batch_applied() {
     let inventory = Inventory::serve(&DAY).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let (old, young) = (hours_ago(&order(&[("MUG", 1)]), 25), hours_ago(&order(&[("MUG", 2)]), 23));
@@ -36,7 +36,7 @@ async fn an_event_older_than_the_window_is_rejected_and_the_rest_of_its_batch_ap
 }
 
 #[tokio::test]
-async fn an_old_event_that_is_still_on_record_is_a_duplicate() {
+async fn an_old_event_that_is_still_in_the_inbox_is_a_duplicate() {
     let inventory = Inventory::serve(&DAY).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let event = order(&[("MUG", 1)]);
@@ -46,7 +46,7 @@ async fn an_old_event_that_is_still_on_record_is_a_duplicate() {
 }
 
 #[tokio::test]
-async fn ids_are_forgotten_once_no_event_that_old_would_be_accepted() {
+async fn ids_are_pruned_once_no_event_that_old_is_accepted() {
     let inventory = Inventory::serve(&DAY).await;
     let sql = "INSERT INTO processed_messages
         SELECT gen_random_uuid(), now() - make_interval(hours => hours)
@@ -55,7 +55,7 @@ async fn ids_are_forgotten_once_no_event_that_old_would_be_accepted() {
 
     // The margin for clocks that differ is an hour.
     let kept = "SELECT count(*) FROM processed_messages";
-    eventually("the oldest are forgotten", async || inventory.count(kept).await == 5000).await;
+    eventually("the oldest are pruned", async || inventory.count(kept).await == 5000).await;
     let wrongly = "SELECT count(*) FROM processed_messages WHERE processed_at < now() - interval '25 hours'";
     assert_eq!(inventory.count(wrongly).await, 0);
     let remembered = "SELECT round(extract(epoch FROM now() - until) / 3600)::bigint FROM inbox_pruned";
@@ -64,17 +64,17 @@ async fn ids_are_forgotten_once_no_event_that_old_would_be_accepted() {
     inventory.stop().await;
 }
 
-/// The retention is made longer, and the relay's maximum age with it: what was forgotten before stays forgotten.
+/// An operator raises the retention, and the relay's maximum age with it. Ids that were pruned before stay stale.
 #[tokio::test]
-async fn an_event_forgotten_under_a_shorter_retention_is_stale_under_a_longer_one() {
+async fn an_event_pruned_under_a_shorter_retention_is_stale_under_a_longer_one() {
     let inventory = Inventory::serve(&["--retention-hours", "168"]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     sqlx::query("INSERT INTO inbox_pruned (until) VALUES (now() - interval '25 hours')")
         .execute(&inventory.pool)
         .await
         .unwrap();
-    let (forgotten, young) = (hours_ago(&order(&[("MUG", 1)]), 30), hours_ago(&order(&[("MUG", 2)]), 23));
-    assert_eq!(inventory.client.deliver([&forgotten, &young]).await.unwrap(), ["REJECTED STALE", "APPLIED"]);
+    let (pruned, young) = (hours_ago(&order(&[("MUG", 1)]), 30), hours_ago(&order(&[("MUG", 2)]), 23));
+    assert_eq!(inventory.client.deliver([&pruned, &young]).await.unwrap(), ["REJECTED STALE", "APPLIED"]);
     inventory.stop().await;
 }
 
