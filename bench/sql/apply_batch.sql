@@ -1,7 +1,7 @@
--- What inventory-service has PostgreSQL do for a batch of new orders: its own statements, each to be kept in step with
--- the file that is named, and nothing else of it. A batch that cancels nothing locks no reservations. What the service
--- sends as parameters is in a row that was filled before, array by array: a look-up here, a transfer there. (Constants
--- in their place would be planned for, and parameters are not.)
+-- The statements that inventory-service executes for a batch of new orders, and nothing else. Keep each the same as in
+-- the file that is named. A batch without cancellations locks no reservations. The parameters of the service are read
+-- from a prepared row: a look-up here replaces a transfer there. Constants would not do, since PostgreSQL would plan
+-- for their values.
 \set n :n + 1
 \set batch (:n - 1) * :clients + :client_id + 1
 BEGIN;
@@ -23,7 +23,7 @@ WITH given AS MATERIALIZED (
 SELECT id, id IN (SELECT message_id FROM recorded) AS fresh,
     NOT young AND (SELECT true FROM processed_messages WHERE message_id = id) IS NULL AS stale
 FROM arrived;
--- inventory-service/src/move_stock.rs
+-- inventory-service/src/stock.rs
 SELECT stock.sku, stock.available
 FROM unnest((SELECT total_skus FROM bench_batches WHERE batch = :batch::integer)) AS wanted (sku)
 JOIN stock ON stock.sku = wanted.sku

@@ -1,5 +1,5 @@
 -- bench: fill batches
--- $1 batches of $2 new orders of two SKUs each, as the arrays that inventory-service sends with its statements.
+-- $1 batches of $2 new orders with two SKUs, as the arrays that inventory-service sends with its statements.
 WITH arrived AS MATERIALIZED (
     SELECT 1 + number / $2::integer AS batch, bench_uuid_v7() AS event_id, bench_uuid_v7() AS order_id,
         bench_uuid_v7() AS answer_id, floor(random() * 1000)::integer AS drawn

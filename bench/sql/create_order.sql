@@ -1,5 +1,5 @@
--- The rows of one CreateOrder the plain way: a transaction an order, a statement a table.
--- :bytes is the length of the payload that order-service writes.
+-- The rows of one CreateOrder in the plain way: one transaction per order, one statement per table.
+-- :bytes is the payload length of the events of order-service.
 \set customer random(0, 999)
 \set first random(1, 500)
 \set second random(501, 1000)

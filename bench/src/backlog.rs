@@ -1,8 +1,8 @@
-//! A backlog that is drained again and again: placed once, through order-service, and put back before each drain.
+//! A backlog that is drained several times: placed once through order-service, and restored before each drain.
 //!
-//! A drain is timed from the moment the relay, which is up and paused, is told to resume, to the moment its outbox is
-//! empty. How much is left is known from the relay's own metrics, which cost nobody anything; counting rows every 50 ms
-//! would take half a core. The relay of the answers is not running meanwhile: so what is measured is one way.
+//! A drain begins when the relay, which is up and paused, is told to resume. It ends when the outbox is empty. The
+//! relay's own metrics say how much is left, since counting rows would take processor time from the system under test.
+//! The relay of the answers does not run, so only one direction is measured.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -37,14 +37,14 @@ const KEEP_ORDERS: &str = "-- bench: keep the backlog
 const KEEP_INVENTORY: &str = "-- bench: keep the stock
     CREATE TABLE bench_stock AS SELECT * FROM stock;
     CREATE TABLE bench_ledger AS SELECT * FROM stock_ledger";
-const RESTORE_INVENTORY: &str = "-- bench: put the stock back
+const RESTORE_INVENTORY: &str = "-- bench: restore the stock
     TRUNCATE processed_messages, reservations, outbox, stock_ledger, stock;
     INSERT INTO stock SELECT * FROM bench_stock;
     INSERT INTO stock_ledger SELECT * FROM bench_ledger";
-/// A statement each: VACUUM runs in no transaction.
+/// Executed one by one, since VACUUM cannot run in a transaction.
 const VACUUM: [&str; 2] = ["VACUUM (ANALYZE)", "CHECKPOINT"];
 
-/// Orders whose events wait.
+/// Orders whose events wait in the outbox.
 #[derive(Debug)]
 pub(super) struct Backlog {
     layout: Layout,
@@ -53,21 +53,21 @@ pub(super) struct Backlog {
     inventory: PgConnection,
 }
 
-/// A drain.
+/// The result of a drain.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Drained {
-    /// Events a second.
+    /// Events per second.
     pub(super) rate: f64,
-    /// Seconds since the begin, and events left.
+    /// Seconds since the beginning, and the events left.
     pub(super) samples: Vec<(f64, u64)>,
 }
 
 impl Backlog {
-    /// Places the orders, in databases of that name.
+    /// Places the orders, in new databases with this name.
     pub(super) async fn place(site: &Site, name: &str, orders: u64, shape: Shape) -> Result<Self> {
         let layout = site.databases(name).await?;
         let processes = start(&layout, &[Service::Inventory, Service::Orders]).await?;
-        shape.put_stock_in(&layout.target()?).await?;
+        shape.add_stock(&layout.target()?).await?;
         let (mut orders_database, mut inventory) =
             (site.connect(&layout.orders).await?, site.connect(&layout.inventory).await?);
         fill(layout.order_service, orders, shape).await?;
@@ -77,7 +77,7 @@ impl Backlog {
         Ok(Self { layout, processes, orders: orders_database, inventory })
     }
 
-    /// Puts the oldest events back, and inventory to where it was before it had any.
+    /// Restores the oldest events, and inventory as it was before any of them.
     async fn restore(&mut self, events: u64) -> Result<()> {
         sqlx::raw_sql(RESTORE_INVENTORY).execute(&mut self.inventory).await?;
         sqlx::raw_sql("TRUNCATE outbox").execute(&mut self.orders).await?;
@@ -93,7 +93,7 @@ impl Backlog {
         Ok(())
     }
 
-    /// Drains so many of the events, by a relay with these settings besides; no longer than `time`, if that is given.
+    /// Drains that many events by a relay with these settings, for at most `time` if it is given.
     pub(super) async fn drain(
         &mut self,
         events: u64,
@@ -106,7 +106,7 @@ impl Backlog {
         layout.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         layout.settings.push(("RELAY_METRICS_LISTEN".into(), metrics.to_string()));
         let relay = layout.start(Service::OrdersRelay).await?;
-        timeout(OPEN_LIMIT, wait_until_open(metrics)).await.context("the relay has not opened its route")??;
+        timeout(OPEN_LIMIT, wait_until_open(metrics)).await.context("the relay did not open its route in time")??;
 
         let begin = Instant::now();
         layout.operate(Service::OrdersRelay, &RESUME).await?;
@@ -125,12 +125,12 @@ impl Backlog {
         stop([relay]).await?;
         if time.is_none() {
             let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox").fetch_one(&mut self.orders).await?;
-            ensure!(left == 0, "{left} events are left of a drain that its relay took for finished");
+            ensure!(left == 0, "the relay reported the drain as finished, and {left} events are left");
         }
         Ok(drained)
     }
 
-    /// Brings the answers of the last drain back, and audits. That drain must have been of the whole backlog.
+    /// Delivers the answers of the last drain, which must have been of the whole backlog. Then audits.
     pub(super) async fn finish(mut self, report: &mut Report) -> Result<()> {
         self.layout.operate(Service::OrdersRelay, &RESUME).await?;
         self.processes.extend(start(&self.layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
@@ -146,17 +146,17 @@ async fn wait_until_open(metrics: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// The sum of a metric's values whose labels contain the text, as the relay shows them.
+/// The sum of a metric over all samples whose labels contain the text.
 async fn read_metric(address: SocketAddr, name: &str, label: &str) -> Result<u64> {
-    let mut connection = TcpStream::connect(address).await.context("the relay's metrics cannot be read")?;
+    let mut connection = TcpStream::connect(address).await.context("cannot read the metrics of the relay")?;
     connection.write_all(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").await?;
-    let mut shown = String::new();
-    connection.read_to_string(&mut shown).await?;
-    Ok(sum_metric(&shown, name, label))
+    let mut text = String::new();
+    connection.read_to_string(&mut text).await?;
+    Ok(sum_metric(&text, name, label))
 }
 
-fn sum_metric(shown: &str, name: &str, label: &str) -> u64 {
-    let samples = shown.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "));
+fn sum_metric(text: &str, name: &str, label: &str) -> u64 {
+    let samples = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "));
     samples.filter(|(labels, _)| labels.contains(label)).filter_map(|(_, value)| value.parse::<u64>().ok()).sum()
 }
 
@@ -165,7 +165,7 @@ mod tests {
     use super::sum_metric;
 
     #[test]
-    fn metrics_of_all_routes_count() {
+    fn the_samples_of_all_routes_are_added() {
         let shown = "# TYPE events_total counter\nevents_total{route=\"a\",outcome=\"handled\"} 40\n\
                      events_total{route=\"b\",outcome=\"handled\"} 2\nevents_total{route=\"a\",outcome=\"died\"} 1\n";
         assert_eq!(sum_metric(shown, "events_total", "outcome=\"handled\""), 42);

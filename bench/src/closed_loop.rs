@@ -1,4 +1,4 @@
-//! Load by callers who each wait for an answer before they call again: what throughput is measured with.
+//! Load for measuring throughput: each caller waits for an answer before its next call.
 
 use std::{
     net::SocketAddr,
@@ -19,14 +19,14 @@ use super::{
     requests::{Failures, Shape, connect, place},
 };
 
-/// Callers of a fill.
+/// Callers that place a backlog.
 const FILLERS: u32 = 128;
 
-/// So many calls at once, for so long.
+/// How many calls at once, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Load {
     pub(super) at_once: u32,
-    /// What is answered in this time is not counted.
+    /// Answers within this time do not count.
     pub(super) warm_up: Duration,
     pub(super) time: Duration,
     pub(super) shape: Shape,
@@ -34,15 +34,15 @@ pub(super) struct Load {
 
 #[derive(Debug, Default)]
 pub(super) struct Answered {
-    /// Answers a second, within the time that counts.
+    /// Answers per second, within the time that counts.
     pub(super) rate: f64,
     pub(super) latencies: Latencies,
-    /// Orders that were answered for, also outside that time.
+    /// All acknowledged orders, also outside that time.
     pub(super) acknowledged: u64,
     pub(super) failures: Failures,
 }
 
-/// Calls `CreateOrder` at the address and checks every answer.
+/// Calls `CreateOrder` and checks every answer.
 pub(super) async fn call(address: SocketAddr, load: Load) -> Result<Answered> {
     let clients = connect(address, load.at_once)?;
     let begin = Instant::now() + load.warm_up;
@@ -61,7 +61,7 @@ pub(super) async fn call(address: SocketAddr, load: Load) -> Result<Answered> {
     Ok(Answered { rate, latencies: Latencies::of(latencies), acknowledged, failures })
 }
 
-/// One caller. What ends after `end` is not counted: it may have been alone at last.
+/// One caller. An answer after `end` does not count, since the other callers may have stopped already.
 async fn call_until(
     mut client: OrderServiceClient<Channel>,
     shape: Shape,
@@ -88,10 +88,10 @@ async fn call_until(
     }
 }
 
-/// Places so many orders, as fast as they are taken.
+/// Places that many orders, as fast as the service accepts them.
 ///
 /// # Errors
-/// The first that is not: what is measured later would be another backlog.
+/// If an order is not accepted: the backlog would have another size.
 pub(super) async fn fill(address: SocketAddr, orders: u64, shape: Shape) -> Result<()> {
     let left = Arc::new(AtomicU64::new(orders));
     let mut callers = JoinSet::new();

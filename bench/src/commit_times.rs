@@ -1,9 +1,10 @@
-//! When things were committed, by the databases themselves (`track_commit_timestamp`): every order counts, and nobody has
-//! to watch while it is measured.
+//! The times of commits, as the databases recorded them (`track_commit_timestamp`). So every order is measured, and
+//! nothing has to observe the system while it runs.
 //!
-//! An order is accepted by the transaction that inserted its items, which never change; its stock is reserved by the one
-//! that inserted its reservation; it is CONFIRMED by the last that updated its row. PostgreSQL stamps a commit as it
-//! begins, before the flush, so from stamp to stamp the flush of the first counts and that of the second does not.
+//! The transaction that inserted the items of an order has accepted it, since items never change. The one that inserted
+//! its reservation has reserved the stock. The last one that updated its row has confirmed it. PostgreSQL takes the
+//! timestamp at the beginning of a commit, before the flush. So a time between two commits includes the flush of the
+//! first one only.
 
 use std::collections::HashMap;
 
@@ -20,10 +21,10 @@ pub(super) struct CommitTimes {
     pub(super) confirmed: i64,
 }
 
-/// A transaction may have begun before the first of its orders was due.
+/// How much earlier than the first call its transaction can have begun.
 const MARGIN_MICROS: i64 = 200_000;
 
-/// Of the orders that were placed since then, or shortly before, and are CONFIRMED.
+/// Reads the times of all CONFIRMED orders that were placed since then, or shortly before.
 pub(super) async fn read(databases: &Databases, since_micros: i64) -> Result<HashMap<Uuid, CommitTimes>> {
     let orders: Vec<(Uuid, i64, i64)> = sqlx::query_as(
         "-- bench: read commit times of orders

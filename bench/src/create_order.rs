@@ -1,10 +1,12 @@
-//! Part 1: how many orders a second `CreateOrder` takes.
+//! Part 1: how many orders per second `CreateOrder` accepts.
 //!
-//! Compared in the same rounds: pgbench, which commits the same rows an order a transaction; and the bound that follows
-//! from taking turns between gRPC alone (a process that answers at once what order-service would) and inserts alone (256
-//! orders a transaction, see [`super::grouped_inserts`]): `1 / (1 / gRPC + 1 / inserts)`. No relay runs
-//! meanwhile, and the tables are emptied before every measurement, once the orders that were acknowledged are counted. What
-//! the last one of order-service has written is delivered, answered and audited at the end.
+//! Each round compares it with pgbench, which commits the same rows with one order per transaction. And it compares it
+//! with an upper bound of two rates: gRPC alone (a process that answers at once, see [`super::noop`]) and inserts alone
+//! (many orders per transaction, see [`super::grouped_inserts`]). The bound assumes that the two alternate: `1 / (1 /
+//! gRPC + 1 / inserts)`.
+//!
+//! No relay runs meanwhile. The acknowledged orders are counted after every measurement, then the tables are emptied.
+//! At the end, the orders of the last measurement are delivered, answered and audited.
 
 use std::{collections::BTreeMap, net::TcpStream, time::Duration};
 
@@ -35,7 +37,7 @@ const NOOP_CALLS: u32 = 256;
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 const EMPTY: &str = "TRUNCATE orders, order_items, outbox";
 
-/// Rates and latencies of all rounds, by variant.
+/// The rounds of each variant.
 #[derive(Default)]
 struct Measured(BTreeMap<String, Vec<Round>>);
 
@@ -87,7 +89,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     sqlx::raw_sql(include_str!("../sql/ids.sql")).execute(&mut plain_orders).await?;
     let groups = site.size(800, 200);
     let mut processes = start(&layout, &[Service::Inventory, Service::Orders]).await?;
-    Shape::USUAL.put_stock_in(&layout.target()?).await?;
+    Shape::USUAL.add_stock(&layout.target()?).await?;
     let (noop, noop_process) = start_noop(site).await?;
 
     let mut measured = Measured::default();
@@ -112,14 +114,14 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     report_figures(&measured, report);
     plot::throughput(site.directory(), &points(&measured, &CALLS, calls), &points(&measured, &CLIENTS, clients))?;
 
-    println!("bench: 1  delivering what was placed last");
+    println!("bench: 1  delivering the last orders");
     processes.extend(start(&layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
     wait_until_delivered(&layout.target()?.databases, DRAIN_LIMIT).await?;
     finish(&layout, processes, report).await
 }
 
-/// Whatever is measured begins with empty tables after a checkpoint. Did each go on where the one before ended, the fastest
-/// would also have the largest indexes.
+/// Every measurement begins with empty tables after a checkpoint. If tables kept their rows, the fastest variant would
+/// have the largest indexes.
 async fn begin_empty(site: &Site, database: &mut PgConnection) -> Result<()> {
     sqlx::raw_sql(EMPTY).execute(database).await?;
     site.checkpoint().await
@@ -139,7 +141,7 @@ async fn start_noop(site: &Site) -> Result<(std::net::SocketAddr, Process)> {
     Ok((address, process))
 }
 
-/// Returns how many orders were acknowledged.
+/// Returns the number of acknowledged orders.
 async fn measure_calls(
     site: &Site,
     address: std::net::SocketAddr,
@@ -155,8 +157,8 @@ async fn measure_calls(
     Ok(answered.acknowledged)
 }
 
-/// Every order that was acknowledged has to be there, or the rate is one of promises. A call that failed may have placed
-/// its order, so there may be more.
+/// Every acknowledged order must exist, otherwise the rate means nothing. There may be more orders, since a failed call
+/// may have placed its order.
 async fn check_placed(orders: &mut PgConnection, acknowledged: u64, report: &mut Report) -> Result<()> {
     let placed: i64 = sqlx::query_scalar(
         "-- bench: count orders
@@ -171,7 +173,7 @@ async fn check_placed(orders: &mut PgConnection, acknowledged: u64, report: &mut
     Ok(())
 }
 
-/// Of every run: warm-up, and what counts; together less than whole seconds, which is what pgbench can be told.
+/// The warm-up and the time that counts. pgbench runs for whole seconds, so their sum is just below one.
 fn times(site: &Site) -> (Duration, Duration) {
     site.size(
         (Duration::from_millis(900), Duration::from_secs(4)),
@@ -179,7 +181,7 @@ fn times(site: &Site) -> (Duration, Duration) {
     )
 }
 
-/// Of the events that order-service has written, so that pgbench writes as much.
+/// The mean payload length of the events of order-service, so that pgbench writes the same amount.
 async fn payload_bytes(orders: &mut PgConnection) -> Result<u32> {
     let bytes: i32 = sqlx::query_scalar(
         "-- bench: read payload length
@@ -222,7 +224,7 @@ fn report_figures(measured: &Measured, report: &mut Report) {
         let [p50, p99] = [|round: &Round| round.p50, |round: &Round| round.p99].map(|of| measured.median(&variant, of));
         table.row([variant.clone(), number(measured.rate(&variant)), number(p50), number(p99)]);
     }
-    table.row(["bound of gRPC and inserts by turns".into(), number(bound)]);
+    table.row(["upper bound: gRPC and inserts alternate".into(), number(bound)]);
     table.print();
 
     let plain64 = measured.rate(&clients(64));

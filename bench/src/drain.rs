@@ -1,10 +1,10 @@
-//! Part 2: how fast a backlog goes through the relay into inventory-service.
+//! Part 2: how fast the relay delivers a backlog to inventory-service.
 //!
-//! Compared in the same rounds: inventory's SQL alone, by pgbench, which has PostgreSQL execute the statements of
-//! inventory-service, as its role, for as many events in batches as large as the relay's. It has as many clients as
-//! inventory-service applies batches at once, or one: batches wait for each other's stock, so more clients may be slower,
-//! and the system is compared with the faster. And the same relay delivering one event at a time (`--batch 1 --workers 1`),
-//! for some seconds. See [`super::backlog`] for how a drain is timed.
+//! Each round compares it with the SQL of inventory-service alone: pgbench executes the same statements, in the same
+//! role, for the same number of events in batches of the same size. It does so with as many clients as
+//! inventory-service applies batches at once, and with one client. Batches wait for each other's locks on stock, so one
+//! client may be faster; the system is compared with the faster. Each round also runs the same relay for some seconds
+//! with one event at a time (`--batch 1 --workers 1`). See [`super::backlog`] for how a drain is timed.
 
 use std::time::Duration;
 
@@ -22,13 +22,13 @@ use super::{
     site::Site,
 };
 
-/// As many as inventory-service applies batches at once by default, and one.
+/// The number of batches that inventory-service applies at once by default, and one.
 const CLIENTS: [u32; 2] = [2, 1];
-/// As many as the relay leases at once by default.
+/// The number of events that the relay leases at once by default.
 const EVENTS_OF_A_BATCH: u32 = 500;
 const SINGLE: [(&str, &str); 2] = [("RELAY_BATCH", "1"), ("RELAY_WORKERS", "1")];
 
-/// What a client of pgbench takes from instead of a gRPC call.
+/// The batches that a client of pgbench reads, instead of receiving gRPC calls.
 const MAKE_BATCHES: &str = "-- bench: make batches
     CREATE TABLE bench_batches (
         batch integer PRIMARY KEY, event_ids uuid[], times timestamptz[], order_ids uuid[], statuses text[],
@@ -67,13 +67,13 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     }
     report_figures(&drains, &singles, &sql, report);
     plot::backlog(site.directory(), &drains)?;
-    println!("bench: 2  bringing the answers back");
+    println!("bench: 2  delivering the answers");
     backlog.finish(report).await
 }
 
-/// A database of inventory's own for pgbench, with all that it applies.
+/// Creates a database of inventory for pgbench, with the batches that it applies.
 ///
-/// pgbench comes as the service, whose role has settings that decide on plans.
+/// pgbench connects as the role of the service, since that role has settings that decide on plans.
 async fn prepare_sql(site: &Site, batches: u32) -> Result<(PgConnection, String)> {
     let layout = site.databases("sql").await?;
     let mut inventory = site.connect(&layout.inventory).await?;
@@ -102,11 +102,11 @@ fn report_figures(drains: &[Drained], singles: &[f64], sql: &[Vec<f64>; 2], repo
     let rates: Vec<f64> = drains.iter().map(|drained| drained.rate).collect();
     let (drain, single) = (median(&rates), median(singles));
     let [alone, lone] = [&sql[0], &sql[1]].map(|rates| median(rates));
-    let mut table = Table::new("2. Drain (the relay of the answers is not running)", &["", "events/s", "rounds"]);
+    let mut table = Table::new("2. Drain (the relay of the answers does not run)", &["", "events/s", "rounds"]);
     for (name, rate, rounds) in [
         ("through the relay into inventory-service", drain, rates.as_slice()),
-        ("inventory's SQL alone, 2 at once", alone, &sql[0]),
-        ("inventory's SQL alone, 1 at once", lone, &sql[1]),
+        ("SQL of inventory alone, 2 at once", alone, &sql[0]),
+        ("SQL of inventory alone, 1 at once", lone, &sql[1]),
         ("through the relay, one at a time", single, singles),
     ] {
         let rounds: Vec<String> = rounds.iter().map(|rate| number(*rate)).collect();
@@ -116,5 +116,8 @@ fn report_figures(drains: &[Drained], singles: &[f64], sql: &[Vec<f64>; 2], repo
     report.figure("drain_over_inventory_sql", drain / alone.max(lone));
     report.figure("drain_over_single", drain / single);
     let samples: Vec<_> = drains.iter().map(|drained| &drained.samples).collect();
-    report.raw("drain", json!({ "drain": rates, "inventory_sql_2": sql[0], "inventory_sql_1": sql[1], "single": singles, "samples": samples }));
+    let raw = json!({
+        "drain": rates, "inventory_sql_2": sql[0], "inventory_sql_1": sql[1], "single": singles, "samples": samples,
+    });
+    report.raw("drain", raw);
 }

@@ -1,5 +1,5 @@
-//! Inserts alone: the rows of a CreateOrder, 256 orders a transaction, as arrays that a client sends; what PostgreSQL would
-//! take if nothing but grouping mattered. The arrays are made before the clock starts.
+//! Inserts alone: the rows of CreateOrder as arrays, many orders per transaction. It shows what PostgreSQL accepts if
+//! nothing but grouping mattered. The arrays are ready before the clock starts.
 
 use anyhow::{Result, ensure};
 use proto::orders::v1::CreateOrderRequest;
@@ -10,10 +10,10 @@ use uuid::Uuid;
 use super::{quantiles::Latencies, requests::Shape};
 
 const ORDERS_OF_A_GROUP: usize = 256;
-/// Each keeps a process of PostgreSQL at work without a pause: together, all of two processors.
+/// Each client keeps one process of PostgreSQL busy.
 const CLIENTS: usize = 2;
 
-/// Nothing is looked up, answered or decided, as order-service has to.
+/// Unlike order-service, it looks nothing up, and neither decides nor answers anything.
 const INSERT: &str = "-- bench: insert orders
     WITH inserted_orders AS (
         INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
@@ -27,7 +27,7 @@ const INSERT: &str = "-- bench: insert orders
     SELECT unnest($1::uuid[]), unnest($11::integer[]), unnest($12::uuid[]), unnest($13::text[]),
         unnest($14::bytea[])";
 
-/// The orders that are placed otherwise, as the arrays the statement takes.
+/// The orders of a transaction, as the arrays of the statement.
 #[derive(Default)]
 struct Group {
     order_ids: Vec<Uuid>,
@@ -94,19 +94,20 @@ impl Group {
     }
 }
 
-/// Inserts `groups` groups over [`CLIENTS`] connections at once; returns orders a second, and how long the groups took.
+/// Inserts that many groups over [`CLIENTS`] concurrent connections. Returns orders per second, and the latencies of
+/// the groups.
 ///
 /// # Errors
-/// When an insert fails.
+/// If an insert fails.
 pub(super) async fn run(url: &str, groups: usize, payload_bytes: usize) -> Result<(f64, Latencies)> {
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         let mut connection = PgConnection::connect(url).await?;
-        // The first prepares the statement, and does not count.
+        // The first group prepares the statement, and does not count.
         Group::draw(payload_bytes).insert(&mut connection).await?;
         clients.push((connection, Vec::new()));
     }
-    // By turns, so that ids grow over all clients, as those of a service do.
+    // The clients alternate, so that ids grow over all of them, as those of a service do.
     for _ in 0..groups / CLIENTS {
         clients.iter_mut().for_each(|(_, drawn)| drawn.push(Group::draw(payload_bytes)));
     }

@@ -1,6 +1,7 @@
-//! Part 4: whether one SKU that every order wants holds the drain up.
+//! Part 4: whether a drain is slower if every order needs the same SKU.
 //!
-//! Two backlogs of orders of one item each, all of one SKU or spread over 1,000, drained by turns as in part 2.
+//! There are two backlogs of orders with one item: all with one SKU, or spread over 1,000 SKUs. Their drains alternate,
+//! as in part 2.
 
 use anyhow::Result;
 use serde_json::json;
@@ -29,14 +30,14 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
             rates.push(drained.rate);
         }
     }
-    let mut table = Table::new("4. Hot SKU: drains as in part 2", &["", "events/s"]);
+    let mut table = Table::new("4. Hot SKU (drains as in part 2)", &["", "events/s"]);
     for (name, rates) in [("one hot SKU", &hot_rates), ("1,000 SKUs", &spread_rates)] {
         table.row([name.into(), number(median(rates))]);
     }
     table.print();
     report.figure("hot_over_1000_skus", median(&hot_rates) / median(&spread_rates));
     report.raw("hot_sku", json!({ "hot": hot_rates, "spread": spread_rates }));
-    println!("bench: 4  bringing the answers back");
+    println!("bench: 4  delivering the answers");
     hot.finish(report).await?;
     spread.finish(report).await
 }

@@ -1,9 +1,12 @@
 //! Part 3: how long an order takes through the whole system, at constant rates.
 //!
-//! Orders are placed as they are due (see [`super::open_loop`]), and timed by the databases' own commit timestamps (see
-//! [`super::commit_times`]), every one of them. From due to stock is by the caller's clock and the database's, which are
-//! the same machine's. The highest rate is searched for: doubled until, by the median of three runs, the p99 from due to
-//! stock is no longer under 100 ms or less than 98 % of the rate is achieved, then narrowed down.
+//! Orders are placed when they are due (see [`super::open_loop`]). All are timed by the commit timestamps of the
+//! databases (see [`super::commit_times`]). The time from due to stock compares the clock of the caller with that of
+//! the database, which are on the same machine.
+//!
+//! A search finds the highest rate. A rate passes if the p99 from due to stock is below [`BOUND_MS`] and the achieved
+//! rate is close to the offered one, by the median of three runs. The rate is doubled until it fails, then narrowed
+//! down.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -26,17 +29,17 @@ use harness::{
 };
 
 const RATES: [u32; 3] = [300, 3000, 10_000];
-/// The rate of the figures.
+/// The rate that the figures are about.
 const RATE_OF_FIGURES: u32 = 3000;
 const FIRST_STEP: u32 = 1000;
 const LAST_STEP: u32 = 32_000;
 const BOUND_MS: f64 = 100.0;
 const ACHIEVED_AT_LEAST: f64 = 0.98;
-/// Before anybody looks whether all is delivered, which costs something.
+/// The pause before the check whether all events are delivered, since that check takes processor time.
 const PAUSE: Duration = Duration::from_millis(300);
 const DRAIN_LIMIT: Duration = Duration::from_secs(120);
 
-/// What was measured of a schedule; latencies in milliseconds.
+/// The measurements of a schedule. Latencies are in milliseconds.
 pub(super) struct Measured {
     pub(super) achieved: f64,
     pub(super) unsent: u32,
@@ -61,7 +64,7 @@ impl Measured {
 pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let layout = site.databases("latency").await?;
     let processes = start(&layout, &Service::ALL).await?;
-    Shape::USUAL.put_stock_in(&layout.target()?).await?;
+    Shape::USUAL.add_stock(&layout.target()?).await?;
     let warm_up = Schedule { rate: 300, time: Duration::from_secs(1) };
     measure(&layout, warm_up, "warm-up", report).await?;
 
@@ -79,7 +82,9 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     for (rate, runs) in &measured {
         let achieved = median(&runs.iter().map(|run| run.achieved).collect::<Vec<_>>());
         if achieved < ACHIEVED_AT_LEAST * f64::from(*rate) {
-            println!("  {rate} orders/s were too many here: what is said of them is of a system that is overloaded");
+            println!(
+                "  {rate} orders/s are too many for this machine: their latencies are those of an overloaded system"
+            );
         }
     }
     if let Some(runs) = measured.get(&RATE_OF_FIGURES) {
@@ -94,7 +99,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     finish(&layout, processes, report).await
 }
 
-/// Offers the schedule and waits until the last of its orders is settled.
+/// Places the orders of a schedule, and waits until all of them are settled.
 pub(super) async fn measure(layout: &Layout, schedule: Schedule, part: &str, report: &mut Report) -> Result<Measured> {
     let databases = layout.target()?.databases;
     let clock = DatabaseClock::read(&mut databases.orders().await?).await?;
@@ -117,7 +122,7 @@ pub(super) async fn measure(layout: &Layout, schedule: Schedule, part: &str, rep
         to_confirmed.push(milliseconds(times.accepted, times.confirmed));
     }
     if unsettled > 0 {
-        report.wrong(&format!("{unsettled} orders were acknowledged and not CONFIRMED"), unsettled);
+        report.wrong(&format!("{unsettled} orders were acknowledged and are not CONFIRMED"), unsettled);
     }
     let measured = Measured {
         achieved: offered.achieved(schedule),
@@ -170,7 +175,7 @@ fn report_figures(measured: &BTreeMap<u32, Vec<Measured>>, report: &mut Report) 
     report.raw("latency", raw.into());
 }
 
-/// 0 if not even the first step passes.
+/// Returns 0 if not even the first rate passes.
 async fn find_highest(site: &Site, layout: &Layout, report: &mut Report) -> Result<u32> {
     let time = Duration::from_secs(site.size(5, 2));
     let (mut passed, mut failed) = (0, LAST_STEP * 2);
@@ -185,8 +190,8 @@ async fn find_highest(site: &Site, layout: &Layout, report: &mut Report) -> Resu
     Ok(passed)
 }
 
-/// Whether two of three runs pass, which is what their median does; where two agree the third is spared. One run could be
-/// lucky, or meet a hiccup of the machine, and a rate that has failed is never looked at again.
+/// Whether two of three runs pass, which means that their median passes. If the first two agree, there is no third. A
+/// single run could be lucky or unlucky, and a rate that has failed is not tried again.
 async fn passes(layout: &Layout, schedule: Schedule, steps: &mut Vec<Value>, report: &mut Report) -> Result<bool> {
     let mut verdicts = [0, 0];
     while verdicts[0].max(verdicts[1]) < 2 {

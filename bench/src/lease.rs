@@ -1,11 +1,12 @@
-//! Part 5: how long a lease takes, whatever is in the outbox.
+//! Part 5: how long a lease takes, with different contents of the outbox.
 //!
-//! The real relay runs its real statement, with one worker, against a receiver that enqueues an event for each it gets,
-//! so that the number that wait stays the same, and is always more than a lease takes. The times are those the server logs
-//! (see [`super::statement_log`]). Once a second a lease looks at all that is visible, and not only where the last one found
-//! something: a median does not show these, so means and p99 stand beside it.
+//! The real relay executes its statement with one worker. Its receiver enqueues an event for each that it receives (see
+//! [`super::stub_receiver`]), so the number of waiting events stays the same, and is always more than a lease takes.
+//! The durations are those in the log of the server (see [`super::statement_log`]). Now and then a lease scans all
+//! visible events, and not only from where the last lease found some. The median hides these scans, so the table also
+//! has mean and p99.
 //!
-//! Autovacuum is off for the table, so that no state is repaired meanwhile, and each state has a database of its own.
+//! Each state has a database of its own. Autovacuum is off for the table, so that it does not repair the state.
 
 use std::time::Duration;
 
@@ -23,52 +24,52 @@ use super::{
 };
 use harness::system::{Layout, Service, stop};
 
-/// How the relay's statement begins.
+/// The beginning of the relay's statement.
 pub(super) const STATEMENT: &str = "-- relay: lease";
-/// What a lease takes; by default too.
+/// Events of a lease, as by default.
 const BATCH: u32 = 500;
-/// Events that wait when it says "few": enough for a full lease at any time.
+/// The number of waiting events that the tables call "few": enough for a full lease at any time.
 const FEW: i32 = 600;
-/// Leases of a state and a round, and how many before them do not count.
+/// Leases of a state in a round, and the leases before them that do not count.
 const LEASES: u64 = 200;
 const WARM_UP: usize = 10;
-/// Fewer than this are no measurement.
+/// Fewer leases are no measurement.
 const LEASES_AT_LEAST: usize = 20;
 const TIME_LIMIT: Duration = Duration::from_secs(15);
 
-/// Puts events in that wait.
+/// Enqueues events.
 pub(super) const ENQUEUE: &str = "-- bench: enqueue
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
     SELECT bench_uuid_v7(), 1, bench_uuid_v7(), 'orders.v1.OrderCreated', convert_to(repeat('x', 150), 'UTF8')
     FROM generate_series(1, $1)";
-/// Events that have waited since so long before now, a millisecond apart.
+/// Enqueues events that are visible since a time in the past, or from a time in the future, a millisecond apart.
 const ENQUEUE_SINCE: &str = "-- bench: enqueue a backlog
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at, created_at, attempts, last_error)
     SELECT bench_uuid_v7(), 1, bench_uuid_v7(), 'orders.v1.OrderCreated', convert_to(repeat('x', 150), 'UTF8'),
         now() + make_interval(secs => $2) + number * interval '1 ms', now() - interval '1 hour', $3, NULL
     FROM generate_series(1, $1) AS number";
-/// Also where the relay's statements are logged, in this database only.
+/// Also logs the statements of the relay, in this database only.
 const PREPARE: &str = "-- bench: prepare outbox
     ALTER TABLE outbox SET (autovacuum_enabled = off);
     DO $$ BEGIN
         EXECUTE format('ALTER ROLE outbox_relay IN DATABASE %I SET log_min_duration_statement = 0', current_database());
     END $$";
-/// The horizon stays where it is until this transaction ends.
+/// VACUUM can remove no row that is deleted before this transaction ends.
 const HOLD: &str = "-- bench: hold the horizon
     BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM outbox";
 
-/// What is in an outbox.
+/// The contents of an outbox.
 #[derive(Clone, Copy, Debug)]
 enum State {
     Waiting(i32),
-    /// The most that wait.
+    /// The largest number of waiting events.
     Backlog(i32),
     BackedOff(i32),
     HeldDead(i32),
 }
 
 impl State {
-    /// The first is what the others are compared with.
+    /// The others are compared with the first.
     fn all(site: &Site) -> [Self; 6] {
         let part = site.size(1, 10);
         [
@@ -95,7 +96,7 @@ struct Prepared {
     state: State,
     layout: Layout,
     receiver: StubReceiver,
-    /// A transaction that is open.
+    /// An open transaction.
     _held: Option<PgConnection>,
     delivered: u64,
     rounds: Vec<Latencies>,
@@ -160,7 +161,7 @@ async fn measure(site: &Site, prepared: &mut Prepared) -> Result<Latencies> {
     layout.settings.push(("RELAY_WORKERS".into(), "1".into()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));
     let relay = layout.start(Service::OrdersRelay).await?;
-    // Leases too slow for all are enough of a measurement.
+    // If the leases are too slow for the target, fewer of them are measured.
     let target = prepared.delivered + LEASES + u64::try_from(WARM_UP)?;
     let _ = timeout(TIME_LIMIT, prepared.receiver.wait_for(target)).await;
     prepared.delivered = prepared.receiver.delivered();
@@ -169,7 +170,7 @@ async fn measure(site: &Site, prepared: &mut Prepared) -> Result<Latencies> {
     let state = prepared.state.name();
     ensure!(
         leases.len() >= WARM_UP + LEASES_AT_LEAST,
-        "only {} leases were logged with {state}: is there still a statement that begins with `{STATEMENT}`?",
+        "only {} leases were logged with {state}: check that a statement of the relay still begins with `{STATEMENT}`",
         leases.len()
     );
     Ok(Latencies::of(leases[WARM_UP..].to_vec()))

@@ -1,4 +1,4 @@
-//! Where it was measured: figures without it say nothing.
+//! The machine and the versions: without them a figure means little.
 
 use std::{fs, process::Command};
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 
-/// Settings of the server that matter here whether or not they were changed.
+/// Server settings that matter here, changed or not.
 const SETTINGS: &str = "-- bench: read settings
     SELECT name, current_setting(name) FROM pg_settings
     WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes', 'wal_sync_method', 'wal_level', 'commit_delay',
@@ -15,13 +15,13 @@ const SETTINGS: &str = "-- bench: read settings
         OR source = 'command line' AND name NOT IN ('port', 'listen_addresses', 'unix_socket_directories', 'data_directory')
     ORDER BY name";
 
-/// What roles have otherwise, above all the relay's `synchronous_commit`.
+/// Settings of roles, above all `synchronous_commit` of the relay.
 const ROLE_SETTINGS: &str = "-- bench: read settings of roles
     SELECT rolname::text, array_to_string(setconfig, ', ')
     FROM pg_db_role_setting JOIN pg_roles ON pg_roles.oid = setrole
     ORDER BY rolname";
 
-/// Machine, versions and settings of the server.
+/// Describes the machine, the versions, and the settings of the server.
 pub(super) async fn describe(connection: &mut PgConnection) -> Result<Value> {
     let version: String = sqlx::query_scalar("SELECT version()").fetch_one(&mut *connection).await?;
     let settings: Vec<(String, String)> = sqlx::query_as(SETTINGS).fetch_all(&mut *connection).await?;
@@ -36,16 +36,16 @@ pub(super) async fn describe(connection: &mut PgConnection) -> Result<Value> {
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         "architecture": std::env::consts::ARCH,
         "postgresql": version,
-        "commit": said_by("git", &["describe", "--always", "--dirty"]),
-        "rustc": said_by("rustc", &["--version"]),
+        "commit": output_of("git", &["describe", "--always", "--dirty"]),
+        "rustc": output_of("rustc", &["--version"]),
         "harness": env!("CARGO_PKG_VERSION"),
         "settings": settings,
         "roles": roles,
-        "services": "default settings, but for what a part says",
+        "services": "default settings, except where a part says otherwise",
     }))
 }
 
-/// What a file of Linux says; elsewhere that is unknown.
+/// Reads a field of a Linux file. On other systems it is unknown.
 fn field(path: &str, name: &str, separator: char) -> String {
     let content = fs::read_to_string(path).unwrap_or_default();
     let value = content.lines().find_map(|line| {
@@ -55,8 +55,8 @@ fn field(path: &str, name: &str, separator: char) -> String {
     value.unwrap_or_else(|| "unknown".into())
 }
 
-/// What a program says, which need not be there. `make bench` has just built with that compiler, of that commit.
-fn said_by(program: &str, arguments: &[&str]) -> String {
+/// The output of a program, if it is installed. `make bench` has just built this commit with this compiler.
+fn output_of(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().ok().filter(|output| output.status.success());
     output.map_or_else(|| "unknown".into(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

@@ -1,19 +1,18 @@
-//! `harness bench`: what the system can do, against what PostgreSQL and gRPC can do on the same machine.
+//! `harness bench`: measures the system against what PostgreSQL and gRPC alone can do on the same machine.
 //!
-//! A figure is nearly always a ratio: of the system to something simpler that does the same work, in the same run, on the
-//! same private durable cluster (`fsync` and `synchronous_commit` on), measured by turns, each at least three times, and
-//! the median taken. So it says something on any machine, also on a busy one. The parts, and how each thing is measured,
-//! are a module each:
+//! Most figures are ratios of the system to something simpler that does the same work. Both are measured in the same
+//! run, on the same private cluster with `fsync` and `synchronous_commit` on. They alternate for at least three rounds,
+//! and the median counts. So a figure means something on any machine, also on a busy one. Each part is a module:
 //!
-//! 1. `create_order`: orders a second, against pgbench and against a bound.
+//! 1. `create_order`: orders per second, against pgbench and against an upper bound.
 //! 2. `drain`: a backlog through the relay into inventory-service.
-//! 3. `latency`: from accepted to stock and to CONFIRMED, at constant rates.
-//! 4. `hot_sku`: one SKU that every order wants.
-//! 5. `lease`: the time of a lease, whatever is in the outbox.
-//! 6. `soak`: ten minutes at one rate; only when asked for.
+//! 3. `latency`: from accepted to reserved stock and to CONFIRMED, at constant rates.
+//! 4. `hot_sku`: one SKU that every order needs.
+//! 5. `lease`: the time of a lease, with different contents of the outbox.
+//! 6. `soak`: ten minutes at one rate, only on request.
 //!
-//! The system is the real binaries with their default settings, in databases of each part's own. Every answer is checked,
-//! every part that places orders ends with an audit, and a run in which anything was wrong does not count.
+//! The system under test is the real binaries with their default settings. Each part has databases of its own. Every
+//! answer is checked, every part that places orders ends with an audit, and a run with any error does not count.
 
 use std::{
     fs,
@@ -52,46 +51,48 @@ mod soak;
 mod statement_log;
 mod stub_receiver;
 
-/// As in the services, so that what is compared is built alike.
+/// The allocator of the services, so that the comparison is fair.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const DIRECTORY: &str = "target/bench";
-/// All but the soak.
+/// All parts except the soak.
 const PARTS: [u8; 5] = [1, 2, 3, 4, 5];
 const SOAK: u8 = 6;
 
-/// Measure the system against what PostgreSQL and gRPC alone can do here
+/// Measure the system against what PostgreSQL and gRPC alone can do on this machine
 ///
-/// Takes up to 15 minutes and a machine that does nothing else. Starts a private durable PostgreSQL, whatever
-/// POSTGRES_URL says, runs the real binaries on it, prints a table for each part and the figures against their targets at the end, and writes
-/// target/bench/summary.json and plots (SVG) beside it. Exits with 1 when the run does not count: a call failed, an audit
-/// was not clean, a deadlock happened, or something could not be measured; never for a figure.
+/// Takes up to 15 minutes, on a machine that does nothing else. Starts a private PostgreSQL with durable commits
+/// (POSTGRES_URL is not used) and the real binaries. Prints a table for each part, and at the end all figures with
+/// their targets. Writes target/bench/summary.json, with plots (SVG) beside it.
 ///
-/// Parts: 1 CreateOrder against pgbench; 2 draining a backlog; 3 latency at constant rates; 4 one hot SKU; 5 lease time;
-/// 6 ten minutes at 2,000 orders/s, only with --only 6 (writes target/bench/soak.json instead).
+/// Exits with 1 if the run does not count: a call failed, an audit found something, there was a deadlock, or a figure
+/// could not be measured. A missed target is no failure.
+///
+/// Parts: 1 CreateOrder against pgbench; 2 drain of a backlog; 3 latency at constant rates; 4 one hot SKU; 5 lease
+/// time; 6 ten minutes at a constant rate, only with --only 6, writes target/bench/soak.json instead.
 #[derive(Clone, Debug, Parser)]
-#[command(version, after_help = "Exit codes: 0 it worked, 1 it failed, 2 it was asked for wrongly.")]
+#[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong arguments.")]
 struct Arguments {
     #[command(subcommand)]
     part: Option<Part>,
-    /// Run this part only
+    /// Run only this part
     #[arg(long, value_name = "PART", value_parser = clap::value_parser!(u8).range(1..=6))]
     only: Option<u8>,
-    /// Small sizes and one round, to see that it works: a minute a part, and figures that mean little
+    /// Run one round with small sizes, to see that everything works. A part takes a minute; the figures mean little
     #[arg(long)]
     quick: bool,
 }
 
-/// A program that a part of the bench starts.
+/// A program that the bench itself starts.
 #[derive(Clone, Debug, Subcommand)]
 enum Part {
     #[command(hide = true)]
     Noop(noop::Arguments),
 }
 
-/// On one thread: a load that is measured is to take little of the processors it shares, and what answers at once runs as
-/// the services do.
+/// On one thread, for two reasons: the load generator must leave the processors to the system under test, and `noop`
+/// must run as the services do.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments = chassis::parse::<Arguments>();
@@ -116,7 +117,7 @@ async fn measure(arguments: &Arguments) -> Result<bool> {
     let began = Instant::now();
     println!("bench: starting PostgreSQL");
     let site = Site::start(&directory, arguments.quick).await?;
-    // Processes append to their logs. Only now is it sure that no other bench is at work here.
+    // Processes append to their logs. Only now it is certain that no other bench runs in this directory.
     let _ = fs::remove_dir_all(directory.join("logs"));
     let machine = site.describe().await?;
     print_machine(&machine);
@@ -134,12 +135,12 @@ async fn measure(arguments: &Arguments) -> Result<bool> {
     site.stop().await?;
     let counts = report.conclude(&parts);
     report.print();
-    // The soak leaves the summary of the other parts alone.
+    // The soak does not overwrite the summary of the other parts.
     let summary = Path::new(DIRECTORY).join(if parts == [SOAK] { "soak.json" } else { "summary.json" });
     report.write(&summary, &machine, arguments.quick)?;
-    let verdict = if counts { "the run counts" } else { "the run does NOT count, see INVALID above" };
+    let verdict = if counts { "the run counts" } else { "the run does NOT count: see INVALID above" };
     if arguments.quick {
-        println!("bench: this was a quick run: small sizes, one round, and figures that mean little");
+        println!("bench: this was a quick run with small sizes and one round: the figures mean little");
     }
     println!("bench: {verdict}; {} in all; {} and plots beside it", minutes(began.elapsed()), summary.display());
     Ok(counts)

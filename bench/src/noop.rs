@@ -1,4 +1,4 @@
-//! An order-service that stores nothing: how fast gRPC alone is here, for the bound of `CreateOrder`.
+//! An order-service that stores nothing. It shows how fast gRPC alone is, for the upper bound of `CreateOrder`.
 
 use std::{net::SocketAddr, process::ExitCode};
 
@@ -15,7 +15,7 @@ use tonic::{
 };
 use uuid::Uuid;
 
-/// Answer CreateOrder at once with the order it would place, and store nothing; `bench` starts this
+/// Answer CreateOrder with the order it would place, and store nothing (the bench itself starts this)
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct Arguments {
     /// Address to listen on
@@ -43,7 +43,7 @@ impl OrderService for Noop {
             currency_code,
             total_minor: items.iter().map(|item| item.unit_price_minor * i64::from(item.quantity)).sum(),
             items,
-            // As long as any other.
+            // Any time of the usual length.
             create_time: Some(prost_types::Timestamp { seconds: 1_800_000_000, nanos: 123_456_000 }),
             rejection: String::new(),
         }))
@@ -69,5 +69,5 @@ impl OrderService for Noop {
 }
 
 fn not_here() -> Status {
-    Status::unimplemented("this process only answers CreateOrder")
+    Status::unimplemented("this process answers only CreateOrder")
 }

@@ -1,9 +1,10 @@
-//! Load at a constant rate, whatever becomes of the calls: what latency is measured with.
+//! Load for measuring latency: calls at a constant rate, however long the answers take.
 //!
-//! A thread says when each call is due; its latency counts from then. So a service that stalls is charged for all calls
-//! that would have come meanwhile, and not only for the one that met it ("coordinated omission"). At most [`AT_ONCE`]
-//! calls are under way; those that are due beyond that wait here, and their time runs. What could not be sent by the end
-//! of the schedule and a second is given up: then the rate was beyond what can be had, and the run says so.
+//! A thread says when each call is due, and its latency counts from then. So if the service stalls, the latencies of
+//! all calls that become due meanwhile include the stall. Otherwise only the calls in flight would show it
+//! ("coordinated omission"). At most [`AT_ONCE`] calls are in flight. Other calls that are due wait here, and their
+//! latency counts. Calls that cannot be sent within [`GRACE`] after the end of the schedule are given up. The rate was
+//! too high then, and the report says so.
 
 use std::{
     net::SocketAddr,
@@ -26,16 +27,16 @@ use super::{
     requests::{Failures, Shape, connect, place},
 };
 
-/// Calls under way at most: the most that part 1 has. Beyond what it can do, a service is right to refuse calls that would
-/// wait too long, and what is asked here is how long orders take, not when that begins.
+/// The most calls in flight, as in part 1. An overloaded service refuses calls, rightly. This load measures how long
+/// orders take, not when the service begins to refuse.
 const AT_ONCE: u32 = 256;
-/// For how long after the last call is due others may still be sent.
+/// How long calls may still be sent after the last one is due.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// A constant rate.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Schedule {
-    /// Calls a second.
+    /// Calls per second.
     pub(super) rate: u32,
     pub(super) time: Duration,
 }
@@ -45,13 +46,13 @@ impl Schedule {
         u32::try_from(u128::from(self.rate) * self.time.as_millis() / 1000).unwrap_or(u32::MAX)
     }
 
-    /// When a call is due, counted from the begin. Every one is computed from the begin, so that no error adds up.
+    /// When a call is due, counted from the beginning. So rounding errors do not add up.
     fn due(self, call: u32) -> Duration {
         Duration::from_secs_f64(f64::from(call) / f64::from(self.rate))
     }
 }
 
-/// The database's clock, by which commits are stamped, without asking it each time.
+/// Converts times of this process to the clock of the database, which commit timestamps use.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DatabaseClock {
     read_at: Instant,
@@ -59,7 +60,7 @@ pub(super) struct DatabaseClock {
 }
 
 impl DatabaseClock {
-    /// Reads it a few times and believes the answer that took the shortest; it is then wrong by half of that at most.
+    /// Reads the clock a few times, and uses the fastest answer. The error is at most half the time that it took.
     pub(super) async fn read(connection: &mut PgConnection) -> Result<Self> {
         let mut best: Option<(Duration, Self)> = None;
         for _ in 0..20 {
@@ -86,7 +87,7 @@ impl DatabaseClock {
     }
 }
 
-/// An order that was acknowledged.
+/// An acknowledged order.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Acknowledged {
     pub(super) order_id: Uuid,
@@ -95,25 +96,25 @@ pub(super) struct Acknowledged {
     pub(super) acknowledged: Instant,
 }
 
-/// What became of a schedule.
+/// The result of a schedule.
 #[derive(Debug)]
 pub(super) struct Offered {
     /// When the first call was due.
     pub(super) began: Instant,
     pub(super) orders: Vec<Acknowledged>,
-    /// Calls that were due and were given up.
+    /// Calls that were due, and were given up.
     pub(super) unsent: u32,
     pub(super) failures: Failures,
 }
 
 impl Offered {
-    /// Orders acknowledged a second, up to the last.
+    /// Acknowledged orders per second, up to the last one.
     pub(super) fn achieved(&self, schedule: Schedule) -> f64 {
         let last = self.orders.iter().map(|order| order.acknowledged).max().unwrap_or(self.began);
         self.orders.len() as f64 / (last - self.began).max(schedule.time).as_secs_f64()
     }
 
-    /// From due to acknowledged; of a call that was given up, to the end of the run: at least so long.
+    /// The times from due to acknowledged. For a call that was given up, the time to the end of the run, a lower bound.
     pub(super) fn acknowledgements(&self, schedule: Schedule) -> Latencies {
         let sent = self.orders.iter().map(|order| (order.acknowledged - order.due).as_secs_f64() * 1e3);
         let calls = schedule.calls();
@@ -124,7 +125,7 @@ impl Offered {
     }
 }
 
-/// Places orders as they are due.
+/// Places orders when they are due.
 pub(super) async fn offer(address: SocketAddr, schedule: Schedule, shape: Shape) -> Result<Offered> {
     let clients = connect(address, AT_ONCE)?;
     let began = Instant::now() + Duration::from_millis(20);
@@ -166,7 +167,7 @@ impl Offered {
     }
 }
 
-/// A thread, because it can sleep for less than the millisecond that timers of the runtime are rounded to.
+/// Uses a thread, because timers of the runtime are rounded to milliseconds.
 fn start_clock(schedule: Schedule, began: Instant) -> mpsc::UnboundedReceiver<Instant> {
     let (sender, receiver) = mpsc::unbounded_channel();
     thread::spawn(move || {
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stall_is_charged_to_all_calls_that_were_due_meanwhile() {
+    fn a_stall_counts_for_all_calls_that_become_due_meanwhile() {
         let schedule = Schedule { rate: 100, time: Duration::from_secs(1) };
         let began = Instant::now();
         // All were sent when the stall was over, a second after the first was due.

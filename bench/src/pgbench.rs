@@ -1,4 +1,4 @@
-//! PostgreSQL's own load generator, on the same rows: what the services are compared with.
+//! Runs pgbench, the load generator of PostgreSQL, on the same rows: the services are compared with it.
 
 use std::{fs, path::Path, process::Output, time::Duration};
 
@@ -8,14 +8,14 @@ use tokio::process::Command;
 use super::quantiles::Latencies;
 use testkit::postgres::Installation;
 
-/// A script of `harness/bench`.
+/// A script in `bench/sql`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Script {
     name: &'static str,
     text: &'static str,
 }
 
-/// The rows of a CreateOrder, a transaction an order.
+/// The rows of CreateOrder, one order per transaction.
 pub(super) const CREATE_ORDER: Script = Script { name: "create_order", text: include_str!("../sql/create_order.sql") };
 /// The statements of inventory-service for a batch of events.
 pub(super) const APPLY_BATCH: Script = Script { name: "apply_batch", text: include_str!("../sql/apply_batch.sql") };
@@ -23,7 +23,7 @@ pub(super) const APPLY_BATCH: Script = Script { name: "apply_batch", text: inclu
 /// When a run ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Until {
-    /// What ends in the warm-up does not count, as with the services: clients prepare their statements in it.
+    /// Transactions within the warm-up do not count, as with the services: clients prepare their statements then.
     Time {
         warm_up: Duration,
         time: Duration,
@@ -43,16 +43,16 @@ pub(super) struct Run<'r> {
 
 #[derive(Debug)]
 pub(super) struct Outcome {
-    /// Transactions a second, without the time it took to connect.
+    /// Transactions per second, without the time to connect.
     pub(super) rate: f64,
-    /// Of every transaction that counts.
+    /// Those of all transactions that count.
     pub(super) latencies: Latencies,
 }
 
-/// Runs pgbench of the server's own installation; scripts and logs are in the directory.
+/// Runs pgbench from the installation of the server. Scripts and logs are in the directory.
 ///
 /// # Errors
-/// When pgbench fails, or a transaction did.
+/// If pgbench or a transaction fails.
 pub(super) async fn run(installation: &Installation, directory: &Path, run: Run<'_>) -> Result<Outcome> {
     let scratch = directory.join("pgbench");
     let _ = fs::remove_dir_all(&scratch);
@@ -73,7 +73,7 @@ pub(super) async fn run(installation: &Installation, directory: &Path, run: Run<
         pgbench.arg(format!("--define={name}={value}"));
     }
     let output = pgbench.arg(run.url).kill_on_drop(true).output().await;
-    let output = output.context("cannot run pgbench, which is part of the package of PostgreSQL's server")?;
+    let output = output.context("cannot run pgbench: install the server package of PostgreSQL, which contains it")?;
     let rate = read_output(&output).with_context(|| format!("pgbench of {}", run.script.name))?;
     let transactions = read_logs(&scratch)?;
     Ok(match run.until {
@@ -89,7 +89,7 @@ fn read_output(output: &Output) -> Result<f64> {
     parse_rate(&said).with_context(|| format!("it printed no rate: {said}"))
 }
 
-/// Of `tps = 1234.567890 (without initial connection time)`.
+/// Parses `tps = 1234.567890 (without initial connection time)`.
 fn parse_rate(said: &str) -> Option<f64> {
     let line = said.lines().find_map(|line| line.strip_prefix("tps = "))?;
     line.split_whitespace().next()?.parse().ok()
@@ -103,7 +103,7 @@ struct Transaction {
     milliseconds: f64,
 }
 
-/// Those that ended within the time that counts, from the end of the first.
+/// Counts transactions from the end of the first one and the warm-up, for the time that counts.
 fn count(transactions: &[Transaction], warm_up: Duration, time: Duration) -> Outcome {
     let first = transactions.iter().map(|transaction| transaction.ended).fold(f64::MAX, f64::min);
     let begin = first + warm_up.as_secs_f64();
@@ -128,7 +128,7 @@ fn read_logs(scratch: &Path) -> Result<Vec<Transaction>> {
     Ok(transactions)
 }
 
-/// Of `client transaction microseconds script second microsecond`.
+/// Parses `client transaction microseconds script second microsecond`.
 fn parse_transaction(line: &str) -> Option<Transaction> {
     let fields: Vec<f64> = line.split(' ').map_while(|field| field.parse().ok()).collect();
     let [_, _, micros, _, second, microsecond, ..] = fields[..] else { return None };
@@ -142,7 +142,7 @@ mod tests {
     use super::{Transaction, count, parse_rate, parse_transaction};
 
     #[test]
-    fn what_pgbench_prints() {
+    fn the_output_and_the_log_of_pgbench_are_parsed() {
         let said = "transaction type: create_order.sql\nnumber of clients: 64\nlatency average = 20.1 ms\n\
                     initial connection time = 95.5 ms\ntps = 3184.072718 (without initial connection time)\n";
         assert_eq!(parse_rate(said), Some(3184.072718));
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_warm_up_and_what_comes_late_do_not_count() {
+    fn transactions_in_the_warm_up_or_too_late_do_not_count() {
         let ended = [100.0, 100.9, 101.5, 102.5, 103.1];
         let transactions = ended.map(|ended| Transaction { ended, milliseconds: ended });
         let outcome = count(&transactions, Duration::from_secs(1), Duration::from_secs(2));

@@ -1,64 +1,64 @@
-//! The plots, as SVG.
+//! Draws the plots as SVG.
 
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use super::{backlog::Drained, latency::Measured, quantiles::Latencies, report::number, soak::Look};
+use super::{backlog::Drained, latency::Measured, quantiles::Latencies, report::number, soak::Sample};
 
 const SIZE: (u32, u32) = (900, 480);
 const FONT: (&str, u32) = ("sans-serif", 18);
 const COLOURS: [RGBColor; 3] = [RGBColor(31, 119, 180), RGBColor(255, 127, 14), RGBColor(44, 160, 44)];
-/// Bins of the histogram to a factor of ten.
+/// Bins of the histogram per factor of ten.
 const BINS_A_DECADE: f64 = 20.0;
 
-/// Lines over linear axes.
+/// A plot of lines with linear axes.
 struct Lines<'l> {
     file: &'l str,
     title: &'l str,
     x: &'l str,
     y: &'l str,
-    /// How a place on the x axis is labelled.
+    /// Formats a label of the x axis.
     label: fn(&f64) -> String,
-    /// Where there are no lines.
+    /// A corner without lines.
     legend: SeriesLabelPosition,
-    /// Each with its name.
+    /// The lines with their names.
     lines: Vec<(String, Vec<(f64, f64)>)>,
 }
 
-/// Orders a second over calls at once.
+/// Orders per second by concurrency.
 pub(super) fn throughput(directory: &Path, service: &[(u32, f64)], pgbench: &[(u32, f64)]) -> Result<()> {
-    // Each step is the same width, whatever its factor: else all but the last would be at the left edge.
+    // The axis is logarithmic: on a linear one, all points but the last would be at the left edge.
     let points = |points: &[(u32, f64)]| points.iter().map(|(x, y)| (f64::from(*x).log2(), *y)).collect();
     let lines =
-        vec![("CreateOrder".into(), points(service)), ("pgbench, an order a transaction".into(), points(pgbench))];
-    let (title, x) = ("Orders a second over concurrency", "concurrent calls");
+        vec![("CreateOrder".into(), points(service)), ("pgbench, one order per transaction".into(), points(pgbench))];
+    let (title, x) = ("Orders per second by concurrency", "concurrent calls");
     let (label, legend) = (|x: &f64| number(x.exp2().round()), SeriesLabelPosition::UpperLeft);
     draw_lines(directory, &Lines { file: "throughput.svg", title, x, y: "orders/s", label, legend, lines })
 }
 
-/// Events left over time.
+/// The rest of the backlog over time.
 pub(super) fn backlog(directory: &Path, drains: &[Drained]) -> Result<()> {
     let line = |(number, drained): (usize, &Drained)| {
         let points = drained.samples.iter().map(|(seconds, left)| (*seconds, *left as f64)).collect();
         (format!("round {}", number + 1), points)
     };
     let lines = drains.iter().enumerate().map(line).collect();
-    let (title, x, y) = ("Backlog while it is drained", "s", "events left");
+    let (title, x, y) = ("Backlog during a drain", "s", "events left");
     let (label, legend) = (|x: &f64| number(*x), SeriesLabelPosition::UpperRight);
     draw_lines(directory, &Lines { file: "backlog.svg", title, x, y, label, legend, lines })
 }
 
-/// Size and lease time over time.
-pub(super) fn soak(directory: &Path, looks: &[Look]) -> Result<()> {
-    let sizes = looks.iter().map(|look| (look.seconds, look.kilobytes)).collect();
+/// The size of the outbox and the time of a lease, over time.
+pub(super) fn soak(directory: &Path, samples: &[Sample]) -> Result<()> {
+    let sizes = samples.iter().map(|sample| (sample.seconds, sample.kilobytes)).collect();
     let lines = vec![("table and indexes".into(), sizes)];
     let (title, x) = ("Size of the outbox", "s");
     let label = |x: &f64| number(*x);
     let legend = || SeriesLabelPosition::LowerRight;
     draw_lines(directory, &Lines { file: "soak_size.svg", title, x, y: "kB", label, legend: legend(), lines })?;
-    let leases = looks.iter().map(|look| (look.seconds, look.lease_ms)).collect();
+    let leases = samples.iter().map(|sample| (sample.seconds, sample.lease_ms)).collect();
     let lines = vec![("median of 10 s".into(), leases)];
     let title = "Time of a lease";
     draw_lines(directory, &Lines { file: "soak_lease.svg", title, x, y: "ms", label, legend: legend(), lines })
@@ -93,7 +93,7 @@ fn draw_lines(directory: &Path, plot: &Lines<'_>) -> Result<()> {
     draw().map_err(|error| anyhow!("cannot plot {}: {error}", plot.file))
 }
 
-/// How the latencies are spread, of all rounds.
+/// A histogram of the latencies of all rounds.
 pub(super) fn latencies(directory: &Path, runs: &[Measured]) -> Result<()> {
     let pool = |of: fn(&Measured) -> &Latencies| bins(runs.iter().flat_map(|run| of(run).all()));
     let series =
@@ -135,9 +135,9 @@ struct Bin {
     percent: f64,
 }
 
-/// Bins of equal width on a logarithmic axis, of sorted or unsorted latencies.
+/// Bins of equal width on a logarithmic axis.
 fn bins<'l>(latencies: impl Iterator<Item = &'l f64>) -> Vec<Bin> {
-    // Commits are stamped by two servers' processes, so a latency may be nothing, which no logarithm has.
+    // Two processes take the timestamps of commits, so a latency may be zero, which has no logarithm.
     let mut places: Vec<f64> = latencies.map(|latency| (latency.max(0.01).log10() * BINS_A_DECADE).floor()).collect();
     places.sort_unstable_by(f64::total_cmp);
     let edge = |place: f64| 10_f64.powf(place / BINS_A_DECADE);

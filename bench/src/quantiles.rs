@@ -1,6 +1,6 @@
-//! Quantiles of latencies that are all kept, so that none is an estimate.
+//! Exact quantiles: all latencies are kept.
 
-/// The median, in thousandths.
+/// In thousandths: the median.
 pub(super) const P50: usize = 500;
 pub(super) const P99: usize = 990;
 pub(super) const P99_9: usize = 999;
@@ -15,13 +15,13 @@ impl Latencies {
         Self(milliseconds)
     }
 
-    /// The latency that so many thousandths of all did not exceed; NaN of none.
+    /// The smallest latency that this many thousandths of all do not exceed. NaN if there are none.
     pub(super) fn at(&self, thousandths: usize) -> f64 {
         let rank = (self.0.len() * thousandths).div_ceil(1000);
         self.0.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
     }
 
-    /// NaN of none.
+    /// NaN if there are none.
     pub(super) fn mean(&self) -> f64 {
         self.0.iter().sum::<f64>() / self.0.len() as f64
     }
@@ -32,7 +32,7 @@ impl Latencies {
     }
 }
 
-/// The middle one, or the mean of the two in the middle; NaN of none.
+/// The value in the middle, or the mean of the two in the middle. NaN if there are none.
 pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
@@ -53,13 +53,13 @@ mod tests {
     }
 
     #[test]
-    fn means() {
+    fn the_mean_of_no_latencies_is_not_a_number() {
         assert_eq!(Latencies::of(vec![1.0, 1.0, 4.0]).mean(), 2.0);
         assert!(Latencies::default().mean().is_nan());
     }
 
     #[test]
-    fn medians() {
+    fn the_median_is_the_middle_or_the_mean_of_two() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());

@@ -1,4 +1,4 @@
-//! What a bench has found: figures against their targets, every measurement behind them, and whether they count.
+//! The report of a bench: figures with their targets, the measurements behind them, and whether the run counts.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::requests::Failures;
 use harness::audit::Audit;
 
-/// What is aimed at.
+/// The target of a figure, and a better value to reach for.
 #[derive(Clone, Copy)]
 enum Aim {
     AtLeast {
@@ -23,7 +23,7 @@ enum Aim {
         target: f64,
         reach: f64,
     },
-    /// Nothing is promised of it.
+    /// The figure has no target.
     None,
 }
 
@@ -58,7 +58,7 @@ const fn most(target: f64, reach: f64) -> Aim {
     Aim::AtMost { target, reach }
 }
 
-/// A figure: its part, its key, what it is called, what it should be.
+/// A figure: its part, its key, its name, its target.
 type Figure = (u8, &'static str, &'static str, Aim);
 
 const FIGURES: [Figure; 15] = [
@@ -66,13 +66,13 @@ const FIGURES: [Figure; 15] = [
     (1, "create256_over_pgbench64", "CreateOrder, 256 at once / pgbench, 64 at once", least(6.0, 9.0)),
     (1, "create256_over_bound", "CreateOrder, 256 at once / bound", least(0.75, 0.9)),
     (1, "lone_p50_over_plain", "p50 of a lone CreateOrder / of the plain transaction", most(1.0, 0.7)),
-    (2, "drain_over_inventory_sql", "drain / inventory's SQL alone", least(0.5, 0.7)),
+    (2, "drain_over_inventory_sql", "drain / SQL of inventory alone", least(0.5, 0.7)),
     (2, "drain_over_single", "drain / one event at a time", least(15.0, 25.0)),
     (3, "stock_p50_ms_3000", "accept to stock at 3,000/s, p50, ms", most(5.0, 3.0)),
     (3, "stock_p99_ms_3000", "accept to stock at 3,000/s, p99, ms", most(25.0, 10.0)),
     (3, "confirmed_p50_ms_3000", "accept to CONFIRMED at 3,000/s, p50, ms", most(12.0, 7.0)),
     (3, "confirmed_p99_ms_3000", "accept to CONFIRMED at 3,000/s, p99, ms", most(50.0, 25.0)),
-    (3, "max_rate_p99_100ms", "highest rate with p99 of due to stock < 100 ms, orders/s", Aim::None),
+    (3, "max_rate_p99_100ms", "highest rate with p99 from due to stock < 100 ms, orders/s", Aim::None),
     (4, "hot_over_1000_skus", "drain of one hot SKU / of 1,000 SKUs", least(1.0, 1.0)),
     (5, "lease_1m_over_empty", "lease with 1,000,000 waiting / with few", most(2.0, 1.2)),
     (5, "lease_backoff_over_empty", "lease beside 100,000 backed off / with few", most(2.0, 1.2)),
@@ -80,11 +80,8 @@ const FIGURES: [Figure; 15] = [
 ];
 
 /// Figures of every run, which also decide whether it counts.
-const SOUNDNESS: [(&str, &str); 3] = [
-    ("deadlocks", "deadlocks"),
-    ("errors", "failed calls, wrong answers"),
-    ("audit_findings", "findings of the audits"),
-];
+const SOUNDNESS: [(&str, &str); 3] =
+    [("deadlocks", "deadlocks"), ("errors", "failed calls and wrong answers"), ("audit_findings", "audit findings")];
 
 #[derive(Debug, Default)]
 pub(super) struct Report {
@@ -93,7 +90,7 @@ pub(super) struct Report {
     errors: u64,
     findings: u64,
     deadlocks: i64,
-    /// Why the run does not count.
+    /// The reasons why the run does not count.
     invalid: Vec<String>,
 }
 
@@ -102,7 +99,7 @@ impl Report {
         self.figures.insert(key, value);
     }
 
-    /// Measurements, as they were.
+    /// Adds the single measurements behind a figure.
     pub(super) fn raw(&mut self, key: &str, value: Value) {
         self.raw.insert(key.into(), value);
     }
@@ -110,11 +107,11 @@ impl Report {
     pub(super) fn failed(&mut self, what: &str, failures: &Failures) {
         if let Some(first) = &failures.first {
             self.errors += failures.count;
-            self.invalidate(format!("{what}: {} calls failed, the first with: {first}", failures.count));
+            self.invalidate(format!("{what}: {} calls failed, the first one: {first}", failures.count));
         }
     }
 
-    /// Answers that turned out to be wrong later.
+    /// Adds answers that turned out to be wrong later.
     pub(super) fn wrong(&mut self, what: &str, count: u64) {
         self.errors += count;
         self.invalidate(what.to_owned());
@@ -124,7 +121,7 @@ impl Report {
         audit.print();
         self.findings += audit.findings.len() as u64;
         if let Some(first) = audit.findings.first() {
-            self.invalidate(format!("an audit was not clean: {first}"));
+            self.invalidate(format!("an audit found something: {first}"));
         }
         if audit.dead > 0 {
             self.wrong(&format!("{} events died", audit.dead), audit.dead as u64);
@@ -143,7 +140,8 @@ impl Report {
         self.invalid.push(reason);
     }
 
-    /// Notes which figures of the parts are missing; says whether the run counts.
+    /// Adds the figures that every run has, and reports those of the parts that are missing. Returns whether the run
+    /// counts.
     pub(super) fn conclude(&mut self, parts: &[u8]) -> bool {
         let missing: Vec<&str> = FIGURES
             .iter()
@@ -162,7 +160,7 @@ impl Report {
         self.invalid.is_empty()
     }
 
-    /// Figures against targets.
+    /// Prints the figures with their targets.
     pub(super) fn print(&self) {
         let mut table = Table::new("Figures", &["", "measured", "target", "reach for", ""]);
         let sound = SOUNDNESS.iter().map(|(key, name)| (*key, *name, most(0.0, 0.0)));
@@ -183,7 +181,7 @@ impl Report {
     }
 }
 
-/// A table for people: the first column to the left, numbers to the right.
+/// A table for people. The first column is aligned to the left, the others to the right.
 pub(super) struct Table {
     title: String,
     rows: Vec<Vec<String>>,
@@ -217,7 +215,7 @@ impl Table {
     }
 }
 
-/// With as many digits as say something.
+/// Formats a number with its significant digits.
 pub(super) fn number(value: f64) -> String {
     match value.abs() {
         _ if value.is_nan() => "–".into(),
@@ -245,13 +243,13 @@ mod tests {
     use super::{least, most, number};
 
     #[test]
-    fn numbers() {
+    fn numbers_have_their_significant_digits() {
         let numbers = [1_234_567.8, 999.6, 12.345, 1.234, 0.0, 3.0].map(number);
         assert_eq!(numbers, ["1,234,568", "1000", "12.3", "1.23", "0", "3"]);
     }
 
     #[test]
-    fn verdicts() {
+    fn a_figure_reaches_meets_or_misses_its_target() {
         assert_eq!([3.9, 4.0, 6.0].map(|ratio| least(4.0, 6.0).verdict(ratio)), ["MISSED", "met", "reached"]);
         assert_eq!([1.1, 1.0, 0.7].map(|ratio| most(1.0, 0.7).verdict(ratio)), ["MISSED", "met", "reached"]);
         assert_eq!(most(1.0, 0.7).verdict(f64::NAN), "MISSED");

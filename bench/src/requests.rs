@@ -1,4 +1,4 @@
-//! The orders that are placed, and placing them.
+//! Creates random orders and places them.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -16,27 +16,27 @@ use uuid::Uuid;
 
 use harness::{stress::check_reply, target::Target};
 
-/// How long one call may take before it counts as failed.
+/// A call that takes longer counts as failed.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
-/// One connection carries a limited number of calls at once.
+/// A connection has a limit of concurrent calls.
 const CALLS_PER_CONNECTION: u32 = 64;
-/// Enough of each SKU for any run; the most that one adjustment may add.
+/// Stock of each SKU that no run uses up. It is the limit of one adjustment.
 const STOCK: i64 = 1_000_000_000;
 const STOCK_CALLERS: u32 = 8;
 
-/// What orders are about.
+/// What the orders contain.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
-    /// How many SKUs there are, each as likely as the others.
+    /// Number of SKUs, each equally likely.
     pub(super) skus: u32,
-    /// How many different ones an order names.
+    /// Number of different SKUs in an order.
     pub(super) items: u32,
 }
 
 impl Shape {
     pub(super) const USUAL: Self = Self { skus: 1000, items: 2 };
 
-    /// An order like no other: its request id is new.
+    /// A random order with a new request id.
     pub(super) fn request(self) -> CreateOrderRequest {
         let first = fastrand::u32(..self.skus);
         let apart = self.skus / self.items;
@@ -53,8 +53,8 @@ impl Shape {
         }
     }
 
-    /// Puts more of every SKU in than will be ordered.
-    pub(super) async fn put_stock_in(self, target: &Target) -> Result<()> {
+    /// Adds more stock of every SKU than will be ordered.
+    pub(super) async fn add_stock(self, target: &Target) -> Result<()> {
         let inventory = target.inventory();
         let mut callers = JoinSet::new();
         for caller in 0..STOCK_CALLERS {
@@ -63,7 +63,7 @@ impl Shape {
                 for number in (caller..skus).step_by(STOCK_CALLERS as usize) {
                     let request_id = Uuid::new_v4().into();
                     let request = AdjustStockRequest { request_id, sku: sku(number), delta: STOCK };
-                    inventory.adjust_stock(request).await.context("cannot put stock in")?;
+                    inventory.adjust_stock(request).await.context("cannot add stock")?;
                 }
                 Ok::<_, anyhow::Error>(())
             });
@@ -72,12 +72,12 @@ impl Shape {
     }
 }
 
-/// As the scripts of pgbench name them.
+/// The name of a SKU, as in the scripts for pgbench.
 fn sku(number: u32) -> String {
     format!("SKU-{:04}", number + 1)
 }
 
-/// Connections enough for so many calls at once, each made when first used.
+/// Enough connections for that many concurrent calls. Each is opened at its first use.
 pub(super) fn connect(address: SocketAddr, at_once: u32) -> Result<Vec<OrderServiceClient<Channel>>> {
     let endpoint = Endpoint::try_from(format!("http://{address}"))?.tcp_nodelay(true);
     let connections = at_once.div_ceil(CALLS_PER_CONNECTION);
@@ -87,7 +87,7 @@ pub(super) fn connect(address: SocketAddr, at_once: u32) -> Result<Vec<OrderServ
 /// Places one order.
 ///
 /// # Errors
-/// Anything but an answer that is right.
+/// If the call fails, or its answer is wrong.
 pub(super) async fn place(client: &mut OrderServiceClient<Channel>, shape: Shape) -> Result<Order> {
     let content = shape.request();
     let mut request = Request::new(content.clone());
@@ -100,7 +100,7 @@ pub(super) async fn place(client: &mut OrderServiceClient<Channel>, shape: Shape
     Ok(order)
 }
 
-/// Calls that failed or were answered wrongly: how many, and the first of them.
+/// Failed calls and wrong answers: how many, and the first one.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Failures {
     pub(super) count: u64,

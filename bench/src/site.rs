@@ -1,4 +1,4 @@
-//! What a bench works on: a private durable cluster, databases of each part's own, and the processes over them.
+//! The system under test: a private durable cluster, databases for each part, and the processes.
 
 use std::path::{Path, PathBuf};
 
@@ -16,31 +16,31 @@ use testkit::{
     processes::Process,
 };
 
-/// Durable as by default. What is set is set for both sides of every comparison: memory so that reading does not count,
-/// and room for WAL, so that checkpoints come by the clock and not in the middle of a run of seconds.
+/// Durability has its defaults. These settings apply to both sides of every comparison. Memory is large enough that
+/// reads do not count. WAL is large enough that no checkpoint starts in the middle of a short run.
 const SETTINGS: [&str; 5] = [
     "track_commit_timestamp=on",
     "shared_buffers=1GB",
     "max_wal_size=8GB",
     "checkpoint_timeout=30min",
-    // Parameters would make the log of statements many times as large.
+    // With parameters, the log of statements would be far larger.
     "log_parameter_max_length=0",
 ];
 
-/// The cluster of a bench.
+/// The cluster, and where its files are.
 #[derive(Debug)]
 pub(super) struct Site {
     cluster: Cluster,
     directory: PathBuf,
-    /// Small sizes.
+    /// Whether sizes are small.
     pub(super) quick: bool,
 }
 
 impl Site {
-    /// Starts the cluster in the directory, which also gets logs and scratch files.
+    /// Starts the cluster in the directory. Logs and scratch files are there as well.
     pub(super) async fn start(directory: &Path, quick: bool) -> Result<Self> {
         let home = directory.join("postgres");
-        // That of a killed bench has databases of the same names.
+        // The cluster of a bench that was killed has databases with the same names.
         postgres::remove_abandoned(&home).await?;
         let options = Options {
             directory: home,
@@ -54,7 +54,7 @@ impl Site {
         Ok(Self { cluster, directory: directory.to_owned(), quick })
     }
 
-    /// Either size.
+    /// The full size, or that of a quick run.
     pub(super) fn size<T>(&self, full: T, quick: T) -> T {
         if self.quick { quick } else { full }
     }
@@ -71,12 +71,12 @@ impl Site {
         self.cluster.installation()
     }
 
-    /// The file with what the server has logged.
+    /// The log file of the server.
     pub(super) fn server_log(&self) -> PathBuf {
         self.cluster.log()
     }
 
-    /// A new pair of databases, with their schemas and the demo stock.
+    /// Creates a pair of databases with their schemas and the demo stock.
     pub(super) async fn databases(&self, name: &str) -> Result<Layout> {
         let server = self.cluster.server();
         let (orders, inventory) = (format!("{name}_orders"), format!("{name}_inventory"));
@@ -88,7 +88,7 @@ impl Site {
         Ok(layout)
     }
 
-    /// A superuser's connection.
+    /// Connects as superuser.
     pub(super) async fn connect(&self, database: &str) -> Result<PgConnection> {
         let url = self.superuser_url(database);
         PgConnection::connect(&url).await.with_context(|| format!("cannot connect to {database}"))
@@ -98,7 +98,7 @@ impl Site {
         self.cluster.server().superuser_url(database)
     }
 
-    /// Ends all that was written so far, so that no run pays for the one before.
+    /// Flushes all earlier writes, so that no measurement pays for the one before.
     pub(super) async fn checkpoint(&self) -> Result<()> {
         let mut connection = self.cluster.server().connect().await?;
         sqlx::raw_sql("CHECKPOINT").execute(&mut connection).await?;
@@ -109,7 +109,7 @@ impl Site {
         machine::describe(&mut self.cluster.server().connect().await?).await
     }
 
-    /// Deadlocks in any database since the cluster was made.
+    /// Counts deadlocks in all databases since the cluster was created.
     pub(super) async fn count_deadlocks(&self) -> Result<i64> {
         let mut connection = self.cluster.server().connect().await?;
         let deadlocks = sqlx::query_scalar(
@@ -124,7 +124,7 @@ impl Site {
     }
 }
 
-/// Starts processes in their order.
+/// Starts the services one after another.
 pub(super) async fn start(layout: &Layout, services: &[Service]) -> Result<Vec<Process>> {
     let mut processes = Vec::new();
     for service in services {
@@ -133,7 +133,7 @@ pub(super) async fn start(layout: &Layout, services: &[Service]) -> Result<Vec<P
     Ok(processes)
 }
 
-/// Audits both databases, and ends the processes.
+/// Audits both databases, and stops the processes.
 pub(super) async fn finish(layout: &Layout, processes: Vec<Process>, report: &mut Report) -> Result<()> {
     let audit = audit(&layout.target()?.databases).await?;
     report.audited(&audit);

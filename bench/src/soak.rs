@@ -1,8 +1,9 @@
-//! Part 6: whether an outbox that is used for long stays as small and as fast as it was.
+//! Part 6: whether an outbox stays small and fast when it is used for a long time.
 //!
-//! The whole system under a constant rate of orders. Every 10 seconds: the size of the table with its indexes, the events
-//! that wait, dead tuples by the server's statistics, and the median time of a lease since the last look, from the
-//! server's log. Every worker that has delivered looks again, so many leases find little.
+//! The whole system runs at a constant rate of orders. Samples are taken at a constant interval: the size of the table
+//! with its indexes, the number of waiting events, the dead tuples by the statistics of the server, and the median time
+//! of the leases since the last sample. Many leases find few events, since every worker leases again once it has
+//! delivered.
 
 use std::time::Duration;
 
@@ -25,14 +26,15 @@ use super::{
 use harness::system::Service;
 
 const RATE: u32 = 2000;
+const INTERVAL: Duration = Duration::from_secs(10);
 const LOG_LEASES: &str = "-- bench: log statements
     DO $$ BEGIN
         EXECUTE format('ALTER ROLE outbox_relay IN DATABASE %I SET log_min_duration_statement = 0', current_database());
     END $$";
 
-/// A look at the outbox.
+/// A sample of the outbox.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Look {
+pub(super) struct Sample {
     pub(super) seconds: f64,
     pub(super) kilobytes: f64,
     waiting: i64,
@@ -40,7 +42,7 @@ pub(super) struct Look {
     pub(super) lease_ms: f64,
 }
 
-impl Look {
+impl Sample {
     fn as_json(&self) -> Value {
         let Self { seconds, kilobytes, waiting, dead, lease_ms } = self;
         json!({ "seconds": seconds, "kilobytes": kilobytes, "waiting": waiting, "dead": dead, "lease_ms": lease_ms })
@@ -54,17 +56,17 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let mut outbox = site.connect(&layout.orders).await?;
     sqlx::raw_sql(LOG_LEASES).execute(&mut outbox).await?;
     let processes = start(&layout, &Service::ALL).await?;
-    Shape::USUAL.put_stock_in(&layout.target()?).await?;
+    Shape::USUAL.add_stock(&layout.target()?).await?;
 
     println!("bench: 6  {} s at {RATE} orders/s", time.as_secs());
     let log = StatementLog::follow(&site.server_log())?;
-    let looks = tokio::spawn(look_for(outbox, log, time));
+    let sampling = tokio::spawn(sample_for(outbox, log, time));
     let measured = latency::measure(&layout, Schedule { rate: RATE, time }, "6", report).await?;
-    let looks = looks.await??;
+    let samples = sampling.await??;
 
     let mut table = Table::new("6. Soak", &["s", "outbox kB", "waiting", "dead tuples", "lease p50 ms"]);
-    for look in &looks {
-        let Look { seconds, kilobytes, waiting, dead, lease_ms } = *look;
+    for sample in &samples {
+        let Sample { seconds, kilobytes, waiting, dead, lease_ms } = *sample;
         table.row([
             number(seconds.round()),
             number(kilobytes),
@@ -74,24 +76,27 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
         ]);
     }
     table.print();
-    plot::soak(site.directory(), &looks)?;
-    let looks: Vec<Value> = looks.iter().map(Look::as_json).collect();
-    report
-        .raw("soak", json!({ "rate": RATE, "achieved": measured.achieved, "unsent": measured.unsent, "looks": looks }));
+    plot::soak(site.directory(), &samples)?;
+    let samples: Vec<Value> = samples.iter().map(Sample::as_json).collect();
+    report.raw(
+        "soak",
+        json!({ "rate": RATE, "achieved": measured.achieved, "unsent": measured.unsent, "looks": samples }),
+    );
     finish(&layout, processes, report).await
 }
 
-async fn look_for(mut outbox: PgConnection, mut log: StatementLog, time: Duration) -> Result<Vec<Look>> {
+async fn sample_for(mut outbox: PgConnection, mut log: StatementLog, time: Duration) -> Result<Vec<Sample>> {
     let begin = Instant::now();
-    let mut ticks = interval(Duration::from_secs(10));
+    let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks.tick().await;
-    let mut looks = Vec::new();
+    let mut samples = Vec::new();
     while begin.elapsed() < time {
         ticks.tick().await;
         let (bytes, waiting, dead): (i64, i64, i64) = sqlx::query_as(
-            "-- bench: look at outbox
-            SELECT pg_total_relation_size('outbox'), (SELECT count(*) FROM outbox), pg_stat_get_dead_tuples('outbox'::regclass)",
+            "-- bench: sample outbox
+            SELECT pg_total_relation_size('outbox'), (SELECT count(*) FROM outbox),
+                pg_stat_get_dead_tuples('outbox'::regclass)",
         )
         .fetch_one(&mut outbox)
         .await?;
@@ -103,7 +108,7 @@ async fn look_for(mut outbox: PgConnection, mut log: StatementLog, time: Duratio
             number(kilobytes),
             number(lease_ms)
         );
-        looks.push(Look { seconds: begin.elapsed().as_secs_f64(), kilobytes, waiting, dead, lease_ms });
+        samples.push(Sample { seconds: begin.elapsed().as_secs_f64(), kilobytes, waiting, dead, lease_ms });
     }
-    Ok(looks)
+    Ok(samples)
 }

@@ -1,8 +1,8 @@
-//! How long statements took, by the server's own log.
+//! Reads the durations of statements from the log of the server.
 //!
-//! With `log_min_duration_statement = 0` PostgreSQL logs each step of a prepared statement: `parse`, `bind`, which plans
-//! it, and `execute`. The time of a statement is that of its last `bind` and its `execute`, in the same backend; the way
-//! to the server and back, and the commit, are not in it.
+//! With `log_min_duration_statement = 0` PostgreSQL logs each step of a prepared statement: `parse`, `bind`, which
+//! plans it, and `execute`. The duration of a statement is that of its last `bind` plus that of its `execute`, in the
+//! same backend. It does not include the network and the commit.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// A log that is being written.
+/// A log that the server writes.
 #[derive(Debug)]
 pub(super) struct StatementLog {
     path: PathBuf,
@@ -21,19 +21,19 @@ pub(super) struct StatementLog {
 }
 
 impl StatementLog {
-    /// From its present end.
+    /// Follows the log from its current end.
     pub(super) fn follow(path: &Path) -> Result<Self> {
         let read = path.metadata().with_context(|| path.display().to_string())?.len();
         Ok(Self { path: path.to_owned(), read })
     }
 
-    /// Milliseconds of each execution of statements that begin so, of those logged since this was called last.
+    /// The durations in milliseconds of statements with this beginning, since the last call.
     pub(super) fn durations(&mut self, statement: &str) -> Result<Vec<f64>> {
         let mut file = File::open(&self.path)?;
         file.seek(SeekFrom::Start(self.read))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
-        // The last line may be half written.
+        // The last line may be incomplete.
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         self.read += u64::try_from(whole)?;
         Ok(parse(&String::from_utf8_lossy(&bytes[..whole]), statement))
@@ -60,8 +60,8 @@ struct Step<'l> {
     statement: &'l str,
 }
 
-/// Of `2026-01-02 03:04:05.678 UTC [4711] LOG:  duration: 0.123 ms  bind sqlx_s_1: -- relay: lease`, as the default
-/// `log_line_prefix` begins it; the rest of the statement follows on lines of their own.
+/// Parses `2026-01-02 03:04:05.678 UTC [4711] LOG:  duration: 0.123 ms  bind sqlx_s_1: -- relay: lease`, with the
+/// default `log_line_prefix`. The rest of the statement is on the following lines.
 fn parse_step(line: &str) -> Option<Step<'_>> {
     let (prefix, logged) = line.split_once(" LOG:  duration: ")?;
     let backend = prefix.rsplit_once('[')?.1.strip_suffix(']')?;
@@ -76,7 +76,7 @@ mod tests {
     use super::parse;
 
     #[test]
-    fn planning_counts_and_other_backends_do_not() {
+    fn planning_counts_and_other_backends_and_statements_do_not() {
         let log = "2026-01-02 03:04:05.678 UTC [11] LOG:  duration: 9.000 ms  parse sqlx_s_1: -- relay: lease\n\
             \tUPDATE outbox\n\
             2026-01-02 03:04:05.679 UTC [11] LOG:  duration: 0.250 ms  bind sqlx_s_1: -- relay: lease\n\

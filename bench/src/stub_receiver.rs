@@ -1,5 +1,5 @@
-//! A receiver that does nothing with events but put as many new ones into the outbox they came from: so a relay can be
-//! watched for as long as it takes while the number that wait stays what it is.
+//! A receiver that only enqueues a new event for each it receives. So the relay can run for any time, while the number
+//! of waiting events stays the same.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -19,19 +19,19 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-/// What a service of this system tells the relay.
+/// The retention that the services report to the relay.
 const RETENTION: Duration = Duration::from_hours(7 * 24);
 
-/// Serves until it is dropped.
+/// Stops when dropped.
 #[derive(Debug)]
 pub(super) struct StubReceiver {
     batches: watch::Receiver<u64>,
-    // Dropping it ends its task.
+    // Its drop stops the task.
     _server: JoinSet<Result<(), tonic::transport::Error>>,
 }
 
 impl StubReceiver {
-    /// Listens; `outbox` is a connection to the database whose outbox it fills up again.
+    /// Listens. `outbox` is a connection to the database where it enqueues events.
     pub(super) async fn start(listen: SocketAddr, outbox: PgConnection) -> Result<Self> {
         let incoming = TcpIncoming::from(TcpListener::bind(listen).await?).with_nodelay(Some(true));
         let (counted, batches) = watch::channel(0);
@@ -41,12 +41,12 @@ impl StubReceiver {
         Ok(Self { batches, _server: server })
     }
 
-    /// Batches so far.
+    /// The number of batches so far.
     pub(super) fn delivered(&self) -> u64 {
         *self.batches.borrow()
     }
 
-    /// Returns once that many batches have come.
+    /// Waits for that many batches.
     pub(super) async fn wait_for(&mut self, batches: u64) -> Result<()> {
         self.batches.wait_for(|count| *count >= batches).await?;
         Ok(())
@@ -72,7 +72,7 @@ impl EventReceiver for Service {
     }
 
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        let retention = RETENTION.try_into().map_err(|_| Status::internal("a retention beyond all bounds"))?;
+        let retention = RETENTION.try_into().map_err(|_| Status::internal("the retention is out of range"))?;
         Ok(Response::new(DescribeResponse { retention: Some(retention) }))
     }
 }
