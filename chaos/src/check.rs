@@ -1,4 +1,4 @@
-//! Holds what clients were told against what is in the databases in the end.
+//! Compares what clients were told with what is in the databases at the end.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -15,19 +15,19 @@ use uuid::Uuid;
 use super::{history::Known, site::Part, world::World};
 use harness::{audit::audit, stress::wait_until_delivered, system::operate};
 
-/// How long the system may take, once all is healed, to deliver all there is.
-const HEAL_LIMIT: Duration = Duration::from_secs(60);
+/// How long the system may take to deliver all events once the faults are undone.
+const DELIVERED_LIMIT: Duration = Duration::from_secs(60);
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 
-/// What is wrong.
+/// The findings.
 #[derive(Debug, Default)]
 pub(super) struct Verdict {
-    /// Acknowledged, and without effect.
+    /// Acknowledged, but without effect.
     pub(super) lost: Vec<String>,
     /// Applied twice, or placed twice.
     pub(super) doubled: Vec<String>,
     pub(super) others: Vec<String>,
-    /// How long it took until everything was delivered, if it was.
+    /// How long it took until all events were delivered, if they were.
     pub(super) drained: Duration,
 }
 
@@ -36,7 +36,8 @@ impl Verdict {
         self.lost.len() + self.doubled.len() + self.others.len()
     }
 
-    /// By the word that a finding begins with, also those of the audit: what is WRONG there is taken too often, or too much.
+    /// Sorts a finding by its first word, also those of the audit. In the audit, WRONG stock was taken twice, or too
+    /// much of it.
     fn add(&mut self, finding: String) {
         match finding.split(':').next() {
             Some("LOST") => self.lost.push(finding),
@@ -46,16 +47,16 @@ impl Verdict {
     }
 }
 
-/// Checks a system that is healed and idle, and adds what is wrong.
+/// Checks a system without faults and load, and adds what it finds.
 ///
 /// # Errors
-/// When something cannot be read; what was found before stays.
+/// If something cannot be read. Earlier findings stay.
 pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let mut orders = connect_patiently(world, Part::Orders).await?;
     let mut inventory = connect_patiently(world, Part::Inventory).await?;
-    match wait_until_delivered(&world.target.databases, HEAL_LIMIT).await {
+    match wait_until_delivered(&world.target.databases, DELIVERED_LIMIT).await {
         Ok(drained) => verdict.drained = drained,
-        Err(error) => verdict.others.push(format!("after all was healed: {error:#}")),
+        Err(error) => verdict.others.push(format!("after all faults were undone: {error:#}")),
     }
     for connection in [&mut orders, &mut inventory] {
         check_breaches(connection, verdict).await?;
@@ -64,13 +65,13 @@ pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     check_known(world, &mut orders, verdict).await?;
     check_adjusted(world, &mut inventory, verdict).await?;
     check_sequence(&mut inventory, verdict).await?;
-    remember_again(world, &mut inventory).await?;
+    restore_inbox(world, &mut inventory).await?;
     let audit = audit(&world.target.databases).await?;
     audit.findings.into_iter().for_each(|finding| verdict.add(finding));
     check_files(world, verdict).await
 }
 
-/// Waits until a database answers: it may have been crashed a moment ago.
+/// Waits until a database answers, which may have crashed a moment ago.
 async fn connect_patiently(world: &World, part: Part) -> Result<PgConnection> {
     let began = Instant::now();
     loop {
@@ -92,7 +93,8 @@ async fn check_breaches(connection: &mut PgConnection, verdict: &mut Verdict) ->
     Ok(())
 }
 
-/// Exactly the poison is dead. Then it is discarded, as an operator would, so that the audit finds nothing of it.
+/// Exactly the poison events are dead. They are then discarded, as an operator would, so that the audit does not report
+/// them.
 async fn check_dead(
     world: &World,
     orders: &mut PgConnection,
@@ -118,7 +120,7 @@ async fn check_dead(
         }
     }
     let alive = poisoned.difference(&dead);
-    verdict.others.extend(alive.map(|aggregate| format!("the poison of {aggregate} is not dead")));
+    verdict.others.extend(alive.map(|aggregate| format!("the poison event of {aggregate} is not dead")));
     Ok(())
 }
 
@@ -128,7 +130,10 @@ async fn discard(world: &World, part: Part, event_id: Uuid) -> Result<()> {
     operate(&world.site.relay_url(part), &arguments).await.map(drop)
 }
 
-/// Every acknowledgement is true.
+/// The orders as they are in the database: by id, the request that has placed it, and its status.
+type Placed = HashMap<Uuid, (Option<Uuid>, String)>;
+
+/// The database holds everything that was acknowledged to a client.
 async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
     let rows: Vec<(Uuid, Option<Uuid>, String)> = sqlx::query_as(
         "-- chaos: read orders
@@ -136,60 +141,67 @@ async fn check_known(world: &World, orders: &mut PgConnection, verdict: &mut Ver
     )
     .fetch_all(&mut *orders)
     .await?;
-    let placed: HashMap<Uuid, (Option<Uuid>, String)> =
-        rows.into_iter().map(|(order_id, request_id, status)| (order_id, (request_id, status))).collect();
-    let mut of_requests: HashMap<Uuid, u32> = HashMap::new();
-    for (request_id, _) in placed.values() {
-        if let Some(request_id) = request_id {
-            *of_requests.entry(*request_id).or_default() += 1;
-        }
+    let placed = rows.into_iter().map(|(order_id, request_id, status)| (order_id, (request_id, status))).collect();
+    let known = world.history.known();
+    check_requests(&placed, verdict);
+    check_acknowledged(&placed, &known, verdict);
+    check_statuses(&placed, &known, verdict);
+    Ok(())
+}
+
+fn check_requests(placed: &Placed, verdict: &mut Verdict) {
+    let mut orders_of: HashMap<Uuid, u32> = HashMap::new();
+    for request in placed.values().filter_map(|(request, _)| *request) {
+        *orders_of.entry(request).or_default() += 1;
     }
-    let twice = of_requests.into_iter().filter(|(_, orders)| *orders > 1);
+    let twice = orders_of.into_iter().filter(|(_, orders)| *orders > 1);
     verdict
         .doubled
         .extend(twice.map(|(request, orders)| format!("DOUBLED: request {request} has placed {orders} orders")));
+}
 
-    let known = world.history.known();
-    let Known { acknowledged, cancelled, refused, settled, .. } = &*known;
-    for (request, order_ids) in acknowledged {
+fn check_acknowledged(placed: &Placed, known: &Known, verdict: &mut Verdict) {
+    for (request, order_ids) in &known.acknowledged {
         if order_ids.len() > 1 {
             verdict.doubled.push(format!("DOUBLED: request {request} was answered with the orders {order_ids:?}"));
         }
         for order_id in order_ids {
             match placed.get(order_id) {
-                None => verdict.lost.push(format!("LOST: order {order_id} was acknowledged, and is not there")),
+                None => verdict.lost.push(format!("LOST: order {order_id} was acknowledged, and does not exist")),
                 Some((of, _)) if *of != Some(*request) => {
                     verdict
                         .others
-                        .push(format!("order {order_id} was acknowledged to request {request}, and is of {of:?}"));
+                        .push(format!("order {order_id} was acknowledged to request {request}, and belongs to {of:?}"));
                 }
                 Some(_) => {}
             }
         }
     }
+}
+
+fn check_statuses(placed: &Placed, known: &Known, verdict: &mut Verdict) {
     let status_of = |order_id: &Uuid| placed.get(order_id).map_or("MISSING", |(_, status)| status.as_str());
-    for order_id in cancelled.iter().filter(|order_id| status_of(order_id) != "CANCELLED") {
+    for order_id in known.cancelled.iter().filter(|order_id| status_of(order_id) != "CANCELLED") {
         let status = status_of(order_id);
         verdict.lost.push(format!("LOST: the cancellation of order {order_id} was acknowledged, and it is {status}"));
     }
-    for order_id in refused.iter().filter(|order_id| status_of(order_id) != "REJECTED") {
+    for order_id in known.refused.iter().filter(|order_id| status_of(order_id) != "REJECTED") {
         let status = status_of(order_id);
         verdict.others.push(format!("the cancellation of order {order_id} was refused, and it is {status}"));
     }
-    for (order_id, seen) in settled {
+    for (order_id, seen) in &known.settled {
         let (seen, is) = (seen.as_str_name().trim_start_matches("ORDER_STATUS_"), status_of(order_id));
         if is != seen && (seen, is) != ("CONFIRMED", "CANCELLED") {
             verdict.others.push(format!("order {order_id} was shown to be {seen}, and is {is}"));
         }
     }
-    Ok(())
 }
 
-/// The audit asks the inbox for all that was applied, and a fault has made it forget some.
-async fn remember_again(world: &World, inventory: &mut PgConnection) -> Result<()> {
+/// Puts the events back into the inbox that a fault made it prune. The audit expects all applied events there.
+async fn restore_inbox(world: &World, inventory: &mut PgConnection) -> Result<()> {
     let forgotten = world.forgotten.lock().unwrap_or_else(PoisonError::into_inner).clone();
     sqlx::query(
-        "-- chaos: remember again
+        "-- chaos: restore inbox
         INSERT INTO processed_messages (message_id) SELECT DISTINCT id FROM unnest($1::uuid[]) AS id
         ON CONFLICT (message_id) DO UPDATE SET processed_at = now()",
     )
@@ -216,7 +228,8 @@ async fn check_adjusted(world: &World, inventory: &mut PgConnection, verdict: &m
     Ok(())
 }
 
-/// Nothing was discarded before this, so a cancellation that has come before its order was delivered out of sequence.
+/// No event was discarded before this, so a cancellation that was applied before its order was delivered out of
+/// sequence.
 async fn check_sequence(inventory: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
     let rows: Vec<Uuid> = sqlx::query_scalar(
         "-- chaos: find out of sequence
@@ -230,7 +243,7 @@ async fn check_sequence(inventory: &mut PgConnection, verdict: &mut Verdict) -> 
     Ok(())
 }
 
-/// PostgreSQL's own look at its tables and indexes.
+/// Has PostgreSQL verify its tables and indexes.
 async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
     for part in [Part::Orders, Part::Inventory] {
         let mut command = Command::new(world.site.installation.client("pg_amcheck"));
@@ -244,7 +257,7 @@ async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
     Ok(())
 }
 
-/// What answers were wrong by themselves, and how the processes have ended.
+/// Adds answers that were wrong in themselves, panics, and processes that ended unexpectedly.
 pub(super) fn check_processes(world: &World, verdict: &mut Verdict) -> Result<()> {
     std::mem::take(&mut world.history.known().violations).into_iter().for_each(|violation| verdict.add(violation));
     for part in Part::ALL {

@@ -1,4 +1,4 @@
-//! Clients: they place orders, repeat calls that were not answered, hang up, cancel, and watch.
+//! Clients: they place orders, repeat calls without an answer, hang up, cancel, and watch.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,21 +20,21 @@ use uuid::Uuid;
 use super::history::{Ending, History};
 use harness::{stress::check_reply, target::Target};
 
-/// Clients at once, and how long each rests between two orders at most: about 90 orders a second when nothing is broken.
 const CLIENTS: u32 = 16;
-const REST_MAX: Duration = Duration::from_millis(330);
-/// How long one call may take.
+/// The longest pause of a client between two orders.
+const PAUSE_MAX: Duration = Duration::from_millis(330);
+/// The deadline of a call.
 pub(super) const CALL_LIMIT: Duration = Duration::from_secs(3);
-/// How long a client repeats a call before it gives the order up.
+/// How long a client repeats a call before it gives up the order.
 const PATIENCE: Duration = Duration::from_secs(45);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(400);
 const WATCH_LIMIT: Duration = Duration::from_secs(20);
 /// A caller that hangs up does so within this.
 pub(super) const HANG_UP_MAX: Duration = Duration::from_millis(50);
-/// Of the demo stock.
+/// SKUs of the demo stock.
 const SKUS: [&str; 5] = ["COFFEE-BEANS", "FILTER-PAPER", "GRINDER", "KETTLE", "MUG"];
 
-/// Starts the clients; they end after `stop`, when what they are about is done.
+/// Starts the clients. After `stop` they finish their last orders and end.
 pub(super) fn start(target: &Target, history: &Arc<History>, stop: &CancellationToken) -> JoinSet<()> {
     let mut clients = JoinSet::new();
     for number in 1..=CLIENTS {
@@ -61,7 +61,7 @@ impl Client {
     async fn work(mut self, stop: CancellationToken) {
         while !stop.is_cancelled() {
             let request = request();
-            // Not all repeat a call that was not answered: then nobody knows what became of the order.
+            // Some calls are not repeated: then nobody knows whether the order was placed.
             let patience = if fastrand::u8(..100) < 90 { PATIENCE } else { Duration::ZERO };
             let hang_up = (fastrand::u8(..100) < 7).then(|| HANG_UP_MAX.mul_f64(fastrand::f64()));
             if let Some(order) = self.place(&request, patience, hang_up).await {
@@ -72,12 +72,12 @@ impl Client {
                     _ => {}
                 }
             }
-            let _ = timeout(REST_MAX.mul_f64(fastrand::f64()), stop.cancelled()).await;
+            let _ = timeout(PAUSE_MAX.mul_f64(fastrand::f64()), stop.cancelled()).await;
         }
     }
 
-    /// Places an order, and repeats the call with the same request id until it is answered, or for as long as `patience`
-    /// lasts. With `hang_up`, the first call is dropped after that time.
+    /// Places an order. Repeats the call with the same request id until it is answered, or until `patience` is over.
+    /// With `hang_up`, drops the first call after that time.
     pub(super) async fn place(
         &mut self,
         request: &CreateOrderRequest,
@@ -100,7 +100,7 @@ impl Client {
                     return Some(order);
                 }
                 Err((Ending::Fail, code)) => {
-                    self.history.violation(format!("a proper order was refused for good, {code:?}: request {id}"));
+                    self.history.violation(format!("a valid order was refused with {code:?}: request {id}"));
                     return None;
                 }
                 Err(_) if began.elapsed() >= patience => return None,
@@ -125,7 +125,7 @@ impl Client {
         known.recovered += u64::from(attempt > 0);
     }
 
-    /// Cancels an order; repeats the call until it is answered.
+    /// Cancels an order, and repeats the call until it is answered.
     async fn cancel(&mut self, order: &Order) {
         let id = Uuid::new_v4();
         let request = CancelOrderRequest { request_id: id.into(), order_id: order.order_id.clone() };
@@ -147,14 +147,14 @@ impl Client {
                     let order_id = &order.order_id;
                     return self
                         .history
-                        .violation(format!("the cancellation of order {order_id} was refused, {code:?}"));
+                        .violation(format!("the cancellation of order {order_id} was refused with {code:?}"));
                 }
                 Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
             }
         }
     }
 
-    /// Watches an order until it is settled, or the stream ends, or it takes too long.
+    /// Watches an order until it is settled, the stream ends, or the time limit is over.
     async fn watch(&mut self, order: &Order) {
         let id: Uuid = order.order_id.parse().unwrap_or_default();
         self.history.invoke(&self.name, "watch", id);
@@ -185,7 +185,7 @@ impl Client {
         }
     }
 
-    /// Adds one to a SKU, once.
+    /// Adds one to the stock of a SKU, exactly once.
     async fn adjust(&mut self) {
         let id = Uuid::new_v4();
         let sku = fastrand::choice(SKUS).unwrap_or_default();
@@ -197,7 +197,9 @@ impl Client {
             match self.ending("adjust", id, answer) {
                 Ok(_) => return self.history.known().adjusted.push(id),
                 Err((Ending::Fail, code)) => {
-                    return self.history.violation(format!("a proper adjustment was refused for good, {code:?}: {id}"));
+                    return self
+                        .history
+                        .violation(format!("a valid adjustment was refused with {code:?}: request {id}"));
                 }
                 Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
             }
@@ -222,7 +224,7 @@ impl Client {
             }
             Err(_) => {
                 self.history.known().hung_up += 1;
-                self.history.end(&self.name, call, id, Ending::Unknown, "not waited for");
+                self.history.end(&self.name, call, id, Ending::Unknown, "hung up");
                 Err((Ending::Unknown, Code::DeadlineExceeded))
             }
         }
@@ -235,7 +237,7 @@ impl Client {
     }
 }
 
-/// A status with a source was made on this side, of a connection that broke.
+/// A status with a source comes from the client's own library: its connection broke.
 pub(super) fn ending_of(status: &Status) -> Ending {
     let refused = matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::NotFound);
     if refused && std::error::Error::source(status).is_none() { Ending::Fail } else { Ending::Unknown }
@@ -247,7 +249,7 @@ pub(super) fn limited<T>(message: T) -> Request<T> {
     request
 }
 
-/// By the time a repeated call finds it, the order may have any status but CANCELLED, which only its client could make it.
+/// A repeated call may find the order in any status except CANCELLED: only its client could cancel it.
 fn check_status(request: &CreateOrderRequest, order: &Order) -> Result<(), String> {
     let mut settled = order.clone();
     if order.status() == OrderStatus::Rejected {
@@ -256,7 +258,7 @@ fn check_status(request: &CreateOrderRequest, order: &Order) -> Result<(), Strin
     check_reply(request, &settled).map_err(|error| format!("{error:#}"))
 }
 
-/// An order of one or two items; one in a hundred asks for something that there is not.
+/// An order of one or two items. A few items do not exist.
 pub(super) fn request() -> CreateOrderRequest {
     let sku = || if fastrand::u8(..100) == 0 { "NO-SUCH-SKU" } else { fastrand::choice(SKUS).unwrap_or_default() };
     let item =

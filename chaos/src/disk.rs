@@ -1,4 +1,4 @@
-//! A small disk, to be filled.
+//! A small disk that a fault can fill.
 
 use std::{
     fs::{self, File},
@@ -12,26 +12,26 @@ use tokio::{process::Command, task::spawn_blocking};
 
 use testkit::postgres;
 
-/// What a cluster needs before anything is in it, WAL included, and what a minute of a run adds at most.
+/// An empty cluster with its WAL needs less than this, and a minute of a run adds less than `MINUTE_MIB`.
 const BASE_MIB: f64 = 300.0;
 const MINUTE_MIB: f64 = 15.0;
-/// It is memory: a night's run has to do with this.
+/// The limit for long runs, since the disk is memory.
 const MOST_MIB: f64 = 4096.0;
 
-/// A file system in memory of a size of its own; unmounted when dropped.
+/// A file system in memory with a fixed size. Unmounted when dropped.
 #[derive(Debug)]
 pub(super) struct SmallDisk {
     path: PathBuf,
 }
 
 impl SmallDisk {
-    /// Mounts it, where that is allowed (to root, on Linux); what was mounted by a run that was killed is replaced.
+    /// Mounts it if that is allowed, as it is to root on Linux. Replaces the disk of a run that was killed.
     ///
-    /// It is below the temporary directory, which PostgreSQL's user can reach whoever runs the harness.
+    /// It is below the temporary directory, where the user of PostgreSQL has access whichever user runs this program.
     pub(super) async fn mount(run: &Path, minutes: f64) -> Option<Self> {
         let path = std::env::temp_dir().join(format!("outbox-disk{}", run.display().to_string().replace('/', "-")));
         let disk = Self { path };
-        // The server of a run that was killed would be found on it no more.
+        // Once the old disk is unmounted, the server of a run that was killed could not be found any more.
         postgres::remove_abandoned(&disk.path.join("postgres")).await.ok()?;
         disk.unmount();
         fs::create_dir_all(&disk.path).ok()?;
@@ -46,10 +46,10 @@ impl SmallDisk {
         &self.path
     }
 
-    /// Fills it to the last block, until the value it returns is dropped.
+    /// Fills it to the last block, until the ballast is dropped.
     ///
     /// # Errors
-    /// When it cannot be written to, or has room for ever.
+    /// If nothing can be written to it.
     pub(super) async fn fill(&self) -> Result<Ballast> {
         let ballast = Ballast { path: self.path.join("ballast") };
         spawn_blocking(|| ballast.grow()).await?
@@ -67,7 +67,7 @@ impl Drop for SmallDisk {
     }
 }
 
-/// What fills a disk.
+/// A file that fills the disk. Removed when dropped.
 #[derive(Debug)]
 pub(super) struct Ballast {
     path: PathBuf,
@@ -76,7 +76,7 @@ pub(super) struct Ballast {
 impl Ballast {
     fn grow(self) -> Result<Self> {
         let mut file = File::create(&self.path).with_context(|| self.path.display().to_string())?;
-        // Ever smaller pieces, to the last block.
+        // Large pieces first, then blocks.
         for size in [1 << 20, 1 << 12] {
             let piece = vec![0; size];
             while file.write_all(&piece).is_ok() {}

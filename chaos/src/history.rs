@@ -1,4 +1,4 @@
-//! What clients have asked for and been told: a line of JSON per step, in the order in which the steps were seen.
+//! The history of a run: what clients asked for and were told. The file has a line of JSON for each step.
 
 use std::{
     collections::HashMap,
@@ -14,40 +14,40 @@ use proto::orders::v1::OrderStatus;
 use serde_json::json;
 use uuid::Uuid;
 
-/// How a call has ended, as far as its caller can know.
+/// How a call ended, as its caller sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
     Ok,
     /// Refused for good.
     Fail,
-    /// No answer, an answer that leaves it open, or a caller that did not wait for it.
+    /// Perhaps executed: no answer, an answer that does not say, or a caller that hung up.
     Unknown,
 }
 
-/// What clients know, of all orders.
+/// What the clients know of all orders.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    /// By the request that has placed it: the orders it was answered with. More than one is a finding.
+    /// By request: the orders in its answers. More than one is a finding.
     pub(super) acknowledged: HashMap<Uuid, Vec<Uuid>>,
     /// Orders whose cancellation was acknowledged.
     pub(super) cancelled: Vec<Uuid>,
-    /// Orders whose cancellation was refused, as only that of a rejected one may be.
+    /// Orders whose cancellation was refused. They must have been rejected.
     pub(super) refused: Vec<Uuid>,
-    /// Calls that their caller did not wait for.
+    /// Calls whose caller hung up.
     pub(super) hung_up: u64,
-    /// What watchers were shown as final.
+    /// The final statuses that watchers saw.
     pub(super) settled: Vec<(Uuid, OrderStatus)>,
     /// Adjustments that were acknowledged, by request.
     pub(super) adjusted: Vec<Uuid>,
-    /// Orders that were asked for by calls that are repeated if need be, and how many of those calls were answered.
+    /// Orders of clients that repeat a call until it is answered, and how many of these orders were acknowledged.
     pub(super) asked: u64,
     pub(super) answered: u64,
-    /// Orders that were acknowledged only to a call that was repeated.
+    /// Orders that only a repeated call was answered with.
     pub(super) recovered: u64,
-    /// Calls by how they have ended, and by gRPC code.
+    /// Calls by how they ended, and by gRPC code.
     pub(super) endings: HashMap<&'static str, u64>,
     pub(super) codes: HashMap<String, u64>,
-    /// Answers that are wrong by themselves.
+    /// Answers that are wrong in themselves.
     pub(super) violations: Vec<String>,
 }
 
@@ -64,12 +64,12 @@ impl History {
         Ok(Self { began: Instant::now(), file: Mutex::new(BufWriter::new(file)), known: Mutex::default() })
     }
 
-    /// One step of one call. `call` is what was called, `id` its request's, `detail` what there is to say.
+    /// Writes one step of a call. `id` is that of its request.
     fn write(&self, client: &str, call: &str, id: Uuid, step: &str, detail: &str) {
         let at = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
         let line =
             json!({"us": at, "client": client, "call": call, "id": id.to_string(), "step": step, "detail": detail});
-        // A history that cannot be written is missed when somebody looks for it; the checker goes by what is in memory.
+        // The file is for people. The checker uses what is in memory, so a failed write changes no result.
         let _ = writeln!(self.file.lock().unwrap_or_else(PoisonError::into_inner), "{line}");
     }
 
@@ -87,7 +87,7 @@ impl History {
         self.write(client, call, id, step, detail);
     }
 
-    /// What a fault does, beside what clients see.
+    /// Writes a step of a fault between those of the clients.
     pub(super) fn fault(&self, what: &str, step: &str) {
         self.write("nemesis", what, Uuid::nil(), step, "");
     }

@@ -1,4 +1,4 @@
-//! What is looked at while the faults strike: stock, sessions, and memory.
+//! What is checked while faults strike: stock, sessions, and memory.
 
 use std::{
     collections::BTreeMap,
@@ -15,25 +15,25 @@ use super::{site::Part, world::World};
 use testkit::processes::resident_bytes;
 
 const INTERVAL: Duration = Duration::from_millis(500);
-/// Of its time that watching may cost the system: the longer the ledger, the longer it takes to be added up.
-const REST_TIMES: u32 = 8;
+/// A pause is so many times as long as the checks before it. The ledger grows, and its sum must not take too much of
+/// the server's time.
+const PAUSE_TIMES: u32 = 8;
 const SAMPLE_LIMIT: Duration = Duration::from_secs(5);
-/// Resident memory that a process may have: many times what any has under load.
+/// More resident memory than this is a leak: no process needs nearly as much under load.
 const MEMORY_MIB_MAX: u64 = 512;
 
-/// What was seen.
 #[derive(Debug, Default)]
 pub(super) struct Observed {
-    /// Snapshots in which all stock was added up.
+    /// Checks of all stock, each in one snapshot.
     pub(super) balances: u64,
-    /// Looks at the sessions of both servers.
+    /// Checks of the sessions of a server.
     pub(super) sessions: u64,
-    /// The most that each process has had, in MiB.
+    /// The peak of each process, in MiB.
     pub(super) memory: BTreeMap<&'static str, u64>,
     pub(super) violations: Vec<String>,
 }
 
-/// Looks until `stop`. A database that does not answer is another's concern: the look is left out.
+/// Checks until `stop`. While a database does not answer, its checks are left out.
 pub(super) async fn observe(world: Arc<World>, observed: Arc<Mutex<Observed>>, stop: CancellationToken) {
     while !stop.is_cancelled() {
         let began = Instant::now();
@@ -45,22 +45,22 @@ pub(super) async fn observe(world: Arc<World>, observed: Arc<Mutex<Observed>>, s
                 observed.violations.extend(idle);
             }
         }
-        if let Ok(Ok(unbalanced)) = timeout(SAMPLE_LIMIT, add_stock_up(&world)).await {
+        if let Ok(Ok(unbalanced)) = timeout(SAMPLE_LIMIT, check_stock(&world)).await {
             let mut observed = observed.lock().unwrap_or_else(PoisonError::into_inner);
             observed.balances += 1;
             observed.violations.extend(unbalanced);
         }
-        let rest = INTERVAL.max(REST_TIMES * began.elapsed());
-        let _ = timeout(rest, stop.cancelled()).await;
+        let pause = INTERVAL.max(PAUSE_TIMES * began.elapsed());
+        let _ = timeout(pause, stop.cancelled()).await;
     }
 }
 
-/// In one snapshot, whatever is under way: each SKU has what its movements add up to, and not less than nothing.
-async fn add_stock_up(world: &World) -> Result<Vec<String>> {
+/// In one snapshot, the stock of each SKU must be the sum of its movements, and not negative.
+async fn check_stock(world: &World) -> Result<Vec<String>> {
     let mut connection = world.site.connect(Part::Inventory).await?;
     let mut tx = connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let rows: Vec<(String, i64, i64)> = sqlx::query_as(
-        "-- chaos: add stock up
+        "-- chaos: check stock
         SELECT sku, coalesce(available, 0), coalesce(moved, 0) FROM stock
         FULL JOIN (SELECT sku, sum(delta)::bigint AS moved FROM stock_ledger GROUP BY sku) AS ledger USING (sku)
         WHERE available IS DISTINCT FROM coalesce(moved, 0) OR available < 0",
@@ -68,14 +68,14 @@ async fn add_stock_up(world: &World) -> Result<Vec<String>> {
     .fetch_all(&mut *tx)
     .await?;
     tx.rollback().await?;
-    let unbalanced = rows
-        .into_iter()
-        .map(|(sku, available, moved)| format!("stock of {sku} is {available}, and its movements add up to {moved}"));
+    let unbalanced = rows.into_iter().map(|(sku, available, moved)| {
+        format!("the stock of {sku} is {available}, and the sum of its movements is {moved}")
+    });
     Ok(unbalanced.collect())
 }
 
-/// Sessions that sit in a transaction for over 5 s and do nothing, though their process runs and can be heard. The server
-/// ends those that cannot after 10 s.
+/// Finds sessions that idle in a transaction for seconds, although their process runs and is connected. A lost
+/// connection is no finding: the server ends its session after a while.
 async fn find_idle(world: &World, part: Part) -> Result<Vec<String>> {
     let rows: Vec<(String, f64)> = sqlx::query_as(
         "-- chaos: find idle in transaction
@@ -100,7 +100,7 @@ fn measure_memory(world: &World, observed: &Mutex<Observed>) {
         let most = observed.memory.entry(part.name()).or_default();
         if mib > MEMORY_MIB_MAX && *most <= MEMORY_MIB_MAX {
             *most = mib;
-            observed.violations.push(format!("{} has {mib} MiB of memory", part.name()));
+            observed.violations.push(format!("{} uses {mib} MiB of memory", part.name()));
         } else {
             *most = mib.max(*most);
         }

@@ -1,4 +1,4 @@
-//! What a run works on: two durable clusters, the six processes, and a proxy between every two that talk to each other.
+//! The system under test: two durable clusters, the six processes, and a proxy between every two that talk.
 
 use std::{
     fs,
@@ -27,14 +27,15 @@ use testkit::{
 
 const HEALTHY_LIMIT: Duration = Duration::from_secs(30);
 
-/// Sessions that one server takes: few, so that they can be used up.
+/// The most sessions of a server. There are few, so that a fault can use all of them.
 pub(super) const SESSIONS_MAX: u32 = 150;
-/// A relay's lease: short, so that it expires often.
+/// The lease of a relay. It is short, so that it expires often.
 pub(super) const LEASE: Duration = Duration::from_secs(5);
-/// Connections of a service, which a fault that locks a table can use up.
+/// The connections of a service. There are few, so that a fault can use all of them.
 pub(super) const POOL: u32 = 4;
 
-/// Small limits, so that in minutes all of them are met that a system meets in months. All else is as by default.
+/// Small limits, so that a run of minutes meets all that a system meets in months. All other settings have their
+/// defaults.
 fn settings() -> Vec<(String, String)> {
     [
         ("RELAY_LEASE_SECONDS", LEASE.as_secs().to_string()),
@@ -82,7 +83,7 @@ impl Part {
         }
     }
 
-    /// The service whose database it works on.
+    /// The service whose database it uses.
     pub(super) fn side(self) -> Self {
         match self {
             Self::Orders | Self::OrdersRelay1 | Self::OrdersRelay2 => Self::Orders,
@@ -90,7 +91,7 @@ impl Part {
         }
     }
 
-    /// The service that gets what this one's outbox holds.
+    /// The service that receives the events of this side's outbox.
     pub(super) fn receiver(self) -> Self {
         if self.side() == Self::Orders { Self::Inventory } else { Self::Orders }
     }
@@ -120,26 +121,25 @@ impl Part {
     }
 }
 
-/// All of it.
 pub(super) struct Site {
-    /// Of orders and of inventory.
+    /// Those of orders and of inventory.
     clusters: [Mutex<Cluster>; 2],
     servers: [Server; 2],
     pub(super) installation: Installation,
-    /// Each process, by its index.
+    /// In the order of [`Part::ALL`], as the links to the databases.
     units: Vec<Unit>,
     to_database: Vec<Arc<Link>>,
-    /// Of each relay.
+    /// In the order of [`Part::RELAYS`].
     to_receiver: Vec<Arc<Link>>,
-    /// Of both services.
+    /// From clients to order-service and to inventory-service.
     clients_to: Vec<Arc<Link>>,
-    /// The one inventory's cluster is on, where it could be made.
+    /// The disk of inventory's cluster, if it could be mounted.
     pub(super) disk: Option<SmallDisk>,
     _serving: Vec<JoinSet<()>>,
 }
 
 impl Site {
-    /// Starts everything. `directory` gets logs and clusters.
+    /// Starts everything. Logs and clusters are in `directory`.
     pub(super) async fn start(directory: &Path, minutes: f64) -> Result<Self> {
         postgres::remove_abandoned(&directory.join("postgres")).await?;
         let orders = start_cluster(directory.join("postgres-orders")).await?;
@@ -225,7 +225,7 @@ impl Site {
 
     fn environment(&self, part: Part, listen: SocketAddr) -> Vec<(String, String)> {
         let database = self.server(part).through(self.to_database(part).address);
-        // The name tells who has leased an event, and who settles it.
+        // By this name the trigger knows which process has leased an event, and which one settles it.
         let name = format!("{}.{START}", part.name());
         let url = format!("{}?application_name={name}", database.url_for(part.role(), part.database()));
         let mut environment = settings();
@@ -262,13 +262,13 @@ impl Site {
         &self.to_database[part.index()]
     }
 
-    /// Of a relay.
+    /// The link of a relay.
     pub(super) fn to_receiver(&self, relay: Part) -> &Arc<Link> {
         let index = Part::RELAYS.iter().position(|part| *part == relay).unwrap_or_default();
         &self.to_receiver[index]
     }
 
-    /// Of a service.
+    /// The link to a service.
     pub(super) fn clients_to(&self, service: Part) -> &Arc<Link> {
         &self.clients_to[service.side().index()]
     }
@@ -277,7 +277,7 @@ impl Site {
         self.to_database.iter().chain(&self.to_receiver).chain(&self.clients_to)
     }
 
-    /// As a client sees it: through the proxies. The databases are reached without.
+    /// The addresses for clients: the services through their proxies, the databases without.
     pub(super) fn target(&self) -> Result<Target> {
         Ok(Target {
             order_service: format!("http://{}", self.clients_to(Part::Orders).address).parse()?,
@@ -289,7 +289,7 @@ impl Site {
         })
     }
 
-    /// A superuser's connection to the database of a part, without a proxy.
+    /// Connects to the database of a process as superuser, without a proxy.
     pub(super) async fn connect(&self, part: Part) -> Result<PgConnection> {
         let url = self.superuser_url(part);
         PgConnection::connect(&url).await.with_context(|| format!("cannot connect to the database of {}", part.name()))
@@ -299,18 +299,18 @@ impl Site {
         self.server(part).superuser_url(part.database())
     }
 
-    /// A URL of the database of a part, for a role that is no superuser.
+    /// The URL of the database of a process, for a role that is not superuser.
     pub(super) fn owner_url(&self, part: Part) -> String {
         let owner = if part.side() == Part::Orders { "orders_owner" } else { "inventory_owner" };
         self.server(part).url_for(owner, part.database())
     }
 
-    /// A URL of the outbox of a part, for an operator.
+    /// The URL of the outbox of a process, for an operator.
     pub(super) fn relay_url(&self, part: Part) -> String {
         self.server(part).url_for("outbox_relay", part.database())
     }
 
-    /// Ends the processes in order.
+    /// Stops the processes, the relays first.
     pub(super) async fn stop_units(&self) -> Result<()> {
         for unit in self.units.iter().rev() {
             unit.stop().await?;
@@ -318,7 +318,7 @@ impl Site {
         Ok(())
     }
 
-    /// Ends the clusters in order.
+    /// Stops the clusters.
     pub(super) async fn stop(self) -> Result<()> {
         for cluster in self.clusters {
             cluster.into_inner().stop().await?;
@@ -331,15 +331,15 @@ async fn start_cluster(directory: PathBuf) -> Result<Cluster> {
     postgres::remove_abandoned(&directory).await?;
     let settings = [
         format!("max_connections={SESSIONS_MAX}"),
-        // Of a disk that is small on purpose.
+        // For the small disk.
         "max_wal_size=128MB".into(),
-        // Neither side of a connection that is gone without a word is told by anybody: this is how long its session lasts.
+        // No side learns that a connection is in a black hole. After this time the server ends its session.
         "tcp_user_timeout=10000".into(),
     ];
     Cluster::start(Options { directory, port: None, keep: false, durable: true, settings: settings.into() }).await
 }
 
-/// Makes a side's roles and its database, its schema, and what a run watches it by.
+/// Creates the roles and the database of a side, its schema, and the trigger that watches its leases.
 async fn prepare(server: &Server, part: Part, logs: &Path) -> Result<()> {
     bootstrap(server).await?;
     let (database, owner) = (part.database(), format!("{}_owner", part.database()));

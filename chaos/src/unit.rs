@@ -1,4 +1,4 @@
-//! One process under test, started again whenever it ends, as an orchestrator would.
+//! One process under test. It is restarted whenever it ends, as an orchestrator would.
 
 use std::{
     net::SocketAddr,
@@ -21,15 +21,15 @@ use tokio::{
 
 use testkit::processes::{Process, binary};
 
-/// A process ends by itself within its drain time.
+/// A process must end within this time of SIGTERM: its drain time, and some reserve.
 const GRACE: Duration = Duration::from_secs(10);
-/// How long it stays down at most before it is started again.
+/// The longest time before it is restarted.
 const DOWN_MAX: Duration = Duration::from_millis(400);
 
-/// Stands in a plan's environment for the number of the start.
+/// A placeholder in the environment of a plan, replaced by the number of the start.
 pub(super) const START: &str = "START";
 
-/// What is run, and how.
+/// How to run a process.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) name: String,
@@ -39,7 +39,7 @@ pub(super) struct Plan {
     pub(super) log: PathBuf,
 }
 
-/// The process, or the place where it will be.
+/// A supervised process, whether it runs at the moment or not. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Unit(Arc<State>);
 
@@ -48,10 +48,10 @@ struct State {
     plan: Plan,
     wanted: watch::Sender<bool>,
     pid: Mutex<Option<Pid>>,
-    /// Set beside the plan's, from the next start on.
+    /// Variables besides those of the plan, from the next start on.
     extra: Mutex<Vec<(String, String)>>,
     starts: AtomicU32,
-    /// Ends that nobody asked for.
+    /// Failures that no fault has caused.
     unexpected: Mutex<Vec<String>>,
 }
 
@@ -93,23 +93,24 @@ impl Unit {
 
     /// Sends a signal, and returns whether there was a process.
     pub(super) fn signal(&self, signal: Signal) -> bool {
-        // Its number is another's only if that one began in the instant between its end and the lock.
+        // Another process could have this id only if it started between the end of this one and the lock. That is a
+        // moment, and ids are not reused so soon.
         let pid = self.0.pid.lock().unwrap_or_else(PoisonError::into_inner);
         pid.is_some_and(|pid| kill_process(pid, signal).is_ok())
     }
 
-    /// What is set beside the plan's environment, from the next start on.
+    /// Sets variables besides those of the plan, from the next start on.
     pub(super) fn set_extra(&self, extra: Vec<(String, String)>) {
         *self.0.extra.lock().unwrap_or_else(PoisonError::into_inner) = extra;
     }
 
-    /// Ends it in order and starts it again. Returns when it is healthy.
+    /// Stops it with SIGTERM, and returns once it has restarted and is healthy.
     pub(super) async fn restart(&self, limit: Duration) -> Result<()> {
         let starts = self.starts();
         self.signal(Signal::TERM);
         let began = Instant::now();
         while self.starts() == starts {
-            ensure!(began.elapsed() < limit, "{} did not end and start again within {limit:?}", self.name());
+            ensure!(began.elapsed() < limit, "{} did not restart within {limit:?}", self.name());
             sleep(Duration::from_millis(10)).await;
         }
         self.wait_healthy(limit).await
@@ -126,7 +127,7 @@ impl Unit {
         }
     }
 
-    /// Ends it in order, for good.
+    /// Stops it with SIGTERM for good.
     pub(super) async fn stop(&self) -> Result<()> {
         self.0.wanted.send_replace(false);
         let began = Instant::now();
@@ -179,6 +180,6 @@ impl Unit {
 }
 
 async fn unwanted(wanted: &mut watch::Receiver<bool>) {
-    // What it returns is a lock.
+    // The value that `wait_for` returns holds a lock.
     drop(wanted.wait_for(|wanted| !wanted).await);
 }

@@ -1,6 +1,5 @@
--- chaos: watch leases
--- What the database itself sees of the lease protocol, whatever relays say of it. A session's application name tells which
--- relay it is of, and which of its starts.
+-- chaos: watch leases Checks the lease protocol in the database, independent of what relays log. The application name
+-- of a session says which relay it belongs to, and to which of its starts.
 CREATE TABLE chaos_leases (
     lease_token uuid CONSTRAINT chaos_leases_pkey PRIMARY KEY,
     holder      text NOT NULL
@@ -31,7 +30,7 @@ BEGIN
         SELECT holder INTO held_by FROM chaos_leases WHERE lease_token = OLD.lease_token;
         IF held_by IS DISTINCT FROM session THEN
             INSERT INTO chaos_breaches (breach, event_id, session)
-            VALUES ('settled by another than who has leased it last', OLD.event_id, session);
+            VALUES ('settled by another relay than the last that leased it', OLD.event_id, session);
         END IF;
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO chaos_breaches (breach, event_id, session) VALUES ('deleted without a lease', OLD.event_id, session);

@@ -1,6 +1,7 @@
-//! Reads along what passes between two processes, so that a fault can strike at a point with a name: when an order's insert
-//! has been executed and its service does not know yet, say. The processes under test are the release binaries as they are;
-//! nothing in them knows of these points. Statements are known by the comment each begins with.
+//! Parses the bytes that pass between two processes, so that a fault can strike at a point: for example when the insert
+//! of an order was executed and its service does not know yet. The processes under test have no hooks for this: those
+//! would make them other programs than the released ones. Statements are recognized by the comment that each begins
+//! with.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -9,7 +10,7 @@ use std::{
 
 use prost::bytes::{Buf, Bytes, BytesMut};
 
-/// What a connection carries.
+/// The protocol of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
     /// A service or a relay, and its database.
@@ -18,18 +19,18 @@ pub(super) enum Protocol {
     Grpc,
 }
 
-/// Something whole that has just arrived at the proxy, and has not been passed on.
+/// A complete message at the proxy, before it is passed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
     /// A statement on its way to the server, by its name.
     Statement(Arc<str>),
-    /// The server's word that a statement was executed, on its way back.
+    /// The answer that a statement was executed.
     Executed(Arc<str>),
-    /// The same of one that has found nothing to change.
-    InVain(Arc<str>),
+    /// The answer that an UPDATE or DELETE was executed, and found no row.
+    WithoutEffect(Arc<str>),
     /// A message of a call, on its way to the service.
     Request(Bytes),
-    /// A message of an answer, on its way back.
+    /// A message of an answer, on its way to the caller.
     Reply(Bytes),
 }
 
@@ -50,7 +51,7 @@ impl Reader {
         }
     }
 
-    /// Takes what the client has sent.
+    /// Parses bytes of the client.
     pub(super) fn up(&mut self, bytes: &[u8]) -> Vec<Mark> {
         match self {
             Self::Postgres(postgres) => postgres.up(bytes),
@@ -58,7 +59,7 @@ impl Reader {
         }
     }
 
-    /// Takes what the server has sent.
+    /// Parses bytes of the server.
     pub(super) fn down(&mut self, bytes: &[u8]) -> Vec<Mark> {
         match self {
             Self::Postgres(postgres) => postgres.down(bytes),
@@ -73,11 +74,11 @@ pub(super) struct Postgres {
     from_client: BytesMut,
     from_server: BytesMut,
     started: bool,
-    /// Bytes without a frame that the server sends: one in answer to each request for encryption.
+    /// Bytes that the server will send without a frame: one in answer to each request for encryption.
     unframed: usize,
-    /// Names of prepared statements' queries.
+    /// The names of the queries, by prepared statement.
     prepared: HashMap<Bytes, Arc<str>>,
-    /// Queries that were sent and not answered yet.
+    /// Queries without an answer so far.
     sent: VecDeque<Arc<str>>,
 }
 
@@ -126,11 +127,11 @@ impl Postgres {
         while let Some(message) = take_frame(&mut self.from_server, 1) {
             match message[0] {
                 b'C' if matches!(&message[5..], b"UPDATE 0\0" | b"DELETE 0\0") => {
-                    marks.extend(self.sent.pop_front().map(Mark::InVain));
+                    marks.extend(self.sent.pop_front().map(Mark::WithoutEffect));
                 }
-                // Complete, empty, or suspended after as many rows as were asked for.
+                // Complete, empty, or suspended at the limit of rows.
                 b'C' | b'I' | b's' => marks.extend(self.sent.pop_front().map(Mark::Executed)),
-                // An error ends everything up to here.
+                // The server is ready for the next query: after an error, it has skipped the others.
                 b'Z' => self.sent.clear(),
                 _ => {}
             }
@@ -139,7 +140,7 @@ impl Postgres {
     }
 }
 
-/// Takes a whole message with a length that counts itself but not the `kind` bytes before it.
+/// Takes a complete message. Its length counts itself, but not the `kind` bytes before it.
 fn take_frame(buffer: &mut BytesMut, kind: usize) -> Option<BytesMut> {
     let length = buffer.get(kind..kind + 4)?.try_into().ok().map(u32::from_be_bytes)?;
     let end = kind + length as usize;
@@ -161,7 +162,7 @@ fn take_text(message: &mut BytesMut) -> Bytes {
     text
 }
 
-/// The name a query begins with as a comment; its first word if it has none, as have BEGIN and COMMIT.
+/// The name in the comment that a query begins with. Without a comment its first word, as for BEGIN and COMMIT.
 fn query_name(query: &[u8]) -> Arc<str> {
     let query = String::from_utf8_lossy(query);
     match query.strip_prefix("-- ") {
@@ -170,7 +171,7 @@ fn query_name(query: &[u8]) -> Arc<str> {
     }
 }
 
-/// A connection of HTTP/2 (RFC 9113), which carries messages of gRPC.
+/// A connection of HTTP/2 (RFC 9113) with messages of gRPC.
 #[derive(Debug)]
 pub(super) struct Grpc {
     up: Frames,
@@ -182,22 +183,22 @@ const DATA: u8 = 0;
 const RESET: u8 = 3;
 const PADDED: u8 = 8;
 
-/// One direction of it.
+/// One direction of a connection.
 #[derive(Debug, Default)]
 struct Frames {
-    /// Bytes of the client's greeting that have not come yet.
+    /// Bytes of the client's preface that have not arrived yet.
     preface: usize,
     buffer: BytesMut,
-    /// What has come of the message under way, by stream.
+    /// The incomplete message of each stream.
     streams: HashMap<u32, BytesMut>,
 }
 
 impl Frames {
     fn messages(&mut self, bytes: &[u8]) -> Vec<Bytes> {
         self.buffer.extend_from_slice(bytes);
-        let greeting = self.preface.min(self.buffer.len());
-        self.buffer.advance(greeting);
-        self.preface -= greeting;
+        let preface = self.preface.min(self.buffer.len());
+        self.buffer.advance(preface);
+        self.preface -= preface;
         let mut messages = Vec::new();
         while let Some(header) = self.buffer.get(..9) {
             let length = u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize;
@@ -209,7 +210,7 @@ impl Frames {
             let mut frame = self.buffer.split_to(9 + length);
             frame.advance(9);
             match kind {
-                // Nobody here pads.
+                // No process here pads its frames.
                 DATA if flags & PADDED == 0 => {
                     let body = self.streams.entry(stream).or_default();
                     body.extend_from_slice(&frame);
@@ -226,7 +227,8 @@ impl Frames {
     }
 }
 
-/// A message of gRPC follows a byte that says whether it is compressed, which none of ours is, and its length.
+/// Takes a complete message of gRPC. A byte that says whether it is compressed comes first (none is here), then its
+/// length.
 fn take_message(body: &mut BytesMut) -> Option<Bytes> {
     let length = body.get(1..5)?.try_into().ok().map(u32::from_be_bytes)? as usize;
     if body.len() < 5 + length {
@@ -246,9 +248,9 @@ mod tests {
         [&[kind], &length[..], body].concat()
     }
 
-    /// The conversation of a driver: a request for encryption that is declined, a query, a prepared statement.
+    /// As a driver does: a request for encryption that is declined, a query, a prepared statement.
     #[test]
-    fn statements_are_known_by_their_names_however_the_bytes_are_cut() {
+    fn statements_are_recognized_by_name_however_the_bytes_are_split() {
         let ssl = [0, 0, 0, 8, 4, 210, 22, 47].to_vec();
         let startup = [&11_u32.to_be_bytes()[..], &[0, 3, 0, 0, b'u', 0, 0]].concat();
         let begin = message(b'Q', b"BEGIN\0");
@@ -269,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_streams_that_interleave_are_told_apart() {
+    fn messages_of_interleaved_streams_are_separated() {
         let frame = |stream: u8, flags: u8, body: &[u8]| {
             [&[0, 0, u8::try_from(body.len()).expect("a short frame"), 0, flags, 0, 0, 0, stream], body].concat()
         };
