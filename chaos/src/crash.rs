@@ -1,175 +1,172 @@
-//! Crashes at points with names: a process is killed at the moment something of it passes a proxy, and what passes is kept.
+//! Crashes at points: a process is killed at the moment one of its messages passes a proxy.
+//!
+//! A trap stays set until a process comes to its point, and other faults go on meanwhile. Many statements are rare:
+//! some are executed only after a failure or at a shutdown. A fault that waited for them would take the time of others,
+//! and one that waited only briefly would miss them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
+use fastrand::Rng;
 use rustix::process::Signal;
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{sync::Notify, time::timeout};
 
 use super::{
-    proxy::{Hold, Link, Trap, TrapGuard},
+    history::History,
+    points::{CrashPoint, Kind, points},
+    proxy::Link,
     site::{Part, Site},
+    trap::{Hold, Trap, TrapGuard},
     wire::Mark,
 };
 
-/// How long a point may take to be reached.
-const REACH_LIMIT: Duration = Duration::from_secs(8);
+/// A fault sets one trap after another until one springs, but at most this many. If a database is down, none springs,
+/// and more traps would kill all processes at the moment it is up again.
+const TRAPS_MAX: u32 = 4;
+/// How long a fault waits before it sets the next trap. Any statement of normal work passes within this time.
+const NEXT_TRAP_AFTER: Duration = Duration::from_millis(250);
 
-/// Where a process is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct CrashPoint {
-    pub(super) name: &'static str,
-    victim: Victim,
-    at: At,
+/// The points of a run, where traps are set, and how often a process was killed at each.
+#[derive(Debug)]
+pub(super) struct Crashes {
+    points: Mutex<Vec<Tried>>,
+    /// Notified of each crash. If no fault waits for one, the next fault counts it as its own and sets no trap. So rare
+    /// points do not add as many crashes as they are.
+    happened: Notify,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Victim {
-    Orders,
-    Inventory,
-    /// Either relay of the orders' outbox.
-    OrdersRelay,
-    InventoryRelay,
+#[derive(Clone, Copy, Debug)]
+struct Tried {
+    point: CrashPoint,
+    is_set: bool,
+    crashes: u32,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
-    /// A statement is about to be sent.
-    Before(&'static str),
-    /// A statement was executed, and the process does not know.
-    After(&'static str),
-    BeforeSend,
-    AfterSend,
-    AfterReply,
-}
-
-const fn point(victim: Victim, at: At, name: &'static str) -> CrashPoint {
-    CrashPoint { name, victim, at }
-}
-
-/// Placing an order is one statement, with its begin and its commit in it; the points between are those of a cancellation,
-/// which writes order and event with a statement each.
-pub(super) const POINTS: [CrashPoint; 27] = [
-    point(Victim::Orders, At::Before("orders: create orders"), "order-service before it places orders"),
-    point(Victim::Orders, At::After("orders: create orders"), "order-service after it has placed orders"),
-    point(Victim::Orders, At::After("BEGIN"), "order-service after BEGIN"),
-    point(Victim::Orders, At::After("orders: cancel"), "order-service after the order"),
-    point(Victim::Orders, At::After("outbox: enqueue"), "order-service after the outbox"),
-    point(Victim::Orders, At::Before("COMMIT"), "order-service before COMMIT"),
-    point(Victim::Orders, At::After("COMMIT"), "order-service after COMMIT"),
-    point(Victim::Orders, At::After("inbox: accept"), "order-service after the dedupe of answers"),
-    point(Victim::Orders, At::After("orders: apply replies"), "order-service after it has applied answers"),
-    point(Victim::Inventory, At::After("BEGIN"), "inventory-service after BEGIN"),
-    point(Victim::Inventory, At::After("inbox: accept"), "inventory-service after the dedupe"),
-    point(Victim::Inventory, At::After("inventory: lock stock"), "inventory-service after the locks on stock"),
-    point(Victim::Inventory, At::After("inventory: write batch"), "inventory-service after stock and answers"),
-    point(Victim::Inventory, At::Before("COMMIT"), "inventory-service before COMMIT"),
-    point(Victim::Inventory, At::After("COMMIT"), "inventory-service after COMMIT"),
-    point(Victim::OrdersRelay, At::After("relay: lease"), "orders-relay after the lease"),
-    point(Victim::OrdersRelay, At::BeforeSend, "orders-relay before it sends"),
-    point(Victim::OrdersRelay, At::AfterSend, "orders-relay after it has sent"),
-    point(Victim::OrdersRelay, At::AfterReply, "orders-relay after the reply"),
-    point(Victim::OrdersRelay, At::Before("relay: delete handled"), "orders-relay before the delete"),
-    point(Victim::OrdersRelay, At::After("relay: delete handled"), "orders-relay after the delete"),
-    point(Victim::InventoryRelay, At::After("relay: lease"), "inventory-relay after the lease"),
-    point(Victim::InventoryRelay, At::BeforeSend, "inventory-relay before it sends"),
-    point(Victim::InventoryRelay, At::AfterSend, "inventory-relay after it has sent"),
-    point(Victim::InventoryRelay, At::AfterReply, "inventory-relay after the reply"),
-    point(Victim::InventoryRelay, At::Before("relay: delete handled"), "inventory-relay before the delete"),
-    point(Victim::InventoryRelay, At::After("relay: delete handled"), "inventory-relay after the delete"),
-];
-
-impl Victim {
-    fn parts(self) -> &'static [Part] {
-        match self {
-            Self::Orders => &[Part::Orders],
-            Self::Inventory => &[Part::Inventory],
-            Self::OrdersRelay => &[Part::OrdersRelay1, Part::OrdersRelay2],
-            Self::InventoryRelay => &[Part::InventoryRelay1, Part::InventoryRelay2],
-        }
-    }
-}
-
-impl At {
-    fn hold(self) -> Hold {
-        if self == Self::AfterSend { Hold::PassBefore } else { Hold::Keep }
+impl Crashes {
+    /// The seed decides in which order the points have their first trap.
+    pub(super) fn of(seed: u64) -> Self {
+        let untried = |point| Tried { point, is_set: false, crashes: 0 };
+        let mut points: Vec<Tried> = points().into_iter().map(untried).collect();
+        Rng::with_seed(seed).shuffle(&mut points);
+        Self { points: Mutex::new(points), happened: Notify::new() }
     }
 
-    fn is_on_database(self) -> bool {
-        matches!(self, Self::Before(_) | Self::After(_))
-    }
-
-    fn is_at(self, mark: &Mark) -> bool {
-        match (self, mark) {
-            (Self::Before(name), Mark::Statement(passing)) | (Self::After(name), Mark::Executed(passing)) => {
-                **passing == *name
+    /// Makes the proxies watch for the points, until the guards are dropped.
+    pub(super) fn watch(self: &Arc<Self>, site: &Site, history: &Arc<History>) -> Vec<TrapGuard> {
+        let mut guards = Vec::new();
+        for part in Part::ALL {
+            guards.push(self.watch_link(site, part, site.to_database(part), Hold::Keep, history));
+            if part.is_relay() {
+                for hold in [Hold::Keep, Hold::PassBefore] {
+                    guards.push(self.watch_link(site, part, site.to_receiver(part), hold, history));
+                }
             }
-            (Self::BeforeSend | Self::AfterSend, mark) => is_delivery(mark),
-            (Self::AfterReply, mark) => is_answer(mark),
-            _ => false,
+        }
+        guards
+    }
+
+    fn watch_link(
+        self: &Arc<Self>,
+        site: &Site,
+        part: Part,
+        link: &Arc<Link>,
+        hold: Hold,
+        history: &Arc<History>,
+    ) -> TrapGuard {
+        let (crashes, history, unit) = (self.clone(), history.clone(), site.unit(part).clone());
+        let at = move |mark: &Mark| {
+            let point = crashes.spring(Kind::of(part), hold, mark);
+            if let Some(point) = point {
+                history.fault(&format!("crash {point}"), "killed");
+            }
+            point.is_some()
+        };
+        let action = move || _ = unit.signal(Signal::KILL);
+        link.set_trap(Trap { at: Box::new(at), hold, action: Box::new(action), times: u32::MAX, sprung: None })
+    }
+
+    /// Springs the trap at this mark, if one is set. It kills only one of the processes of a kind.
+    fn spring(&self, kind: Kind, hold: Hold, mark: &Mark) -> Option<CrashPoint> {
+        let mut points = self.lock();
+        let is_at = |point: CrashPoint| point.kind == kind && point.place.hold() == hold && point.place.is_at(mark);
+        let tried = points.iter_mut().find(|tried| tried.is_set && is_at(tried.point))?;
+        tried.is_set = false;
+        tried.crashes += 1;
+        self.happened.notify_one();
+        Some(tried.point)
+    }
+
+    /// Sets trap after trap until a process is killed at one. Returns whether one was.
+    pub(super) async fn crash(&self) -> bool {
+        for _ in 0..TRAPS_MAX {
+            self.set_next();
+            if timeout(NEXT_TRAP_AFTER, self.happened.notified()).await.is_ok() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Sets a trap at the point with the fewest crashes among those without a trap. So points that were never reached
+    /// come first, and a rare point, whose trap stays set, delays no other.
+    fn set_next(&self) {
+        let mut points = self.lock();
+        let next = points.iter_mut().filter(|tried| !tried.is_set).min_by_key(|tried| tried.crashes);
+        if let Some(next) = next {
+            next.is_set = true;
         }
     }
-}
 
-/// What a relay sends to a receiver is a delivery, or asks nothing but to be told about it, which takes no bytes.
-fn is_delivery(mark: &Mark) -> bool {
-    matches!(mark, Mark::Request(message) if !message.is_empty())
-}
-
-/// A result holds the id of its event; the answer to `Describe` is a few bytes.
-pub(super) fn is_answer(mark: &Mark) -> bool {
-    matches!(mark, Mark::Reply(message) if message.len() > 36)
-}
-
-/// Kills whichever of the victims comes to the point first. Returns whether one did in time.
-pub(super) async fn crash_at(site: &Site, point: CrashPoint) -> bool {
-    let mut reached = tokio::task::JoinSet::new();
-    let mut guards: Vec<TrapGuard> = Vec::new();
-    for part in point.victim.parts() {
-        let link: &Arc<Link> =
-            if point.at.is_on_database() { site.to_database(*part) } else { site.to_receiver(*part) };
-        let (sprung, springs) = oneshot::channel();
-        let (unit, at) = (site.unit(*part).clone(), point.at);
-        guards.push(link.set_trap(Trap {
-            at: Box::new(move |mark| at.is_at(mark)),
-            hold: at.hold(),
-            deed: Box::new(move || _ = unit.signal(Signal::KILL)),
-            times: 1,
-            sprung: Some(sprung),
-        }));
-        reached.spawn(springs);
+    /// All points, each with its crashes.
+    pub(super) fn counts(&self) -> Vec<(CrashPoint, u32)> {
+        let mut counts: Vec<_> = self.lock().iter().map(|tried| (tried.point, tried.crashes)).collect();
+        counts.sort_unstable();
+        counts
     }
-    let first = timeout(REACH_LIMIT, reached.join_next()).await;
-    matches!(first, Ok(Some(Ok(Ok(())))))
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Tried>> {
+        self.points.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::Path};
+    use super::{Crashes, Hold, Kind};
+    use crate::wire::Mark;
 
-    use super::{At, POINTS};
-
-    /// All that a directory's Rust files say.
-    fn read_sources(directory: &Path) -> String {
-        let entries = fs::read_dir(directory).expect("a crate of this workspace").flatten();
-        let read = |path: &Path| match path.is_dir() {
-            true => read_sources(path),
-            false => fs::read_to_string(path).expect("a source"),
-        };
-        entries.map(|entry| read(&entry.path())).collect()
+    fn passes(crashes: &Crashes, kind: Kind, name: &str) -> bool {
+        crashes.spring(kind, Hold::Keep, &Mark::Statement(name.into())).is_some()
     }
 
-    /// A statement that is given another name would take its points away without a word.
     #[test]
-    fn the_statements_that_points_are_known_by_exist() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let crates = ["order-service", "inventory-service", "outbox", "outbox-relay"];
-        let sources: String = crates.iter().map(|name| read_sources(&root.join(name).join("src"))).collect();
-        for point in POINTS {
-            if let At::Before(name) | At::After(name) = point.at
-                && !["BEGIN", "COMMIT"].contains(&name)
-            {
-                assert!(sources.contains(&format!("-- {name}\n")), "no statement is called \"{name}\"");
-            }
+    fn every_point_has_a_trap_before_any_has_a_second_one() {
+        let crashes = Crashes::of(7);
+        assert!(!passes(&crashes, Kind::OrderService, "COMMIT"), "no trap is set");
+        let points = crashes.counts().len();
+        for _ in 0..points {
+            crashes.set_next();
         }
+        assert!(crashes.lock().iter().all(|tried| tried.is_set));
+        assert!(passes(&crashes, Kind::OrderService, "COMMIT"));
+        assert!(!passes(&crashes, Kind::OrderService, "COMMIT"), "a trap springs once");
+        assert!(passes(&crashes, Kind::InventoryService, "COMMIT"), "each process has a trap of its own");
+        assert_eq!(crashes.counts().iter().map(|(_, count)| count).sum::<u32>(), 2);
+    }
+
+    #[test]
+    fn a_point_that_was_not_reached_comes_before_one_that_was() {
+        let crashes = Crashes::of(7);
+        let set = |crashes: &Crashes| crashes.lock().iter().filter(|tried| tried.is_set).count();
+        for _ in 0..crashes.counts().len() {
+            crashes.set_next();
+            // Every point but one is reached as soon as it has a trap.
+            crashes.lock().iter_mut().skip(1).filter(|tried| tried.is_set).for_each(|tried| {
+                (tried.is_set, tried.crashes) = (false, tried.crashes + 1);
+            });
+        }
+        assert_eq!(set(&crashes), 1, "the trap of the rare point stays set");
+        assert!(crashes.lock().iter().skip(1).all(|tried| tried.crashes == 1));
     }
 }

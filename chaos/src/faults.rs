@@ -1,39 +1,66 @@
-//! The faults, by class, and the seeded schedule they are drawn in.
+//! The faults, by class, and the schedule that draws them from a seed.
 
 use std::{fmt, time::Duration};
 
 use fastrand::Rng;
 
-use super::{
-    crash::{CrashPoint, POINTS},
-    site::Part,
-};
+use super::site::Part;
 
-/// What is done to the system once. Everything that decides it is in here, drawn from the seed.
+/// One fault. The seed has drawn everything that decides what it does, except at which point a process crashes: that
+/// depends on which statements are executed.
 #[derive(Clone, Debug)]
 pub(super) enum Fault {
     Kill(Part),
-    Crash(CrashPoint),
+    /// At a point, see `crash`.
+    Crash,
     Postgres(Part, PostgresFault),
-    EndConnections { link: usize, reset: bool },
-    LoseReply { link: usize },
-    HalfOpen { link: usize, lasts: Duration },
-    Slow { link: usize, late: Option<Duration>, lasts: Duration },
+    EndConnections {
+        link: usize,
+        reset: bool,
+    },
+    LoseReply {
+        link: usize,
+    },
+    HalfOpen {
+        link: usize,
+        lasts: Duration,
+    },
+    Slow {
+        link: usize,
+        late: Option<Duration>,
+        lasts: Duration,
+    },
     StopPastLease(Part),
-    WrongClock { part: Part, ahead: bool, lasts: Duration },
+    WrongClock {
+        part: Part,
+        ahead: bool,
+        lasts: Duration,
+    },
     Poison(Poison),
-    Receiver { part: Part, how: ReceiverFault },
-    FillDisk { lasts: Duration },
-    Exhaust { part: Part, pool: bool, lasts: Duration },
+    Receiver {
+        part: Part,
+        how: ReceiverFault,
+    },
+    FillDisk {
+        lasts: Duration,
+    },
+    Exhaust {
+        part: Part,
+        pool: bool,
+        lasts: Duration,
+    },
     HangUps,
     DeliverAgain,
     SameRequest,
-    Garbage { part: Part, seed: u64 },
+    Garbage {
+        part: Part,
+        seed: u64,
+    },
     Overload,
     RollingRestart,
 }
 
-/// How a server is broken.
+/// What happens to a database server.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum PostgresFault {
     Crash { down: Duration },
@@ -47,43 +74,43 @@ pub(super) enum Poison {
     Undecodable,
     UnknownType,
     OfNoOrder,
-    /// Its receiver crashes whenever it gets it.
+    /// It crashes its receiver, each time.
     Deadly,
 }
 
 /// What a receiver does with a delivery.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ReceiverFault {
-    /// Stands still for so long.
+    /// Stands still for that long.
     Hang(Duration),
-    /// Crashes on one event so many times, and then takes it.
+    /// Crashes on one event that many times, and then applies it.
     CrashOn { times: u32 },
 }
 
-/// The classes, in the order of their numbers, from 1; 20 is two to four of them together.
+/// The classes in the order of their numbers, which begin with 1.
 pub(super) const CLASSES: [&str; 20] = [
     "a process killed",
     "a crash at a named point",
-    "PostgreSQL crashed, a backend killed, sessions terminated",
-    "connections cut or reset",
-    "a reply lost after the work was done",
+    "PostgreSQL crashed, a backend killed, or sessions terminated",
+    "connections closed or reset",
+    "a reply lost after the work was committed",
     "a half-open link",
-    "a link with delays or one-byte writes",
+    "a link with delays, or one byte at a time",
     "a relay stopped past its lease, then resumed",
-    "a process with its clock an hour off",
+    "a process whose clock is an hour off",
     "a poison event",
     "a receiver that hangs, or crashes on one event",
     "a full disk",
-    "a pool, or all of a server's sessions, used up",
-    "callers who hang up within 50 ms",
-    "delivered events sent again, also after pruning",
-    "one request id 50 times at once, and with another body",
-    "malformed, truncated, oversized and random messages",
-    "more load than can be taken",
+    "all connections of a pool, or all sessions of a server, in use",
+    "callers that hang up within 50 ms",
+    "old events delivered again, also after pruning",
+    "one request id in 50 calls at once, and for another order",
+    "malformed, truncated, oversized, and random messages",
+    "more load than a service takes",
     "a rolling restart",
-    "two to four of these together",
+    "two to four of these at the same time",
 ];
-/// Number of the class of those that strike together.
+/// Number of the class for faults at the same time.
 pub(super) const TOGETHER: usize = 20;
 
 impl Fault {
@@ -91,7 +118,7 @@ impl Fault {
     pub(super) fn class(&self) -> usize {
         match self {
             Self::Kill(_) => 1,
-            Self::Crash(_) => 2,
+            Self::Crash => 2,
             Self::Postgres(..) => 3,
             Self::EndConnections { .. } => 4,
             Self::LoseReply { .. } => 5,
@@ -112,7 +139,7 @@ impl Fault {
         }
     }
 
-    /// The link it strikes, if it strikes one.
+    /// The link it breaks, if it breaks one.
     pub(super) fn link(&self) -> Option<usize> {
         match self {
             Self::EndConnections { link, .. }
@@ -123,7 +150,7 @@ impl Fault {
         }
     }
 
-    /// Whether it needs the system as it is, or changes it as a whole: it strikes alone.
+    /// Whether no other fault may strike at the same time: this one needs a healthy system, or changes all of it.
     fn stands_alone(&self) -> bool {
         matches!(
             self,
@@ -143,7 +170,7 @@ impl Fault {
         let link = rng.usize(..LINKS);
         match class {
             1 => Self::Kill(part),
-            2 => Self::Crash(any(rng, &POINTS)),
+            2 => Self::Crash,
             3 => Self::Postgres(service, draw_postgres(rng)),
             4 => Self::EndConnections { link, reset: rng.bool() },
             5 => Self::LoseReply { link },
@@ -151,7 +178,7 @@ impl Fault {
             7 => Self::Slow { link, late: rng.bool().then(|| Duration::from_millis(rng.u64(200..5000))), lasts },
             8 => Self::StopPastLease(any(rng, &Part::RELAYS)),
             9 => Self::WrongClock { part, ahead: rng.bool(), lasts },
-            // One that kills its receiver comes once, by itself.
+            // `Deadly` strikes once, and takes most of a run.
             10 => Self::Poison(any(rng, &[Poison::Undecodable, Poison::UnknownType, Poison::OfNoOrder])),
             11 if rng.bool() => Self::Receiver { part: service, how: ReceiverFault::Hang(lasts) },
             11 => Self::Receiver { part: Part::Inventory, how: ReceiverFault::CrashOn { times: rng.u32(1..4) } },
@@ -167,7 +194,7 @@ impl Fault {
     }
 }
 
-/// Links that a fault can strike: of each process to its database, of each relay to its receiver, of clients to each service.
+/// Links that a fault can break: each process to its database, each relay to its receiver, clients to each service.
 const LINKS: usize = 12;
 
 fn any<T: Copy>(rng: &mut Rng, choices: &[T]) -> T {
@@ -182,40 +209,40 @@ fn draw_postgres(rng: &mut Rng) -> PostgresFault {
     }
 }
 
-/// The faults of a run: step after step, each of one or of two to four that strike together.
+/// The faults of a run, step by step. A step is one fault, or several at the same time.
 #[derive(Debug)]
 pub(super) struct Schedule {
     rng: Rng,
-    /// For what has to strike once more, which depends on what happens, as the schedule must not.
+    /// For classes that are tried again because they had no effect. What happens in the run decides on these, so they
+    /// must not take numbers from the schedule.
     again: Rng,
-    /// Whether the last step was such a one: others take turns with them.
+    /// Whether the last step was such a class. They alternate with the schedule.
     was_again: bool,
-    /// Classes that come before any does for a second time.
+    /// Classes that have not struck yet.
     first: Vec<usize>,
-    /// Crash points, likewise.
-    points: Vec<CrashPoint>,
     deadly: bool,
 }
 
 impl Schedule {
-    /// The same for the same seed. A run that is long enough also has an event that kills its receiver until it is dead.
+    /// `deadly` adds an event that crashes its receiver until it is dead.
     pub(super) fn of(seed: u64, deadly: bool) -> Self {
         let mut rng = Rng::with_seed(seed);
         let mut first: Vec<usize> = (1..TOGETHER).collect();
         rng.shuffle(&mut first);
-        Self { again: rng.fork(), rng, was_again: false, first, points: Vec::new(), deadly }
+        Self { again: rng.fork(), rng, was_again: false, first, deadly }
     }
 
-    /// What strikes next. Once every class has had its turn, those come first that are `left`, since they had no effect.
+    /// The faults of the next step. Every class strikes once first. Then the classes that are `left`, which had no
+    /// effect, alternate with random ones.
     pub(super) fn next_step(&mut self, left: &[usize]) -> Vec<Fault> {
         if let Some(class) = self.first.pop() {
-            // Few minutes are to hold all classes: what does not stand alone is joined by the next.
-            let mut step = vec![self.draw(class)];
+            // A short run has room for all classes only if they strike several at a time.
+            let mut step = vec![Fault::draw(class, &mut self.rng)];
             while let Some(next) = self.first.last().copied()
                 && step.len() < 3
                 && !step[0].stands_alone()
             {
-                let other = self.draw(next);
+                let other = Fault::draw(next, &mut self.rng);
                 if other.stands_alone() {
                     break;
                 }
@@ -226,7 +253,7 @@ impl Schedule {
         }
         self.was_again = !self.was_again && !left.is_empty();
         if self.was_again {
-            // Of those that strike together any will do.
+            // Any faults will do for the class of several at the same time.
             let classes = if left[0] == TOGETHER { vec![1, 4] } else { vec![left[0]] };
             return classes.into_iter().map(|class| Fault::draw(class, &mut self.again)).collect();
         }
@@ -237,29 +264,18 @@ impl Schedule {
         self.draw_step(together)
     }
 
-    /// So many of any class.
+    /// That many faults of any class.
     fn draw_step(&mut self, together: usize) -> Vec<Fault> {
         let mut step = Vec::new();
         while step.len() < together {
-            // Half are crashes: there are many points.
+            // Half of them are crashes, since there are many points.
             let class = if self.rng.bool() { 2 } else { self.rng.usize(1..TOGETHER) };
-            let fault = self.draw(class);
+            let fault = Fault::draw(class, &mut self.rng);
             if together == 1 || !fault.stands_alone() {
                 step.push(fault);
             }
         }
         step
-    }
-
-    fn draw(&mut self, class: usize) -> Fault {
-        if class != 2 {
-            return Fault::draw(class, &mut self.rng);
-        }
-        if self.points.is_empty() {
-            self.points = POINTS.into();
-            self.rng.shuffle(&mut self.points);
-        }
-        self.points.pop().map_or_else(|| Fault::draw(1, &mut self.rng), Fault::Crash)
     }
 }
 
@@ -267,7 +283,7 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Kill(part) => write!(f, "kill {}", part.name()),
-            Self::Crash(point) => write!(f, "crash {}", point.name),
+            Self::Crash => write!(f, "crash at a point"),
             Self::StopPastLease(relay) => write!(f, "stop {} past its lease", relay.name()),
             other => write!(f, "{other:?}"),
         }
@@ -286,33 +302,27 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_repeats_its_schedule_and_another_has_another() {
+    fn the_seed_alone_decides_on_the_schedule() {
         let shown = |seed| format!("{:?}", steps(seed, 50));
         assert_eq!(shown(7), shown(7));
         assert_ne!(shown(7), shown(8));
-        let (mut calm, mut again) = (Schedule::of(7, true), Schedule::of(7, true));
+        let (mut plain, mut again) = (Schedule::of(7, true), Schedule::of(7, true));
         for _ in 0..100 {
             let left = if again.was_again { &[][..] } else { &[12, TOGETHER] };
             let mut next = again.next_step(left);
             if again.was_again {
                 next = again.next_step(&[]);
             }
-            assert_eq!(format!("{next:?}"), format!("{:?}", calm.next_step(&[])));
+            assert_eq!(format!("{next:?}"), format!("{:?}", plain.next_step(&[])));
         }
     }
 
     #[test]
-    fn every_class_strikes_before_any_strikes_at_random_and_every_point_before_any_does_twice() {
+    fn every_class_strikes_once_before_any_strikes_again() {
         for seed in 0..100 {
             let early: Vec<usize> = steps(seed, 19).into_iter().flatten().map(|fault| fault.class()).collect();
             let classes: HashSet<usize> = early[..19].iter().copied().collect();
             assert_eq!(classes.len(), TOGETHER - 1, "seed {seed}");
-            let crashes = steps(seed, 200).into_iter().flatten().filter_map(|fault| match fault {
-                Fault::Crash(point) => Some(point.name),
-                _ => None,
-            });
-            let crashes: Vec<_> = crashes.take(super::POINTS.len()).collect();
-            assert_eq!(crashes.iter().collect::<HashSet<_>>().len(), super::POINTS.len(), "seed {seed}");
         }
     }
 }

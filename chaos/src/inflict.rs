@@ -1,4 +1,4 @@
-//! Carries the faults out. Each returns whether it was seen to have had an effect ("bit").
+//! Inflicts the faults. Each returns whether it was seen to have an effect.
 
 use std::{
     fs,
@@ -16,52 +16,57 @@ use tokio::{
 };
 
 use super::{
-    crash::{crash_at, is_answer},
+    callers,
     faults::{Fault, PostgresFault, ReceiverFault},
-    provoke,
-    proxy::{End, Hold, Link, Trap, Weather},
+    garbage::send_garbage,
+    points::is_answer,
+    poison::{crash_on_event, poison},
+    proxy::{Condition, End, Link},
+    redeliver::deliver_again,
     site::{LEASE, POOL, Part, SESSIONS_MAX},
+    trap::{Hold, Trap},
     wire::Mark,
     world::World,
 };
 
-/// How long something may take to pass that a fault waits for.
+/// How long a fault waits for a message to pass.
 const PASS_LIMIT: Duration = Duration::from_secs(6);
-/// How long another relay may take to find an expired lease: its poll, and a little more. With the time before and after, in
-/// which the receiver stands still as well, it is less than a delivery may take.
+/// How long another relay may take to find an expired lease: a poll, and a little more. The receiver stands still
+/// before, during and after that time, in all for less than a delivery may take.
 const TAKE_OVER: Duration = Duration::from_millis(1600);
 const HUNG_BEFORE: Duration = Duration::from_millis(400);
 const HUNG_AFTER: Duration = Duration::from_millis(700);
 const RESTART_LIMIT: Duration = Duration::from_secs(30);
-const SHOWN_LIMIT: Duration = Duration::from_secs(6);
+/// How long a relay may take to log that it has lost a lease.
+const LOGGED_LIMIT: Duration = Duration::from_secs(6);
 
-/// Does it, undoes what can be undone, and says whether it bit.
+/// Inflicts the fault, and undoes it as far as possible. Returns whether it had an effect.
 pub(super) async fn inflict(world: &Arc<World>, fault: &Fault) -> Result<bool> {
     match fault {
         Fault::Kill(part) => Ok(world.site.unit(*part).signal(Signal::KILL)),
-        Fault::Crash(point) => Ok(crash_at(&world.site, *point).await),
+        Fault::Crash => Ok(world.crashes.crash().await),
         Fault::Postgres(part, how) => break_postgres(world, *part, *how).await,
         Fault::EndConnections { link, reset } => {
-            Ok(nth(world, *link)?.end(if *reset { End::Reset } else { End::Cut }) > 0)
+            Ok(nth(world, *link)?.end(if *reset { End::Reset } else { End::Close }) > 0)
         }
         Fault::LoseReply { link } => Ok(lose_reply(nth(world, *link)?).await),
-        Fault::HalfOpen { link, lasts } => spoil(world, *link, Weather::Swallow, *lasts).await,
+        Fault::HalfOpen { link, lasts } => impair(world, *link, Condition::Blackhole, *lasts).await,
         Fault::Slow { link, late, lasts } => {
-            spoil(world, *link, late.map_or(Weather::Slice, Weather::Delay), *lasts).await
+            impair(world, *link, late.map_or(Condition::Slice, Condition::Delay), *lasts).await
         }
         Fault::StopPastLease(relay) => stop_past_lease(world, *relay).await,
         Fault::WrongClock { part, ahead, lasts } => set_clock_wrong(world, *part, *ahead, *lasts).await,
-        Fault::Poison(poison) => provoke::poison(world, *poison).await,
+        Fault::Poison(kind) => poison(world, *kind).await,
         Fault::Receiver { part, how: ReceiverFault::Hang(lasts) } => hang(world, *part, *lasts).await,
-        Fault::Receiver { how: ReceiverFault::CrashOn { times }, .. } => provoke::crash_on_event(world, *times).await,
+        Fault::Receiver { how: ReceiverFault::CrashOn { times }, .. } => crash_on_event(world, *times).await,
         Fault::FillDisk { lasts } => fill_disk(world, *lasts).await,
-        Fault::Exhaust { part, pool: true, lasts } => use_pool_up(world, *part, *lasts).await,
-        Fault::Exhaust { part, pool: false, lasts } => use_sessions_up(world, *part, *lasts).await,
-        Fault::HangUps => Ok(provoke::hang_up(world).await),
-        Fault::DeliverAgain => provoke::deliver_again(world).await,
-        Fault::SameRequest => provoke::same_request(world).await,
-        Fault::Garbage { part, seed } => provoke::send_garbage(world, *part, *seed).await,
-        Fault::Overload => Ok(provoke::overload(world).await),
+        Fault::Exhaust { part, pool: true, lasts } => exhaust_pool(world, *part, *lasts).await,
+        Fault::Exhaust { part, pool: false, lasts } => exhaust_sessions(world, *part, *lasts).await,
+        Fault::HangUps => Ok(callers::hang_up(world).await),
+        Fault::DeliverAgain => deliver_again(world).await,
+        Fault::SameRequest => callers::same_request(world).await,
+        Fault::Garbage { part, seed } => send_garbage(world, *part, *seed).await,
+        Fault::Overload => Ok(callers::overload(world).await),
         Fault::RollingRestart => restart_each(world).await,
     }
 }
@@ -70,11 +75,11 @@ fn nth(world: &World, link: usize) -> Result<&Arc<Link>> {
     world.site.links().nth(link).context("no such link")
 }
 
-/// What has changed something when it was executed.
+/// Statements that have changed a database for good once they are executed.
 const WORK: [&str; 5] =
     ["COMMIT", "orders: create orders", "relay: lease", "relay: delete handled", "relay: reschedule"];
 
-/// The next reply that tells of work that was done never arrives.
+/// Drops the next reply to work that is committed, and resets its connection.
 async fn lose_reply(link: &Arc<Link>) -> bool {
     let (sprung, springs) = oneshot::channel();
     let _guard = link.set_trap(Trap {
@@ -83,29 +88,29 @@ async fn lose_reply(link: &Arc<Link>) -> bool {
             reply => is_answer(reply),
         }),
         hold: Hold::Lose,
-        deed: Box::new(|| {}),
+        action: Box::new(|| {}),
         times: 1,
         sprung: Some(sprung),
     });
     timeout(PASS_LIMIT, springs).await.is_ok()
 }
 
-async fn spoil(world: &World, link: usize, weather: Weather, lasts: Duration) -> Result<bool> {
-    // The first links are those of the parts to their databases.
+async fn impair(world: &World, link: usize, condition: Condition, lasts: Duration) -> Result<bool> {
+    // The first links are those of the processes to their databases.
     if let Some(part) = Part::ALL.get(link) {
         world.disturb(*part, lasts);
     }
     let link = nth(world, link)?;
-    let before = link.spoilt.load(Ordering::Relaxed);
-    link.set(weather);
+    let before = link.impaired.load(Ordering::Relaxed);
+    link.set_condition(condition);
     sleep(lasts).await;
-    link.set(Weather::Clear);
-    Ok(link.spoilt.load(Ordering::Relaxed) > before)
+    link.set_condition(Condition::Normal);
+    Ok(link.impaired.load(Ordering::Relaxed) > before)
 }
 
-/// Stops the relay at the moment the reply to a delivery arrives, so that it holds a lease, and knows, when it is resumed,
-/// what it would do with its events. By then another relay has them, and is still at it, since the receiver does not answer:
-/// the settlement has to change nothing, and say so.
+/// Stops the relay when the reply to a delivery arrives. It holds a lease then, and knows how to settle its events once
+/// it is resumed. By that time another relay has leased them, and is still delivering, since the receiver does not
+/// answer. So the settlement must change nothing, and the relay must log that it has lost the lease.
 async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
     let unit = world.site.unit(relay);
     for part in [relay, relay.receiver()] {
@@ -117,7 +122,7 @@ async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
     let guard = world.site.to_receiver(relay).set_trap(Trap {
         at: Box::new(is_answer),
         hold: Hold::PassAfter,
-        deed: Box::new(move || _ = stopped.signal(Signal::STOP)),
+        action: Box::new(move || _ = stopped.signal(Signal::STOP)),
         times: 1,
         sprung: Some(sprung),
     });
@@ -135,7 +140,7 @@ async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
         unit.signal(Signal::CONT);
     }
     let resumed = Instant::now();
-    while stopped && resumed.elapsed() < SHOWN_LIMIT {
+    while stopped && resumed.elapsed() < LOGGED_LIMIT {
         if count_lost(world, relay)? > lost_before {
             return Ok(true);
         }
@@ -144,7 +149,7 @@ async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
     Ok(false)
 }
 
-/// How often the relay has found that another had its events.
+/// How often the relay has logged that another relay had leased its events.
 fn count_lost(world: &World, relay: Part) -> Result<usize> {
     count_in(&world.site.unit(relay).plan().log, "lease lost: another relay has these events")
 }
@@ -162,15 +167,15 @@ async fn hang(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     Ok(hung)
 }
 
-/// The library that lends a process another time of day, if it is installed.
+/// The path of libfaketime, which gives a process another time of day, if it is installed.
 pub(super) fn find_clock() -> Option<PathBuf> {
     let below = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
     let beside = PathBuf::from("/usr/lib");
     below.chain([beside]).map(|place| place.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
 }
 
-/// Runs the process for a while with another time of day. Leases, back-off and retention go by the database's clock, and
-/// limits by a monotonic one.
+/// Runs the process for a while with another time of day. That must harm nothing: leases, back-off and retention follow
+/// the clock of the database, and timeouts a monotonic clock.
 async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration) -> Result<bool> {
     let Some(library) = &world.clock else { return Ok(false) };
     let unit = world.site.unit(part);
@@ -190,7 +195,7 @@ async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration
     was_wrong
 }
 
-/// Whether the process writes down another time of day than its database has.
+/// Whether the time of day in the log of the process differs from that of its database.
 async fn is_wrong(world: &World, part: Part, ahead: bool) -> Result<bool> {
     let unit = world.site.unit(part);
     let log = fs::read_to_string(&unit.plan().log)?;
@@ -198,7 +203,7 @@ async fn is_wrong(world: &World, part: Part, ahead: bool) -> Result<bool> {
         let entry: serde_json::Value = serde_json::from_str(line).ok()?;
         entry["timestamp"].as_str().map(str::to_owned)
     });
-    // Times of day as text, of the same form, are in the order of time.
+    // Timestamps of one format sort as text.
     let half_way: String = sqlx::query_scalar(
         "-- chaos: read clock
         SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(mins => $1), 'YYYY-MM-DD\"T\"HH24:MI:SS')",
@@ -235,7 +240,7 @@ async fn break_postgres(world: &World, part: Part, how: PostgresFault) -> Result
             .await?;
             let Some(pid) = pid.and_then(Pid::from_raw) else { return Ok(false) };
             kill_process(pid, Signal::KILL)?;
-            // The server ends all sessions, and recovers by itself.
+            // The server then ends all sessions, and recovers.
             world.site.cluster(part).lock().await.recover().await?;
             Ok(true)
         }
@@ -256,7 +261,7 @@ async fn terminate_sessions(connection: &mut PgConnection) -> Result<i64> {
 async fn fill_disk(world: &World, lasts: Duration) -> Result<bool> {
     let Some(disk) = &world.site.disk else { return Ok(false) };
     let count_full = |log: &Path| count_in(log, "No space left");
-    // Its log is on the same disk, and so cannot tell of what it has no room for.
+    // The log is on the same disk. It may say so only once there is room again.
     let log = world.site.cluster(Part::Inventory).lock().await.log();
     let before = count_full(&log)?;
     let ballast = disk.fill().await?;
@@ -267,8 +272,8 @@ async fn fill_disk(world: &World, lasts: Duration) -> Result<bool> {
     Ok(count_full(&log)? > before)
 }
 
-/// Locks a table, so that whoever comes keeps a connection of its pool for as long.
-async fn use_pool_up(world: &World, part: Part, lasts: Duration) -> Result<bool> {
+/// Locks a table. Each statement that needs it waits, and keeps a connection of the pool.
+async fn exhaust_pool(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     let mut connection = world.site.connect(part).await?;
     let mut tx = connection.begin().await?;
     let statement = if part == Part::Orders {
@@ -289,8 +294,9 @@ async fn use_pool_up(world: &World, part: Part, lasts: Duration) -> Result<bool>
     Ok(waiting >= i64::from(POOL))
 }
 
-/// Takes all sessions that the server has for anybody but superusers, ends those of the services, and gives them no other.
-async fn use_sessions_up(world: &World, part: Part, lasts: Duration) -> Result<bool> {
+/// Takes all sessions that the server has for others than superusers. Those of the services and relays are terminated
+/// and taken as well.
+async fn exhaust_sessions(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     let (url, mut taken) = (world.site.owner_url(part), Vec::new());
     let mut superuser = world.site.connect(part).await?;
     let refused = loop {
@@ -308,4 +314,18 @@ async fn use_sessions_up(world: &World, part: Part, lasts: Duration) -> Result<b
     }
     sleep(lasts).await;
     Ok(refused && ended > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::WORK;
+    use crate::points::STATEMENTS;
+
+    /// If a statement gets another name, its replies would silently not be lost any more.
+    #[test]
+    fn the_statements_whose_replies_are_lost_exist() {
+        for name in WORK {
+            assert!(name == "COMMIT" || STATEMENTS.iter().any(|(_, named)| *named == name), "no statement \"{name}\"");
+        }
+    }
 }

@@ -1,14 +1,16 @@
-//! `harness chaos`: the system under fire, and a checker that holds what clients were told against what is left.
+//! `harness chaos`: injects faults into the whole system under load, then compares what clients were told with the
+//! databases.
 //!
-//! The processes are the release binaries as they are; every fault comes from outside. A part of the run each:
+//! The processes are the release binaries, unchanged: every fault comes from outside. The modules:
 //!
-//! - `site`: two durable PostgreSQL clusters, both services, two relays each way, and a proxy (`proxy`, `wire`) between every
-//!   two that talk to each other; `unit` starts a process again that ended, `disk` can be filled.
-//! - `clients`: place, repeat, hang up, cancel, watch; `history` keeps what they asked for and were told.
-//! - `faults`: what strikes, drawn from a seed; `inflict`, `crash` and `provoke` do it.
-//! - `observe`: what must hold at any moment; `check`: what must hold in the end.
+//! - `site`: two durable PostgreSQL clusters, both services and two relays each way. A proxy (`proxy`, `wire`) stands
+//!   between every two processes that talk. `unit` restarts a process that has ended; `disk` can be filled.
+//! - `clients`: they place, repeat, hang up, cancel and watch. `history` keeps what they asked for and were told.
+//! - `faults`: the schedule, drawn from a seed. `inflict` carries it out, with `crash`, `points`, `trap`, `callers`,
+//!   `poison`, `redeliver` and `garbage`.
+//! - `observe`: what must hold at every moment. `check`: what must hold at the end.
 //!
-//! A timeout is never taken for a failure: what was not answered may have happened, and both are right.
+//! A timeout is not a failure: a call without an answer may have been executed or not, and the checker accepts both.
 
 use std::{
     fs,
@@ -29,7 +31,7 @@ use faults::{Fault, Schedule, TOGETHER};
 use history::History;
 use inflict::{find_clock, inflict};
 use observe::{Observed, observe};
-use proxy::Weather;
+use proxy::Condition;
 use report::Report;
 use site::{Part, Site};
 use world::World;
@@ -37,56 +39,64 @@ use world::World;
 use harness::interrupt::unless_interrupted;
 use testkit::postgres::try_to_install;
 
+mod callers;
 mod check;
 mod clients;
 mod crash;
 mod disk;
 mod faults;
+mod garbage;
 mod history;
 mod inflict;
 mod observe;
-mod provoke;
+mod points;
+mod poison;
 mod proxy;
+mod redeliver;
 mod report;
 mod site;
+mod trap;
 mod unit;
 mod wire;
 mod world;
 
 const DIRECTORY: &str = "target/chaos";
-/// Between two steps at most.
-const BREATH_MAX: Duration = Duration::from_millis(900);
-/// For classes that have had no effect by the end.
+/// The longest pause between two steps.
+const PAUSE_MAX: Duration = Duration::from_millis(900);
+/// How much longer a run lasts at most, for classes that have had no effect by the end.
 const OVERTIME_MAX: Duration = Duration::from_secs(60);
-/// No fault takes longer than this; one that does is given up, and does not count.
+/// A fault that takes longer is given up, and does not count.
 const FAULT_LIMIT: Duration = Duration::from_secs(120);
 const HEALTHY_LIMIT: Duration = Duration::from_secs(60);
-/// How long clients may take to end what they are about.
+/// How long clients may take to finish their last orders.
 const CLIENTS_LIMIT: Duration = Duration::from_secs(90);
-/// From here on a run has time for an event that kills its receiver until it is found out.
+/// A run of this length has time for an event that crashes its receiver until it is a dead letter.
 const DEADLY_FROM_MINUTES: f64 = 3.0;
-/// Between two lines of progress at least.
+/// The shortest time between two lines of progress.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Break the system in every way known, under load, and check that nothing was lost and nothing applied twice
+/// Break the system in every known way under load, and check that nothing was lost or applied twice
 ///
-/// Starts two private durable PostgreSQL clusters, both services and two relays each way, from the binaries beside this one,
-/// with a proxy between every two, whatever POSTGRES_URL says. Clients place, repeat, cancel and watch orders while faults
-/// strike, drawn from the seed: processes killed at random and at named points, PostgreSQL crashed, connections cut, replies
-/// lost, links half-open or slow, relays stopped past their lease, clocks an hour off, poison, a full disk, and more. In the
-/// end everything is healed, and the checker reads both databases. The last line of what it prints is to be quoted.
+/// Starts two private PostgreSQL clusters with durable commits, both services, and two relays each way. The programs
+/// are those beside this one; POSTGRES_URL is not used. A proxy stands between every two processes that talk. Clients
+/// place, repeat, cancel and watch orders while faults strike, drawn from the seed: processes are killed at random and
+/// before or after a statement; PostgreSQL crashes; connections break; replies get lost; links are half-open or slow;
+/// relays are stopped past their lease; clocks are an hour off; events are poison; the disk is full; and more. At the
+/// end all faults are undone, and the checker compares both databases with what the clients were told. Quote the last
+/// line of the output.
 ///
-/// Exits with 1 on any finding, and when the run was vacuous: under 70 % of the orders acknowledged, a class of faults without
-/// effect, no duplicate suppressed, nothing recovered. Logs, history and databases' logs of such a run are kept in
-/// target/chaos/failed-SEED. Ctrl-C ends it.
+/// Exits with 1 if the checker finds anything, or if the run shows nothing: fewer than 70 % of the orders were
+/// acknowledged, a class of faults had no effect, no duplicate was suppressed, or no repeated call was answered. Such a
+/// run keeps its logs, its history and the logs of the databases in target/chaos/failed-SEED. Ctrl-C stops a run.
 #[derive(Clone, Debug, Parser)]
-#[command(version, after_help = "Exit codes: 0 it worked, 1 it failed, 2 it was asked for wrongly.")]
+#[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong arguments.")]
 struct Arguments {
-    /// How long faults strike: one and a half are enough for all classes to have their turn. A class that has had no effect by
-    /// the end is given another minute
+    /// How long faults strike. 1.5 minutes are enough for every class of faults. A class that has had no effect by the
+    /// end gets up to another minute
     #[arg(long, default_value_t = 4.0, value_parser = minutes)]
     minutes: f64,
-    /// Draws the schedule of faults; the same seed draws the same one. Drawn itself if not given
+    /// Seed of the faults: the same seed draws the same faults in the same order. At which point a process crashes also
+    /// depends on what it executes. Random by default
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -101,15 +111,15 @@ fn minutes(text: &str) -> Result<f64, String> {
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = chassis::parse::<Arguments>();
-    let raging = async { Ok(if rage(&arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }) };
-    unless_interrupted(Box::pin(raging)).await.unwrap_or_else(|error| {
+    let running = async { Ok(if run(&arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE }) };
+    unless_interrupted(Box::pin(running)).await.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
 }
 
 /// Returns whether the run was clean.
-async fn rage(arguments: &Arguments) -> Result<bool> {
+async fn run(arguments: &Arguments) -> Result<bool> {
     let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(1..1_000_000));
     println!(
         "chaos: seed {seed}, {} minutes; starting two PostgreSQL clusters, two services and four relays",
@@ -117,23 +127,23 @@ async fn rage(arguments: &Arguments) -> Result<bool> {
     );
     let directory = std::path::absolute(Path::new(DIRECTORY))?.join("run");
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    let world = start(&directory, arguments.minutes).await?;
+    let world = start(&directory, arguments.minutes, seed).await?;
     let observed = Arc::new(Mutex::new(Observed::default()));
     let (stop_clients, stop_observing) = (CancellationToken::new(), CancellationToken::new());
     let mut clients = clients::start(&world.target, &world.history, &stop_clients);
     let observing = tokio::spawn(observe(world.clone(), observed.clone(), stop_observing.clone()));
 
-    let struck = strike(&world, seed, arguments.minutes).await;
+    let lasted = inject(&world, seed, arguments.minutes).await;
     let mut verdict = Verdict::default();
     if let Err(error) = heal(&world).await {
-        verdict.others.push(format!("not healed: {error:#}"));
+        verdict.others.push(format!("the system did not recover: {error:#}"));
     }
     stop_clients.cancel();
     if timeout(CLIENTS_LIMIT, async { while clients.join_next().await.is_some() {} }).await.is_err() {
-        verdict.others.push(format!("clients were not answered within {CLIENTS_LIMIT:?} after all was healed"));
+        verdict.others.push(format!("clients had no answers {CLIENTS_LIMIT:?} after healing"));
     }
     if let Err(error) = check(&world, &mut verdict).await {
-        verdict.others.push(format!("not checked to the end: {error:#}"));
+        verdict.others.push(format!("the check did not finish: {error:#}"));
     }
     stop_observing.cancel();
     let _ = observing.await;
@@ -142,26 +152,27 @@ async fn rage(arguments: &Arguments) -> Result<bool> {
         verdict.others.push(format!("{error:#}"));
     }
     check_processes(&world, &mut verdict)?;
-    let report = Report::of(&world, &observed, &verdict, seed, struck);
+    let report = Report::of(&world, &observed, &verdict, seed, lasted);
     report.print();
     conclude(world, &directory, seed, report.is_clean()).await?;
     Ok(report.is_clean())
 }
 
-async fn start(directory: &Path, minutes: f64) -> Result<Arc<World>> {
+async fn start(directory: &Path, minutes: f64, seed: u64) -> Result<Arc<World>> {
     if find_clock().is_none() {
         try_to_install("libfaketime").await;
     }
     let site = Site::start(directory, minutes).await?;
     let history = History::write_to(&directory.join("history.jsonl"))?;
-    Ok(Arc::new(World::of(site, history, find_clock())?))
+    Ok(Arc::new(World::of(site, history, find_clock(), seed)?))
 }
 
-/// Lets fault after fault strike until the time is over, or a little longer if a class has had no effect by then. Returns for
-/// how long.
-async fn strike(world: &Arc<World>, seed: u64, minutes: f64) -> Duration {
+/// Injects the faults of the schedule until the time is over, or a little longer if a class has had no effect by then.
+/// Returns how long that took.
+async fn inject(world: &Arc<World>, seed: u64, minutes: f64) -> Duration {
     let mut schedule = Schedule::of(seed, minutes >= DEADLY_FROM_MINUTES);
-    let (began, mut said) = (Instant::now(), Instant::now());
+    let _watching = world.crashes.watch(&world.site, &world.history);
+    let (began, mut printed) = (Instant::now(), Instant::now());
     loop {
         let left = world.tally().left();
         let over = began.elapsed().saturating_sub(Duration::from_secs_f64(minutes * 60.0));
@@ -169,12 +180,12 @@ async fn strike(world: &Arc<World>, seed: u64, minutes: f64) -> Duration {
             return began.elapsed();
         }
         let step = schedule.next_step(&left);
-        if said.elapsed() > LINE_EVERY {
-            said = Instant::now();
+        if printed.elapsed() > LINE_EVERY {
+            printed = Instant::now();
             println!("chaos: {:>5.1} min  {}", began.elapsed().as_secs_f64() / 60.0, progress(world));
         }
-        strike_together(world, step).await;
-        tokio::time::sleep(BREATH_MAX.mul_f64(fastrand::f64())).await;
+        inject_together(world, step).await;
+        tokio::time::sleep(PAUSE_MAX.mul_f64(fastrand::f64())).await;
     }
 }
 
@@ -184,45 +195,46 @@ fn progress(world: &World) -> String {
     format!("{acknowledged} orders acknowledged, {faults} faults")
 }
 
-async fn strike_together(world: &Arc<World>, step: Vec<Fault>) {
+async fn inject_together(world: &Arc<World>, step: Vec<Fault>) {
     let together = step.len();
-    let mut striking = JoinSet::new();
+    let mut injecting = JoinSet::new();
     for fault in step {
-        let world = world.clone();
-        striking.spawn(async move {
-            let link = fault.link().and_then(|link| world.site.links().nth(link));
-            let name = format!("{fault} {}", link.map_or("", |link| &link.name));
-            world.history.fault(&name, "begin");
-            let outcome = timeout(FAULT_LIMIT, inflict(&world, &fault)).await;
-            let bit = match outcome {
-                Ok(Ok(bit)) => bit,
-                Ok(Err(error)) => {
-                    world.history.fault(&format!("{name}: {error:#}"), "failed");
-                    false
-                }
-                Err(_) => {
-                    println!("chaos: given up after {FAULT_LIMIT:?}: {name}");
-                    false
-                }
-            };
-            world.history.fault(&name, if bit { "bit" } else { "end" });
-            world.struck(&fault, bit);
-            bit
-        });
+        injecting.spawn(inject_one(world.clone(), fault));
     }
-    let bit = striking.join_all().await.into_iter().filter(|bit| *bit).count();
+    let effective = injecting.join_all().await.into_iter().filter(|effective| *effective).count();
     if together > 1 {
         let mut tally = world.tally();
-        *tally.struck.entry(TOGETHER).or_default() += 1;
-        *tally.bit.entry(TOGETHER).or_default() += u32::from(bit > 1);
+        *tally.injected.entry(TOGETHER).or_default() += 1;
+        *tally.effective.entry(TOGETHER).or_default() += u32::from(effective > 1);
     }
 }
 
-/// Undoes whatever may be left of any fault, and waits until everything is up.
+async fn inject_one(world: Arc<World>, fault: Fault) -> bool {
+    let link = fault.link().and_then(|link| world.site.links().nth(link));
+    let name = format!("{fault} {}", link.map_or("", |link| &link.name));
+    world.history.fault(&name, "begin");
+    let outcome = timeout(FAULT_LIMIT, inflict(&world, &fault)).await;
+    let effective = match outcome {
+        Ok(Ok(effective)) => effective,
+        Ok(Err(error)) => {
+            world.history.fault(&format!("{name}: {error:#}"), "failed");
+            false
+        }
+        Err(_) => {
+            println!("chaos: gave up after {FAULT_LIMIT:?}: {name}");
+            false
+        }
+    };
+    world.history.fault(&name, if effective { "effective" } else { "no effect" });
+    world.injected(&fault, effective);
+    effective
+}
+
+/// Undoes what is left of the faults, and waits until all processes are healthy.
 async fn heal(world: &World) -> Result<()> {
-    println!("chaos: healing");
+    println!("chaos: undoing all faults, then checking");
     for link in world.site.links() {
-        link.set(Weather::Clear);
+        link.set_condition(Condition::Normal);
     }
     for part in [Part::Orders, Part::Inventory] {
         world.site.cluster(part).lock().await.recover().await?;
@@ -237,7 +249,7 @@ async fn heal(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Ends the clusters; keeps what a failed run leaves behind.
+/// Stops the clusters, and keeps the logs of a failed run.
 async fn conclude(world: Arc<World>, directory: &Path, seed: u64, clean: bool) -> Result<()> {
     world.history.flush()?;
     if !clean {
@@ -256,9 +268,9 @@ async fn conclude(world: Arc<World>, directory: &Path, seed: u64, clean: bool) -
         for (from, to) in files {
             fs::copy(&from, &to).with_context(|| from.display().to_string())?;
         }
-        println!("chaos: logs and history are kept in {}; repeat the schedule with --seed {seed}", kept.display());
+        println!("chaos: logs and history are in {}; repeat the faults with --seed {seed}", kept.display());
     }
-    // Nobody else holds it any more.
+    // All tasks that shared it have ended.
     if let Some(world) = Arc::into_inner(world) {
         world.site.stop().await?;
     }

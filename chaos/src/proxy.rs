@@ -1,8 +1,8 @@
-//! TCP proxies between the processes, which break what passes through them: cut, reset, swallowed, late, in slices, or
-//! held at a point while something is done to a process.
+//! TCP proxies between the processes. They break the connections that pass through them: closed, reset, dropped
+//! silently, late, or byte by byte. A trap (see `trap`) can stop the bytes at a point while something is done to a
+//! process.
 
 use std::{
-    collections::BTreeMap,
     future::pending,
     io,
     net::{Ipv4Addr, SocketAddr},
@@ -23,76 +23,54 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     select,
-    sync::{oneshot, watch},
+    sync::watch,
     task::JoinSet,
     time::{sleep, timeout},
 };
 
-use super::wire::{Mark, Protocol, Reader};
+use super::{
+    trap::{Hold, Trap, TrapGuard, Traps},
+    wire::{Mark, Protocol, Reader},
+};
 use testkit::processes::free_port;
 
-/// How long a connection that was once swallowed stays open: each holds a session of the database's.
-const SWALLOWED_FOR: Duration = Duration::from_secs(20);
+/// How long a connection lasts once its bytes are dropped: each holds a session of the database.
+const BLACKHOLED_FOR: Duration = Duration::from_secs(20);
 
-/// What becomes of everything that passes.
+/// What a link does to all bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Weather {
-    Clear,
-    /// Nothing arrives and nobody is told; connections that were open meanwhile never recover.
-    Swallow,
-    /// Each piece arrives late, by any time up to this.
+pub(super) enum Condition {
+    Normal,
+    /// Bytes are dropped and neither side is told. Connections that are open meanwhile never recover.
+    Blackhole,
+    /// Each piece arrives late, by a random time up to this.
     Delay(Duration),
-    /// One byte at a time.
+    /// Bytes arrive one at a time.
     Slice,
 }
 
-/// How connections end.
+/// How a fault ends connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
-    Cut,
+    Close,
     Reset,
-}
-
-/// What is done to the piece in which something was found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hold {
-    /// It never arrives.
-    Keep,
-    /// It never arrives, and the connection is reset.
-    Lose,
-    /// It arrives before the deed.
-    PassBefore,
-    /// It arrives after the deed.
-    PassAfter,
-}
-
-/// Waits for something to pass, and then does something.
-pub(super) struct Trap {
-    pub(super) at: Box<dyn Fn(&Mark) -> bool + Send>,
-    pub(super) hold: Hold,
-    pub(super) deed: Box<dyn FnMut() + Send>,
-    /// How many times more.
-    pub(super) times: u32,
-    /// Told when it has been sprung that often.
-    pub(super) sprung: Option<oneshot::Sender<()>>,
 }
 
 /// A proxy in front of one server, for one client.
 pub(super) struct Link {
     pub(super) name: String,
     protocol: Protocol,
-    /// Whether what passes are deliveries of a relay.
+    /// Whether the client is a relay that delivers events.
     delivers: bool,
-    /// Where it listens.
+    /// The address it listens on.
     pub(super) address: SocketAddr,
     server: SocketAddr,
-    weather: watch::Sender<Weather>,
+    condition: watch::Sender<Condition>,
     ended: watch::Sender<End>,
-    traps: Mutex<BTreeMap<u64, Trap>>,
-    next_trap: AtomicU64,
+    traps: Arc<Traps>,
     open: AtomicU64,
-    /// Pieces that the weather kept from arriving as they were.
-    pub(super) spoilt: AtomicU64,
+    /// Pieces that a condition has dropped, delayed or sliced.
+    pub(super) impaired: AtomicU64,
     /// Events that a receiver answered as duplicates.
     pub(super) duplicates: AtomicU64,
 }
@@ -104,7 +82,7 @@ enum Direction {
 }
 
 impl Link {
-    /// Listens, and carries until the value it returns beside is dropped.
+    /// Listens, and forwards connections until the returned set is dropped.
     pub(super) async fn open(
         name: String,
         protocol: Protocol,
@@ -118,12 +96,11 @@ impl Link {
             delivers,
             address: listener.local_addr()?,
             server,
-            weather: watch::Sender::new(Weather::Clear),
-            ended: watch::Sender::new(End::Cut),
-            traps: Mutex::default(),
-            next_trap: AtomicU64::new(0),
+            condition: watch::Sender::new(Condition::Normal),
+            ended: watch::Sender::new(End::Close),
+            traps: Arc::default(),
             open: AtomicU64::new(0),
-            spoilt: AtomicU64::new(0),
+            impaired: AtomicU64::new(0),
             duplicates: AtomicU64::new(0),
         });
         let mut serving = JoinSet::new();
@@ -132,19 +109,19 @@ impl Link {
     }
 
     async fn accept(self: Arc<Self>, listener: TcpListener) {
-        let mut carried = JoinSet::new();
+        let mut forwarding = JoinSet::new();
         loop {
             select! {
                 accepted = listener.accept() => if let Ok((client, _)) = accepted {
-                    carried.spawn(self.clone().carry(client));
+                    forwarding.spawn(self.clone().forward(client));
                 },
-                Some(_) = carried.join_next() => {}
+                Some(_) = forwarding.join_next() => {}
             }
         }
     }
 
-    pub(super) fn set(&self, weather: Weather) {
-        self.weather.send_replace(weather);
+    pub(super) fn set_condition(&self, condition: Condition) {
+        self.condition.send_replace(condition);
     }
 
     /// Ends all connections, and returns how many there were.
@@ -153,14 +130,12 @@ impl Link {
         self.open.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_trap(self: &Arc<Self>, trap: Trap) -> TrapGuard {
-        let number = self.next_trap.fetch_add(1, Ordering::Relaxed);
-        self.traps.lock().unwrap_or_else(PoisonError::into_inner).insert(number, trap);
-        TrapGuard { link: self.clone(), number }
+    pub(super) fn set_trap(&self, trap: Trap) -> TrapGuard {
+        self.traps.set(trap)
     }
 
-    /// Carries one connection to its end.
-    async fn carry(self: Arc<Self>, client: TcpStream) {
+    /// Forwards one connection to its end.
+    async fn forward(self: Arc<Self>, client: TcpStream) {
         let Ok(server) = TcpStream::connect(self.server).await else {
             let _ = client.set_zero_linger();
             return;
@@ -180,50 +155,49 @@ impl Link {
         if how == End::Reset {
             for Pump { from, to } in [up, down] {
                 let _ = from.as_ref().set_zero_linger();
-                // Dropped, it would first end the connection in order.
+                // Its drop would shut the connection down in order first.
                 to.forget();
             }
         }
     }
 
-    /// Carries one direction of a connection, until either side or a fault ends it.
+    /// Forwards one direction of a connection, until either side or a fault ends it.
     async fn pump(&self, pump: &mut Pump, direction: Direction, reader: &Mutex<Reader>) -> End {
-        let mut weather = self.weather.subscribe();
+        let mut condition = self.condition.subscribe();
         let mut buffer = vec![0; 64 * 1024];
         loop {
             let read = select! {
                 read = pump.from.read(&mut buffer) => read,
-                () = swallowing(&mut weather) => return self.swallow(pump).await,
+                () = becomes_blackhole(&mut condition) => return self.blackhole(pump).await,
             };
-            let Ok(length @ 1..) = read else { return End::Cut };
+            let Ok(length @ 1..) = read else { return End::Close };
             let piece = &buffer[..length];
             let marks = {
                 let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
                 if direction == Direction::Up { reader.up(piece) } else { reader.down(piece) }
             };
-            self.count(&marks);
-            let hold = self.spring(&marks, false);
-            match hold {
+            self.count_duplicates(&marks);
+            match self.traps.spring(&marks, false) {
                 Some(Hold::Keep) => {
-                    // Whoever was killed is gone in a moment, and the connection with it.
-                    let _ = timeout(SWALLOWED_FOR, pump.drain()).await;
-                    return End::Cut;
+                    // The process that was killed closes the connection in a moment.
+                    let _ = timeout(BLACKHOLED_FOR, pump.drain()).await;
+                    return End::Close;
                 }
                 Some(Hold::Lose) => return End::Reset,
                 Some(Hold::PassBefore | Hold::PassAfter) | None => {}
             }
-            let weather_now = *weather.borrow();
-            if self.pass(pump, piece, weather_now).await.is_err() {
-                return End::Cut;
+            let condition_now = *condition.borrow();
+            if self.pass(pump, piece, condition_now).await.is_err() {
+                return End::Close;
             }
-            self.spring(&marks, true);
+            self.traps.spring(&marks, true);
         }
     }
 
-    /// Nothing arrives any more, on either side, and nobody is told; not even that the other side has given up.
-    async fn swallow(&self, pump: &mut Pump) -> End {
-        self.spoilt.fetch_add(1, Ordering::Relaxed);
-        let _ = timeout(SWALLOWED_FOR, async {
+    /// Drops all bytes, and does not tell either side that the other has closed.
+    async fn blackhole(&self, pump: &mut Pump) -> End {
+        self.impaired.fetch_add(1, Ordering::Relaxed);
+        let _ = timeout(BLACKHOLED_FOR, async {
             pump.drain().await;
             pending::<()>().await;
         })
@@ -231,47 +205,26 @@ impl Link {
         End::Reset
     }
 
-    async fn pass(&self, pump: &mut Pump, piece: &[u8], weather: Weather) -> io::Result<()> {
-        match weather {
-            Weather::Delay(most) => {
-                self.spoilt.fetch_add(1, Ordering::Relaxed);
+    async fn pass(&self, pump: &mut Pump, piece: &[u8], condition: Condition) -> io::Result<()> {
+        match condition {
+            Condition::Delay(most) => {
+                self.impaired.fetch_add(1, Ordering::Relaxed);
                 sleep(most.mul_f64(fastrand::f64())).await;
                 pump.to.write_all(piece).await
             }
-            Weather::Slice => {
-                self.spoilt.fetch_add(1, Ordering::Relaxed);
+            Condition::Slice => {
+                self.impaired.fetch_add(1, Ordering::Relaxed);
                 for byte in piece {
                     pump.to.write_all(&[*byte]).await?;
                     tokio::task::yield_now().await;
                 }
                 Ok(())
             }
-            Weather::Clear | Weather::Swallow => pump.to.write_all(piece).await,
+            Condition::Normal | Condition::Blackhole => pump.to.write_all(piece).await,
         }
     }
 
-    /// Springs the traps for these marks: those whose deed follows the passing of the piece, or the others.
-    fn spring(&self, marks: &[Mark], passed: bool) -> Option<Hold> {
-        let mut traps = self.traps.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut held = None;
-        traps.retain(|_, trap| {
-            if (trap.hold == Hold::PassBefore) != passed || !marks.iter().any(|mark| (trap.at)(mark)) {
-                return true;
-            }
-            (trap.deed)();
-            held = Some(trap.hold);
-            trap.times -= 1;
-            if trap.times == 0
-                && let Some(sprung) = trap.sprung.take()
-            {
-                let _ = sprung.send(());
-            }
-            trap.times > 0
-        });
-        held
-    }
-
-    fn count(&self, marks: &[Mark]) {
+    fn count_duplicates(&self, marks: &[Mark]) {
         for mark in marks {
             if self.delivers
                 && let Mark::Reply(message) = mark
@@ -285,21 +238,9 @@ impl Link {
     }
 }
 
-async fn swallowing(weather: &mut watch::Receiver<Weather>) {
-    // What it returns is a lock.
-    drop(weather.wait_for(|weather| *weather == Weather::Swallow).await);
-}
-
-/// Takes the trap away again.
-pub(super) struct TrapGuard {
-    link: Arc<Link>,
-    number: u64,
-}
-
-impl Drop for TrapGuard {
-    fn drop(&mut self) {
-        self.link.traps.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
-    }
+async fn becomes_blackhole(condition: &mut watch::Receiver<Condition>) {
+    // The value that `wait_for` returns holds a lock.
+    drop(condition.wait_for(|condition| *condition == Condition::Blackhole).await);
 }
 
 struct Pump {
@@ -308,7 +249,7 @@ struct Pump {
 }
 
 impl Pump {
-    /// Reads to the end, for nobody.
+    /// Reads to the end, and drops the bytes.
     async fn drain(&mut self) {
         let mut buffer = vec![0; 16 * 1024];
         while let Ok(1..) = self.from.read(&mut buffer).await {}
@@ -332,11 +273,11 @@ mod tests {
         time::timeout,
     };
 
-    use super::{End, Hold, Link, Trap, Weather};
+    use super::{Condition, End, Hold, Link, Trap};
     use crate::wire::{Mark, Protocol};
 
     const QUERY: &[u8] = b"\0\0\0\x08\0\x03\0\0Q\0\0\0\x0aBEGIN\0";
-    /// Longer than anything here takes, and shorter than a swallowed connection lasts.
+    /// Longer than any answer here takes, and shorter than a connection in a black hole lasts.
     const SILENCE: Duration = Duration::from_millis(300);
 
     struct Proxied {
@@ -345,7 +286,7 @@ mod tests {
         _serving: JoinSet<()>,
     }
 
-    /// A link to a server that answers every byte with the same.
+    /// A link to a server that echoes every byte.
     async fn proxied() -> Proxied {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let server: SocketAddr = listener.local_addr().expect("its address");
@@ -378,52 +319,52 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_passes_arrives_whole_also_in_slices_and_late() {
+    async fn bytes_arrive_whole_also_in_slices_and_late() {
         let mut proxied = proxied().await;
-        for weather in [Weather::Clear, Weather::Slice, Weather::Delay(Duration::from_millis(50))] {
-            proxied.link.set(weather);
-            assert!(proxied.echoes().await, "{weather:?}");
+        for condition in [Condition::Normal, Condition::Slice, Condition::Delay(Duration::from_millis(50))] {
+            proxied.link.set_condition(condition);
+            assert!(proxied.echoes().await, "{condition:?}");
         }
     }
 
     #[tokio::test]
-    async fn connections_are_cut_in_order_or_reset() {
-        let (mut cut, mut reset) = (proxied().await, proxied().await);
-        for (proxied, how) in [(&mut cut, End::Cut), (&mut reset, End::Reset)] {
+    async fn connections_are_closed_in_order_or_reset() {
+        let (mut closed, mut reset) = (proxied().await, proxied().await);
+        for (proxied, how) in [(&mut closed, End::Close), (&mut reset, End::Reset)] {
             assert!(proxied.echoes().await);
             assert_eq!(proxied.link.end(how), 1);
         }
-        assert_eq!(cut.end().await, Ok(0));
+        assert_eq!(closed.end().await, Ok(0));
         assert_eq!(reset.end().await, Err(ErrorKind::ConnectionReset));
     }
 
     #[tokio::test]
-    async fn a_half_open_connection_stays_so_and_a_new_one_is_well() {
+    async fn a_half_open_connection_never_recovers_and_a_new_one_works() {
         let mut proxied = proxied().await;
         assert!(proxied.echoes().await);
-        proxied.link.set(Weather::Swallow);
+        proxied.link.set_condition(Condition::Blackhole);
         assert!(!proxied.echoes().await);
-        proxied.link.set(Weather::Clear);
-        assert!(!proxied.echoes().await, "it never recovers");
+        proxied.link.set_condition(Condition::Normal);
+        assert!(!proxied.echoes().await, "the connection recovered");
         proxied.client = TcpStream::connect(proxied.link.address).await.expect("the proxy listens");
         assert!(proxied.echoes().await);
     }
 
     #[tokio::test]
-    async fn a_trap_springs_where_it_is_set_and_as_often_as_it_is() {
+    async fn a_trap_springs_at_its_mark_as_often_as_it_should() {
         for (hold, arrives) in [(Hold::Keep, false), (Hold::PassBefore, true), (Hold::PassAfter, true)] {
             let mut proxied = proxied().await;
-            let (deed, mut deeds) = mpsc::unbounded_channel();
+            let (acted, mut actions) = mpsc::unbounded_channel();
             let _guard = proxied.link.set_trap(Trap {
                 at: Box::new(|mark| *mark == Mark::Statement("BEGIN".into())),
                 hold,
-                deed: Box::new(move || _ = deed.send(())),
+                action: Box::new(move || _ = acted.send(())),
                 times: 1,
                 sprung: None,
             });
             assert_eq!(proxied.echoes().await, arrives, "{hold:?}");
-            assert_eq!(deeds.recv().await, Some(()));
-            assert_eq!(deeds.recv().await, None, "the trap is gone");
+            assert_eq!(actions.recv().await, Some(()));
+            assert_eq!(actions.recv().await, None, "the trap is gone");
         }
     }
 }

@@ -1,21 +1,30 @@
-//! What a run has shown: a table of the faults, the findings, and one line to quote.
+//! The report of a run: the faults, the crashes, the findings, and one line to quote.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write,
     sync::{Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
-use super::{Verdict, crash::POINTS, faults::CLASSES, history::Known, observe::Observed, world::World};
+use super::{
+    check::Verdict,
+    faults::CLASSES,
+    history::Known,
+    observe::Observed,
+    points::{CrashPoint, Kind, Place},
+    world::{Tally, World},
+};
 
-/// Findings printed one by one before the rest is only counted.
+/// Findings that are printed one by one; the others are only counted.
 const SHOWN: usize = 40;
-/// In so long every point is reached, several times.
-const ALL_POINTS_FROM_MINUTES: u64 = 8;
-/// Of the orders that clients asked for with patience, so many have to be acknowledged.
-const OK_SHARE_MIN: f64 = 0.7;
+/// The share of patient clients' orders that must be acknowledged.
+const ACKNOWLEDGED_SHARE_MIN: f64 = 0.7;
+/// The share of all points that a run of this many minutes reaches, rare ones or not. Fewer mean that the proxies do
+/// not recognize the statements any more.
+const REACHED_SHARE_MIN: f64 = 0.5;
+const REACHED_FROM_MINUTES: u64 = 4;
 
-/// All of it.
 pub(super) struct Report {
     lines: Vec<String>,
     violations: usize,
@@ -24,67 +33,34 @@ pub(super) struct Report {
 }
 
 impl Report {
+    /// `lasted` is how long faults were injected.
     pub(super) fn of(
         world: &World,
         observed: &Mutex<Observed>,
         verdict: &Verdict,
         seed: u64,
-        struck: Duration,
+        lasted: Duration,
     ) -> Self {
         let observed = observed.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = world.history.known();
-        let duplicates: u64 = world.site.links().map(|link| link.duplicates.load(Ordering::Relaxed)).sum();
-        let mut lines = table(world);
-        let acknowledged = known.acknowledged.len();
-        lines.push(format!(
-            "{} orders asked for with patience, {} answered; {} calls ok, {} refused, {} left open",
-            known.asked,
-            known.answered,
-            known.endings.get("ok").copied().unwrap_or_default(),
-            known.endings.get("fail").copied().unwrap_or_default(),
-            known.endings.get("unknown").copied().unwrap_or_default(),
-        ));
-        let mut codes: Vec<_> = known.codes.iter().map(|(code, calls)| format!("{code} {calls}")).collect();
-        codes.sort_unstable();
-        lines.push(format!("calls that were not OK, by code: {}", codes.join(", ")));
-        let memory: Vec<_> = observed.memory.iter().map(|(name, mib)| format!("{name} {mib}")).collect();
-        lines.push(format!("most memory, MiB: {}", memory.join(", ")));
-        lines.push(format!(
-            "stock added up in {} snapshots, sessions looked at {} times; all delivered {:.1?} after healing",
-            observed.balances, observed.sessions, verdict.drained
-        ));
-        let vacuous = vacuous(world, &observed, &known, duplicates, struck);
-        let faults = world.tally().faults();
-        let findings = verdict.lost.iter().chain(&verdict.doubled).chain(&verdict.others);
-        lines.extend(findings.take(SHOWN).map(|finding| format!("violation: {finding}")));
-        let violations = verdict.violations();
-        if violations > SHOWN {
-            lines.push(format!("violation: … and {} more", violations - SHOWN));
-        }
+        let (known, tally, crashes) = (world.history.known(), world.tally(), world.crashes.counts());
+        let duplicates = world.site.links().map(|link| link.duplicates.load(Ordering::Relaxed)).sum();
+        let vacuous = vacuous(&tally, &crashes, &observed, &known, duplicates, lasted);
+
+        let mut lines = table(&tally);
+        lines.extend(crash_lines(&crashes));
+        lines.extend(call_lines(&known));
+        lines.extend(observed_lines(&observed, verdict.drained));
+        lines.extend(finding_lines(verdict));
         lines.extend(vacuous.iter().map(|why| format!("vacuous: {why}")));
-        if violations == 0 && acknowledged > 0 {
-            #[expect(clippy::cast_precision_loss, reason = "orders that fit into memory")]
-            let bound = 3.0 / acknowledged as f64;
-            lines.push(format!(
-                "no violation among {acknowledged} acknowledged orders: with 95 % confidence fewer than {bound:.1e} of them are \
-                 under such faults (rule of three)"
-            ));
+        let violations = verdict.violations();
+        if violations == 0 && !known.acknowledged.is_empty() {
+            lines.push(confidence_line(known.acknowledged.len()));
         }
-        let quote = format!(
-            "chaos: seed={seed} minutes={:.1} orders={acknowledged} faults={faults} duplicates_suppressed={duplicates} \
-             recovered={} lost={} doubled={} violations={}",
-            struck.as_secs_f64() / 60.0,
-            known.recovered,
-            verdict.lost.len(),
-            verdict.doubled.len(),
-            violations,
-        );
-        let tally = world.tally();
-        let not_tried: Vec<String> = tally.impossible.keys().map(usize::to_string).collect();
-        let quote = if not_tried.is_empty() { quote } else { format!("{quote} not_tried={}", not_tried.join(",")) };
-        drop(tally);
-        // Whoever quotes the line of such a run would quote nothing.
-        let quote = if vacuous.is_empty() { quote } else { format!("{quote} VACUOUS") };
+        let mut quote = quote(&tally, &known, verdict, duplicates, seed, lasted);
+        if !vacuous.is_empty() {
+            // The line of a run that shows nothing is not to be quoted.
+            quote.push_str(" VACUOUS");
+        }
         Self { lines, violations, vacuous, quote }
     }
 
@@ -101,51 +77,161 @@ impl Report {
     }
 }
 
-fn table(world: &World) -> Vec<String> {
-    let tally = world.tally();
-    let mut lines = vec!["      struck   bit  class".to_owned()];
+fn table(tally: &Tally) -> Vec<String> {
+    let mut lines = vec!["  class  injected  effective  fault".to_owned()];
     for (class, name) in (1..).zip(CLASSES) {
-        let of = |counts: &std::collections::BTreeMap<usize, u32>| counts.get(&class).copied().unwrap_or_default();
-        let mut line = format!("  {class:>2}  {:>6} {:>5}  {name}", of(&tally.struck), of(&tally.bit));
+        let of = |counts: &BTreeMap<usize, u32>| counts.get(&class).copied().unwrap_or_default();
+        let mut line = format!("  {class:>5}  {:>8}  {:>9}  {name}", of(&tally.injected), of(&tally.effective));
         if let Some(why) = tally.impossible.get(&class) {
             let _ = write!(line, ": NOT TRIED, {why}");
         }
         lines.push(line);
     }
-    let crashes: u32 = tally.crashes.values().sum();
-    let least = POINTS.iter().map(|point| tally.crashes.get(point.name).copied().unwrap_or_default()).min();
-    let least = least.unwrap_or_default();
-    lines.push(format!(
-        "{crashes} crashes at {} of {} named points, at each of them {least} times at least",
-        tally.crashes.len(),
-        POINTS.len()
-    ));
     lines
 }
 
-/// Why the run shows nothing, if it does not.
-fn vacuous(world: &World, observed: &Observed, known: &Known, duplicates: u64, struck: Duration) -> Vec<String> {
-    let Known { asked, answered, recovered, .. } = known;
-    let tally = world.tally();
-    let mut vacuous = Vec::new();
-    #[expect(clippy::cast_precision_loss, reason = "orders that fit into memory")]
-    let share = *answered as f64 / (*asked).max(1) as f64;
-    if share < OK_SHARE_MIN {
-        vacuous.push(format!("only {:.0} % of the orders were acknowledged", share * 100.0));
+/// How many points were reached, and which never, a line for each kind of process.
+fn crash_lines(crashes: &[(CrashPoint, u32)]) -> Vec<String> {
+    let total: u32 = crashes.iter().map(|(_, count)| count).sum();
+    let reached = crashes.iter().filter(|(_, count)| *count > 0).count();
+    let mut lines = vec![format!("{reached} of {} crash points reached, by {total} crashes", crashes.len())];
+    for kind in Kind::ALL {
+        let missed = crashes.iter().filter(|(point, count)| point.kind == kind && *count == 0);
+        let missed: Vec<Place> = missed.map(|(point, _)| point.place).collect();
+        if !missed.is_empty() {
+            lines.push(format!("  not reached in {}: {}", kind.name(), describe(&missed)));
+        }
     }
-    let without = tally.left().into_iter().map(|class| format!("class {class}, {}, had no effect", CLASSES[class - 1]));
+    lines
+}
+
+/// In the form "before `a`; after `a`, `b`", or "before and after" for what was missed on both sides.
+fn describe(missed: &[Place]) -> String {
+    let mut sides: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for place in missed {
+        let (side, what) = place.words();
+        sides.entry(what).or_default().push(side);
+    }
+    let mut whats: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (what, sides) in sides {
+        whats.entry(sides.join(" and ")).or_default().push(what);
+    }
+    let groups: Vec<String> = whats.iter().map(|(sides, whats)| format!("{sides} {}", whats.join(", "))).collect();
+    groups.join("; ")
+}
+
+fn call_lines(known: &Known) -> [String; 2] {
+    let calls = |ending| known.endings.get(ending).copied().unwrap_or_default();
+    let mut codes: Vec<_> = known.codes.iter().map(|(code, calls)| format!("{code} {calls}")).collect();
+    codes.sort_unstable();
+    [
+        format!(
+            "{} of {} orders acknowledged to clients that repeat a call; {} calls succeeded, {} were refused, the outcome \
+             of {} is unknown",
+            known.answered,
+            known.asked,
+            calls("ok"),
+            calls("fail"),
+            calls("unknown"),
+        ),
+        format!("calls that did not succeed, by code: {}", codes.join(", ")),
+    ]
+}
+
+fn observed_lines(observed: &Observed, drained: Duration) -> [String; 2] {
+    let memory: Vec<_> = observed.memory.iter().map(|(name, mib)| format!("{name} {mib}")).collect();
+    [
+        format!("peak memory in MiB: {}", memory.join(", ")),
+        format!(
+            "stock checked {} times, sessions {} times; all events delivered {drained:.1?} after healing",
+            observed.balances, observed.sessions
+        ),
+    ]
+}
+
+fn finding_lines(verdict: &Verdict) -> Vec<String> {
+    let findings = verdict.lost.iter().chain(&verdict.doubled).chain(&verdict.others);
+    let mut lines: Vec<String> = findings.take(SHOWN).map(|finding| format!("violation: {finding}")).collect();
+    let violations = verdict.violations();
+    if violations > SHOWN {
+        lines.push(format!("violation: … and {} more", violations - SHOWN));
+    }
+    lines
+}
+
+fn confidence_line(acknowledged: usize) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "orders that fit into memory")]
+    let bound = 3.0 / acknowledged as f64;
+    format!(
+        "no violation among {acknowledged} acknowledged orders: at 95 % confidence, fewer than {bound:.1e} of all orders go \
+         wrong under such faults (rule of three)"
+    )
+}
+
+fn quote(tally: &Tally, known: &Known, verdict: &Verdict, duplicates: u64, seed: u64, lasted: Duration) -> String {
+    let mut quote = format!(
+        "chaos: seed={seed} minutes={:.1} orders={} faults={} duplicates_suppressed={duplicates} recovered={} lost={} \
+         doubled={} violations={}",
+        lasted.as_secs_f64() / 60.0,
+        known.acknowledged.len(),
+        tally.faults(),
+        known.recovered,
+        verdict.lost.len(),
+        verdict.doubled.len(),
+        verdict.violations(),
+    );
+    let not_tried: Vec<String> = tally.impossible.keys().map(usize::to_string).collect();
+    if !not_tried.is_empty() {
+        let _ = write!(quote, " not_tried={}", not_tried.join(","));
+    }
+    quote
+}
+
+/// Why the run shows nothing, if it does not.
+fn vacuous(
+    tally: &Tally,
+    crashes: &[(CrashPoint, u32)],
+    observed: &Observed,
+    known: &Known,
+    duplicates: u64,
+    lasted: Duration,
+) -> Vec<String> {
+    let mut vacuous = Vec::new();
+    let acknowledged = share(known.answered, known.asked);
+    if acknowledged < ACKNOWLEDGED_SHARE_MIN {
+        vacuous.push(format!("only {:.0} % of the orders were acknowledged", acknowledged * 100.0));
+    }
+    let without = tally.left().into_iter().map(|class| format!("class {class} had no effect: {}", CLASSES[class - 1]));
     vacuous.extend(without);
-    let minutes = struck.as_secs() / 60;
-    if minutes >= ALL_POINTS_FROM_MINUTES {
-        let missed = POINTS.iter().filter(|point| !tally.crashes.contains_key(point.name));
-        vacuous.extend(missed.map(|point| format!("nothing crashed at the point \"{}\"", point.name)));
+    let reached = crashes.iter().filter(|(_, count)| *count > 0).count();
+    if lasted.as_secs() >= 60 * REACHED_FROM_MINUTES && share(reached as u64, crashes.len() as u64) < REACHED_SHARE_MIN
+    {
+        vacuous.push(format!("processes crashed at only {reached} of {} points", crashes.len()));
     }
     let seen = [
         (duplicates, "no duplicate was suppressed"),
-        (*recovered, "no order was acknowledged to a repeated call"),
-        (observed.balances, "stock was never added up"),
-        (observed.sessions, "sessions were never looked at"),
+        (known.recovered, "no repeated call was answered with an order"),
+        (observed.balances, "stock was never checked"),
+        (observed.sessions, "sessions were never checked"),
     ];
     vacuous.extend(seen.into_iter().filter(|(count, _)| *count == 0).map(|(_, why)| why.to_owned()));
     vacuous
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "counts that fit into memory")]
+    let (part, whole) = (part as f64, whole.max(1) as f64);
+    part / whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::describe;
+    use crate::points::Place;
+
+    #[test]
+    fn missed_points_are_grouped_by_the_side_of_the_statement() {
+        let missed = [Place::Before("a: b"), Place::After("a: b"), Place::After("c: d"), Place::AfterReply];
+        assert_eq!(describe(&missed), "after `c: d`, the reply to a delivery; before and after `a: b`");
+    }
 }

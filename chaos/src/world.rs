@@ -1,4 +1,4 @@
-//! What faults work on and write down.
+//! The state of a run: the system under test, and what faults and clients have done to it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,24 +11,25 @@ use anyhow::Result;
 use uuid::Uuid;
 
 use super::{
+    crash::Crashes,
     faults::{Fault, TOGETHER},
     history::History,
     site::{Part, Site},
 };
 use harness::target::Target;
 
-/// One run.
 pub(super) struct World {
     pub(super) site: Site,
     pub(super) target: Target,
     pub(super) history: Arc<History>,
-    /// Where libfaketime is, if it is.
+    pub(super) crashes: Arc<Crashes>,
+    /// The path of libfaketime, if it is installed.
     pub(super) clock: Option<PathBuf>,
-    /// Aggregates whose event is poison, and has to be dead in the end: no other may be.
+    /// Aggregates with a poison event. It must be dead at the end, and no other event may be.
     pub(super) poisoned: Mutex<BTreeSet<Uuid>>,
-    /// Events that the inbox was made to forget.
+    /// Events that the inbox was made to prune early.
     pub(super) forgotten: Mutex<Vec<Uuid>>,
-    /// Until when a part is not at fault for a session that idles: it stands still, or its database cannot hear it.
+    /// Until when an idle session of a process is no finding: the process is stopped, or its database cannot hear it.
     disturbed: Mutex<BTreeMap<Part, Instant>>,
     tally: Mutex<Tally>,
 }
@@ -36,44 +37,43 @@ pub(super) struct World {
 /// Faults by class.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    pub(super) struck: BTreeMap<usize, u32>,
-    /// Those that were seen to have had an effect.
-    pub(super) bit: BTreeMap<usize, u32>,
-    /// Crashes by point.
-    pub(super) crashes: BTreeMap<&'static str, u32>,
-    /// Classes that this machine cannot have, and why.
+    pub(super) injected: BTreeMap<usize, u32>,
+    /// Those that were seen to have an effect.
+    pub(super) effective: BTreeMap<usize, u32>,
+    /// Classes that are impossible on this machine, and why.
     pub(super) impossible: BTreeMap<usize, &'static str>,
 }
 
 impl Tally {
-    /// How many have struck; those that struck together are counted one by one.
+    /// The number of faults. Those at the same time count one by one.
     pub(super) fn faults(&self) -> u32 {
-        self.struck.iter().filter(|(class, _)| **class != TOGETHER).map(|(_, faults)| faults).sum()
+        self.injected.iter().filter(|(class, _)| **class != TOGETHER).map(|(_, faults)| faults).sum()
     }
 
-    /// Classes that have had no effect yet, and could have.
+    /// Possible classes that have had no effect yet.
     pub(super) fn left(&self) -> Vec<usize> {
-        let had_none = |class: &usize| self.bit.get(class).is_none_or(|bit| *bit == 0);
+        let had_none = |class: &usize| self.effective.get(class).is_none_or(|faults| *faults == 0);
         (1..=TOGETHER).filter(had_none).filter(|class| !self.impossible.contains_key(class)).collect()
     }
 }
 
-/// A connection that was swallowed lasts for so long, and its session a little longer.
+/// How long the session of a connection in a black hole lasts, with some reserve.
 const DISTURBED_FOR: Duration = Duration::from_secs(25);
 
 impl World {
-    pub(super) fn of(site: Site, history: History, clock: Option<PathBuf>) -> Result<Self> {
+    pub(super) fn of(site: Site, history: History, clock: Option<PathBuf>, seed: u64) -> Result<Self> {
         let mut tally = Tally::default();
         if clock.is_none() {
             tally.impossible.insert(9, "needs libfaketime (Debian: apt-get install libfaketime)");
         }
         if site.disk.is_none() {
-            tally.impossible.insert(12, "needs the right to mount a small file system, as root has on Linux");
+            tally.impossible.insert(12, "needs the right to mount a file system, as root has on Linux");
         }
         Ok(Self {
             target: site.target()?,
             site,
             history: Arc::new(history),
+            crashes: Arc::new(Crashes::of(seed)),
             clock,
             poisoned: Mutex::default(),
             forgotten: Mutex::default(),
@@ -82,13 +82,13 @@ impl World {
         })
     }
 
-    /// From now on, for as long as the fault lasts, and for what it leaves behind.
+    /// Notes that a fault may leave sessions of the process idle, while it lasts and for a while after it.
     pub(super) fn disturb(&self, part: Part, lasts: Duration) {
         let until = Instant::now() + lasts + DISTURBED_FOR;
         self.disturbed.lock().unwrap_or_else(PoisonError::into_inner).insert(part, until);
     }
 
-    /// By the name of one of its sessions.
+    /// Whether such a fault explains an idle session. Its name begins with that of the process.
     pub(super) fn is_disturbed(&self, session: &str) -> bool {
         let disturbed = self.disturbed.lock().unwrap_or_else(PoisonError::into_inner);
         disturbed.iter().any(|(part, until)| {
@@ -104,14 +104,9 @@ impl World {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn struck(&self, fault: &Fault, bit: bool) {
+    pub(super) fn injected(&self, fault: &Fault, effective: bool) {
         let mut tally = self.tally();
-        *tally.struck.entry(fault.class()).or_default() += 1;
-        if bit {
-            *tally.bit.entry(fault.class()).or_default() += 1;
-            if let Fault::Crash(point) = fault {
-                *tally.crashes.entry(point.name).or_default() += 1;
-            }
-        }
+        *tally.injected.entry(fault.class()).or_default() += 1;
+        *tally.effective.entry(fault.class()).or_default() += u32::from(effective);
     }
 }
