@@ -1,4 +1,4 @@
-//! Tells operators, in the database they look at anyway, how this relay finds its receivers.
+//! Announces the condition of this relay's routes in the database, where operators read it.
 
 use chassis::Database;
 use sqlx::PgConnection;
@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::route::Route;
 
-/// Writes the condition of each route, and removes what relays have left behind that were killed.
+/// Writes the condition of each route, and removes the rows of relays that were killed.
 ///
 /// # Errors
 /// Those of the database.
@@ -24,7 +24,7 @@ pub(crate) async fn announce(database: &Database, relay_id: Uuid, routes: &[Rout
         .await
 }
 
-/// Removes this relay: it is about to end.
+/// Removes this relay's rows, before it ends.
 ///
 /// # Errors
 /// Those of the database.

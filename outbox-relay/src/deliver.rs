@@ -1,4 +1,4 @@
-//! Hands leased events to a receiver and reads what became of each.
+//! Delivers leased events to a receiver, and turns the reply into a verdict on each.
 
 use std::{collections::HashMap, error::Error, time::Duration};
 
@@ -18,42 +18,42 @@ use crate::lease::LeasedRow;
 /// How long a receiver may take to describe itself.
 const DESCRIBE_LIMIT: Duration = Duration::from_secs(2);
 
-/// What is to be done with one event.
+/// How to settle one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// Applied, now or earlier: delete it.
     Handled,
-    /// Failed for its own reasons: try it later, not before `after`, or, after the last attempt, keep it as dead.
+    /// It failed, for a reason of its own: retry it, no earlier than `after`. After its last attempt, mark it dead.
     Retry { reason: String, after: Duration },
-    /// Will never work: keep it as dead.
+    /// It can never be applied: mark it dead.
     Dead(String),
-    /// Nothing is known of it: make it visible again, at no cost to it.
+    /// Nothing is known about it: make it visible again. It spends no attempt.
     Release,
-    /// The same, but it may be why nothing is known: make it visible before all others, so that whoever delivers next, as
-    /// a rule in a turn, finds out.
+    /// Nothing is known about it, and it may be the cause of a failed delivery: make it visible before all others. It
+    /// spends no attempt. The next delivery, usually by a probe, finds out.
     Suspect,
-    /// The receiver is not able to take it, alone, and yet took others: make it visible later, at no cost to it, and not
-    /// before the time the receiver has asked for has passed several times.
-    PutOff { after: Duration },
+    /// The receiver reports an outage for it alone, and takes others: make it visible later. It spends no attempt. The
+    /// delay is a multiple of `after`, the time that the receiver has asked for.
+    Defer { after: Duration },
 }
 
-/// What became of a delivery.
+/// The result of a delivery.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Delivery {
     /// One verdict per event, in order.
     Answered(Vec<Verdict>),
     /// The receiver is up and refused the batch as a whole.
     Refused { reason: String, retry_after: Duration },
-    /// The receiver was not reached, or is not able to work: says nothing about the events.
+    /// The receiver was not reached, or cannot work now. This says nothing about the events.
     Outage { reason: String, retry_after: Duration },
-    /// The receiver had the events and did not answer: they may or may not have been applied, and one of them may be why.
+    /// The receiver got the events and did not answer. They may have been applied, and one of them may be the cause.
     Silent { reason: String },
-    /// The receiver does not let this relay deliver.
+    /// The receiver does not allow this relay to deliver.
     Barred { reason: String },
 }
 
 impl Delivery {
-    /// As it is counted.
+    /// The value of the metric's label.
     pub(crate) fn as_str(&self) -> &'static str {
         match self {
             Self::Answered(_) => "answered",
@@ -65,16 +65,16 @@ impl Delivery {
     }
 }
 
-/// What a receiver says of itself.
+/// A receiver's answer to Describe.
 #[derive(Debug)]
 pub(crate) enum Description {
-    /// It is up, and remembers for so long what it has applied.
+    /// It is up, and remembers applied events for this long.
     Retention(Duration),
-    /// It is up, and does not say.
+    /// It is up, and does not say how long it remembers applied events. The text says what to do.
     Unknown(&'static str),
     /// It did not answer.
-    Away { reason: String, retry_after: Duration },
-    /// It does not talk to this relay.
+    Unavailable { reason: String, retry_after: Duration },
+    /// It does not allow this relay to call it.
     Barred { reason: String },
 }
 
@@ -86,10 +86,11 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    /// Connects at the first call, and again after a break. Pings find a connection whose other end is gone without a
-    /// word, which would otherwise be learned only from expiring deadlines, again and again. They are sent only while a
-    /// delivery waits, and so rarely that gRPC servers which count them as abuse (two within a call are borne by default)
-    /// do not hang up.
+    /// Connects at the first call, and again after a break.
+    ///
+    /// Pings detect a connection whose other end has vanished. Without them, only the deadlines of one call after
+    /// another would. They are sent only while a delivery waits. They are rare, since some gRPC servers count pings as
+    /// abuse and close the connection; by default these tolerate two within a call.
     pub(crate) fn connect_lazily(receiver: Uri, source: String) -> Self {
         let channel = Endpoint::from(receiver)
             .connect_timeout(Duration::from_secs(2))
@@ -100,20 +101,20 @@ impl Receiver {
         Self { client: EventReceiverClient::new(channel), source }
     }
 
-    /// Asks the receiver for what a relay has to know before it delivers, and whether it is up.
+    /// Asks the receiver whether it is up, and for how long it remembers applied events.
     pub(crate) async fn describe(&mut self) -> Description {
         let mut request = Request::new(DescribeRequest {});
         request.set_timeout(DESCRIBE_LIMIT);
         let Ok(answer) = timeout(DESCRIBE_LIMIT, self.client.describe(request)).await else {
-            return Description::Away { reason: "it does not describe itself".into(), retry_after: Duration::ZERO };
+            return Description::Unavailable { reason: "no answer to Describe".into(), retry_after: Duration::ZERO };
         };
         match answer {
             Ok(response) => {
-                // A negative duration is none.
+                // The conversion fails for a negative duration.
                 let retention = response.into_inner().retention.and_then(|retention| retention.try_into().ok());
                 retention.map_or(
                     Description::Unknown(
-                        "does not say how long it remembers what it has applied: have its Describe answer a retention",
+                        "does not say how long it remembers applied events: make its Describe answer a retention",
                     ),
                     Description::Retention,
                 )
@@ -124,10 +125,11 @@ impl Receiver {
             Err(status) => match read_status(&status) {
                 Delivery::Barred { reason } => Description::Barred { reason },
                 Delivery::Outage { reason, retry_after } | Delivery::Refused { reason, retry_after } => {
-                    Description::Away { reason, retry_after }
+                    Description::Unavailable { reason, retry_after }
                 }
-                Delivery::Silent { reason } => Description::Away { reason, retry_after: Duration::ZERO },
-                Delivery::Answered(_) => Description::Unknown("answers with an error that is none"),
+                Delivery::Silent { reason } => Description::Unavailable { reason, retry_after: Duration::ZERO },
+                // `read_status` never makes this of a status.
+                Delivery::Answered(_) => Description::Unknown("answers Describe with a status that is no error"),
             },
         }
     }
@@ -136,7 +138,7 @@ impl Receiver {
     pub(crate) async fn deliver(&mut self, rows: &[LeasedRow], deadline: Instant) -> Delivery {
         let events = rows.iter().map(|row| event(row, &self.source)).collect();
         let mut request = Request::new(DeliverRequest { events });
-        // The receiver learns the deadline too, and need not work on what nobody waits for.
+        // The receiver learns the deadline too, so that it can stop when this relay no longer waits.
         request.set_timeout(deadline.saturating_duration_since(Instant::now()));
         match timeout_at(deadline, self.client.deliver(request)).await {
             Ok(Ok(response)) => Delivery::Answered(read_verdicts(rows, response.into_inner())),
@@ -154,13 +156,13 @@ fn event(row: &LeasedRow, source: &str) -> Event {
         subject: row.aggregate_id.to_string(),
         sequence: row.sequence.into(),
         time: Some(outbox::timestamp(row.created_at)),
-        data: row.payload.clone().into(),
+        data: row.payload.clone(),
         traceparent: row.traceparent.clone().unwrap_or_default(),
         tracestate: row.tracestate.clone().unwrap_or_default(),
     }
 }
 
-/// Results are matched by id, not by place, so that a receiver which leaves one out does not have its neighbour deleted.
+/// Matches results by id, not by position: if a receiver leaves one out, no other event takes its place.
 fn read_verdicts(rows: &[LeasedRow], response: DeliverResponse) -> Vec<Verdict> {
     let mut results: HashMap<String, EventResult> =
         response.results.into_iter().map(|result| (result.event_id.clone(), result)).collect();
@@ -186,21 +188,22 @@ fn retry(reason: String) -> Verdict {
     Verdict::Retry { reason, after: Duration::ZERO }
 }
 
-/// Tells an outage, which says nothing about the events and must cost them nothing, from a refusal, and both from silence,
-/// after which nobody can know without trying again.
+/// Distinguishes an outage, a refusal and silence. An outage says nothing about the events and must cost them no
+/// attempt. After silence, only another delivery can tell whether the events were applied.
 fn read_status(status: &Status) -> Delivery {
     let reason = format!("{:?}: {}", status.code(), status.message());
     let retry_after = status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
-    // A status that tonic made of a broken connection has a source, whatever its code; one that the receiver sent has none.
+    // A status that tonic made from a broken connection has a source, whatever its code. A status from the receiver has
+    // none.
     if let Some(source) = status.source() {
-        return match is_of_connecting(source) {
+        return match is_connect_error(source) {
             true => Delivery::Outage { reason, retry_after },
             false => Delivery::Silent { reason },
         };
     }
     match status.code() {
         Code::ResourceExhausted | Code::Aborted | Code::Unavailable => Delivery::Outage { reason, retry_after },
-        // Deadlines come as CANCELLED from tonic servers. OK with an error is a reply that was cut short.
+        // Tonic servers report a missed deadline as CANCELLED. An error of code OK is a reply that was cut short.
         Code::Ok | Code::Cancelled | Code::DeadlineExceeded => Delivery::Silent { reason },
         Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => Delivery::Barred { reason },
         Code::Unknown
@@ -214,8 +217,8 @@ fn read_status(status: &Status) -> Delivery {
     }
 }
 
-/// Whether the connection was never made, so that nothing can have been applied.
-fn is_of_connecting(error: &(dyn Error + 'static)) -> bool {
+/// Whether the connection was never made, so that no event can have been applied.
+fn is_connect_error(error: &(dyn Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |&error| error.source());
     causes.any(<dyn Error>::is::<ConnectError>)
 }
@@ -228,13 +231,13 @@ mod tests {
     use tonic_types::{ErrorDetails, StatusExt};
 
     #[test]
-    fn every_code_a_receiver_can_send_is_judged() {
-        let judged = (0..=16).map(|number| {
+    fn each_status_code_is_an_outage_a_refusal_silence_or_a_bar() {
+        let results = (0..=16).map(|number| {
             let code = Code::from(number);
             (code, read_status(&Status::new(code, "as the test wants it")).as_str())
         });
         assert_eq!(
-            judged.collect::<Vec<_>>(),
+            results.collect::<Vec<_>>(),
             [
                 (Code::Ok, "silent"),
                 (Code::Cancelled, "silent"),
@@ -258,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_tonic_says_of_a_connection_is_judged_by_whether_it_was_made() {
+    fn a_connection_never_made_is_an_outage_and_one_that_broke_is_silence() {
         let never_made = Status::from_error(Box::new(ConnectError("refused".into())));
         assert_eq!(read_status(&never_made).as_str(), "outage");
         let broken = Status::from_error(Box::new(std::io::Error::other("broken pipe")));
@@ -266,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_a_receiver_asks_for_is_read() {
+    fn the_retry_delay_of_a_receiver_is_read() {
         let status = Status::with_error_details(
             Code::Unavailable,
             "busy",

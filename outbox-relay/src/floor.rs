@@ -1,4 +1,4 @@
-//! Where a route's leases begin to look: a hint, which keeps them from looking at what is gone.
+//! Where the scans of a route's leases begin: a hint that spares them the rows that are gone.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -8,24 +8,24 @@ use std::{
 use sqlx::types::time::OffsetDateTime;
 use tokio::time::Instant;
 
-/// How long what lies below the floor may stay unseen.
+/// How long an event below the floor may stay unseen.
 pub(crate) const RESCAN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The floor of a route, shared by its workers in a process.
 ///
-/// A transaction that stays open anywhere on the server keeps VACUUM from removing the rows that were delivered since it
-/// began, and a scan from the start of the index meets each of them: a lease took 60 ms over 400,000, instead of 0.4. They
-/// lie before the oldest event of the last lease. What waits does as a rule not, since events are leased in the order of
-/// `visible_at`, which is never before their `created_at`. The exceptions:
+/// While a transaction is open anywhere on the server, VACUUM cannot remove the rows that were delivered since it
+/// began. A scan from the start of the index would visit each of them. These rows lie before the oldest event of the
+/// last lease, so scans begin there. Events that still wait lie above it as a rule: events are leased in the order of
+/// `visible_at`, which is never before their `created_at`. There are two exceptions:
 ///
-/// - What a settlement frees, successors and suspects, is no older than the oldest event it settles, but for transactions
-///   that began in another order than they were committed in: a settlement lowers the floor to that.
-/// - What was locked by somebody, committed late, or freed by another process, or another route of this one, may lie
-///   anywhere. So one lease a second
-///   looks everywhere, and what it takes lowers the floor for those that follow: it is found late, never lost, and however
-///   much there is of it, the first of it is waited for and not each batch.
+/// - A settlement makes successors and suspects visible. They are no older than the oldest event it settles, unless
+///   their transactions began in another order than they were committed in. So a settlement lowers the floor to that
+///   event.
+/// - A row may lie anywhere if it was locked, committed late, or made visible by another process or another route. So
+///   one lease a second scans everything, and the events it takes lower the floor for the leases that follow. Such
+///   events are found late but never lost, and only the first batch of them waits.
 ///
-/// All times are the database's, and none is compared with this process's clock.
+/// All times are the database's. None is compared with this process's clock.
 #[derive(Debug)]
 pub(crate) struct Floor {
     state: Mutex<State>,
@@ -37,24 +37,26 @@ struct State {
     floor: Option<OffsetDateTime>,
     changes: u64,
     rescan_at: Instant,
-    /// Whether a lease has looked above the floor only, and none everywhere since.
-    passed_over: bool,
+    /// Whether the last lease scanned only above the floor.
+    last_was_partial: bool,
 }
 
-/// What a lease begins with.
+/// Where a lease begins its scan.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Start {
-    /// Look at nothing that became visible before this; `None`: look everywhere.
+    /// Skip rows that became visible before this; `None`: scan everything.
     pub(crate) floor: Option<OffsetDateTime>,
     changes: u64,
 }
 
 impl Floor {
     pub(crate) fn new() -> Self {
-        Self { state: Mutex::new(State { floor: None, changes: 0, rescan_at: Instant::now(), passed_over: false }) }
+        Self {
+            state: Mutex::new(State { floor: None, changes: 0, rescan_at: Instant::now(), last_was_partial: false }),
+        }
     }
 
-    /// Where a lease begins to look that is asked for `now`.
+    /// Where a lease that is requested `now` begins its scan.
     pub(crate) fn start(&self, now: Instant) -> Start {
         self.with(|state| {
             let mut floor = state.floor;
@@ -62,18 +64,18 @@ impl Floor {
                 state.rescan_at = now + RESCAN_INTERVAL;
                 floor = None;
             }
-            state.passed_over = floor.is_some();
+            state.last_was_partial = floor.is_some();
             Start { floor, changes: state.changes }
         })
     }
 
-    /// Whether something may lie below the floor that the last lease did not look at.
-    pub(crate) fn may_hide_something(&self) -> bool {
-        self.with(|state| state.passed_over)
+    /// Whether an event may lie below the floor, where the last lease did not scan.
+    pub(crate) fn may_hide_events(&self) -> bool {
+        self.with(|state| state.last_was_partial)
     }
 
-    /// A lease has taken events, the oldest of them `oldest`. The floor rises to that, unless it was changed since the
-    /// lease began: whoever lowered it may know of something that this lease could not see.
+    /// A lease has taken events, the oldest of them `oldest`. The floor rises to that, unless it has changed since the
+    /// lease began. A settlement that lowered it may know of an event that this lease could not see.
     pub(crate) fn took(&self, start: Start, oldest: OffsetDateTime) {
         self.with(|state| {
             let unchanged = state.changes == start.changes;
@@ -81,8 +83,8 @@ impl Floor {
         });
     }
 
-    /// Something may have become free that is as old as `oldest`. A lease that has begun before cannot have seen it, so it
-    /// counts as a change even where the floor is low enough already.
+    /// An event as old as `oldest` may have become free. A lease that began earlier cannot have seen it. So this counts
+    /// as a change even if the floor is low enough already.
     pub(crate) fn lower(&self, oldest: OffsetDateTime) {
         self.with(|state| {
             state.floor = state.floor.min(Some(oldest));
@@ -90,7 +92,7 @@ impl Floor {
         });
     }
 
-    /// Nothing here panics half-way, so what a poisoned lock guards is sound.
+    /// No code here panics half-way, so the state behind a poisoned lock is sound.
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -115,7 +117,7 @@ mod tests {
         OffsetDateTime::from_unix_timestamp(second).unwrap()
     }
 
-    /// A floor at `second`, when no look at everything is due.
+    /// A floor at `second`, when no full scan is due.
     fn floor_at(second: i64) -> Floor {
         let floor = Floor::new();
         floor.took(floor.start(Instant::now()), at(second));
@@ -123,23 +125,23 @@ mod tests {
     }
 
     #[test]
-    fn one_lease_in_an_interval_looks_everywhere_and_the_others_above_the_floor() {
+    fn one_lease_in_an_interval_scans_everything_and_the_others_only_above_the_floor() {
         let floor = Floor::new();
         let mut now = Instant::now();
         for _ in 0..3 {
             let everywhere = floor.start(now);
             assert_eq!(everywhere.floor, None);
-            assert!(!floor.may_hide_something());
+            assert!(!floor.may_hide_events());
             floor.took(everywhere, at(7));
             assert_eq!(floor.start(now).floor, Some(at(7)));
-            assert!(floor.may_hide_something());
+            assert!(floor.may_hide_events());
             assert_eq!(floor.start(now + RESCAN_INTERVAL / 2).floor, Some(at(7)));
             now += RESCAN_INTERVAL;
         }
     }
 
     #[test]
-    fn it_follows_what_is_leased_up_and_down() {
+    fn it_follows_the_oldest_leased_event_up_and_down() {
         let floor = floor_at(7);
         for second in [8, 9, 3, 4] {
             floor.took(floor.start(Instant::now()), at(second));
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_settlement_frees_is_above_it_and_a_lease_from_before_cannot_lift_it_over_that() {
+    fn a_lease_that_began_before_a_settlement_cannot_raise_it_above_the_settled_events() {
         let floor = floor_at(7);
         let before = floor.start(Instant::now());
         floor.lower(at(5));
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_look_everywhere_finds_lowers_it_whatever_others_have_taken_meanwhile() {
+    fn an_event_found_by_a_full_scan_lowers_it_whatever_other_leases_took_meanwhile() {
         let floor = floor_at(7);
         let (everywhere, other) = (floor.start(Instant::now()), floor.start(Instant::now()));
         floor.took(other, at(8));

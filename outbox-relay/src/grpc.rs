@@ -1,8 +1,9 @@
-//! An operator's powers as gRPC: requests in, answers out, and the only place that makes a `Status`.
+//! The operator's commands as gRPC: reads requests, and maps answers and errors. The only place that makes a `Status`.
 
 use std::collections::BTreeSet;
 
 use chassis::{Database, Fields, Refuse, Work};
+use outbox::EventId;
 use proto::relay::v1::{
     DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetStatusRequest,
     ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest,
@@ -14,7 +15,7 @@ use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
 use crate::operate::{
-    self, Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, Reason, SAMPLE, Which, check_text,
+    self, Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, Reason, SAMPLE, Selection, check_text,
     list_dead, read_status, read_totals, show_dead,
 };
 
@@ -22,7 +23,7 @@ const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
 
 /// Events that one request may name.
 const EVENT_IDS_MAX: usize = 1000;
-/// Bytes of a message. It travels in the headers, of which clients take 16 KiB at most.
+/// Bytes of an error message. It travels in the headers, and clients accept at most 16 KiB of these.
 const MESSAGE_BYTES_MAX: usize = 2 * 1024;
 
 /// `relay.v1.RelayAdmin`.
@@ -36,7 +37,7 @@ pub(crate) struct Admin {
 impl RelayAdmin for Admin {
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<OutboxStatus>, Status> {
         let earlier = self.run(|connection| Box::pin(async { Ok(read_totals(connection).await?) })).await?;
-        // Without a connection, which others may want.
+        // Holds no connection while it sleeps, since other calls may need it.
         sleep(SAMPLE).await;
         self.run(move |connection| Box::pin(async move { Ok(read_status(connection, &earlier).await?.0) }))
             .await
@@ -59,7 +60,7 @@ impl RelayAdmin for Admin {
     ) -> Result<Response<DeadEventContent>, Status> {
         let mut fields = Fields::default();
         let event_id = fields.uuid("event_id", &request.into_inner().event_id);
-        let event_id = fields.finish(event_id).map_err(|bad| REFUSE.invalid("INVALID_EVENT_ID", bad))?;
+        let event_id = fields.finish(EventId::from(event_id)).map_err(|bad| REFUSE.invalid("INVALID_EVENT_ID", bad))?;
         let descriptors = self.descriptors.clone();
         self.run(move |connection| Box::pin(async move { show_dead(connection, event_id, descriptors.as_ref()).await }))
             .await
@@ -70,8 +71,8 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<RequeueDeadEventsRequest>,
     ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
-        let (which, max_age) = (read_which(request.into_inner())?, self.max_age);
-        self.run(move |connection| Box::pin(async move { operate::requeue(connection, &which, max_age).await }))
+        let (selection, max_age) = (read_selection(request.into_inner())?, self.max_age);
+        self.run(move |connection| Box::pin(async move { operate::requeue(connection, &selection, max_age).await }))
             .await
             .map(Response::new)
     }
@@ -82,7 +83,7 @@ impl RelayAdmin for Admin {
     ) -> Result<Response<DiscardDeadEventResponse>, Status> {
         let DiscardDeadEventRequest { event_id, discarded_by, reason } = request.into_inner();
         let mut fields = Fields::default();
-        let event_id = fields.uuid("event_id", &event_id);
+        let event_id = EventId::from(fields.uuid("event_id", &event_id));
         let by = read_text(&mut fields, "discarded_by", &discarded_by, NAME_CHARS);
         let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
         fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_DISCARD", bad))?;
@@ -122,7 +123,7 @@ fn refuse(error: &OperateError) -> Status {
         OperateError::Database(cause) => return REFUSE.database(cause),
         OperateError::AlreadyPaused(_) => (Code::FailedPrecondition, "ALREADY_PAUSED"),
         OperateError::NotPaused => (Code::FailedPrecondition, "NOT_PAUSED"),
-        // Of several events, the reason is that of the first; the message tells each one's.
+        // The reason is that of the first event. The message gives the reason of each.
         OperateError::NotApplicable(events) => match events.first().map(|event| &event.reason) {
             Some(Reason::TooOld { .. }) => (Code::FailedPrecondition, "EVENT_TOO_OLD"),
             Some(Reason::NotDead { .. }) => (Code::FailedPrecondition, "EVENT_NOT_DEAD"),
@@ -148,32 +149,33 @@ fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
         token => {
             let last = chassis::decode_page_token(&list, token).and_then(|id| Uuid::try_parse(&id).ok());
             last.unwrap_or_else(|| {
-                fields.refuse("page_token", "must be a next_page_token that this call gave for the same type");
+                fields.refuse("page_token", "must be the next_page_token of an earlier answer for the same type");
                 Uuid::max()
             })
         }
     };
-    fields.finish(Page { size, before, event_type }).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
+    fields.finish(Page { size, before: before.into(), event_type }).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
 }
 
-fn read_which(request: RequeueDeadEventsRequest) -> Result<Which, Status> {
+fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status> {
     let RequeueDeadEventsRequest { event_ids, all, r#type } = request;
     let mut fields = Fields::default();
     if all != event_ids.is_empty() {
-        fields.refuse("event_ids", "must name events, or be empty where `all` is set");
+        fields.refuse("event_ids", "must name events unless `all` is set, and must be empty if it is");
     }
     if event_ids.len() > EVENT_IDS_MAX {
-        fields.refuse("event_ids", format!("must be at most {EVENT_IDS_MAX}, and are {}", event_ids.len()));
+        fields.refuse("event_ids", format!("must name at most {EVENT_IDS_MAX} events, but names {}", event_ids.len()));
     }
     if !all && !r#type.is_empty() {
         fields.refuse("type", "must be empty unless `all` is set");
     }
     let event_type = read_type(&mut fields, &r#type);
     let numbered = event_ids.iter().take(EVENT_IDS_MAX).enumerate();
-    // In a set, since each is to be requeued once.
-    let ids: BTreeSet<_> = numbered.map(|(index, id)| fields.uuid(format!("event_ids[{index}]"), id)).collect();
-    let which = if all { Which::All { event_type } } else { Which::Named(ids.into_iter().collect()) };
-    fields.finish(which).map_err(|bad| REFUSE.invalid("INVALID_REQUEUE", bad))
+    // In a set, so that an event that is named twice counts once.
+    let ids: BTreeSet<_> =
+        numbered.map(|(index, id)| EventId::from(fields.uuid(format!("event_ids[{index}]"), id))).collect();
+    let selection = if all { Selection::All { event_type } } else { Selection::Named(ids.into_iter().collect()) };
+    fields.finish(selection).map_err(|bad| REFUSE.invalid("INVALID_REQUEUE", bad))
 }
 
 fn read_type(fields: &mut Fields, text: &str) -> Option<String> {

@@ -1,11 +1,12 @@
-//! Takes events out of everybody else's sight for a while: the only place that makes a [`Lease`].
+//! Leases events: hides them from other workers for a while. The only place that makes a [`Lease`].
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use chassis::Database;
+use outbox::{AggregateId, EventId};
+use prost::bytes::Bytes;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use crate::{
     Settings,
@@ -13,36 +14,42 @@ use crate::{
     route::RouteSettings,
 };
 
-/// What gRPC servers take in one message unless they are told otherwise is 4 MiB; a larger one is refused whole, and its
-/// events would be delivered one by one.
+/// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
+/// delivered one by one.
 const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
-/// How long a lease is renewed for a receiver that does not come back: longer than receivers take to start.
+/// How long a lease is renewed for a receiver that stays away: longer than receivers take to start.
 const HELD_MAX: Duration = Duration::from_secs(600);
+
+outbox::id! {
+    /// The fencing token of a lease. Every statement that settles or renews names it, and a later lease of the same row
+    /// replaces it.
+    pub(crate) struct LeaseToken
+}
 
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    /// The fencing token: whoever settles must name it, and a later lease of the same row has replaced it.
-    pub(crate) token: Uuid,
-    /// First those that have never failed, then those that have, then those too old to be delivered.
+    pub(crate) token: LeaseToken,
+    /// First the events that have never failed, then those that have, then those too old to be delivered.
     pub(crate) rows: Vec<LeasedRow>,
-    /// When the first of the rows was created.
+    /// When the oldest of the events was created.
     pub(crate) oldest: OffsetDateTime,
-    asked_at: Instant,
-    /// When it was asked for first, if it was renewed since.
-    since: Instant,
+    /// When it was last requested: by its own statement, or by its last renewal.
+    requested_at: Instant,
+    first_requested_at: Instant,
     length: Duration,
     max_age_hours: i32,
 }
 
 /// One leased row of the outbox.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct LeasedRow {
-    pub(crate) aggregate_id: Uuid,
+    pub(crate) aggregate_id: AggregateId,
     pub(crate) sequence: i32,
-    pub(crate) event_id: Uuid,
+    pub(crate) event_id: EventId,
     pub(crate) event_type: String,
-    pub(crate) payload: Vec<u8>,
+    /// Shared by every delivery of the event, never copied.
+    pub(crate) payload: Bytes,
     pub(crate) created_at: OffsetDateTime,
     pub(crate) attempts: i32,
     pub(crate) traceparent: Option<String>,
@@ -52,26 +59,27 @@ pub(crate) struct LeasedRow {
 }
 
 impl LeasedRow {
-    /// About what it adds to a message: ids, source, times and the marks of the fields are a few hundred bytes.
+    /// Roughly what the event adds to a message. Ids, source, times and field tags are a few hundred bytes.
     fn message_bytes(&self) -> usize {
         let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         self.payload.len() + self.event_type.len() + length(&self.traceparent) + length(&self.tracestate) + 300
     }
 }
 
-/// What is leased, and for how long. Clones share the floor.
+/// Which events a worker leases, and for how long. Clones share the floor.
 #[derive(Clone, Debug)]
-pub(crate) struct Terms {
-    /// The route's pattern, and those of the routes that come before it.
+pub(crate) struct LeaseQuery {
+    /// The route's pattern.
     like: String,
+    /// The patterns of the routes that come before it.
     unlike: Vec<String>,
     lease_seconds: u32,
     max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
 }
 
-impl Terms {
-    /// Of the route that comes after `earlier` ones.
+impl LeaseQuery {
+    /// For the route that comes after the `earlier` ones.
     pub(crate) fn of(settings: &Settings, route: &RouteSettings, earlier: &[RouteSettings]) -> Self {
         Self {
             like: route.like(),
@@ -86,42 +94,41 @@ impl Terms {
 impl Lease {
     /// When a delivery under this lease must have ended, by this process's monotonic clock.
     ///
-    /// Delivery may use three quarters of the lease, counted from *before* the statement is sent, while the database
-    /// counts the whole of it from when the statement runs. So a delivery has ended before any other worker can take the
-    /// rows, and the last quarter is there to settle; clocks are never compared, only durations.
+    /// A delivery may use three quarters of the lease, counted from *before* the statement is sent. The database counts
+    /// the whole lease from when the statement runs. So a delivery ends before any other worker can take the rows, and
+    /// the last quarter is left to settle. Clocks are never compared, only durations.
     pub(crate) fn deliver_before(&self) -> Instant {
         self.quarters(3)
     }
 
-    /// When a delivery must have ended that may have to be split: what is left then is for waiting until the receiver is
-    /// back, and for renewing.
+    /// When the delivery of a batch that may have to be split must have ended. The rest of the lease is for waiting
+    /// until the receiver is back, and for renewing.
     pub(crate) fn split_before(&self) -> Instant {
         self.quarters(2)
     }
 
     /// Whether less than half of the lease is left for a delivery.
-    pub(crate) fn is_worn(&self) -> bool {
+    pub(crate) fn is_half_spent(&self) -> bool {
         Instant::now() > self.quarters(1)
     }
 
-    /// Whether it has lasted for so long that its events should be given back, whatever they are held for: another relay may
-    /// be able to deliver them.
+    /// Whether it has lasted for so long that its events should be released: another relay may be able to deliver them.
     pub(crate) fn is_overlong(&self) -> bool {
-        self.since.elapsed() > HELD_MAX.max(2 * self.length)
+        self.first_requested_at.elapsed() > HELD_MAX.max(2 * self.length)
     }
 
-    /// Whether the database lets others take the rows, as far as can be told from here: at the latest from now on.
+    /// Whether the lease has expired. True a little early, since the database counts from when the statement ran.
     pub(crate) fn has_expired(&self) -> bool {
         Instant::now() > self.quarters(4)
     }
 
     fn quarters(&self, quarters: u32) -> Instant {
-        self.asked_at + self.length / 4 * quarters
+        self.requested_at + self.length / 4 * quarters
     }
 
-    /// What is to be delivered, batch by batch: those that have never failed together, as many as a message holds, each
-    /// other alone. One that has failed is likely to fail again, and should take nobody with it. No two are of the same
-    /// aggregate, so any order is right.
+    /// The events to deliver, as ranges of rows. Events that have never failed share a batch, as many as a message
+    /// holds. Each event that has failed is alone: it is likely to fail again, and must not fail others with it. No two
+    /// events are of the same aggregate, so any order is right.
     pub(crate) fn batches(&self) -> Vec<Range<usize>> {
         let fresh = self.rows.partition_point(|row| !row.expired && row.attempts == 0);
         let live = self.rows.partition_point(|row| !row.expired);
@@ -141,58 +148,63 @@ impl Lease {
         batches
     }
 
-    /// Begins the lease anew, for a worker that has found out something in its time and needs more to make use of it.
-    /// Returns whether it has all of the rows, and may have: an expired lease can be renewed until somebody else takes one
-    /// of them, but not while the outbox is paused, nor once an event that was to be delivered has become too old.
+    /// Starts the lease again from now. A worker needs this when it has learned something about its events, and has too
+    /// little of the lease left to use it.
+    ///
+    /// Returns whether the worker still holds all of the rows, and may deliver them. An expired lease can be renewed
+    /// until another worker takes one of the rows. The answer is false while the outbox is paused, and once one of the
+    /// events has become too old.
     pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
         let (token, seconds, max_age_hours) = (self.token, self.length.as_secs_f64(), self.max_age_hours);
         let live = self.rows.iter().filter(|row| !row.expired).count();
         let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
             self.rows.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
-        self.asked_at = Instant::now();
+        self.requested_at = Instant::now();
         let renewed = database
             .run(move |connection| {
-                Box::pin(push_back(connection, token, aggregate_ids, sequences, seconds, max_age_hours))
+                Box::pin(renew_rows(connection, token, aggregate_ids, sequences, seconds, max_age_hours))
             })
             .await?;
         Ok(renewed.len() == self.rows.len() && renewed.into_iter().filter(|expired| !expired).count() == live)
     }
 }
 
-/// Leases up to `limit` events; `None` when there is nothing to take, or the outbox is paused.
-pub(crate) async fn lease(database: &Database, terms: &Terms, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
-    let token = Uuid::new_v4();
-    let length = Duration::from_secs(terms.lease_seconds.into());
-    let asked_at = Instant::now();
-    let (start, floor) = (terms.floor.start(asked_at), terms.floor.clone());
-    let (terms, max_age_hours) = (terms.clone(), terms.max_age_hours);
-    let rows = database.run(move |connection| Box::pin(take_rows(connection, token, limit, terms, start))).await?;
+/// Leases up to `limit` events; `None` when no event is free, or the outbox is paused.
+pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
+    let token = LeaseToken::new();
+    let length = Duration::from_secs(query.lease_seconds.into());
+    let requested_at = Instant::now();
+    let start = query.floor.start(requested_at);
+    let owned = query.clone();
+    let rows = database.run(move |connection| Box::pin(lease_rows(connection, token, limit, owned, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
-    floor.took(start, oldest);
-    Ok(Some(Lease { token, rows, oldest, asked_at, since: asked_at, length, max_age_hours }))
+    query.floor.took(start, oldest);
+    let max_age_hours = query.max_age_hours;
+    Ok(Some(Lease { token, rows, oldest, requested_at, first_requested_at: requested_at, length, max_age_hours }))
 }
 
-/// One statement, since `FOR UPDATE SKIP LOCKED` outside a transaction protects nothing beyond its own statement: the
-/// rows it locks are marked before the lock ends.
+/// Selects and marks the rows in one statement. Outside a transaction, `FOR UPDATE SKIP LOCKED` protects nothing beyond
+/// its own statement, so the rows must be marked before their locks end.
 ///
-/// A row is free to go when it is visible and no event of its aggregate comes before it. First events need no look. A
-/// later event is committed after its predecessor, so a snapshot that shows it shows the predecessor too, unless that is
-/// settled; and as predecessors only ever disappear, an answer that is a moment old errs on the side of waiting.
+/// A row is free when it is visible and its aggregate has no earlier event in the outbox. A first event needs no such
+/// check. A later event is committed after its predecessor, so a snapshot that shows it shows the predecessor too,
+/// unless that one is settled. Predecessors only ever disappear, so an answer that is slightly old errs on the side of
+/// waiting.
 ///
-/// Rows are addressed by their place (`ctid`): they are locked, so they cannot move before the update finds them, and
-/// the plan cannot degrade to a join over a large outbox whatever the statistics say.
+/// The update finds the rows by `ctid`. They are locked, so they cannot move before it does; and no statistics can turn
+/// the plan into a join over a large outbox.
 ///
-/// The scan begins a second below the floor, so that it sees what was committed up to a second after others that were
-/// enqueued at the same time; or at the start of the index. It is an element of an array because of the plan: a plain range
-/// between two unknown times is taken for so narrow a one that, without statistics, all of it is read and sorted.
+/// The scan begins one second below the floor, so that it sees events that were committed up to a second after others
+/// of the same time. Without a floor it begins at the start of the index. The bound is an element of an array because
+/// of the plan: the planner takes a plain range between two unknown times for a narrow one, and without statistics
+/// would read and sort all of it.
 ///
-/// The pause is looked up here, and where a lease is renewed, so that whoever has set it knows: no lease is begun from now
-/// on, by any relay.
-async fn take_rows(
+/// The pause is checked here, and in the renewal. So no relay begins a lease after a pause is committed.
+async fn lease_rows(
     connection: &mut PgConnection,
-    token: Uuid,
+    token: LeaseToken,
     limit: u32,
-    terms: Terms,
+    query: LeaseQuery,
     start: Start,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let mut rows = sqlx::query_as!(
@@ -216,30 +228,30 @@ async fn take_rows(
             FOR UPDATE OF free SKIP LOCKED))
         RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, attempts, traceparent, tracestate,
             created_at < now() - make_interval(hours => $6) AS "expired!""#,
-        token,
+        token as LeaseToken,
         i64::from(limit),
-        f64::from(terms.lease_seconds),
-        terms.like,
-        &terms.unlike,
-        terms.max_age_hours,
+        f64::from(query.lease_seconds),
+        query.like,
+        &query.unlike,
+        query.max_age_hours,
         start.floor,
     )
     .fetch_all(connection)
     .await?;
-    // UPDATE returns rows in no promised order. Ids are made in order of time.
+    // UPDATE returns rows in no promised order. Ids are UUID v7, and so in order of time.
     rows.sort_unstable_by_key(|row| (row.expired, row.attempts > 0, row.event_id));
     Ok(rows)
 }
 
-async fn push_back(
+async fn renew_rows(
     connection: &mut PgConnection,
-    token: Uuid,
-    aggregate_ids: Vec<Uuid>,
+    token: LeaseToken,
+    aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
     seconds: f64,
     max_age_hours: i32,
 ) -> Result<Vec<bool>, sqlx::Error> {
-    // By place, as in `settle`.
+    // By `ctid`, as in `settle`.
     sqlx::query_scalar!(
         r#"-- relay: renew
         UPDATE outbox
@@ -251,8 +263,8 @@ async fn push_back(
                 WHERE leased.aggregate_id = renewed.aggregate_id AND leased.sequence = renewed.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS renewed (aggregate_id, sequence)))
         RETURNING created_at < now() - make_interval(hours => $5) AS "expired!""#,
-        token,
-        &aggregate_ids,
+        token as LeaseToken,
+        &aggregate_ids as &[AggregateId],
         &sequences,
         seconds,
         max_age_hours,

@@ -1,24 +1,23 @@
-//! What a lease costs, whatever else is in the outbox.
+//! The time of a lease does not depend on what else is in the outbox.
 
 use std::time::Duration;
 
 use chassis::Database;
 use clap::Parser;
+use outbox::AggregateId;
 use sqlx::PgPool;
 use testkit::TestDatabase;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::{
     Settings,
-    lease::{Terms, lease},
+    lease::{LeaseQuery, lease},
     park::park,
 };
 
 const BATCH: u32 = 100;
-/// Beside three other tests the ratio of the medians of 40 came out anywhere from 1.2 to 1.9, once at 2.1; of 200, from 0.9
-/// to 1.2.
+/// Many, since medians of a few dozen scatter too much while other tests run.
 const ROUNDS: usize = 200;
 
 #[derive(Parser)]
@@ -31,7 +30,7 @@ struct Cli {
 struct Outbox {
     pool: PgPool,
     database: Database,
-    terms: Terms,
+    lease_query: LeaseQuery,
     _test: TestDatabase,
 }
 
@@ -44,21 +43,21 @@ impl Outbox {
         let never = CancellationToken::new();
         let database =
             Database::connect(&settings.database_url, &settings.database, &[], &never).await.unwrap().unwrap();
-        let terms = Terms::of(&settings, &settings.routes[0], &[]);
-        Self { pool: test.pool().await, database, terms, _test: test }
+        let lease_query = LeaseQuery::of(&settings, &settings.routes[0], &[]);
+        Self { pool: test.pool().await, database, lease_query, _test: test }
     }
 
     async fn run(&self, sql: &'static str) {
         sqlx::raw_sql(sql).execute(&self.pool).await.unwrap();
     }
 
-    /// Leases a batch, takes it away, and puts as many events at the end, so that every lease finds the same.
+    /// Leases a batch, deletes it, and inserts as many new events, so that every lease finds the same number.
     async fn time_one_lease(&self) -> Duration {
         let began = Instant::now();
-        let leased = lease(&self.database, &self.terms, BATCH).await.unwrap().unwrap();
+        let leased = lease(&self.database, &self.lease_query, BATCH).await.unwrap().unwrap();
         let took = began.elapsed();
         assert_eq!(leased.rows.len(), BATCH as usize);
-        let aggregate_ids: Vec<Uuid> = leased.rows.iter().map(|row| row.aggregate_id).collect();
+        let aggregate_ids: Vec<AggregateId> = leased.rows.iter().map(|row| row.aggregate_id).collect();
         sqlx::query("DELETE FROM outbox WHERE aggregate_id = ANY ($1)")
             .bind(aggregate_ids)
             .execute(&self.pool)
@@ -72,13 +71,13 @@ impl Outbox {
 const WAITING_100: &str = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '' FROM generate_series(1, 100)";
 
-/// For the connections that are made from now on.
-const KNOW_NOTHING: &str = "ALTER TABLE outbox SET (autovacuum_enabled = false);
+/// No statistics, and generic plans for new connections.
+const NO_STATISTICS: &str = "ALTER TABLE outbox SET (autovacuum_enabled = false);
     DO $$ BEGIN
         EXECUTE format('ALTER DATABASE %I SET plan_cache_mode = force_generic_plan', current_database());
     END $$";
 
-/// In no order, so that the place of a row says nothing about its time.
+/// In random order, so that the position of a row is not related to its time.
 const WAITING_100_000: &str = "SET synchronous_commit = off;
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
@@ -89,7 +88,7 @@ const WAITING_MILLION: &str = "SET synchronous_commit = off;
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
     FROM generate_series(1, 1000000) AS n, LATERAL (SELECT now() - interval '1 hour' * (1000000 - n) / 1000000 AS at) AS at";
 
-/// Half of them back off, half are dead; each has a successor, which stands at the very front of the line.
+/// Half of them back off, half are dead. Each has a successor, and these are the oldest visible rows.
 const STUCK: &str = "SET synchronous_commit = off;
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at, attempts, last_error)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '',
@@ -99,7 +98,7 @@ const STUCK: &str = "SET synchronous_commit = off;
     SELECT aggregate_id, 2, gen_random_uuid(), 'test.v1.Happened', '', now() - interval '2 hours', now() - interval '2 hours'
     FROM outbox WHERE last_error IS NOT NULL";
 
-/// Rows that VACUUM may not remove once they are deleted, since `holder`'s snapshot is older than their end.
+/// Deleted rows that VACUUM may not remove, since the snapshot of `holder` is older than their deletion.
 const DELIVERED_200_000: &str = "SET synchronous_commit = off;
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
@@ -112,7 +111,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 }
 
 #[tokio::test]
-async fn a_lease_takes_no_longer_with_a_million_events_waiting_and_200_000_stuck_than_with_next_to_none() {
+async fn a_lease_is_as_fast_with_a_million_waiting_events_and_200_000_stuck_ones_as_with_few() {
     let (full, empty) = (Outbox::create().await, Outbox::create().await);
     full.run(WAITING_MILLION).await;
     full.run(STUCK).await;
@@ -129,7 +128,7 @@ async fn a_lease_takes_no_longer_with_a_million_events_waiting_and_200_000_stuck
         park(&full.database).await.unwrap();
     }
     let parked = began.elapsed();
-    // What autovacuum does by itself within a minute, in both.
+    // Autovacuum does this by itself within a minute.
     for outbox in [&full, &empty] {
         outbox.run("VACUUM (ANALYZE) outbox").await;
     }
@@ -139,7 +138,7 @@ async fn a_lease_takes_no_longer_with_a_million_events_waiting_and_200_000_stuck
 }
 
 #[tokio::test]
-async fn a_lease_takes_no_longer_over_200_000_delivered_rows_that_a_long_transaction_keeps_than_with_none() {
+async fn a_lease_is_as_fast_with_200_000_delivered_rows_that_a_long_transaction_keeps_as_with_none() {
     let (kept, empty) = (Outbox::create().await, Outbox::create().await);
     let mut holder = kept.pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ").await.unwrap();
     sqlx::query("SELECT FROM outbox").execute(&mut *holder).await.unwrap();
@@ -148,19 +147,19 @@ async fn a_lease_takes_no_longer_over_200_000_delivered_rows_that_a_long_transac
         for _ in 0..3 {
             outbox.run(WAITING_100).await;
         }
-        // The first looks everywhere.
+        // The first lease scans everything.
         outbox.time_one_lease().await;
     }
     assert_as_fast(&kept, &empty).await;
     holder.rollback().await.unwrap();
 }
 
-/// Without statistics, and without knowing the parameters, the planner has to guess how much lies between two times.
+/// Without statistics and parameters, the planner has to guess how many rows lie between two times.
 #[tokio::test]
-async fn a_lease_takes_no_longer_with_100_000_events_waiting_of_which_nothing_is_known_to_the_planner() {
+async fn a_lease_is_as_fast_with_100_000_waiting_events_that_the_planner_has_no_statistics_of() {
     let (full, empty) = (Outbox::create().await, Outbox::create().await);
     for outbox in [&full, &empty] {
-        outbox.run(KNOW_NOTHING).await;
+        outbox.run(NO_STATISTICS).await;
         for _ in 0..3 {
             outbox.run(WAITING_100).await;
         }
@@ -170,11 +169,11 @@ async fn a_lease_takes_no_longer_with_100_000_events_waiting_of_which_nothing_is
 }
 
 #[tokio::test]
-async fn what_lies_below_the_floor_is_not_looked_at_and_found_within_a_second_all_the_same() {
+async fn an_event_below_the_floor_is_not_scanned_at_first_and_found_within_a_second() {
     let outbox = Outbox::create().await;
     outbox.run(WAITING_100).await;
     let began = Instant::now();
-    assert!(lease(&outbox.database, &outbox.terms, BATCH).await.unwrap().is_some());
+    assert!(lease(&outbox.database, &outbox.lease_query, BATCH).await.unwrap().is_some());
     outbox
         .run(
             "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
@@ -182,12 +181,12 @@ async fn what_lies_below_the_floor_is_not_looked_at_and_found_within_a_second_al
             FROM (SELECT now() - interval '1 minute') AS late (at)",
         )
         .await;
-    // On a busy machine the second may be over before the first look.
-    if lease(&outbox.database, &outbox.terms, BATCH).await.unwrap().is_some() {
+    // On a busy machine the second may be over before this lease.
+    if lease(&outbox.database, &outbox.lease_query, BATCH).await.unwrap().is_some() {
         assert!(began.elapsed() > Duration::from_millis(990), "the lease began below the floor");
         return;
     }
-    while lease(&outbox.database, &outbox.terms, BATCH).await.unwrap().is_none() {
+    while lease(&outbox.database, &outbox.lease_query, BATCH).await.unwrap().is_none() {
         assert!(began.elapsed() < Duration::from_secs(5), "an event below the floor is lost");
     }
     assert!(began.elapsed() > Duration::from_millis(990), "the lease began below the floor");

@@ -1,5 +1,7 @@
-//! outbox-relay: leases outbox rows, delivers them over gRPC, and deletes what was handled. It knows no business: it runs
-//! beside any database with the outbox table, towards any service that implements `events.v1.EventReceiver`.
+//! outbox-relay: leases outbox rows, delivers them over gRPC, and deletes the rows that were handled.
+//!
+//! It knows nothing of any domain. It runs beside any database with the outbox table, and delivers to any service that
+//! implements `events.v1.EventReceiver`.
 
 mod announce;
 mod deliver;
@@ -32,7 +34,7 @@ use tracing::{info, warn};
 use crate::{
     deliver::Receiver,
     grpc::Admin,
-    lease::Terms,
+    lease::LeaseQuery,
     maintain::Maintenance,
     operate::{Descriptors, MaxAge},
     relay::Worker,
@@ -50,48 +52,50 @@ pub struct Settings {
     /// Address to serve gRPC on.
     #[arg(long, env = "RELAY_LISTEN", default_value = "127.0.0.1:50053")]
     pub listen: SocketAddr,
-    /// The database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
+    /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
-    /// Which events go where, as PATTERN=URL, any number of times: a full event type or a beginning of some that ends in
-    /// *, and the service that receives them, such as orders.v1.*=http://host:50052. The first that matches is taken.
+    /// Receiver of some event types, as PATTERN=URL, such as orders.v1.*=http://host:50052. PATTERN is a full event
+    /// type, or a prefix that ends in *. Repeat the flag for more routes; an event takes the first route that matches.
     #[arg(long = "route", env = "RELAY_ROUTES", value_name = "PATTERN=URL", value_delimiter = ',', required = true)]
     pub routes: Vec<RouteSettings>,
-    /// Name of the service whose outbox this is: the `source` of its events.
+    /// Name of the service that owns the outbox. Its events carry this name as `source`.
     #[arg(long, env = "RELAY_SOURCE")]
     pub source: String,
-    /// Leases and deliveries under way at once, on each route. Two wait for notifications; the others are called when a
-    /// batch was full. All look by themselves when the poll is due.
+    /// Workers on each route. A worker has one batch in flight at a time. Two workers wake on notifications, the others
+    /// when a batch was full. All of them poll.
     #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
-    /// Events in one lease at most, and so in one delivery, if they fit into one message (3 MiB).
+    /// Lease at most this many events at once. A delivery holds all of them, or as many as fit into 3 MiB.
     #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub batch: u32,
-    /// Seconds a lease holds its events; a delivery ends within three quarters of it.
+    /// Seconds that a lease lasts. A delivery may use three quarters of it.
     #[arg(long, env = "RELAY_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub lease_seconds: u32,
-    /// Milliseconds between looks into the outbox when no notification comes.
+    /// Milliseconds between two polls of the outbox while no notification comes.
     #[arg(long, env = "RELAY_POLL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub poll_ms: u64,
-    /// Deliveries of an event that may fail for the event's own reasons before it is dead.
+    /// Failed deliveries after which an event is dead. Outages of the receiver do not count.
     #[arg(long, env = "RELAY_ATTEMPTS", default_value_t = 10, value_parser = clap::value_parser!(i32).range(1..=1000))]
     pub attempts: i32,
-    /// Milliseconds the first back-off of an event lasts at most; each further one may last twice as long.
+    /// Back off for at most this many milliseconds after an event's first failure. The limit doubles with each further
+    /// failure. The time within the limit is random.
     #[arg(long, env = "RELAY_BACK_OFF_MS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=600_000))]
     pub back_off_ms: u32,
-    /// Milliseconds any back-off of an event lasts at most.
+    /// Back off for at most this many milliseconds, however often an event has failed.
     #[arg(long, env = "RELAY_BACK_OFF_MAX_MS", default_value_t = 60_000, value_parser = clap::value_parser!(u32).range(1..=86_400_000))]
     pub back_off_max_ms: u32,
-    /// How old an event may be.
+    /// Age limit of events.
     #[command(flatten)]
     pub max_age: MaxAge,
-    /// Address to serve metrics on, over HTTP in the text format of Prometheus; none are served without it.
+    /// Address to serve metrics on, over HTTP in the text format of Prometheus. Without it no metrics are served.
     #[arg(long, env = "RELAY_METRICS_LISTEN")]
     pub metrics_listen: Option<SocketAddr>,
-    /// Descriptors of your own events, so that RelayAdmin can show them: an encoded FileDescriptorSet with all imports.
+    /// File with the descriptors of your own events: an encoded FileDescriptorSet with all imports. RelayAdmin shows
+    /// their payloads as JSON. Without it RelayAdmin decodes only the events of orders and inventory.
     #[arg(long, env = "RELAY_DESCRIPTORS", value_name = "FILE")]
     pub descriptors: Option<Descriptors>,
-    /// Use of the database.
+    /// Limits on the use of the database.
     #[command(flatten)]
     pub database: DatabaseSettings,
     /// Limits of the server.
@@ -99,7 +103,8 @@ pub struct Settings {
     pub serve: ServeSettings,
 }
 
-/// Relays until `shutdown`; then leases nothing more, and settles or releases what is in flight within the drain time.
+/// Relays until `shutdown`. Then it leases nothing more, and settles or releases the events in flight within the drain
+/// time.
 ///
 /// # Errors
 /// [`RunError`].
@@ -127,11 +132,11 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     ended
 }
 
-/// Runs the workers until `shutdown`, then gives them most of the drain time to settle, and the rest to release. A worker
-/// that ends before shuts the process down.
+/// Runs the workers until `shutdown`. Then they have most of the drain time to settle their batches; deliveries that
+/// take longer are cancelled, and their events released. A worker that ends early shuts the process down.
 async fn run_workers(database: Database, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
-    let hurry = CancellationToken::new();
-    let mut tasks = start(&database, &settings, &shutdown, &hurry);
+    let cancel_deliveries = CancellationToken::new();
+    let mut tasks = start(&database, &settings, &shutdown, &cancel_deliveries);
     let ended = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         Some(ended) = tasks.join_next() => ended.unwrap_or(Err(RunError::Panicked("a worker"))),
@@ -139,9 +144,9 @@ async fn run_workers(database: Database, settings: Settings, shutdown: Cancellat
     shutdown.cancel();
     let drain = Duration::from_secs(settings.serve.drain_seconds);
     if timeout(drain.mul_f32(0.6), join_all(&mut tasks)).await.is_err() {
-        hurry.cancel();
+        cancel_deliveries.cancel();
         if timeout(drain.mul_f32(0.3), join_all(&mut tasks)).await.is_err() {
-            warn!("drain time is over: what is still leased is delivered again when its lease expires");
+            warn!("drain time is over: events still leased are delivered again after their leases expire");
         }
     }
     ended
@@ -152,26 +157,27 @@ fn start(
     database: &Database,
     settings: &Settings,
     shutdown: &CancellationToken,
-    hurry: &CancellationToken,
+    cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
     let poll = Duration::from_millis(settings.poll_ms);
     let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
     let wakes = Wake::listen(settings.database_url.options(), shutdown, routes.len());
     let mut tasks = JoinSet::new();
     for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
-        let terms = Terms::of(settings, route.settings(), &settings.routes[..index]);
+        let lease_query = LeaseQuery::of(settings, route.settings(), &settings.routes[..index]);
         for number in 1..=settings.workers {
-            // A channel is one HTTP/2 connection: with one a worker, a receiver's replicas share the load.
+            // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
+            // load.
             let worker = Worker {
                 number,
                 database: database.clone(),
                 receiver: Receiver::connect_lazily(route.settings().receiver.clone(), settings.source.clone()),
                 settings: settings.clone(),
                 route: route.clone(),
-                terms: terms.clone(),
+                lease_query: lease_query.clone(),
                 wake: wake.clone(),
                 shutdown: shutdown.clone(),
-                hurry: hurry.clone(),
+                cancel_deliveries: cancel_deliveries.clone(),
             };
             tasks.spawn(worker.run());
         }

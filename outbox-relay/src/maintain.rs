@@ -1,4 +1,4 @@
-//! What has to be done now and then, once per process.
+//! Periodic maintenance, once per process.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use crate::{
 };
 
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
-/// Looking for events that no route takes reads the whole outbox.
-const STRAYS_INTERVAL: Duration = Duration::from_secs(60);
+/// Rare, since the search for events without a route reads the whole outbox.
+const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The maintenance of a process.
+/// The maintenance of one process.
 pub(crate) struct Maintenance {
     pub(crate) database: Database,
     pub(crate) routes: Vec<Route>,
@@ -28,7 +28,7 @@ pub(crate) struct Maintenance {
 }
 
 impl Maintenance {
-    /// Maintains until shutdown. Whatever fails is done again at its next time.
+    /// Runs until shutdown. A task that fails is repeated when it is due again.
     pub(crate) async fn run(self) {
         let relay_id = Uuid::new_v4();
         self.shutdown.run_until_cancelled(self.maintain(relay_id)).await;
@@ -37,24 +37,24 @@ impl Maintenance {
 
     async fn maintain(&self, relay_id: Uuid) {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
-        let mut looking = every(STRAYS_INTERVAL);
+        let mut checking = every(UNROUTED_INTERVAL);
         loop {
             tokio::select! {
                 _ = parking.tick() => report("park successors", park(&self.database).await),
                 _ = announcing.tick() => {
                     report("announce routes", announce(&self.database, relay_id, &self.routes).await);
                 }
-                _ = looking.tick() => report("look for strays", self.warn_of_strays().await),
+                _ = checking.tick() => report("look for events without a route", self.warn_of_unrouted().await),
             }
         }
     }
 
-    /// An event that no route takes waits for one, and holds back its aggregate. It may be another relay's; if it is not,
-    /// nobody else would say so.
-    async fn warn_of_strays(&self) -> Result<(), sqlx::Error> {
+    /// An event without a route stays in the outbox, and blocks the later events of its aggregate. Another relay may
+    /// have a route for it. If none has, this warning is the only sign.
+    async fn warn_of_unrouted(&self) -> Result<(), sqlx::Error> {
         let patterns: Vec<_> = self.routes.iter().map(|route| route.settings().like()).collect();
-        let strays = self.database.run(move |connection| Box::pin(find_strays(connection, patterns))).await?;
-        for Stray { event_type, events } in strays {
+        let unrouted = self.database.run(move |connection| Box::pin(find_unrouted(connection, patterns))).await?;
+        for Unrouted { event_type, events } in unrouted {
             warn!(event_type, events, "no route of this relay takes these events: they stay in the outbox");
         }
         Ok(())
@@ -73,15 +73,15 @@ fn report(what: &str, outcome: Result<(), sqlx::Error>) {
     }
 }
 
-struct Stray {
+struct Unrouted {
     event_type: String,
     events: i64,
 }
 
-async fn find_strays(connection: &mut PgConnection, patterns: Vec<String>) -> Result<Vec<Stray>, sqlx::Error> {
+async fn find_unrouted(connection: &mut PgConnection, patterns: Vec<String>) -> Result<Vec<Unrouted>, sqlx::Error> {
     sqlx::query_as!(
-        Stray,
-        r#"-- relay: find strays
+        Unrouted,
+        r#"-- relay: find unrouted
         SELECT event_type, count(*) AS "events!"
         FROM outbox
         WHERE event_type NOT LIKE ALL ($1::text[])

@@ -1,4 +1,4 @@
-//! Counts what the relay does, for whoever asks over HTTP.
+//! Metrics of the relay, served over HTTP.
 
 use std::net::SocketAddr;
 
@@ -14,27 +14,28 @@ const ROUTE_OPEN: &str = "outbox_relay_route_open";
 /// Serves the metrics of this process in the text format of Prometheus.
 ///
 /// # Errors
-/// When the address cannot be listened on.
+/// When it cannot listen on the address.
 pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
     PrometheusBuilder::new().with_http_listener(address).install()?;
     describe_counter!(
         EVENTS,
-        "Leased events by what was done with them: handled (deleted), retried (an attempt spent), died, released (nothing \
-         known of them), lost (the lease had expired and another relay took them: nothing was done), unsettled (the database \
-         failed: the lease expires)"
+        "Leased events by outcome: handled (deleted), retried (an attempt spent), died (kept as dead), released (visible \
+         again, no attempt spent), lost (the lease expired and another relay has them), unsettled (the database failed; the \
+         lease expires)"
     );
     describe_counter!(
         DELIVERIES,
-        "Calls of a receiver by what became of them: answered, refused, outage, silent, barred"
+        "Deliveries by outcome: answered, refused (the whole batch), outage (receiver unavailable), silent (no reply), \
+         barred (this relay may not deliver)"
     );
     describe_gauge!(
         ROUTE_OPEN,
-        "1 while the receiver of the route takes deliveries, 0 while it is away or refuses this relay"
+        "1 while the receiver of the route takes deliveries, 0 while it is unavailable or bars this relay"
     );
     Ok(())
 }
 
-/// Makes a route's metrics exist before anything has happened: a rate cannot be taken of what is not there.
+/// Creates a route's metrics with zeros, since Prometheus can take no rate of a metric that does not exist yet.
 pub(crate) fn register(route: &str) {
     settled(route, &Settled::default());
     for outcome in ["answered", "refused", "outage", "silent", "barred"] {

@@ -1,5 +1,5 @@
-//! What an operator does to an outbox: a file per deed, with its SQL. The command line does it straight on the database,
-//! so that it works when nothing is up; `grpc.rs` does the same for programs. Both answer in the words of the contract.
+//! The operator's commands: a file for each, with its SQL. The command line runs them directly on the database, so it
+//! works while no relay is up. `grpc.rs` offers the same to programs. Both answer with the messages of the contract.
 
 mod command_line;
 mod decode;
@@ -14,8 +14,8 @@ mod status;
 
 use std::ops::RangeInclusive;
 
+use outbox::AggregateId;
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
-use uuid::Uuid;
 
 pub use command_line::{Command, CommandError, run};
 pub use decode::{Descriptors, DescriptorsError};
@@ -25,19 +25,19 @@ pub(crate) use discard::discard;
 pub(crate) use list_dead::{Page, list_dead};
 pub(crate) use pause::{pause, resume};
 pub(crate) use refuse::{OperateError, Reason};
-pub(crate) use requeue::{Which, requeue};
+pub(crate) use requeue::{Selection, requeue};
 pub(crate) use show_dead::show_dead;
 pub(crate) use status::{SAMPLE, read_status, read_totals};
 
-/// Where an event stands, or stood, in the sequence of its aggregate.
+/// The position of an event in the sequence of its aggregate.
 #[derive(Clone, Copy, Debug)]
-struct Place {
-    aggregate_id: Uuid,
+struct Position {
+    aggregate_id: AggregateId,
     sequence: i32,
 }
 
-/// Begins a transaction whose commit is durable. That of the relay's role is not, since losing a lease only delivers an
-/// event again; but what an operator was told is done has to stay done.
+/// Begins a transaction whose commit is durable. By default the commits of the relay's role are not, since a lost lease
+/// only causes another delivery. But a change that was reported to an operator must survive a crash.
 async fn begin_durable(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>, sqlx::Error> {
     let mut tx = connection.begin().await?;
     sqlx::query!(
@@ -49,15 +49,15 @@ async fn begin_durable(connection: &mut PgConnection) -> Result<Transaction<'_, 
     Ok(tx)
 }
 
-/// Makes visible what waits for nothing but the events at these places, which are about to go, or gone; returns how many
-/// those are.
+/// Makes the later events visible that wait only for the events at these positions. Those are gone, or about to be
+/// delivered. Returns the number of rows.
 ///
-/// Rows that are visible already are written too. A relay parks successors of an event that is dead in *its* snapshot;
-/// one it parks at this moment is waited for here, and one it is about to park is not where its snapshot says any more,
-/// so that it leaves it alone. Were visible rows passed over, such a row would stay hidden for minutes.
-async fn free_successors(connection: &mut PgConnection, places: &[Place]) -> Result<u64, sqlx::Error> {
-    let aggregate_ids: Vec<_> = places.iter().map(|place| place.aggregate_id).collect();
-    let sequences: Vec<_> = places.iter().map(|place| place.sequence).collect();
+/// It also writes rows that are already visible. A relay parks the successors of an event that is dead in *its*
+/// snapshot. If it is parking a row now, this statement waits for it. If it is about to, the row is no longer at the
+/// `ctid` in its snapshot, so it leaves the row alone. Without the write, such a row would stay hidden for minutes.
+async fn free_successors(connection: &mut PgConnection, positions: &[Position]) -> Result<u64, sqlx::Error> {
+    let aggregate_ids: Vec<_> = positions.iter().map(|position| position.aggregate_id).collect();
+    let sequences: Vec<_> = positions.iter().map(|position| position.sequence).collect();
     let freed = sqlx::query!(
         "-- operate: free successors
         UPDATE outbox
@@ -67,7 +67,7 @@ async fn free_successors(connection: &mut PgConnection, places: &[Place]) -> Res
           AND outbox.sequence > freeing.sequence
           AND lease_token IS NULL
           AND visible_at < 'infinity'",
-        &aggregate_ids,
+        &aggregate_ids as &[AggregateId],
         &sequences,
     )
     .execute(connection)
@@ -75,33 +75,32 @@ async fn free_successors(connection: &mut PgConnection, places: &[Place]) -> Res
     Ok(freed.rows_affected())
 }
 
-/// To be called after the commit. A successor that was committed after [`free_successors`] had looked can have been parked
-/// by a relay that did not see this commit yet. Whoever parks from now on sees it, and what was parked before is freed
-/// here. If this fails the row comes back by itself, within minutes, so it is none of the operator's.
-async fn free_late_successors(connection: &mut PgConnection, places: &[Place]) {
-    if let Err(cause) = free_successors(connection, places).await {
-        tracing::warn!(%cause, "an event that was enqueued at this moment may wait for some minutes");
+/// Call this after the commit. A successor may have been committed after [`free_successors`] ran, and been parked by a
+/// relay that did not see this commit yet. Relays that park from now on see it, and rows that were parked before are
+/// freed here. On a failure such a row becomes visible by itself within minutes, so the operator gets no error.
+async fn free_late_successors(connection: &mut PgConnection, positions: &[Position]) {
+    if let Err(cause) = free_successors(connection, positions).await {
+        tracing::warn!(%cause, "a later event that was enqueued just now may wait for some minutes");
     }
 }
 
-/// To be called after the commit. A relay that is not told looks by itself within its poll interval, so a failure here is
-/// none of the operator's.
+/// Call this after the commit. Without a notification relays poll within their interval, so the operator gets no error.
 async fn wake_relays(connection: &mut PgConnection) {
     if let Err(cause) = outbox::notify(connection, outbox::CHANNEL).await {
-        tracing::warn!(%cause, "relays not notified; they poll meanwhile");
+        tracing::warn!(%cause, "cannot notify relays; they will poll");
     }
 }
 
-/// Characters of a name: of who does something, or of an event type.
+/// Characters of a name: of a person, or of an event type.
 pub(crate) const NAME_CHARS: RangeInclusive<usize> = 1..=200;
 /// Characters of a reason.
 pub(crate) const REASON_CHARS: RangeInclusive<usize> = 1..=1000;
 
-/// Text that a person wrote and others will read, without the blanks round it. Control characters are refused: Postgres
-/// cannot hold all of them, and terminals obey them.
+/// Trims and checks text from a person. Control characters are refused: Postgres cannot store all of them, and
+/// terminals interpret them.
 ///
 /// # Errors
-/// What it must be, as the rest of a sentence that begins with its name.
+/// The rule for this text, as the rest of a sentence that begins with the name of its field.
 pub(crate) fn check_text(text: &str, chars: RangeInclusive<usize>) -> Result<String, String> {
     let text = text.trim();
     if !chars.contains(&text.chars().count()) || text.chars().any(char::is_control) {

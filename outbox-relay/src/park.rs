@@ -1,52 +1,52 @@
-//! Keeps events that wait for a predecessor out of the scan for work.
+//! Parks events that wait for a predecessor: hides them from the scans of leases.
 
 use std::time::Duration;
 
 use chassis::Database;
 use sqlx::PgConnection;
 
-/// Rows at the front of the line that one statement looks at.
+/// The oldest visible rows that one statement examines.
 const ROWS_MAX: i64 = 5000;
-/// Statements in one go, so that the other maintenance has its turn.
+/// Statements in one pass, so that the other maintenance is not delayed.
 const STATEMENTS_MAX: u32 = 40;
-/// Of a front of which fewer are parked than this, most are about to go: the next statement would see the same rows.
+/// If a statement parks fewer rows than this, most of the rows it examined are free. The next statement would see them
+/// again.
 const WORTH_ANOTHER: u64 = 500;
-/// How long a row is out of sight at most. This bounds what a wrong guess about its predecessor can cost.
+/// Longest time that a row is parked. It bounds the cost of a wrong guess about its predecessor.
 const PARKED_MAX: Duration = Duration::from_secs(300);
 
-/// Parks rows at the front of the line that wait for a predecessor which is backing off or dead. Each lease would look at
-/// them in vain: a row that is visible is scanned, whatever it waits for.
+/// Parks the oldest visible rows whose predecessor is backing off or dead. Otherwise each lease would scan them in
+/// vain: a visible row is scanned, whatever it waits for.
 ///
-/// A parked row needs nobody to wake it: its own time brings it back, when its predecessor may go or after a few minutes,
-/// whichever is earlier, and then it is leased, or parked again. So there is no wake-up that could be lost, and no state
-/// that could disagree with its predecessor's for longer than that. A dead predecessor's infinity is not copied: it would
-/// make its successors dead too.
+/// A parked row becomes visible by time alone: when its predecessor does, or after a few minutes if that is earlier.
+/// Then it is leased, or parked again. So no wake-up can be lost, and a row can disagree with its predecessor only for
+/// that long. The infinity of a dead predecessor is not copied, since it would mark the successors dead too.
 ///
 /// # Errors
 /// Those of the database.
 pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
     for _ in 0..STATEMENTS_MAX {
-        if database.run(|connection| Box::pin(park_front(connection))).await? < WORTH_ANOTHER {
+        if database.run(|connection| Box::pin(park_oldest(connection))).await? < WORTH_ANOTHER {
             break;
         }
     }
     Ok(())
 }
 
-/// Looks at the front of the line only: leases begin there as well, so a row is in their way only once it has come there.
-/// Both arrays and the look at the predecessor are such that no statistics can make the plan read more than that.
+/// Examines only the oldest visible rows. Leases begin there as well, so a row costs them nothing before it is among
+/// these. Both arrays and the subquery for the predecessor are there so that no statistics can make the plan read more.
 ///
-/// Whatever others do to these rows meanwhile stands: a row that somebody has locked is skipped, and one that was changed
-/// after the snapshot is no longer where its `ctid` says. Whoever makes a predecessor visible makes its successors so too,
-/// and waits for the locks of this statement to do it.
+/// Concurrent changes to these rows stand. The statement skips a locked row. A row that was changed after the snapshot
+/// is no longer at its `ctid`. A requeue or a discard makes the successors of its event visible too, and waits for the
+/// locks of this statement.
 ///
-/// Chains are parked link by link, a parked row being no different from one that backs off.
-async fn park_front(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
+/// Chains are parked one event after the other: for its successor, a parked row is like one that backs off.
+async fn park_oldest(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
     let parked = sqlx::query!(
         "-- relay: park
         UPDATE outbox AS successor
         SET visible_at = (
-            -- With jitter, since the rows that wait for dead ones would all come back together.
+            -- With jitter. Otherwise all rows that wait for dead ones would become visible together.
             SELECT least(earlier.visible_at, now() + make_interval(secs => $2 * (1 - random() / 4)))
             FROM outbox AS earlier
             WHERE earlier.aggregate_id = successor.aggregate_id AND earlier.sequence = successor.sequence - 1)

@@ -11,155 +11,164 @@ use crate::{
     Settings,
     deliver::{Delivery, Receiver, Verdict},
     floor::RESCAN_INTERVAL,
-    lease::{Lease, Terms, lease},
+    lease::{Lease, LeaseQuery, lease},
     measure,
     reopen::FIRST_BATCH,
-    route::{Admission, Route, Turn},
+    route::{Admission, Probe, Route},
     settle::{Policy, settle},
     wake::Wake,
 };
 
-/// One of a route's workers. Any number of them, in any number of processes, share an outbox: what keeps them apart is
-/// the lease, not any knowledge of each other.
+/// One of a route's workers. Any number of them, in any number of processes, share an outbox. Only leases keep them
+/// apart: they know nothing of each other.
 pub(crate) struct Worker {
     pub(crate) number: u32,
     pub(crate) database: Database,
     pub(crate) receiver: Receiver,
     pub(crate) settings: Settings,
     pub(crate) route: Route,
-    pub(crate) terms: Terms,
+    pub(crate) lease_query: LeaseQuery,
     pub(crate) wake: Wake,
-    /// Lease nothing more.
+    /// Stops leasing.
     pub(crate) shutdown: CancellationToken,
-    /// Wait for no reply any longer.
-    pub(crate) hurry: CancellationToken,
+    /// Cancels the deliveries in flight.
+    pub(crate) cancel_deliveries: CancellationToken,
 }
 
-/// How a round of the loop has ended.
+/// How a round of the loop ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Round {
-    /// Events were leased. What they held back may be free now, so the next round follows at once.
+    /// Events were leased. Their successors may be free now, so the next round follows at once.
     Worked,
-    /// There was nothing to lease, or what may be left is for those who watch.
+    /// No event was free, or the workers that notifications wake will lease the rest.
     Idle,
-    /// The database did not answer.
+    /// The database failed.
     Failed,
 }
 
-/// How far a batch was carried.
+/// How far a batch got.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Carried {
-    /// To its end: the outbox gave so many events, and the receiver is up.
-    Through(usize),
-    /// Not to its end: the receiver is away, or this process is about to end.
-    Stopped,
-    /// Nowhere: the database did not answer.
-    NotLeased,
+pub(crate) enum BatchOutcome {
+    /// All of it was delivered and settled. It held this many events; with none, the outbox had no free event.
+    Completed(usize),
+    /// Not all of it was delivered: the receiver was unavailable, or this process is about to end.
+    Interrupted,
+    /// The database failed, so no events were leased.
+    LeaseFailed,
 }
 
-/// Workers of a route that notifications wake; the others are called when there is more than one can carry. Were a
-/// notification to wake any that is idle, a steady stream of single events would be delivered in batches so small that the
-/// processor is busy with their number (see ARCHITECTURE.md for how much that is).
-const WATCHERS: u32 = 2;
+/// Workers of a route that notifications wake. A worker that leases a full batch wakes another one. If every idle
+/// worker woke on every notification, a steady stream of single events would be delivered in many small batches, and
+/// each batch has a cost of its own.
+const NOTIFIED_WORKERS: u32 = 2;
 
-/// Pause after the database failed, so that it is not besieged; workers do not fail in step.
+/// Longest pause after the database failed. It is random, so that workers do not retry in step.
 const DATABASE_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 impl Worker {
-    /// Works until shutdown, or until the receiver turns out to be one that nothing may be delivered to.
+    /// Works until shutdown, or until the relay may not deliver to the receiver at all.
     pub(crate) async fn run(mut self) -> Result<(), RunError> {
         while !self.shutdown.is_cancelled() {
             match self.round().await? {
                 Round::Worked => {}
-                Round::Idle if self.watches() => self.wake.wait(self.poll()).await,
-                Round::Idle => self.wake.wait_for_call(self.poll()).await,
+                Round::Idle if self.is_notified() => self.wake.wait(self.poll()).await,
+                Round::Idle => self.wake.wait_without_notifications(self.poll()).await,
                 Round::Failed => self.pause().await,
             }
         }
         Ok(())
     }
 
-    fn watches(&self) -> bool {
-        self.number <= WATCHERS
+    fn is_notified(&self) -> bool {
+        self.number <= NOTIFIED_WORKERS
     }
 
     async fn round(&mut self) -> Result<Round, RunError> {
         let route = self.route.clone();
         match self.shutdown.run_until_cancelled(route.admit()).await {
             None => Ok(Round::Idle),
-            Some(Admission::Turn(turn)) => self.reopen(turn).await,
-            Some(Admission::Open { .. }) => Ok(match self.carry(self.settings.batch, None).await {
-                Carried::Through(0) => Round::Idle,
-                Carried::Through(events) if events < self.settings.batch as usize && !self.watches() => {
-                    self.wake.look_again();
+            Some(Admission::Probe(probe)) => self.reopen(probe).await,
+            Some(Admission::Open { .. }) => Ok(match self.process_batch(self.settings.batch, None).await {
+                BatchOutcome::Completed(0) => Round::Idle,
+                BatchOutcome::Completed(events) if events < self.settings.batch as usize && !self.is_notified() => {
+                    self.wake.wake_notified();
                     Round::Idle
                 }
-                Carried::Through(_) | Carried::Stopped => Round::Worked,
-                Carried::NotLeased => Round::Failed,
+                BatchOutcome::Completed(_) | BatchOutcome::Interrupted => Round::Worked,
+                BatchOutcome::LeaseFailed => Round::Failed,
             }),
         }
     }
 
-    /// Leases a batch, delivers it, settles it; in a turn, as the only worker that does.
-    pub(crate) async fn carry(&mut self, asked: u32, turn: Option<&mut Turn<'_>>) -> Carried {
-        let mut lease = match lease(&self.database, &self.terms, asked).await {
+    /// Leases, delivers and settles at most `limit` events. With a probe, no other worker of the route does so
+    /// meanwhile.
+    pub(crate) async fn process_batch(&mut self, limit: u32, probe: Option<&mut Probe<'_>>) -> BatchOutcome {
+        let mut lease = match lease(&self.database, &self.lease_query, limit).await {
             Ok(Some(lease)) => lease,
-            Ok(None) => return Carried::Through(0),
+            Ok(None) => return BatchOutcome::Completed(0),
             Err(cause) => {
                 error!(%cause, "cannot lease");
-                return Carried::NotLeased;
+                return BatchOutcome::LeaseFailed;
             }
         };
         let events = lease.rows.len();
-        if turn.is_none() && events == asked as usize {
-            self.wake.call_another();
+        if probe.is_none() && events == limit as usize {
+            self.wake.wake_any();
         }
-        let mut verdicts = self.verdicts_of_age(&lease);
-        let through = self.deliver(&mut lease, &mut verdicts, turn).await;
+        let mut verdicts = self.verdicts_by_age(&lease);
+        let completed = self.deliver(&mut lease, &mut verdicts, probe).await;
         self.settle(lease, &verdicts).await;
-        if through { Carried::Through(events) } else { Carried::Stopped }
+        if completed { BatchOutcome::Completed(events) } else { BatchOutcome::Interrupted }
     }
 
-    /// What is known before anything is delivered: what is too old dies, undelivered, since the receiver may have
-    /// forgotten that it has applied it long ago.
-    fn verdicts_of_age(&self, lease: &Lease) -> Vec<Verdict> {
+    /// The verdicts before any delivery. An event that is too old is dead, undelivered: its receiver may have applied
+    /// it long ago, and forgotten that.
+    fn verdicts_by_age(&self, lease: &Lease) -> Vec<Verdict> {
         let hours = self.settings.max_age.max_age_hours;
-        let too_old = || Verdict::Dead(format!("EXPIRED: older than {hours} h, the most for an event to be delivered"));
+        let too_old = || Verdict::Dead(format!("EXPIRED: older than {hours} h, the age limit for delivery"));
         lease.rows.iter().map(|row| if row.expired { too_old() } else { Verdict::Release }).collect()
     }
 
-    /// Delivers the lease's batches and writes what became of each event into `verdicts`. Returns whether it got to the
-    /// end; what it did not get to is as it was.
+    /// Delivers the lease's batches, and writes the results into `verdicts`. Returns whether it completed all of them.
+    /// An event that was not delivered keeps its verdict.
     ///
-    /// A batch that fails whole, though the receiver is up, may fail for one of its events, so its events are then
-    /// delivered each alone. If it was *refused*, the receiver is up, and that is done at once. If there was *silence*,
-    /// the receiver may have crashed, and with it every delivery under way: then only a worker in its turn does it, which
-    /// waits before each delivery until the receiver is up. An event is charged with what happened to it alone: with a
-    /// refusal always, with silence only in a turn, when nobody else's event can have been the cause. An *outage* is
-    /// charged to nobody; but an event that meets one before and after others were taken is put off, in a turn: it would
-    /// keep the route shut.
-    async fn deliver(&mut self, lease: &mut Lease, verdicts: &mut [Verdict], mut turn: Option<&mut Turn<'_>>) -> bool {
+    /// One event can be the cause when a whole batch fails, so the events are then delivered one by one:
+    ///
+    /// - After a *refusal* the receiver is up, so this happens at once.
+    /// - After *silence* the receiver may have crashed, and with it every delivery in flight. So only a probe delivers
+    ///   one by one, and before each delivery it waits until the receiver is up.
+    ///
+    /// An event spends an attempt only on a failure that it alone can have caused. A refusal counts whenever the event
+    /// was alone. Silence counts only if it was alone in a probe, with no other delivery in flight. An *outage* never
+    /// counts. But a probe defers an event that alone meets an outage twice, if the receiver took others in between:
+    /// the event would keep the route down.
+    async fn deliver(
+        &mut self,
+        lease: &mut Lease,
+        verdicts: &mut [Verdict],
+        mut probe: Option<&mut Probe<'_>>,
+    ) -> bool {
         let mut batches = lease.batches();
         batches.reverse();
-        let mut through = true;
-        // Batches the receiver took, and of each event that alone met an outage, how many those were at that time; and
-        // outages in a row.
-        let (mut taken, mut outages, mut in_a_row) = (0, HashMap::new(), 0);
+        let mut completed = true;
+        // `accepted` counts the batches that the receiver took. `outages` maps each event that alone met an outage to
+        // that count at the time.
+        let (mut accepted, mut outages, mut outages_in_a_row) = (0, HashMap::new(), 0);
         while let Some(batch) = batches.pop() {
-            // Those that are delivered one by one may be too many for one lease: that is no silence of the receiver's.
-            if turn.is_none() && Instant::now() > lease.split_before() {
+            // Deliveries one by one may take longer than the lease. That must not look like silence of the receiver.
+            if probe.is_none() && Instant::now() > lease.split_before() {
                 return false;
             }
             let (mut alone, mut deadline) = (false, lease.deliver_before());
-            if let Some(turn) = turn.as_deref_mut() {
-                if !self.is_ready(turn, lease).await {
+            if let Some(probe) = probe.as_deref_mut() {
+                if !self.is_ready(probe, lease).await {
                     return false;
                 }
-                alone = turn.is_alone();
+                alone = probe.is_alone();
                 deadline = if batch.len() > 1 { lease.split_before() } else { lease.deliver_before() };
             }
             let Some(delivery) = self.call(lease, batch.clone(), deadline).await else { return false };
-            if let Some(reason) = why_split(&delivery, batch.len(), turn.is_some()) {
+            if let Some(reason) = reason_to_split(&delivery, batch.len(), probe.is_some()) {
                 warn!(worker = self.number, events = batch.len(), reason, "batch failed: delivering one by one");
                 batches.extend(batch.rev().map(|row| row..row + 1));
                 continue;
@@ -167,8 +176,8 @@ impl Worker {
             match delivery {
                 Delivery::Answered(answers) => {
                     verdicts[batch].clone_from_slice(&answers);
-                    taken += 1;
-                    in_a_row = 0;
+                    accepted += 1;
+                    outages_in_a_row = 0;
                 }
                 Delivery::Refused { reason, retry_after } => {
                     verdicts[batch.start] = Verdict::Retry { reason, after: retry_after };
@@ -176,18 +185,18 @@ impl Worker {
                 Delivery::Silent { reason } if alone => {
                     verdicts[batch.start] =
                         Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
-                    through = false;
+                    completed = false;
                 }
-                Delivery::Outage { retry_after, .. } if turn.is_some() && batch.len() == 1 => {
-                    through = false;
-                    in_a_row += 1;
-                    match outages.insert(batch.start, taken) {
-                        // So many are no matter of single events. They go to the end of the line, and others get a turn.
-                        _ if in_a_row == FIRST_BATCH => return false,
-                        // Once more, after all others.
+                Delivery::Outage { retry_after, .. } if probe.is_some() && batch.len() == 1 => {
+                    completed = false;
+                    outages_in_a_row += 1;
+                    match outages.insert(batch.start, accepted) {
+                        // So many in a row do not depend on single events. Released, they are leased after all others.
+                        _ if outages_in_a_row == FIRST_BATCH => return false,
+                        // Deliver it once more, after all others.
                         None => batches.insert(0, batch),
-                        Some(before) if taken > before => {
-                            verdicts[batch.start] = Verdict::PutOff { after: retry_after };
+                        Some(before) if accepted > before => {
+                            verdicts[batch.start] = Verdict::Defer { after: retry_after };
                         }
                         Some(_) => {}
                     }
@@ -199,48 +208,52 @@ impl Worker {
                 Delivery::Barred { .. } => return false,
             }
         }
-        through
+        completed
     }
 
-    /// One call of the receiver; `None` when its reply is not to be waited for any longer.
+    /// One call of the receiver; `None` if it was cancelled.
     async fn call(&mut self, lease: &Lease, batch: Range<usize>, deadline: Instant) -> Option<Delivery> {
         let calling = self.receiver.deliver(&lease.rows[batch], deadline);
-        let delivery = self.hurry.run_until_cancelled(calling).await?;
+        let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
         measure::delivered(self.route.pattern(), delivery.as_str());
         match &delivery {
             Delivery::Answered(_) | Delivery::Refused { .. } => self.route.answered(),
-            Delivery::Outage { reason, retry_after } => self.route.fail(reason, *retry_after),
-            Delivery::Silent { reason } => self.route.fail(reason, Duration::ZERO),
+            Delivery::Outage { reason, retry_after } => self.route.mark_down(reason, *retry_after),
+            Delivery::Silent { reason } => self.route.mark_down(reason, Duration::ZERO),
             Delivery::Barred { reason } => self.route.bar(reason),
         }
         Some(delivery)
     }
 
-    /// A settlement that fails changes nothing that matters: the lease expires, the events are delivered again, and the
-    /// receiver drops those it has had.
+    /// A settlement that fails does no harm: the lease expires, the events are delivered again, and the receiver
+    /// answers DUPLICATE for those it has applied.
     async fn settle(&self, lease: Lease, verdicts: &[Verdict]) {
         let policy = Policy::of(&self.settings);
         let (events, oldest) = (lease.rows.len(), lease.oldest);
         let settled = settle(&self.database, lease, verdicts, policy, &self.shutdown).await;
-        self.terms.floor.lower(oldest);
+        self.lease_query.floor.lower(oldest);
         measure::settled(self.route.pattern(), &settled);
         debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {
             warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
         }
         if settled.unsettled > 0 {
-            error!(worker = self.number, events = settled.unsettled, "not known to be settled; the lease will expire");
+            error!(
+                worker = self.number,
+                events = settled.unsettled,
+                "events may not be settled: their lease will expire"
+            );
         }
         if settled.died > 0 {
-            error!(worker = self.number, events = settled.died, "dead: kept in the outbox with their reason");
+            error!(worker = self.number, events = settled.died, "events are dead: kept in the outbox with the reason");
         }
     }
 
-    /// How long to wait for a notification at most. The first look after one is as a rule above the floor only, and what it
-    /// was about may lie below: then the next look comes as soon as one is to go everywhere.
+    /// Longest wait for a notification. The first lease after a notification usually scans only above the floor, and
+    /// the new event may lie below. Then the next poll comes as soon as a full scan is due.
     pub(crate) fn poll(&self) -> Duration {
         let poll = Duration::from_millis(self.settings.poll_ms);
-        if self.terms.floor.may_hide_something() { poll.min(RESCAN_INTERVAL) } else { poll }
+        if self.lease_query.floor.may_hide_events() { poll.min(RESCAN_INTERVAL) } else { poll }
     }
 
     async fn pause(&self) {
@@ -249,13 +262,13 @@ impl Worker {
     }
 }
 
-/// Why the events of a batch that failed are to be delivered one by one, if they are. A larger batch that met an outage in a
-/// turn is not: the receiver may be overloaded, and the next turn begins small, with the same events.
-fn why_split(delivery: &Delivery, events: usize, in_turn: bool) -> Option<&str> {
+/// The reason to deliver the events of a failed batch one by one; `None` not to. A larger batch that met an outage in a
+/// probe is not split: the receiver may be overloaded, and the next probe begins with a small batch of the same events.
+fn reason_to_split(delivery: &Delivery, events: usize, in_probe: bool) -> Option<&str> {
     match delivery {
         Delivery::Refused { reason, .. } if events > 1 => Some(reason),
-        Delivery::Silent { reason } if events > 1 && in_turn => Some(reason),
-        Delivery::Outage { reason, .. } if events > 1 && events <= FIRST_BATCH as usize && in_turn => Some(reason),
+        Delivery::Silent { reason } if events > 1 && in_probe => Some(reason),
+        Delivery::Outage { reason, .. } if events > 1 && events <= FIRST_BATCH as usize && in_probe => Some(reason),
         _ => None,
     }
 }

@@ -1,4 +1,5 @@
-//! Opens a route: asks its receiver whether it is up and remembers long enough, and brings its load back step by step.
+//! Probes a route that is not open: asks its receiver whether it is up and remembers long enough, then raises its load
+//! step by step, and opens the route.
 
 use std::time::Duration;
 
@@ -9,76 +10,79 @@ use tracing::error;
 use crate::{
     deliver::Description,
     lease::Lease,
-    relay::{Carried, Round, Worker},
-    route::{Condition, Turn},
+    relay::{BatchOutcome, Round, Worker},
+    route::{Condition, Probe},
 };
 
-/// Events in the first batch for a receiver that was away: few, since they are likely to come back. Each further batch is
-/// twice as large. The others wait meanwhile: a receiver that has just started is not met by all of the backlog at once,
-/// and if there is an event it does not survive, that is found here.
+/// Events in the first batch for a receiver that was unavailable: few, since they may well fail again. Each further
+/// batch is twice as large, while the other workers wait. So a receiver that has just started does not get the whole
+/// backlog at once, and an event that crashes it is found here.
 pub(crate) const FIRST_BATCH: u32 = 8;
 
 impl Worker {
-    /// Works alone until the receiver has taken a full batch, or all there is; then opens the route for all.
+    /// Delivers alone until the receiver has taken a full batch, or all free events. Then it opens the route for all
+    /// workers.
     ///
     /// # Errors
-    /// When nothing may be delivered to this receiver at all.
-    pub(crate) async fn reopen(&mut self, mut turn: Turn<'_>) -> Result<Round, RunError> {
+    /// When the relay may not deliver to this receiver at all.
+    pub(crate) async fn reopen(&mut self, mut probe: Probe<'_>) -> Result<Round, RunError> {
         let shutdown = self.shutdown.clone();
-        match shutdown.run_until_cancelled(self.until_described(&mut turn)).await {
+        match shutdown.run_until_cancelled(self.until_described(&mut probe)).await {
             None => return Ok(Round::Idle),
             Some(described) => described?,
         }
-        if turn.is_first() {
-            turn.open();
+        if probe.is_first() {
+            probe.open();
             return Ok(Round::Worked);
         }
-        let mut asked = FIRST_BATCH.min(self.settings.batch);
+        let mut limit = FIRST_BATCH.min(self.settings.batch);
         loop {
-            let events = match self.carry(asked, Some(&mut turn)).await {
-                Carried::NotLeased => return Ok(Round::Failed),
-                Carried::Stopped => return Ok(Round::Worked),
-                Carried::Through(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),
-                Carried::Through(events) => events,
+            let events = match self.process_batch(limit, Some(&mut probe)).await {
+                BatchOutcome::LeaseFailed => return Ok(Round::Failed),
+                BatchOutcome::Interrupted => return Ok(Round::Worked),
+                BatchOutcome::Completed(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),
+                BatchOutcome::Completed(events) => events,
             };
-            let all = events < asked as usize;
-            if all && !turn.is_alone() {
-                // What others took while the route was open is likely to be given back: this is not all there is.
+            let all = events < limit as usize;
+            if all && !probe.is_alone() {
+                // Deliveries from before are still in flight, and are likely to release their events. Those are free
+                // then.
                 self.wake.wait(self.poll()).await;
-                turn.described = false;
-            } else if all || asked == self.settings.batch {
-                turn.open();
-                self.wake.call_another();
+                probe.described = false;
+            } else if all || limit == self.settings.batch {
+                probe.open();
+                self.wake.wake_any();
                 return Ok(if events == 0 { Round::Idle } else { Round::Worked });
             } else {
-                asked = asked.saturating_mul(2).min(self.settings.batch);
+                limit = limit.saturating_mul(2).min(self.settings.batch);
             }
         }
     }
 
-    /// Waits until the receiver is up, and sees to it that what is left of the lease is enough to judge an event by: one
-    /// over which the receiver hangs is known by nothing but its time.
+    /// Waits until the receiver is up, and makes sure that enough of the lease is left to judge an event. If the
+    /// receiver hangs over an event, only time can show it.
     ///
-    /// The lease is renewed meanwhile, within limits. Given back, its events would come again as if nothing were known of
-    /// them; and where a receiver takes longer to start than a lease lasts, the one that crashes it would never be found.
-    pub(crate) async fn is_ready(&mut self, turn: &mut Turn<'_>, lease: &mut Lease) -> bool {
+    /// The lease is renewed while it waits, within limits. If it released the events instead, all that is known about
+    /// them would be lost. And if a receiver takes longer to start than a lease lasts, the event that crashes it would
+    /// never be found.
+    pub(crate) async fn is_ready(&mut self, probe: &mut Probe<'_>, lease: &mut Lease) -> bool {
         let shutdown = self.shutdown.clone();
         loop {
-            let waiting = timeout_at(lease.deliver_before(), self.until_described(turn));
+            let waiting = timeout_at(lease.deliver_before(), self.until_described(probe));
             match shutdown.run_until_cancelled(waiting).await {
                 Some(Ok(Ok(()))) => break,
-                // From one that does not let it deliver, this relay has nothing to learn of these events.
+                // From a receiver that bars this relay, it can learn nothing about these events.
                 Some(Err(_elapsed)) if self.route.condition() == Condition::Barred || lease.is_overlong() => {
                     return false;
                 }
                 Some(Err(_elapsed)) if self.renew(lease).await => {}
-                // A receiver that is unfit is found to be so again, with nothing leased, by the next turn.
+                // If the receiver is unfit, the next probe finds that again, with nothing leased.
                 None | Some(_) => return false,
             }
         }
-        // Good for one delivery.
-        turn.described = false;
-        !lease.is_worn() || self.renew(lease).await
+        // One answer to Describe is good for one delivery.
+        probe.described = false;
+        !lease.is_half_spent() || self.renew(lease).await
     }
 
     async fn renew(&self, lease: &mut Lease) -> bool {
@@ -88,17 +92,17 @@ impl Worker {
         })
     }
 
-    /// Waits until the receiver has described itself since the last delivery. An answer is all that is asked of it: it
-    /// tells a receiver that is up from one that is away, without an event that might be at fault.
-    async fn until_described(&mut self, turn: &mut Turn<'_>) -> Result<(), RunError> {
-        while !turn.described {
-            turn.pause().await;
+    /// Waits until the receiver has answered Describe since the last delivery. The answer shows that the receiver is
+    /// up, without an event that might be at fault.
+    async fn until_described(&mut self, probe: &mut Probe<'_>) -> Result<(), RunError> {
+        while !probe.described {
+            probe.back_off().await;
             match self.receiver.describe().await {
                 Description::Retention(retention) => {
-                    turn.described = self.check_retention(retention)?;
+                    probe.described = self.check_retention(retention)?;
                 }
                 Description::Unknown(fault) => self.refuse_receiver(fault)?,
-                Description::Away { reason, retry_after } => self.route.fail(&reason, retry_after),
+                Description::Unavailable { reason, retry_after } => self.route.mark_down(&reason, retry_after),
                 Description::Barred { reason } => self.route.bar(&reason),
             }
         }
@@ -111,15 +115,15 @@ impl Worker {
             return Ok(true);
         }
         self.refuse_receiver(&format!(
-            "remembers for {} h what it has applied, and this relay delivers events up to {hours} h old, which would be \
-             applied twice: lengthen the receiver's retention, or shorten --max-age-hours (RELAY_MAX_AGE_HOURS)",
+            "remembers applied events for {} h, but this relay delivers events of up to {hours} h, which could be applied \
+             twice: lengthen the receiver's retention, or shorten --max-age-hours (RELAY_MAX_AGE_HOURS)",
             retention.as_secs_f64() / 3600.0
         ))?;
         Ok(false)
     }
 
-    /// Nothing may be delivered to this receiver. A relay that has not begun to does not; one that has serves its other
-    /// routes on, and bars this one.
+    /// The relay may not deliver to this receiver. If this route was never open, the relay ends with an error.
+    /// Otherwise it bars this route, and goes on with the others.
     fn refuse_receiver(&self, fault: &str) -> Result<(), RunError> {
         let route = self.route.settings();
         if !self.route.was_open() {

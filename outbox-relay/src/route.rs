@@ -1,4 +1,4 @@
-//! Says which way an event goes, and whether that way is open.
+//! Routes: which receiver an event goes to, and whether that receiver takes deliveries.
 
 use std::{str::FromStr, sync::Arc, time::Duration};
 
@@ -11,26 +11,26 @@ use tracing::{debug, error, info, warn};
 
 use crate::measure;
 
-/// The first pause before a probe lasts at most this long, each further one twice as long, up to the cap. The cap is
-/// also the longest a backlog waits after the receiver has returned.
-const PAUSE: Duration = Duration::from_millis(50);
-const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// What bars a route is mended by people: probed rarely, so that its errors in the log are read and not drowned in.
-const BARRED_PAUSE: Duration = Duration::from_secs(5);
-/// A receiver that asks for more time than this is probed earlier: it may have been replaced meanwhile.
+/// Longest first back-off before a probe. It doubles with each further failure, up to the cap.
+const BACK_OFF: Duration = Duration::from_millis(50);
+/// Cap of that back-off, and so the longest that a backlog waits once the receiver is back.
+const BACK_OFF_MAX: Duration = Duration::from_secs(1);
+/// Only people can repair a barred route. It is probed rarely, so that its errors do not flood the log.
+const BARRED_BACK_OFF: Duration = Duration::from_secs(5);
+/// A receiver that asks for more time than this is probed earlier: it may have been replaced in the meantime.
 pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
-/// A way for events: which of them go it, and to whom.
+/// A route: some event types, and their receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteSettings {
-    /// A full event type (`orders.v1.OrderCreated`), or the beginning of some, ending in `*` (`orders.v1.*`, `*`).
+    /// A full event type (`orders.v1.OrderCreated`), or a prefix of event types that ends in `*` (`orders.v1.*`, `*`).
     pub pattern: String,
     /// The service that receives the events.
     pub receiver: Uri,
 }
 
 impl RouteSettings {
-    /// The pattern, as SQL's LIKE reads it.
+    /// The pattern, in the syntax of SQL's LIKE.
     pub(crate) fn like(&self) -> String {
         let (prefix, any) = self.pattern.strip_suffix('*').map_or((&*self.pattern, ""), |prefix| (prefix, "%"));
         prefix.replace('_', "\\_") + any
@@ -44,14 +44,14 @@ impl FromStr for RouteSettings {
         let (pattern, receiver) = text
             .split_once('=')
             .ok_or("not a route; it looks like PATTERN=URL, such as orders.v1.*=http://host:50052")?;
-        // No other characters are in a type's name; so `_` is the only one that LIKE reads differently.
+        // Type names have no other characters, so `_` is the only one that is special in LIKE.
         let named = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._".contains(&byte));
         let pattern = pattern.trim();
         if pattern.is_empty() || !named(pattern.strip_suffix('*').unwrap_or(pattern)) {
             return Err("not a pattern of event types; it looks like orders.v1.OrderCreated, orders.v1.* or *");
         }
         let uri = receiver.trim().parse::<Uri>().ok().filter(|uri| {
-            // The URL is shown in logs and to operators, and nothing would be done with a password in it.
+            // The URL appears in logs and in the status. A password in it would leak there, and have no effect.
             let credentials = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
             uri.scheme_str() == Some("http") && uri.host().is_some() && !credentials
         });
@@ -60,21 +60,21 @@ impl FromStr for RouteSettings {
     }
 }
 
-/// How a route is.
+/// The condition of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Condition {
-    /// Its receiver has not been asked yet.
+    /// Its receiver has not answered Describe yet.
     Starting,
     /// All workers deliver.
     Open,
-    /// The receiver is away, or comes back: one worker delivers, the others wait.
+    /// The receiver is unavailable, or just coming back: one worker probes it, the others wait.
     Down,
-    /// The receiver does not let this relay deliver.
+    /// The receiver does not allow this relay to deliver.
     Barred,
 }
 
 impl Condition {
-    /// As operators read it.
+    /// The name that operators see.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Starting => "STARTING",
@@ -85,7 +85,7 @@ impl Condition {
     }
 }
 
-/// The way to a receiver, shared by its workers in a process.
+/// A route with its condition, shared by its workers in a process.
 #[derive(Clone, Debug)]
 pub(crate) struct Route {
     state: Arc<State>,
@@ -95,35 +95,35 @@ pub(crate) struct Route {
 struct State {
     settings: RouteSettings,
     health: watch::Sender<Health>,
-    /// Held in common by the workers that deliver while the route is open.
+    /// Workers that deliver while the route is open hold a read lock.
     deliveries: RwLock<()>,
-    /// Held by the one worker whose turn it is while the route is not.
+    /// The one worker that probes while the route is not open holds this.
     probing: Mutex<()>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Health {
     condition: Condition,
-    /// In a row, since the receiver last answered a delivery.
+    /// Failures in a row since the receiver last answered a delivery.
     failures: u32,
     /// Whether the route has ever been open.
     opened: bool,
-    /// The receiver has asked to be left alone until then.
+    /// The receiver has asked for no call before this time.
     not_before: Instant,
 }
 
-/// Leave to deliver.
+/// Permission to deliver.
 pub(crate) enum Admission<'a> {
-    /// To any worker.
+    /// The route is open: other workers deliver as well.
     Open { _delivering: RwLockReadGuard<'a, ()> },
-    /// To this worker alone.
-    Turn(Turn<'a>),
+    /// The route is not open: this worker alone may probe it.
+    Probe(Probe<'a>),
 }
 
-/// The turn of one worker at a route that is not open. No other worker of the process begins a delivery before it ends.
-pub(crate) struct Turn<'a> {
+/// Exclusive use of a route that is not open. No other worker of the process begins a delivery before the probe ends.
+pub(crate) struct Probe<'a> {
     route: &'a Route,
-    /// Whether the receiver has said that it is up, and nothing has been delivered since.
+    /// Whether the receiver has answered Describe since the last delivery.
     pub(crate) described: bool,
     _probing: MutexGuard<'a, ()>,
 }
@@ -153,49 +153,50 @@ impl Route {
         self.state.health.borrow().condition
     }
 
-    /// Whether the receiver was fit to be delivered to, at some time.
+    /// Whether the route has ever been open.
     pub(crate) fn was_open(&self) -> bool {
         self.state.health.borrow().opened
     }
 
-    /// Waits while the route is not open: until another worker has opened it, or for this worker's turn to. Dropping the
-    /// future gives the turn up.
+    /// Admits the worker at once if the route is open. Otherwise it waits until another worker has opened the route, or
+    /// until it is the one that may probe. Dropping the future gives up its place.
     pub(crate) async fn admit(&self) -> Admission<'_> {
         if let Some(open) = self.enter() {
             return open;
         }
         let probing = self.state.probing.lock().await;
-        self.enter().unwrap_or(Admission::Turn(Turn { route: self, described: false, _probing: probing }))
+        self.enter().unwrap_or(Admission::Probe(Probe { route: self, described: false, _probing: probing }))
     }
 
-    /// First in, then looked: whoever finds the route open is seen by the one that is going to find it down and asks
-    /// whether it is alone.
+    /// Takes the read lock before it checks the condition. The other way round, `is_alone` could miss a delivery that
+    /// is just starting.
     fn enter(&self) -> Option<Admission<'_>> {
-        // Fails only while a worker asks whether it is alone, and then the route is not open.
+        // The lock is taken only while a probe checks whether it is alone, and then the route is not open.
         let delivering = self.state.deliveries.try_read().ok()?;
         (self.condition() == Condition::Open).then_some(Admission::Open { _delivering: delivering })
     }
 
-    /// The receiver answered a delivery, whatever it said.
+    /// The receiver has answered a delivery, with whatever result.
     pub(crate) fn answered(&self) {
         self.state.health.send_if_modified(|health| std::mem::take(&mut health.failures) > 0);
     }
 
-    /// The receiver is away: nobody but the worker whose turn it is comes near it, and not before it has asked to be.
-    pub(crate) fn fail(&self, reason: &str, retry_after: Duration) {
+    /// The receiver is unavailable: only a probe calls it, and not before `retry_after`.
+    pub(crate) fn mark_down(&self, reason: &str, retry_after: Duration) {
         let before = self.close(Condition::Down, retry_after);
         if before == Condition::Down {
-            debug!(route = self.pattern(), reason, "receiver still away");
+            debug!(route = self.pattern(), reason, "receiver still unavailable");
         } else {
-            warn!(route = self.pattern(), reason, "route down: receiver does not answer");
+            warn!(route = self.pattern(), reason, "route down: receiver unavailable");
         }
     }
 
-    /// The receiver does not let this relay deliver: no event is at fault, no repetition helps, somebody has to act.
+    /// The receiver does not allow this relay to deliver. No event is at fault, and no retry helps: an operator must
+    /// act.
     pub(crate) fn bar(&self, reason: &str) {
         self.close(Condition::Barred, Duration::ZERO);
         let (route, receiver) = (self.pattern(), &self.state.settings.receiver);
-        error!(route, %receiver, reason, "route barred: check where it leads, and whether this relay may deliver there");
+        error!(route, %receiver, reason, "route barred: check its URL, and whether this relay may deliver to it");
     }
 
     fn close(&self, condition: Condition, retry_after: Duration) -> Condition {
@@ -210,28 +211,30 @@ impl Route {
     }
 }
 
-impl Turn<'_> {
-    /// Waits for as long as the receiver is to be left alone: nothing after an answer, otherwise with full jitter, so that
-    /// relays which lost it together do not come back together.
-    pub(crate) async fn pause(&self) {
+impl Probe<'_> {
+    /// Waits until the receiver may be called again: not at all after an answer, otherwise for a back-off with full
+    /// jitter. Without jitter, relays that lost the receiver together would return together.
+    pub(crate) async fn back_off(&self) {
         let Health { condition, failures, not_before, .. } = *self.route.state.health.borrow();
         if failures == 0 && not_before <= Instant::now() {
             return;
         }
-        let pause = match condition {
-            Condition::Barred => BARRED_PAUSE + PAUSE_MAX.mul_f64(fastrand::f64()),
-            Condition::Starting | Condition::Open | Condition::Down => pause_max(failures).mul_f64(fastrand::f64()),
+        let back_off = match condition {
+            Condition::Barred => BARRED_BACK_OFF + BACK_OFF_MAX.mul_f64(fastrand::f64()),
+            Condition::Starting | Condition::Open | Condition::Down => {
+                longest_back_off(failures).mul_f64(fastrand::f64())
+            }
         };
-        sleep_until(not_before.max(Instant::now()) + pause).await;
+        sleep_until(not_before.max(Instant::now()) + back_off).await;
     }
 
-    /// Whether no delivery is under way that was begun while the route was open. A receiver that crashes takes them all
-    /// with it: only of one that was alone can it be said that it was the cause.
+    /// Whether no delivery is in flight that began while the route was open. A receiver that crashes fails all
+    /// deliveries in flight, so only a delivery that was alone is known to be the cause.
     pub(crate) fn is_alone(&self) -> bool {
         self.route.state.deliveries.try_write().is_ok()
     }
 
-    /// Whether the receiver has never been away.
+    /// Whether the receiver has never been unavailable.
     pub(crate) fn is_first(&self) -> bool {
         let health = self.route.state.health.borrow();
         health.condition == Condition::Starting && health.failures == 0
@@ -249,13 +252,13 @@ impl Turn<'_> {
     }
 }
 
-fn pause_max(failures: u32) -> Duration {
-    PAUSE.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1))).min(PAUSE_MAX)
+fn longest_back_off(failures: u32) -> Duration {
+    BACK_OFF.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1))).min(BACK_OFF_MAX)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Admission, Condition, Route, RouteSettings, pause_max};
+    use super::{Admission, Condition, Probe, Route, RouteSettings, longest_back_off};
     use std::time::Duration;
     use tokio::time::Instant;
 
@@ -263,32 +266,32 @@ mod tests {
         Route::new("*=http://localhost:1".parse().unwrap())
     }
 
-    async fn turn(route: &Route) -> super::Turn<'_> {
+    async fn probe(route: &Route) -> Probe<'_> {
         match route.admit().await {
-            Admission::Turn(turn) => turn,
+            Admission::Probe(probe) => probe,
             Admission::Open { .. } => panic!("the route is open"),
         }
     }
 
     #[test]
-    fn pauses_double_up_to_their_cap() {
-        assert_eq!(pause_max(1), Duration::from_millis(50));
-        assert_eq!(pause_max(3), Duration::from_millis(200));
-        assert_eq!(pause_max(u32::MAX), Duration::from_secs(1));
+    fn the_back_off_of_a_route_doubles_up_to_its_cap() {
+        assert_eq!(longest_back_off(1), Duration::from_millis(50));
+        assert_eq!(longest_back_off(3), Duration::from_millis(200));
+        assert_eq!(longest_back_off(u32::MAX), Duration::from_secs(1));
     }
 
     proptest::proptest! {
         #[test]
-        fn no_pause_is_longer_than_the_cap_nor_shorter_than_the_one_before(
+        fn no_back_off_exceeds_the_cap_or_is_shorter_than_the_one_before(
             failures in proptest::prop_oneof![0..10_u32, proptest::prelude::any::<u32>()]
         ) {
-            let (pause, next) = (pause_max(failures), pause_max(failures.saturating_add(1)));
-            proptest::prop_assert!(super::PAUSE <= pause && pause <= next && next <= super::PAUSE_MAX);
+            let (back_off, next) = (longest_back_off(failures), longest_back_off(failures.saturating_add(1)));
+            proptest::prop_assert!(super::BACK_OFF <= back_off && back_off <= next && next <= super::BACK_OFF_MAX);
         }
     }
 
     #[test]
-    fn a_pattern_is_a_type_or_the_beginning_of_some() {
+    fn a_pattern_is_a_type_or_a_prefix_of_types() {
         let like = |text: &str| text.parse::<RouteSettings>().map(|route| route.like());
         assert_eq!(like("orders.v1.OrderCreated=http://a:1").unwrap(), "orders.v1.OrderCreated");
         assert_eq!(like(" my_orders.v1.* = http://a:1").unwrap(), "my\\_orders.v1.%");
@@ -304,38 +307,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_worker_has_its_turn_at_a_route_that_is_not_open_and_the_others_wait_for_it() {
+    async fn one_worker_probes_a_route_that_is_not_open_and_the_others_wait() {
         let route = route();
-        let turn = turn(&route).await;
+        let probe = probe(&route).await;
         let waiting = tokio::spawn({
             let route = route.clone();
             async move { matches!(route.admit().await, Admission::Open { .. }) }
         });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
-        turn.open();
-        drop(turn);
+        probe.open();
+        drop(probe);
         assert!(waiting.await.unwrap());
         assert_eq!(route.condition(), Condition::Open);
     }
 
     #[tokio::test]
-    async fn a_turn_knows_of_deliveries_that_were_begun_before_it() {
+    async fn a_probe_is_not_alone_while_an_earlier_delivery_is_in_flight() {
         let route = route();
-        turn(&route).await.open();
+        probe(&route).await.open();
         let delivering = route.admit().await;
-        route.fail("gone", Duration::ZERO);
-        let turn = turn(&route).await;
-        assert!(!turn.is_alone() && !turn.is_first());
+        route.mark_down("gone", Duration::ZERO);
+        let probe = probe(&route).await;
+        assert!(!probe.is_alone() && !probe.is_first());
         drop(delivering);
-        assert!(turn.is_alone());
+        assert!(probe.is_alone());
     }
 
     #[test]
-    fn a_receiver_that_asks_for_time_gets_a_minute_at_most() {
+    fn a_receiver_that_asks_for_time_gets_at_most_a_minute() {
         for (asked, given) in [(5, 5), (3600, 60)] {
             let (route, before) = (route(), Instant::now());
-            route.fail("overloaded", Duration::from_secs(asked));
+            route.mark_down("overloaded", Duration::from_secs(asked));
             let left = route.state.health.borrow().not_before - before;
             assert!(left >= Duration::from_secs(given) && left < Duration::from_secs(given + 1), "{left:?}");
         }

@@ -1,31 +1,31 @@
-//! Ends a lease: the only place that does, and, like its renewal, only with the lease's token.
+//! Settles the events of a lease, which ends it. Nothing else does so, and every statement names the lease's token.
 
 use std::{sync::Arc, time::Duration};
 
 use chassis::Database;
+use outbox::AggregateId;
 use sqlx::PgConnection;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use uuid::Uuid;
 
 use crate::{
     Settings,
     deliver::Verdict,
-    lease::{Lease, LeasedRow},
+    lease::{Lease, LeaseToken, LeasedRow},
     route::RETRY_AFTER_MAX,
 };
 
-/// A reason is kept up to this many characters.
+/// A reason is cut to this many characters.
 const REASON_CHARS_MAX: usize = 1000;
-/// How long an event at most is kept from a receiver that is not able to take it, and takes others, unless it has asked for
-/// time; and how many times that time otherwise.
-const PUT_OFF_MAX: Duration = Duration::from_secs(60);
-const PUT_OFF_TIMES: u32 = 8;
-/// Before the database is asked again that has failed, at most: workers do not come back in step.
+/// Longest delay for an event that its receiver cannot take while it takes others.
+const DEFER_MAX: Duration = Duration::from_secs(60);
+/// The delay is at least this many times the time that the receiver has asked for.
+const DEFER_FACTOR: u32 = 8;
+/// Longest pause before a failed settlement is repeated. It is random, so that workers do not retry in step.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
-/// How failing events are treated.
+/// How many attempts an event has, and how it backs off.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Policy {
     attempts_max: i32,
@@ -43,17 +43,16 @@ impl Policy {
     }
 }
 
-/// How many events went which way.
+/// Counts of the settled events, by how they were settled.
 #[derive(Debug, Default)]
 pub(crate) struct Settled {
     pub(crate) handled: usize,
     pub(crate) retried: usize,
     pub(crate) died: usize,
     pub(crate) released: usize,
-    /// Not ours any more: the lease had expired, and another took the rows.
+    /// The lease had expired, and another relay has leased these events.
     pub(crate) lost: usize,
-    /// Of which nothing is known, since the database failed: some may have been settled before it did; the others' lease
-    /// expires.
+    /// The database failed, so nothing is known about these. Some may be settled; the lease of the others expires.
     pub(crate) unsettled: usize,
     interrupted: bool,
 }
@@ -66,7 +65,7 @@ impl Settled {
         self.released += other.released;
     }
 
-    /// With what the others of so many are.
+    /// Counts the rest of the `leased` events: as lost, or as unsettled if the database failed.
     fn of(self, leased: usize) -> Self {
         let missing = leased - (self.handled + self.retried + self.died + self.released);
         let (lost, unsettled) = if self.interrupted { (0, missing) } else { (missing, 0) };
@@ -76,15 +75,15 @@ impl Settled {
 
 /// Applies one verdict per row of the lease.
 ///
-/// Every statement names the token in a plain `=`, which no row without a lease matches (`IS NOT DISTINCT FROM` would
-/// let one through). A token outlives its lease's expiry until somebody else leases the row: settling late is right as
-/// long as nobody has, and changes nothing once somebody has.
+/// Every statement compares the token with a plain `=`, which never matches a row without a lease; `IS NOT DISTINCT
+/// FROM` could match one. A row keeps its token after the lease has expired, until another worker leases it. So a late
+/// settlement is right while no other worker has the row, and changes nothing once one has.
 ///
-/// There is no transaction round the statements, since none depends on another: whatever a crash leaves unsettled is
+/// No transaction encloses the statements, since none depends on another. Whatever a crash leaves unsettled is
 /// delivered again.
 ///
-/// A settlement that fails is repeated for as long as the lease lasts, until `shutdown`: after a restart of the database
-/// each connection that was in use fails once, and rows that nobody settles stay out of sight until the lease expires.
+/// A settlement that fails is repeated until the lease expires, or until `shutdown`. After a restart of the database
+/// each connection in use fails once, and without the repetition the rows would stay hidden until the lease expires.
 pub(crate) async fn settle(
     database: &Database,
     lease: Lease,
@@ -93,11 +92,11 @@ pub(crate) async fn settle(
     shutdown: &CancellationToken,
 ) -> Settled {
     let (token, leased) = (lease.token, lease.rows.len());
-    let sorted = Arc::new(Sorted::by_verdict(&lease.rows, verdicts));
+    let groups = Arc::new(Groups::by_verdict(&lease.rows, verdicts));
     let mut settled = Settled::default();
     loop {
-        let sorted = sorted.clone();
-        let settling = database.run(move |connection| Box::pin(settle_once(connection, token, sorted, policy)));
+        let groups = groups.clone();
+        let settling = database.run(move |connection| Box::pin(settle_once(connection, token, groups, policy)));
         let Err(Interrupted { before, cause }) = settling.await.map(|last| settled.add(&last)) else { break };
         settled.add(&before);
         settled.interrupted = true;
@@ -110,7 +109,7 @@ pub(crate) async fn settle(
     settled.of(leased)
 }
 
-/// What a settlement got done before the database failed.
+/// A settlement that the database interrupted, with the counts before that.
 struct Interrupted {
     before: Settled,
     cause: sqlx::Error,
@@ -124,93 +123,94 @@ impl From<sqlx::Error> for Interrupted {
 
 async fn settle_once(
     connection: &mut PgConnection,
-    token: Uuid,
-    sorted: Arc<Sorted>,
+    token: LeaseToken,
+    groups: Arc<Groups>,
     policy: Policy,
 ) -> Result<Settled, Interrupted> {
     let mut settled = Settled::default();
-    match settle_each(connection, token, &sorted, policy, &mut settled).await {
+    match settle_groups(connection, token, &groups, policy, &mut settled).await {
         Ok(()) => Ok(settled),
         Err(cause) => Err(Interrupted { before: settled, cause }),
     }
 }
 
-async fn settle_each(
+async fn settle_groups(
     connection: &mut PgConnection,
-    token: Uuid,
-    sorted: &Sorted,
+    token: LeaseToken,
+    groups: &Groups,
     policy: Policy,
     settled: &mut Settled,
 ) -> Result<(), sqlx::Error> {
-    settled.handled = delete_handled(connection, token, &sorted.handled).await?;
-    (settled.retried, settled.died) = reschedule(connection, token, &sorted.failed, policy).await?;
-    settled.died += bury(connection, token, &sorted.dead).await?;
-    settled.released = release(connection, token, &sorted.released, Back::After(Duration::ZERO)).await?;
-    settled.released += release(connection, token, &sorted.suspects, Back::First).await?;
-    settled.released += release(connection, token, &sorted.put_off, Back::After(sorted.put_off_time())).await?;
+    settled.handled = delete_handled(connection, token, &groups.handled).await?;
+    (settled.retried, settled.died) = reschedule(connection, token, &groups.failed, policy).await?;
+    settled.died += mark_dead(connection, token, &groups.dead).await?;
+    settled.released = release(connection, token, &groups.released, VisibleAt::After(Duration::ZERO)).await?;
+    settled.released += release(connection, token, &groups.suspects, VisibleAt::BeforeAllOthers).await?;
+    settled.released += release(connection, token, &groups.deferred, VisibleAt::After(groups.defer_time())).await?;
     Ok(())
 }
 
 /// Rows that share a verdict, as the arrays a statement takes.
 #[derive(Debug, Default)]
 struct Rows {
-    aggregate_ids: Vec<Uuid>,
+    aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
     reasons: Vec<String>,
-    /// Seconds that a failed row waits at least.
-    pauses: Vec<f64>,
+    /// The seconds that the receiver has asked for, up to a limit.
+    delays: Vec<f64>,
 }
 
 impl Rows {
-    fn push(&mut self, row: &LeasedRow, reason: &str, pause: Duration) {
+    fn push(&mut self, row: &LeasedRow, reason: &str, delay: Duration) {
         self.aggregate_ids.push(row.aggregate_id);
         self.sequences.push(row.sequence);
-        self.pauses.push(pause.min(RETRY_AFTER_MAX).as_secs_f64());
-        // Postgres has no NUL in text, and a reason comes from outside: it must not keep the event from being settled.
+        self.delays.push(delay.min(RETRY_AFTER_MAX).as_secs_f64());
+        // Reasons come from receivers. Postgres allows no NUL in text, and a NUL must not make the settlement fail.
         self.reasons.push(reason.chars().filter(|char| *char != '\0').take(REASON_CHARS_MAX).collect());
     }
 }
 
 #[derive(Debug, Default)]
-struct Sorted {
+struct Groups {
     handled: Rows,
     failed: Rows,
     dead: Rows,
     released: Rows,
     suspects: Rows,
-    put_off: Rows,
+    deferred: Rows,
 }
 
-impl Sorted {
+impl Groups {
     fn by_verdict(rows: &[LeasedRow], verdicts: &[Verdict]) -> Self {
-        let mut sorted = Self::default();
+        let mut groups = Self::default();
         for (row, verdict) in rows.iter().zip(verdicts) {
             match verdict {
-                Verdict::Handled => sorted.handled.push(row, "", Duration::ZERO),
-                Verdict::Retry { reason, after } => sorted.failed.push(row, reason, *after),
-                Verdict::Dead(reason) => sorted.dead.push(row, reason, Duration::ZERO),
-                Verdict::Release => sorted.released.push(row, "", Duration::ZERO),
-                Verdict::Suspect => sorted.suspects.push(row, "", Duration::ZERO),
-                Verdict::PutOff { after } => sorted.put_off.push(row, "", *after),
+                Verdict::Handled => groups.handled.push(row, "", Duration::ZERO),
+                Verdict::Retry { reason, after } => groups.failed.push(row, reason, *after),
+                Verdict::Dead(reason) => groups.dead.push(row, reason, Duration::ZERO),
+                Verdict::Release => groups.released.push(row, "", Duration::ZERO),
+                Verdict::Suspect => groups.suspects.push(row, "", Duration::ZERO),
+                Verdict::Defer { after } => groups.deferred.push(row, "", *after),
             }
         }
-        sorted
+        groups
     }
 
-    /// For how long those are kept away that the receiver is not able to take: for far longer than they keep it from others.
-    fn put_off_time(&self) -> Duration {
-        let asked_for = self.put_off.pauses.iter().copied().fold(0.0, f64::max);
-        PUT_OFF_MAX.mul_f64(0.5 + fastrand::f64() / 2.0).max(PUT_OFF_TIMES * Duration::from_secs_f64(asked_for))
+    /// Delay for events that their receiver cannot take while it takes others. It is far longer than the time for which
+    /// they keep the route down.
+    fn defer_time(&self) -> Duration {
+        let asked_for = self.deferred.delays.iter().copied().fold(0.0, f64::max);
+        DEFER_MAX.mul_f64(0.5 + fastrand::f64() / 2.0).max(DEFER_FACTOR * Duration::from_secs_f64(asked_for))
     }
 }
 
-/// Each row is looked up by its key, in a subquery that no statistics can turn into a join: as a join, its first
-/// executions on a connection read the whole of an outbox of 60,000, and 1,000 rows took 150 ms instead of 2. The other
-/// statements here do the same; what they write row by row they look up in their arrays by the aggregate, of which a lease
-/// has one row.
+/// Finds each row by its key, in a subquery that no statistics can turn into a join. Planned as a join, the first
+/// executions on a connection would read the whole outbox. The other statements here do the same. They find a row's
+/// values in their arrays by its aggregate, since a lease has one row per aggregate.
 ///
-/// The token stands outside, where it is asked again of a row that another lease has changed meanwhile.
-async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result<usize, sqlx::Error> {
+/// The token is compared outside the subquery, where Postgres checks it again if another lease has changed the row
+/// meanwhile.
+async fn delete_handled(connection: &mut PgConnection, token: LeaseToken, rows: &Rows) -> Result<usize, sqlx::Error> {
     if rows.sequences.is_empty() {
         return Ok(0);
     }
@@ -223,8 +223,8 @@ async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows)
                 FROM outbox AS leased
                 WHERE leased.aggregate_id = handled.aggregate_id AND leased.sequence = handled.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))",
-        token,
-        &rows.aggregate_ids,
+        token as LeaseToken,
+        &rows.aggregate_ids as &[AggregateId],
         &rows.sequences,
     )
     .execute(connection)
@@ -232,13 +232,14 @@ async fn delete_handled(connection: &mut PgConnection, token: Uuid, rows: &Rows)
     Ok(count(deleted.rows_affected()))
 }
 
-/// Spends an attempt of each row. Back-off doubles with every attempt up to its cap, with full jitter: any time between
-/// now and then, so that events which failed together do not come back together; but not earlier than the receiver has
-/// asked. Attempts from before a requeue do not count. Returns how many are to be retried, and how many had no attempt
-/// left.
+/// Spends an attempt of each row. Returns how many are retried, and how many are dead after their last attempt.
+///
+/// The longest back-off doubles with every attempt, up to its cap. The back-off is a random part of that, so that
+/// events that failed together are not retried together; but it is never shorter than the receiver has asked. Attempts
+/// before a requeue do not count.
 async fn reschedule(
     connection: &mut PgConnection,
-    token: Uuid,
+    token: LeaseToken,
     rows: &Rows,
     policy: Policy,
 ) -> Result<(usize, usize), sqlx::Error> {
@@ -252,11 +253,11 @@ async fn reschedule(
             lease_token = NULL,
             last_error = ($4::text[])[array_position($2, aggregate_id)],
             visible_at = CASE
-                WHEN attempts + 1 - pardoned >= $5 THEN 'infinity'
-                -- The exponent is bounded, since 2^1024 is out of range and the cap long reached.
+                WHEN attempts + 1 - attempts_before_requeue >= $5 THEN 'infinity'
+                -- The exponent is bounded, since 2^1024 is out of range. The cap is reached long before.
                 ELSE now() + make_interval(secs => greatest(
                     ($8::double precision[])[array_position($2, aggregate_id)],
-                    random() * least($7, $6 * 2 ^ least(attempts - pardoned, 40))))
+                    random() * least($7, $6 * 2 ^ least(attempts - attempts_before_requeue, 40))))
             END
         WHERE lease_token = $1 AND ctid = ANY (ARRAY (
             SELECT (
@@ -265,14 +266,14 @@ async fn reschedule(
                 WHERE leased.aggregate_id = failed.aggregate_id AND leased.sequence = failed.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS failed (aggregate_id, sequence)))
         RETURNING visible_at = 'infinity' AS "died!""#,
-        token,
-        &rows.aggregate_ids,
+        token as LeaseToken,
+        &rows.aggregate_ids as &[AggregateId],
         &rows.sequences,
         &rows.reasons,
         policy.attempts_max,
         policy.back_off_seconds,
         policy.back_off_seconds_max,
-        &rows.pauses,
+        &rows.delays,
     )
     .fetch_all(connection)
     .await?;
@@ -280,12 +281,12 @@ async fn reschedule(
     Ok((died.len() - dead, dead))
 }
 
-async fn bury(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result<usize, sqlx::Error> {
+async fn mark_dead(connection: &mut PgConnection, token: LeaseToken, rows: &Rows) -> Result<usize, sqlx::Error> {
     if rows.sequences.is_empty() {
         return Ok(0);
     }
-    let buried = sqlx::query!(
-        "-- relay: bury
+    let marked = sqlx::query!(
+        "-- relay: mark dead
         UPDATE outbox
         SET attempts = attempts + 1,
             lease_token = NULL,
@@ -297,34 +298,39 @@ async fn bury(connection: &mut PgConnection, token: Uuid, rows: &Rows) -> Result
                 FROM outbox AS leased
                 WHERE leased.aggregate_id = dead.aggregate_id AND leased.sequence = dead.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS dead (aggregate_id, sequence)))",
-        token,
-        &rows.aggregate_ids,
+        token as LeaseToken,
+        &rows.aggregate_ids as &[AggregateId],
         &rows.sequences,
         &rows.reasons,
     )
     .execute(connection)
     .await?;
-    Ok(count(buried.rows_affected()))
+    Ok(count(marked.rows_affected()))
 }
 
-/// Where in the line of those that wait a released row goes.
+/// When a released row becomes visible, and so its position among the visible rows.
 #[derive(Clone, Copy, Debug)]
-enum Back {
-    /// Before all others. So do suspects, because behind a line that fills as fast as it is worked off their turn would
-    /// never come: the receiver would be crashed over and over, by an event that is never found out.
-    First,
-    /// To the end, once the time is over.
+enum VisibleAt {
+    /// At once, before all other rows. This is for suspects. Behind a backlog that never shrinks they would never be
+    /// delivered again, so the event that crashes the receiver would never be found.
+    BeforeAllOthers,
+    /// After a delay, behind the rows that are visible by then.
     After(Duration),
 }
 
-/// Makes rows visible again. What keeps a receiver that is down from being besieged is the route's back-off.
-async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows, back: Back) -> Result<usize, sqlx::Error> {
+/// Makes rows visible again. The route's back-off protects a receiver that is down from constant retries.
+async fn release(
+    connection: &mut PgConnection,
+    token: LeaseToken,
+    rows: &Rows,
+    visible_at: VisibleAt,
+) -> Result<usize, sqlx::Error> {
     if rows.sequences.is_empty() {
         return Ok(0);
     }
-    let seconds = match back {
-        Back::First => None,
-        Back::After(pause) => Some(pause.as_secs_f64()),
+    let seconds = match visible_at {
+        VisibleAt::BeforeAllOthers => None,
+        VisibleAt::After(delay) => Some(delay.as_secs_f64()),
     };
     let released = sqlx::query!(
         "-- relay: release
@@ -336,8 +342,8 @@ async fn release(connection: &mut PgConnection, token: Uuid, rows: &Rows, back: 
                 FROM outbox AS leased
                 WHERE leased.aggregate_id = released.aggregate_id AND leased.sequence = released.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS released (aggregate_id, sequence)))",
-        token,
-        &rows.aggregate_ids,
+        token as LeaseToken,
+        &rows.aggregate_ids as &[AggregateId],
         &rows.sequences,
         seconds,
     )
@@ -355,39 +361,42 @@ fn count(rows: u64) -> usize {
 mod tests {
     use std::time::Duration;
 
+    use outbox::{AggregateId, EventId};
     use proptest::{
         prelude::*,
         test_runner::{Config, TestCaseError, TestRunner},
     };
+    use prost::bytes::Bytes;
     use sqlx::{PgConnection, types::time::OffsetDateTime};
     use testkit::TestDatabase;
     use tokio::runtime::Runtime;
-    use uuid::Uuid;
 
-    use super::{Policy, RETRY_AFTER_MAX, Sorted, reschedule};
-    use crate::{deliver::Verdict, lease::LeasedRow};
+    use super::{Groups, Policy, RETRY_AFTER_MAX, reschedule};
+    use crate::{
+        deliver::Verdict,
+        lease::{LeaseToken, LeasedRow},
+    };
 
-    /// An event that fails: how often it has before and since it was requeued, and for how long its receiver wants it kept
-    /// away.
+    /// An event that fails: its attempts before and since its requeue, and the time that its receiver asks for.
     #[derive(Clone, Debug)]
     struct Failing {
-        pardoned: i32,
+        before_requeue: i32,
         counted: i32,
         after: Duration,
     }
 
-    /// What became of it.
+    /// The row after the failure.
     #[derive(Debug, sqlx::FromRow)]
     struct Failed {
         attempts: i32,
         is_leased: bool,
         has_its_reason: bool,
-        /// `None` for ever.
+        /// `None`: dead.
         back_off_seconds: Option<f64>,
     }
 
     fn policy() -> impl Strategy<Value = Policy> {
-        // No setting allows as many as the last: they reach the powers of two that are out of range.
+        // No setting allows as many as the last range. It reaches powers of two that are out of range.
         let attempts_max = prop_oneof![1..=12, 1..=1000, 1..=i32::MAX];
         let milliseconds = |most: u32| prop_oneof![1..=1000_u32, 1..=most];
         (attempts_max, milliseconds(600_000), milliseconds(86_400_000)).prop_map(|(attempts_max, back_off, most)| {
@@ -400,22 +409,28 @@ mod tests {
     }
 
     fn failing() -> impl Strategy<Value = Failing> {
-        // Few enough for the doubling to be seen; about as many as are allowed; and more, of a relay that allowed more before.
+        // Few enough to show the doubling; about as many as the settings allow; and more, as if the settings had
+        // allowed more before.
         let counted = || prop_oneof![3 => 0..=14, 2 => 0..=1100, 1 => 0..=i32::MAX / 2];
         let after =
             prop_oneof![Just(Duration::ZERO), (0_u64..=120_000).prop_map(Duration::from_millis), any::<Duration>()];
-        (counted(), counted(), after).prop_map(|(pardoned, counted, after)| Failing { pardoned, counted, after })
+        (counted(), counted(), after).prop_map(|(before_requeue, counted, after)| Failing {
+            before_requeue,
+            counted,
+            after,
+        })
     }
 
-    /// Has the events fail once more, each for a reason of its own, and returns what became of them, in their order, and
-    /// what was counted. `now()` is the same for all of it.
+    /// Fails the events once more, each for a reason of its own. Returns their rows afterwards, in order, and the
+    /// counts. `now()` is the same throughout.
     async fn fail(connection: &mut PgConnection, events: &[Failing], policy: Policy) -> (Vec<Failed>, (usize, usize)) {
-        let token = Uuid::new_v4();
+        let token = LeaseToken::new();
         let (mut rows, mut verdicts) = (Vec::new(), Vec::new());
         for event in events {
-            let row = leased(event.pardoned + event.counted);
+            let row = leased(event.before_requeue + event.counted);
             sqlx::query(
-                "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, attempts, pardoned, lease_token)
+                "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, attempts, attempts_before_requeue,
+                    lease_token)
                 VALUES ($1, $2, $3, $4, '', $5, $6, $7)",
             )
             .bind(row.aggregate_id)
@@ -423,7 +438,7 @@ mod tests {
             .bind(row.event_id)
             .bind(&row.event_type)
             .bind(row.attempts)
-            .bind(event.pardoned)
+            .bind(event.before_requeue)
             .bind(token)
             .execute(&mut *connection)
             .await
@@ -431,8 +446,8 @@ mod tests {
             verdicts.push(Verdict::Retry { reason: row.event_id.to_string(), after: event.after });
             rows.push(row);
         }
-        let sorted = Sorted::by_verdict(&rows, &verdicts);
-        let counts = reschedule(connection, token, &sorted.failed, policy).await.unwrap();
+        let groups = Groups::by_verdict(&rows, &verdicts);
+        let counts = reschedule(connection, token, &groups.failed, policy).await.unwrap();
         let mut failed = Vec::new();
         for row in rows {
             let query = sqlx::query_as(
@@ -448,11 +463,11 @@ mod tests {
 
     fn leased(attempts: i32) -> LeasedRow {
         LeasedRow {
-            aggregate_id: Uuid::new_v4(),
+            aggregate_id: AggregateId::new(),
             sequence: 1,
-            event_id: Uuid::now_v7(),
+            event_id: EventId::new(),
             event_type: "test.v1.Happened".into(),
-            payload: Vec::new(),
+            payload: Bytes::new(),
             created_at: OffsetDateTime::UNIX_EPOCH,
             attempts,
             traceparent: None,
@@ -462,7 +477,7 @@ mod tests {
     }
 
     fn check(event: &Failing, failed: &Failed, policy: Policy) -> Result<(), TestCaseError> {
-        prop_assert_eq!(failed.attempts, event.pardoned + event.counted + 1);
+        prop_assert_eq!(failed.attempts, event.before_requeue + event.counted + 1);
         prop_assert!(failed.has_its_reason && !failed.is_leased);
         let Some(seconds) = failed.back_off_seconds else {
             prop_assert!(event.counted + 1 >= policy.attempts_max, "dead before its last attempt");
@@ -479,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_that_fails_backs_off_within_its_bounds_or_is_dead_exactly_after_its_last_attempt() {
+    fn a_failed_event_backs_off_within_its_bounds_and_is_dead_exactly_after_its_last_attempt() {
         let runtime = Runtime::new().unwrap();
         let database = runtime.block_on(TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]));
         let pool = runtime.block_on(database.pool());

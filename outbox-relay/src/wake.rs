@@ -1,4 +1,4 @@
-//! Wakes workers when there may be something to deliver: by notification, or at the latest by the clock.
+//! Wakes workers when there may be events to deliver: on a notification, or at the latest by the clock.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,52 +6,54 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-/// What the idle workers of a route wait on. Clones share it.
+/// The idle workers of a route wait on this. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Wake {
+    /// Only workers that wait for notifications wait on this.
     notified: Arc<Notify>,
-    called: Arc<Notify>,
+    /// Every idle worker waits on this.
+    any: Arc<Notify>,
     shutdown: CancellationToken,
 }
 
 impl Wake {
-    /// Starts listening until `shutdown`, on one connection for all of the `routes`: a notification does not tell which
-    /// way the events go that it is about, so it wakes one worker of each.
+    /// Listens until `shutdown`, on one connection for all of the `routes`. A notification does not name a route, so it
+    /// wakes one worker of each.
     pub(crate) fn listen(database: PgConnectOptions, shutdown: &CancellationToken, routes: usize) -> Vec<Self> {
-        let wake = || Self { notified: Arc::default(), called: Arc::default(), shutdown: shutdown.clone() };
+        let wake = || Self { notified: Arc::default(), any: Arc::default(), shutdown: shutdown.clone() };
         let wakes: Vec<_> = (0..routes).map(|_| wake()).collect();
         let (to_wake, cancelled) = (wakes.clone(), shutdown.clone());
-        let listening = outbox::listen(database, outbox::CHANNEL, move || to_wake.iter().for_each(Self::look_again));
+        let listening = outbox::listen(database, outbox::CHANNEL, move || to_wake.iter().for_each(Self::wake_notified));
         tokio::spawn(async move { cancelled.run_until_cancelled(listening).await });
         wakes
     }
 
-    /// Waits for a notification, for a call, for `poll` at most, or for shutdown. A notification or a call that came since
-    /// the last wait, while every worker that would have heard it was busy, counts.
+    /// Waits for a notification, for [`Self::wake_any`], for at most `poll`, or for shutdown. A wake-up that came while
+    /// all workers were busy is not lost: the next wait returns at once.
     pub(crate) async fn wait(&self, poll: Duration) {
         tokio::select! {
             () = self.notified.notified() => {}
-            () = self.wait_for_call(poll) => {}
+            () = self.wait_without_notifications(poll) => {}
         }
     }
 
     /// The same, without notifications.
-    pub(crate) async fn wait_for_call(&self, poll: Duration) {
+    pub(crate) async fn wait_without_notifications(&self, poll: Duration) {
         tokio::select! {
-            () = self.called.notified() => {}
+            () = self.any.notified() => {}
             () = sleep(poll) => {}
             () = self.shutdown.cancelled() => {}
         }
     }
 
-    /// Wakes a worker that waits for notifications.
-    pub(crate) fn look_again(&self) {
+    /// Wakes one of the workers that wait for notifications.
+    pub(crate) fn wake_notified(&self) {
         self.notified.notify_one();
     }
 
-    /// Calls one more worker, whichever. Where that finds more than it can carry, it calls the next, and so on, instead of
-    /// all running for every single event.
-    pub(crate) fn call_another(&self) {
-        self.called.notify_one();
+    /// Wakes one idle worker. If that worker leases a full batch, it wakes the next one, and so on. So a single event
+    /// never wakes all of them.
+    pub(crate) fn wake_any(&self) {
+        self.any.notify_one();
     }
 }

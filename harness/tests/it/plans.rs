@@ -13,7 +13,7 @@ const GROWING: [&str; 6] = ["orders", "order_items", "outbox", "processed_messag
 /// Rows of each while the plan is made: an UPDATE that may be planned as a join is, one way with few, another with many.
 const FEW: [i32; 2] = [3, 500];
 /// What reads a whole table on purpose, once a minute.
-const SCANS: [&str; 1] = ["relay: find strays"];
+const SCANS: [&str; 1] = ["relay: find unrouted"];
 
 const FILL_ORDERS: &str = "INSERT INTO orders (order_id, customer_id, currency_code, total_minor)
     SELECT gen_random_uuid(), 'ann', 'EUR', 1 FROM generate_series(1, $1);

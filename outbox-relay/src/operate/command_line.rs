@@ -1,4 +1,4 @@
-//! The operator's commands, straight on the database.
+//! The operator's command line, directly on the database.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -8,6 +8,7 @@ use std::{
 
 use chassis::DatabaseUrl;
 use clap::{Args, Subcommand};
+use outbox::EventId;
 use proto::relay::v1::{OutboxStatus, dead_event_content::Payload};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
@@ -15,34 +16,35 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, SAMPLE, Which, check_text, decode::answer,
+    Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, SAMPLE, Selection, check_text, decode::answer,
     discard, list_dead, list_dead::count_dead, pause, print, read_status, read_totals, refuse::describe, requeue,
     resume, show_dead,
 };
 
-/// How long making the connection may take.
+/// How long connecting may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// How long the server works on one statement: longer than it does for a relay, since counting a million rows takes a
-/// while on a busy server.
+/// How long the server may work on one statement. Longer than for a relay, since counting many rows takes a while on a
+/// busy server.
 const STATEMENT_LIMIT: &str = "30s";
-/// How long an answer is waited for, of a server or network that does not keep the limit above.
+/// How long to wait for an answer if the server or the network does not keep that limit.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// Readings that a watcher's rates are taken over, a second each.
-const WATCHED_READINGS: usize = 10;
+/// Readings, one per second, that the rates of `--watch` span.
+const WATCH_READINGS: usize = 10;
 
-/// What an operator can do.
+/// The operator's commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show what is in the outbox, how fast it comes and goes, and who relays it
+    /// Show the events in the outbox, their rates, and the routes of its relays
     ///
-    /// in and out are events enqueued, and events delivered or discarded, per second. They come from the statistics of the
-    /// database server, to which its sessions add about once a second each: over the second that `status` takes they jump;
-    /// --watch takes them over the last ten. Enqueuings that were rolled back are among them.
-    #[command(after_long_help = "Every event is one of:
-  waiting      may be taken now, or waits for an earlier event of its aggregate
-  leased       is being delivered
-  backing off  failed, and is tried again later
-  dead         is not tried again until you requeue it
+    /// `in` counts enqueued events per second, also those that were rolled back. `out` counts events that were
+    /// delivered or discarded. Both come from the statistics of the database server, to which each session reports
+    /// about once a second. So they jump over the one second that `status` takes. --watch takes them over the last ten
+    /// seconds.
+    #[command(after_long_help = "Every event has one of these states:
+  waiting      ready to be leased, or waiting for an earlier event of its aggregate
+  leased       being delivered
+  backing off  failed; will be retried
+  dead         not retried until you requeue it
 
 Examples:
   outbox-relay status
@@ -52,21 +54,21 @@ Examples:
     /// List, show, requeue or discard dead events
     #[command(subcommand)]
     Dead(DeadCommand),
-    /// Have all relays of this outbox lease nothing more, until `resume`
+    /// Pause the outbox: its relays lease nothing until `resume`
     ///
-    /// What is leased is still delivered. The pause is a row in the database: it outlives every process, and holds for
-    /// relays that start later. Services go on enqueuing.
+    /// Events that are already leased are still delivered. The pause is a row in the database. It outlives every
+    /// process, and applies to relays that start later. Services can still enqueue events.
     #[command(after_long_help = "Example:
   outbox-relay pause --reason 'inventory is being moved'")]
     Pause(PauseArguments),
-    /// End the pause
+    /// Resume the outbox after a pause
     Resume(Outbox),
 }
 
-/// The outbox to work on.
+/// The outbox to operate on.
 #[derive(Args, Debug)]
 pub struct Outbox {
-    /// The database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
+    /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     database_url: DatabaseUrl,
 }
@@ -79,44 +81,44 @@ pub struct StatusArguments {
     /// Print JSON: the fields of relay.v1.OutboxStatus.
     #[arg(long)]
     json: bool,
-    /// Again every second, until Ctrl-C; with --json, a line each.
+    /// Repeat every second until Ctrl-C. With --json, print one line each time.
     #[arg(long)]
     watch: bool,
 }
 
-/// What can be done with dead events.
+/// The commands on dead events.
 #[derive(Debug, Subcommand)]
 pub enum DeadCommand {
     /// List dead events, newest first
     ///
-    /// By the time they were enqueued. "holds back" counts the later events of the same aggregate, which wait.
+    /// Ordered by the time they were enqueued. HOLDS BACK counts the later events of the same aggregate, which wait.
     #[command(after_long_help = "Examples:
   outbox-relay dead list
   outbox-relay dead list --type orders.v1.OrderCreated --limit 500
   outbox-relay dead list --json | jq -r '.dead_events[].event_id'")]
     List(ListArguments),
-    /// Show one dead event with all it carries
+    /// Show one dead event with its payload and trace context
     ///
-    /// The payload is decoded by its type, where a descriptor of that is known: those of orders and inventory are built in,
-    /// for others name a file. What cannot be decoded is shown as it is.
+    /// The payload is decoded by the descriptor of its type. Descriptors of orders and inventory are built in; for
+    /// other types pass a file with --descriptors. A payload that cannot be decoded is shown as bytes.
     #[command(after_long_help = "Examples:
   outbox-relay dead show 0192f0c1-2345-7abc-8def-0123456789ab
   buf build -o ours.binpb && outbox-relay dead show --descriptors ours.binpb 0192f0c1-2345-7abc-8def-0123456789ab
   outbox-relay dead show --json 0192f0c1-2345-7abc-8def-0123456789ab | jq .payload")]
     Show(ShowArguments),
-    /// Have dead events delivered again, and let go what they held back
+    /// Requeue dead events, and free the later events that they held back
     ///
-    /// They keep their ids, so a receiver that had one after all drops it, and their attempts and reasons, as history: they
-    /// have all attempts before them again. Named events are requeued all, or, if one cannot be, none. Events older than
-    /// --max-age-hours stay dead: their receivers may not remember whether they had them.
+    /// The events keep their ids, so a receiver that has already applied one drops it. They also keep their past
+    /// attempts and reasons, but have all attempts again. If one of the named events cannot be requeued, none is.
+    /// Events older than --max-age-hours stay dead: their receivers may not remember whether they applied them.
     #[command(after_long_help = "Examples:
   outbox-relay dead requeue 0192f0c1-2345-7abc-8def-0123456789ab
   outbox-relay dead requeue --all --type orders.v1.OrderCreated
   outbox-relay dead requeue --all --yes")]
     Requeue(RequeueArguments),
-    /// Give a dead event up, and let go what it held back
+    /// Discard a dead event, and free the later events that it held back
     ///
-    /// It is moved to the table outbox_discarded, whole, with who did it, when and why.
+    /// The whole event moves to the table outbox_discarded, with your name, the time and the reason.
     #[command(after_long_help = "Example:
   outbox-relay dead discard 0192f0c1-2345-7abc-8def-0123456789ab --reason 'test order of the pilot'")]
     Discard(DiscardArguments),
@@ -127,13 +129,13 @@ pub enum DeadCommand {
 pub struct ListArguments {
     #[command(flatten)]
     outbox: Outbox,
-    /// Events to show at most.
+    /// Show at most this many events.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     limit: u16,
-    /// Only events of this type: a full protobuf name, such as orders.v1.OrderCreated.
+    /// Show only events of this type: a full protobuf name, such as orders.v1.OrderCreated.
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_name)]
     event_type: Option<String>,
-    /// Print JSON: the events and their number on all pages, as in relay.v1.ListDeadEventsResponse.
+    /// Print JSON: the events and their total number, as in relay.v1.ListDeadEventsResponse.
     #[arg(long)]
     json: bool,
 }
@@ -143,9 +145,10 @@ pub struct ListArguments {
 pub struct ShowArguments {
     #[command(flatten)]
     outbox: Outbox,
-    /// The event.
+    /// Id of the event.
     event_id: String,
-    /// Descriptors of your own events: an encoded FileDescriptorSet with all imports.
+    /// File with the descriptors of your own events: an encoded FileDescriptorSet with all imports. Without it only the
+    /// events of orders and inventory are decoded.
     #[arg(long, env = "RELAY_DESCRIPTORS", value_name = "FILE")]
     descriptors: Option<Descriptors>,
     /// Print JSON: the fields of relay.v1.DeadEventContent, with the payload as `payload`.
@@ -158,16 +161,16 @@ pub struct ShowArguments {
 pub struct RequeueArguments {
     #[command(flatten)]
     outbox: Outbox,
-    /// The events.
+    /// Ids of the events.
     #[arg(value_name = "EVENT_ID", required_unless_present = "all", conflicts_with = "all")]
     event_ids: Vec<String>,
-    /// All dead events instead: asks first, on a terminal.
+    /// Requeue all dead events that are not too old. Asks for confirmation.
     #[arg(long)]
     all: bool,
-    /// With --all, only events of this type.
+    /// With --all, requeue only events of this type.
     #[arg(long = "type", value_name = "TYPE", conflicts_with = "event_ids", value_parser = parse_name)]
     event_type: Option<String>,
-    /// With --all, do not ask.
+    /// With --all, do not ask. Required if stdin is not a terminal.
     #[arg(long, conflicts_with = "event_ids")]
     yes: bool,
     #[command(flatten)]
@@ -179,12 +182,12 @@ pub struct RequeueArguments {
 pub struct DiscardArguments {
     #[command(flatten)]
     outbox: Outbox,
-    /// The event.
+    /// Id of the event.
     event_id: String,
-    /// Why, for those who look for it later.
+    /// Reason, kept with the event.
     #[arg(long, value_parser = parse_reason)]
     reason: String,
-    /// Who does it.
+    /// Your name, kept with the event.
     #[arg(long, env = "USER", value_parser = parse_name)]
     by: String,
 }
@@ -194,10 +197,10 @@ pub struct DiscardArguments {
 pub struct PauseArguments {
     #[command(flatten)]
     outbox: Outbox,
-    /// Why, for those who wonder.
+    /// Reason, shown in the status.
     #[arg(long, value_parser = parse_reason)]
     reason: String,
-    /// Who does it.
+    /// Your name, shown in the status.
     #[arg(long, env = "USER", value_parser = parse_name)]
     by: String,
 }
@@ -210,32 +213,33 @@ fn parse_reason(text: &str) -> Result<String, String> {
     check_text(text, REASON_CHARS)
 }
 
-/// Why a command failed: a line that says what to do.
+/// Why a command failed, on one line that says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// No connection was made.
+    /// The database cannot be reached.
     #[error("cannot connect to {database}: {why}; is it up, and does --database-url or RELAY_DATABASE_URL name it?")]
     Connect {
-        /// Where to.
+        /// The database, without the password.
         database: String,
-        /// Why not.
+        /// The cause.
         why: String,
     },
-    /// What was asked for does not apply, or was not confirmed; nothing was changed.
+    /// The command does not apply, or was not confirmed. Nothing was changed.
     #[error("{0}")]
     Refused(String),
-    /// The database.
+    /// The database failed.
     #[error("{}", explain(.0))]
     Database(sqlx::Error),
-    /// The database was asked and has not answered.
+    /// The database got the command and has not answered.
     #[error(
-        "the database has not answered for {ANSWER_LIMIT:?}: it may or may not have done it; look before you repeat it"
+        "no answer from the database within {ANSWER_LIMIT:?}: the command may have been carried out; check before you repeat \
+         it"
     )]
     NoAnswer,
-    /// Reading or writing what an operator types or sees.
+    /// The terminal, or a pipe in its place, failed.
     #[error("cannot use the terminal: {0}")]
     Terminal(#[from] io::Error),
-    /// An answer that has no JSON.
+    /// The answer has no JSON form.
     #[error("cannot show this as JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -265,17 +269,17 @@ fn explain(cause: &sqlx::Error) -> String {
             "the database has no outbox of this version: run the `migrate` command of the service that owns it ({cause})"
         ),
         // Not allowed.
-        Some("42501") => format!("this role may not: connect as outbox_relay ({cause})"),
-        // Cut off by the limit.
-        Some("57014") => format!("the database took over {STATEMENT_LIMIT}; nothing was changed ({cause})"),
+        Some("42501") => format!("this role lacks a right: connect as outbox_relay ({cause})"),
+        // Cancelled by the limit.
+        Some("57014") => format!("a statement took longer than {STATEMENT_LIMIT}; nothing was changed ({cause})"),
         _ => format!("the database failed: {cause}"),
     }
 }
 
-/// Carries a command out.
+/// Runs a command.
 ///
 /// # Errors
-/// [`CommandError`], after which nothing was changed unless it says so.
+/// [`CommandError`]. Nothing was changed unless it says so.
 pub async fn run(command: Command) -> Result<(), CommandError> {
     let ended = match command {
         Command::Status(arguments) => show_status(arguments).await,
@@ -287,21 +291,21 @@ pub async fn run(command: Command) -> Result<(), CommandError> {
         Command::Resume(outbox) => resume_outbox(outbox).await,
     };
     match ended {
-        // Whoever was reading has seen enough: `| head`.
+        // The reader closed the pipe, as `| head` does.
         Err(CommandError::Terminal(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         ended => ended,
     }
 }
 
 impl Outbox {
-    /// Asks the database over a connection of its own.
+    /// Runs `work` on a new connection.
     async fn ask<T, E>(&self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>) -> Result<T, CommandError>
     where
         CommandError: From<E>,
     {
         let mut connection = self.connect().await?;
         let answer = timeout(ANSWER_LIMIT, work(&mut connection)).await;
-        // A courtesy, which the log of the server is tidier for.
+        // Not needed, but it avoids a warning in the server's log.
         drop(timeout(CONNECT_LIMIT, connection.close()).await);
         Ok(answer.map_err(|_| CommandError::NoAnswer)??)
     }
@@ -309,7 +313,7 @@ impl Outbox {
     async fn connect(&self) -> Result<PgConnection, CommandError> {
         let failed = |why: String| CommandError::Connect { database: self.database_url.to_string(), why };
         let options = self.database_url.options().application_name("outbox-relay operator");
-        // As options of the connection they go before those of the role.
+        // Options of the connection override those of the role.
         let options = options.options([("statement_timeout", STATEMENT_LIMIT)]);
         match timeout(CONNECT_LIMIT, PgConnection::connect_with(&options)).await {
             Ok(connected) => connected.map_err(|cause| failed(cause.to_string())),
@@ -328,12 +332,12 @@ async fn show_status(arguments: StatusArguments) -> Result<(), CommandError> {
     }
     let shutdown = chassis::shutdown_signal()?;
     while shutdown.run_until_cancelled(sleep(SAMPLE)).await.is_some() {
-        // An outage is what one watches for: it is said, and the next second asks again.
+        // One may be watching for an outage: print the error, and try again after a second.
         match outbox.ask(async |connection| read_status(connection, &readings[0]).await).await {
             Err(error) => eprintln!("error: {error}"),
             Ok((status, totals)) => {
                 readings.push_back(totals);
-                if readings.len() > WATCHED_READINGS {
+                if readings.len() > WATCH_READINGS {
                     readings.pop_front();
                 }
                 show_again(&status, json)?;
@@ -347,7 +351,7 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
     if json {
         return say(&format!("{}\n", answer(status)?));
     }
-    // To the upper left corner, and what was there is erased.
+    // Moves the cursor to the upper left corner, and clears the screen.
     let redraw = if io::stdout().is_terminal() { "\x1b[H\x1b[J" } else { "\n" };
     let time = status.time.unwrap_or_default();
     say(&format!("{redraw}{time}\n\n{}", print::status(status)))
@@ -355,14 +359,14 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
 
 async fn list(arguments: ListArguments) -> Result<(), CommandError> {
     let ListArguments { outbox, limit, event_type, json } = arguments;
-    let page = Page { size: limit, before: Uuid::max(), event_type };
+    let page = Page { size: limit, before: Uuid::max().into(), event_type };
     let list = outbox.ask(async |connection| list_dead(connection, &page).await).await?;
     if !json {
         return say(&print::dead_events(&list));
     }
     let mut shown = answer(&list)?;
     if let Some(fields) = shown.as_object_mut() {
-        // For callers of RelayAdmin: here it is --limit that shows more.
+        // For callers of RelayAdmin. The command line has --limit instead.
         fields.remove("next_page_token");
     }
     say_json(&shown)
@@ -390,23 +394,23 @@ async fn show(arguments: ShowArguments) -> Result<(), CommandError> {
 
 async fn requeue_dead(arguments: RequeueArguments) -> Result<(), CommandError> {
     let RequeueArguments { outbox, event_ids, all, event_type, yes, max_age } = arguments;
-    let which = if all { Which::All { event_type } } else { Which::Named(parse_ids(&event_ids)?) };
-    if let Which::All { event_type } = &which {
+    let selection = if all { Selection::All { event_type } } else { Selection::Named(parse_ids(&event_ids)?) };
+    if let Selection::All { event_type } = &selection {
         confirm(&outbox, event_type.as_deref(), yes).await?;
     }
-    let done = outbox.ask(async |connection| requeue(connection, &which, max_age).await).await?;
+    let done = outbox.ask(async |connection| requeue(connection, &selection, max_age).await).await?;
     say(&format!("requeued {}, and freed {} that waited for them\n", events(done.requeued), done.freed))?;
     if done.too_old > 0 {
         let hours = max_age.max_age_hours;
         say(&format!(
-            "{} older than {hours} hours (--max-age-hours) stay dead: receivers may not remember whether they had them\n",
+            "{} older than {hours} hours (--max-age-hours) stay dead: receivers may not remember whether they applied them\n",
             events(done.too_old)
         ))?;
     }
     Ok(())
 }
 
-/// Says how many it would be, and has somebody agree to it.
+/// Asks the operator to confirm the number of events, unless `yes` is set.
 async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result<(), CommandError> {
     let dead = outbox.ask(async |connection| count_dead(connection, event_type).await).await?;
     let of_type = event_type.map(|event_type| format!(" of type {event_type}")).unwrap_or_default();
@@ -418,7 +422,7 @@ async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result
     }
     let what = format!("requeue {}{of_type}", events(dead));
     if !io::stdin().is_terminal() {
-        return Err(CommandError::Refused(format!("this would {what}: say so with --yes")));
+        return Err(CommandError::Refused(format!("this would {what}: confirm it with --yes")));
     }
     eprint!("{what}? [y/N] ");
     let mut line = String::new();
@@ -451,21 +455,22 @@ fn events(number: i64) -> String {
     if number == 1 { "1 event".into() } else { format!("{number} events") }
 }
 
-const AN_ID: &str = "it looks like 0192f0c1-2345-7abc-8def-0123456789ab";
+const ID_EXAMPLE: &str = "an id looks like 0192f0c1-2345-7abc-8def-0123456789ab";
 
-fn parse_id(text: &str) -> Result<Uuid, CommandError> {
-    Uuid::try_parse(text).map_err(|_| CommandError::Refused(format!("not an event id: {text:?}; {AN_ID}")))
+fn parse_id(text: &str) -> Result<EventId, CommandError> {
+    let id = Uuid::try_parse(text);
+    id.map(EventId::from).map_err(|_| CommandError::Refused(format!("not an event id: {text:?}; {ID_EXAMPLE}")))
 }
 
-/// Each once, in whatever number they are named.
-fn parse_ids(texts: &[String]) -> Result<Vec<Uuid>, CommandError> {
+/// Each id once, even if it is given several times.
+fn parse_ids(texts: &[String]) -> Result<Vec<EventId>, CommandError> {
     let bad: Vec<_> =
         texts.iter().filter(|text| Uuid::try_parse(text).is_err()).map(|text| format!("{text:?}")).collect();
     if !bad.is_empty() {
-        return Err(CommandError::Refused(format!("not event ids: {}; {AN_ID}", bad.join(", "))));
+        return Err(CommandError::Refused(format!("not event ids: {}; {ID_EXAMPLE}", bad.join(", "))));
     }
     let ids: BTreeSet<_> = texts.iter().filter_map(|text| Uuid::try_parse(text).ok()).collect();
-    Ok(ids.into_iter().collect())
+    Ok(ids.into_iter().map(EventId::from).collect())
 }
 
 fn say(text: &str) -> Result<(), CommandError> {

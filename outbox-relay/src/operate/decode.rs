@@ -1,4 +1,4 @@
-//! Reads messages by their descriptors: payloads, whose types this crate has no word of, and its own answers.
+//! Converts messages to JSON by their descriptors: payloads, whose types this crate does not know, and its own answers.
 
 use std::{fmt, fs, io, str::FromStr, sync::LazyLock};
 
@@ -7,36 +7,37 @@ use prost_reflect::{DescriptorError, DescriptorPool, DynamicMessage, SerializeOp
 use serde_json::Value;
 
 static CONTRACT: LazyLock<DescriptorPool> = LazyLock::new(|| {
-    DescriptorPool::decode(proto::DESCRIPTORS).expect("the code of the contract was generated from these descriptors")
+    DescriptorPool::decode(proto::DESCRIPTORS).expect("the contract's code was generated from these descriptors")
 });
 
-/// Answers in JSON have every field, so that programs find each, with the contract's names and numbers as numbers.
+/// Answers in JSON have every field, also empty ones, so that programs can rely on it. Names are the contract's, and
+/// 64-bit integers are numbers.
 const ANSWER: SerializeOptions =
     SerializeOptions::new().skip_default_fields(false).use_proto_field_name(true).stringify_64_bit_integers(false);
 
-/// The descriptors of a team's own events, read from a file: an encoded `FileDescriptorSet`.
+/// Descriptors of events that the contract does not have, read from a file: an encoded `FileDescriptorSet`.
 #[derive(Clone)]
 pub struct Descriptors(DescriptorPool);
 
-/// A file that no descriptors could be read from.
+/// Why a file of descriptors cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorsError {
-    /// The file.
+    /// The file cannot be read.
     #[error("cannot read {file}: {cause}")]
     Read {
-        /// Its name.
+        /// The file's name.
         file: String,
-        /// Why not.
+        /// The system's error.
         cause: io::Error,
     },
-    /// What is in it.
+    /// The file holds no complete descriptors.
     #[error(
-        "{file} is not a complete FileDescriptorSet, as `protoc --include_imports -o` or `buf build -o` write it: {cause}"
+        "{file} is not a complete FileDescriptorSet: write it with `buf build -o` or `protoc --include_imports -o` ({cause})"
     )]
     Decode {
-        /// Its name.
+        /// The file's name.
         file: String,
-        /// Why not.
+        /// The decoder's error.
         cause: DescriptorError,
     },
 }
@@ -44,7 +45,7 @@ pub enum DescriptorsError {
 impl FromStr for Descriptors {
     type Err = DescriptorsError;
 
-    /// Reads the file of this name.
+    /// Reads the file with this name.
     fn from_str(file: &str) -> Result<Self, DescriptorsError> {
         let read = |cause| DescriptorsError::Read { file: file.to_owned(), cause };
         let decode = |cause| DescriptorsError::Decode { file: file.to_owned(), cause };
@@ -59,19 +60,19 @@ impl fmt::Debug for Descriptors {
     }
 }
 
-/// Why a payload cannot be read.
+/// Why a payload cannot be shown as JSON.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Undecodable {
-    #[error("no descriptor of {0} is known: give the file that has it with --descriptors")]
+    #[error("no descriptor of {0} is known: pass a file that has it with --descriptors")]
     UnknownType(String),
     #[error("not a {event_type}: {cause}")]
     Malformed { event_type: String, cause: DecodeError },
-    #[error("a {event_type} that has no JSON: {cause}")]
+    #[error("this {event_type} has no JSON form: {cause}")]
     NoJson { event_type: String, cause: serde_json::Error },
 }
 
-/// The payload in the JSON mapping of protobuf. A type is looked up in the descriptors given, then in this project's
-/// contract. They are not put together: two versions of one file, be it one of google's, cannot be.
+/// The payload in the JSON mapping of protobuf. Its type is looked up in the given descriptors, then in this project's
+/// contract. They stay apart, because one pool cannot hold two versions of a file, such as one of Google's.
 pub(super) fn decode(
     event_type: &str,
     payload: &[u8],
@@ -89,7 +90,7 @@ pub(super) fn decode(
 /// A message of the contract as JSON.
 ///
 /// # Errors
-/// A message that has no JSON: with a time outside the years 1 to 9999.
+/// If the message has no JSON form: a time outside the years 1 to 9999 has none.
 pub(super) fn answer<M: Message + Name>(message: &M) -> serde_json::Result<Value> {
     let descriptor = CONTRACT.get_message_by_name(&M::full_name()).expect("M was generated from the contract");
     let mut dynamic = DynamicMessage::new(descriptor);

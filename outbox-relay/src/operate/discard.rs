@@ -1,21 +1,21 @@
-//! Gives a dead event up.
+//! Discards a dead event.
 
+use outbox::EventId;
 use proto::relay::v1::DiscardDeadEventResponse;
 use sqlx::PgConnection;
-use uuid::Uuid;
 
 use super::{
-    OperateError, Place, begin_durable, count, free_late_successors, free_successors, refuse::explain, wake_relays,
+    OperateError, Position, begin_durable, count, free_late_successors, free_successors, refuse::explain, wake_relays,
 };
 
-/// Moves the event, whole, into `outbox_discarded`, with who does it and why; what it held back is let go. One statement
-/// deletes and inserts, so the event is in one of the two tables at any moment.
+/// Moves the whole event into `outbox_discarded`, with the operator's name and reason, and frees its successors. One
+/// statement deletes and inserts, so at any moment the event is in exactly one of the two tables.
 ///
 /// # Errors
 /// [`OperateError::NotApplicable`] when it is not dead, and those of the database.
 pub(crate) async fn discard(
     connection: &mut PgConnection,
-    event_id: Uuid,
+    event_id: EventId,
     by: &str,
     reason: &str,
 ) -> Result<DiscardDeadEventResponse, OperateError> {
@@ -33,7 +33,7 @@ pub(crate) async fn discard(
             last_error, $2, $3
         FROM given_up
         RETURNING aggregate_id, sequence, discarded_at",
-        event_id,
+        event_id as EventId,
         by,
         reason,
     )
@@ -42,10 +42,10 @@ pub(crate) async fn discard(
     let Some(discarded) = discarded else {
         return Err(OperateError::NotApplicable(explain(&mut tx, &[event_id]).await?));
     };
-    let place = Place { aggregate_id: discarded.aggregate_id, sequence: discarded.sequence };
-    let freed = free_successors(&mut tx, &[place]).await?;
+    let position = Position { aggregate_id: discarded.aggregate_id.into(), sequence: discarded.sequence };
+    let freed = free_successors(&mut tx, &[position]).await?;
     tx.commit().await?;
-    free_late_successors(connection, &[place]).await;
+    free_late_successors(connection, &[position]).await;
     wake_relays(connection).await;
     let discard_time = Some(outbox::timestamp(discarded.discarded_at));
     Ok(DiscardDeadEventResponse { freed: count(freed), discard_time })

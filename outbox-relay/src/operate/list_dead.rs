@@ -1,31 +1,31 @@
 //! Lists dead events, page by page.
 
+use outbox::{AggregateId, EventId};
 use proto::relay::v1::{DeadEvent, ListDeadEventsResponse};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
-use uuid::Uuid;
 
-/// A page to be read.
+/// The page to read.
 #[derive(Clone, Debug)]
 pub(crate) struct Page {
     pub(crate) size: u16,
-    /// The last event of the page before; the newest there can be, for the first page.
-    pub(crate) before: Uuid,
-    /// Only events of this type, if it is given.
+    /// The last event of the previous page; for the first page, the largest id.
+    pub(crate) before: EventId,
+    /// If set, only events of this type.
     pub(crate) event_type: Option<String>,
 }
 
 impl Page {
-    /// What its page tokens are good for.
+    /// The list that its page tokens are valid for.
     pub(crate) fn list(event_type: Option<&str>) -> String {
         format!("dead {}", event_type.unwrap_or_default())
     }
 }
 
-/// A dead row, without what it carries.
+/// A dead row, without its payload and trace context.
 pub(super) struct DeadRow {
-    pub(super) event_id: Uuid,
+    pub(super) event_id: EventId,
     pub(super) event_type: String,
-    pub(super) aggregate_id: Uuid,
+    pub(super) aggregate_id: AggregateId,
     pub(super) sequence: i32,
     pub(super) attempts: i32,
     pub(super) created_at: OffsetDateTime,
@@ -50,7 +50,7 @@ impl From<DeadRow> for DeadEvent {
     }
 }
 
-/// Newest first: ids are UUID v7. Reads one row more than the page holds, to know whether another page follows.
+/// Newest first, since ids are UUID v7. Reads one row more than the page holds, to know whether another page follows.
 ///
 /// # Errors
 /// Those of the database.
@@ -70,7 +70,7 @@ pub(crate) async fn list_dead(
         WHERE visible_at = 'infinity' AND event_id < $1 AND ($2::text IS NULL OR event_type = $2)
         ORDER BY event_id DESC
         LIMIT $3"#,
-        page.before,
+        page.before as EventId,
         page.event_type,
         i64::from(page.size) + 1,
     )
@@ -90,7 +90,7 @@ pub(crate) async fn list_dead(
     })
 }
 
-/// How many dead events there are, of a type if it is given.
+/// The number of dead events, of one type if it is set.
 ///
 /// # Errors
 /// Those of the database.

@@ -1,4 +1,4 @@
-//! Stops all leasing from an outbox, and lets it go on.
+//! Pauses all leasing from an outbox, and resumes it.
 
 use proto::relay::v1::OutboxPause;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
@@ -18,7 +18,7 @@ impl From<PauseRow> for OutboxPause {
     }
 }
 
-/// Pauses the outbox: relays lease nothing until it is resumed. The unique key decides between two who pause at once.
+/// Pauses the outbox: relays lease nothing until it is resumed. If two operators pause at once, the unique key decides.
 ///
 /// # Errors
 /// [`OperateError::AlreadyPaused`], and those of the database.
@@ -43,11 +43,11 @@ pub(crate) async fn pause(connection: &mut PgConnection, by: &str, reason: &str)
         if let Some(pause) = read_pause(connection).await? {
             return Err(OperateError::AlreadyPaused(pause));
         }
-        // Resumed between the two statements.
+        // Another operator resumed it between the two statements: pause again.
     }
 }
 
-/// Ends the pause, and returns what it was.
+/// Ends the pause, and returns it.
 ///
 /// # Errors
 /// [`OperateError::NotPaused`], and those of the database.

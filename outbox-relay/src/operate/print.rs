@@ -1,4 +1,4 @@
-//! Answers for people.
+//! Answers as text for people.
 
 use std::fmt::Write;
 
@@ -8,10 +8,11 @@ use proto::relay::v1::{
 
 use super::refuse::describe;
 
-/// The status as a page.
+/// The status.
 pub(super) fn status(status: &OutboxStatus) -> String {
     let held_back = (status.held_back > 0).then(|| format!("{} of them behind dead events", status.held_back));
-    let oldest = status.oldest_seconds.map(|seconds| line(["oldest", &age(seconds), "of what is not dead"]));
+    let oldest =
+        status.oldest_seconds.map(|seconds| line(["oldest", &age(seconds), "among the events that are not dead"]));
     let numbers = [
         line(["waiting", &status.waiting.to_string(), &held_back.unwrap_or_default()]),
         line(["leased", &status.leased.to_string(), ""]),
@@ -51,7 +52,7 @@ fn types(status: &OutboxStatus) -> String {
     table(&rows, &[1, 2, 3, 4])
 }
 
-/// A list of dead events, and how many there are besides.
+/// A list of dead events, and the number of older ones.
 pub(super) fn dead_events(list: &ListDeadEventsResponse) -> String {
     if list.dead_events.is_empty() {
         return "no dead events\n".into();
@@ -63,18 +64,20 @@ pub(super) fn dead_events(list: &ListDeadEventsResponse) -> String {
         line([event_id, &age(*age_seconds), &attempts, &held_back, r#type, subject, &sequence, reason])
     }));
     let more = list.total_size - i64::try_from(list.dead_events.len()).unwrap_or(i64::MAX);
-    let more = if more > 0 { format!("… and {more} older: --limit shows more of them\n") } else { String::new() };
+    let more = if more > 0 { format!("… and {more} older: raise --limit to see them\n") } else { String::new() };
     table(&rows, &[1, 2, 3, 6]) + &more
 }
 
-/// A dead event with its payload; `payload` is that in JSON, if it could be read.
+/// A dead event. `payload` is its payload as JSON, if it could be decoded.
 pub(super) fn dead_event(content: &DeadEventContent, payload: Option<&str>) -> String {
     let event = content.event.clone().unwrap_or_default();
     let enqueued = format!("{}, {} ago", event.create_time.unwrap_or_default(), age(event.age_seconds));
-    let attempts = match content.pardoned {
+    let attempts = match content.attempts_before_requeue {
         0 => event.attempts.to_string(),
-        pardoned => format!("{}, {pardoned} of them before it was requeued", event.attempts),
+        before => format!("{}, {before} of them before it was requeued", event.attempts),
     };
+    let later = if event.held_back == 1 { "event" } else { "events" };
+    let holds_back = format!("{} later {later} of its aggregate", event.held_back);
     let fields = [
         line(["event", &event.event_id]),
         line(["type", &event.r#type]),
@@ -83,7 +86,7 @@ pub(super) fn dead_event(content: &DeadEventContent, payload: Option<&str>) -> S
         line(["enqueued", &enqueued]),
         line(["attempts", &attempts]),
         line(["reason", &event.reason]),
-        line(["holds back", &format!("{} later of its aggregate", event.held_back)]),
+        line(["holds back", &holds_back]),
         line(["traceparent", if content.traceparent.is_empty() { "none" } else { &content.traceparent }]),
         line(["tracestate", if content.tracestate.is_empty() { "none" } else { &content.tracestate }]),
     ];
@@ -99,7 +102,7 @@ pub(super) fn dead_event(content: &DeadEventContent, payload: Option<&str>) -> S
     page
 }
 
-/// 32 bytes a line.
+/// 32 bytes per line.
 fn hex(bytes: &[u8]) -> String {
     let mut text = String::new();
     for line in bytes.chunks(32) {
@@ -116,20 +119,21 @@ fn line<const CELLS: usize>(cells: [&str; CELLS]) -> Vec<String> {
     cells.map(visible).to_vec()
 }
 
-/// Reasons come from other services: what a terminal would obey, it is shown instead.
+/// Reasons come from other services. A replacement character stands for each control character, which a terminal would
+/// obey.
 fn visible(text: &str) -> String {
     text.chars().map(|char| if char.is_control() { '\u{FFFD}' } else { char }).collect()
 }
 
-/// Columns as wide as their widest cell, those of these indices with their text to the right.
-fn table(rows: &[Vec<String>], to_the_right: &[usize]) -> String {
+/// Columns as wide as their widest cell. The columns with these indices are aligned to the right.
+fn table(rows: &[Vec<String>], right_aligned: &[usize]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<_> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
     let mut text = String::new();
     for row in rows {
         let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
-            if to_the_right.contains(&column) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            if right_aligned.contains(&column) { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
         });
         text += cells.collect::<Vec<_>>().join("  ").trim_end();
         text.push('\n');
@@ -155,19 +159,19 @@ mod tests {
     use super::{age, hex, line, table};
 
     #[test]
-    fn an_age_is_told_in_its_two_largest_units() {
+    fn an_age_is_shown_in_its_two_largest_units() {
         let ages = [0.04, 59.0, 61.5, 7325.0, 86_400.0 * 3.0 + 3600.0 * 4.5];
         assert_eq!(ages.map(age), ["0.0s", "59s", "1m 1s", "2h 2m", "3d 4h"]);
     }
 
     #[test]
-    fn columns_are_aligned_and_nothing_in_them_reaches_the_terminal_as_a_command() {
+    fn columns_are_aligned_and_control_characters_are_replaced() {
         let rows = [line(["TYPE", "DEAD", "REASON"]), line(["a.v1.B", "17", "\u{1b}[2Jgone\nnext"])];
         assert_eq!(table(&rows, &[1]), "TYPE    DEAD  REASON\na.v1.B    17  \u{FFFD}[2Jgone\u{FFFD}next\n");
     }
 
     #[test]
-    fn bytes_are_shown_32_a_line() {
+    fn bytes_are_shown_32_per_line() {
         assert_eq!(hex(&[0xab; 33]), format!("{}\nab\n", "ab".repeat(32)));
     }
 }

@@ -1,15 +1,15 @@
-//! Why an operator's wish is not carried out.
+//! Why an operator's command is refused.
 
 use std::fmt;
 
+use outbox::EventId;
 use proto::relay::v1::OutboxPause;
 use sqlx::PgConnection;
-use uuid::Uuid;
 
-/// Why nothing was done, or, for a database that failed in the middle, why it is not known what was.
+/// Why a command failed. Nothing was changed, except that a database that failed in the middle may have committed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OperateError {
-    /// Some of the events are not what they would have to be; none was touched.
+    /// The command does not apply to some of the events. It changed none of them.
     #[error("{}", join(.0))]
     NotApplicable(Vec<NotApplicable>),
     #[error("already paused {}", describe(.0))]
@@ -20,14 +20,14 @@ pub(crate) enum OperateError {
     Database(#[from] sqlx::Error),
 }
 
-/// An event that is not what it would have to be.
+/// An event that the command does not apply to.
 #[derive(Debug)]
 pub(crate) struct NotApplicable {
-    pub(crate) event_id: Uuid,
+    pub(crate) event_id: EventId,
     pub(crate) reason: Reason,
 }
 
-/// What is wrong with it.
+/// Why the command does not apply to an event.
 #[derive(Debug)]
 pub(crate) enum Reason {
     Unknown,
@@ -40,14 +40,14 @@ impl fmt::Display for NotApplicable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "event {} ", self.event_id)?;
         match &self.reason {
-            Reason::Unknown => write!(f, "is not in the outbox: it never was, or it was delivered"),
+            Reason::Unknown => write!(f, "is not in the outbox: it was delivered, or never existed"),
             Reason::Discarded { by, at, reason } => write!(f, "was discarded by {by} at {at}: {reason}"),
             Reason::NotDead { state, requeued: true } => write!(f, "is not dead: it was requeued, and is {state}"),
             Reason::NotDead { state, requeued: false } => write!(f, "is not dead: it is {state}"),
             Reason::TooOld { age_hours, max_age_hours } => write!(
                 f,
-                "is {age_hours:.0} hours old, and after {max_age_hours} (--max-age-hours) its receiver may not remember \
-                 whether it had it: see to its effect by hand, then discard it"
+                "is {age_hours:.0} hours old; after {max_age_hours} (--max-age-hours) its receiver may not remember whether \
+                 it applied the event: repair the effect by hand, then discard the event"
             ),
         }
     }
@@ -63,34 +63,35 @@ pub(super) fn describe(pause: &OutboxPause) -> String {
     format!("since {since} by {}: {}", pause.paused_by, pause.reason)
 }
 
-/// Says of events that are not dead what they are. There is no index for this: it reads the whole outbox, which is no
-/// harm, as only a mistake leads here.
+/// Looks up the state of events that are not dead. It reads the whole outbox, since there is no index for this. Only a
+/// mistake leads here, so that does no harm.
 pub(super) async fn explain(
     connection: &mut PgConnection,
-    event_ids: &[Uuid],
+    event_ids: &[EventId],
 ) -> Result<Vec<NotApplicable>, sqlx::Error> {
     let in_outbox = sqlx::query!(
         r#"-- operate: find events that are not dead
-        SELECT event_id, pardoned > 0 AS "requeued!",
+        SELECT event_id AS "event_id: EventId", attempts_before_requeue > 0 AS "requeued!",
             CASE
-                WHEN visible_at = 'infinity' THEN 'dead since this moment; try again'
+                WHEN visible_at = 'infinity' THEN 'dead since just now; try again'
                 WHEN visible_at > now() AND lease_token IS NOT NULL THEN 'leased'
-                WHEN visible_at > now() AND attempts > pardoned THEN 'backing off'
+                WHEN visible_at > now() AND attempts > attempts_before_requeue THEN 'backing off'
                 ELSE 'waiting'
             END AS "state!"
         FROM outbox WHERE event_id = ANY ($1)"#,
-        event_ids,
+        event_ids as &[EventId],
     )
     .fetch_all(&mut *connection)
     .await?;
     let discarded = sqlx::query!(
-        "-- operate: find discarded events
-        SELECT event_id, discarded_by, discarded_at, reason FROM outbox_discarded WHERE event_id = ANY ($1)",
-        event_ids,
+        r#"-- operate: find discarded events
+        SELECT event_id AS "event_id: EventId", discarded_by, discarded_at, reason
+        FROM outbox_discarded WHERE event_id = ANY ($1)"#,
+        event_ids as &[EventId],
     )
     .fetch_all(connection)
     .await?;
-    let reason = |event_id: &Uuid| {
+    let reason = |event_id: &EventId| {
         if let Some(row) = in_outbox.iter().find(|row| row.event_id == *event_id) {
             return Reason::NotDead { state: row.state.clone(), requeued: row.requeued };
         }

@@ -1,56 +1,56 @@
-//! Has dead events delivered again.
+//! Requeues dead events, so that they are delivered again.
 
 use clap::Args;
+use outbox::EventId;
 use proto::relay::v1::RequeueDeadEventsResponse;
 use sqlx::{PgConnection, Postgres, Transaction};
-use uuid::Uuid;
 
 use super::{
-    OperateError, Place, Reason, begin_durable, count, free_late_successors, free_successors,
+    OperateError, Position, Reason, begin_durable, count, free_late_successors, free_successors,
     refuse::{NotApplicable, explain},
     wake_relays,
 };
 
-/// How old an event may be to be delivered.
+/// Age limit for delivery.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct MaxAge {
-    /// Hours after which an event is not delivered any more, whatever became of it until then. Receivers have to remember
-    /// for longer what they have applied.
+    /// Hours after which an event is too old to be delivered. Receivers must remember applied events for longer than
+    /// this.
     #[arg(long, env = "RELAY_MAX_AGE_HOURS", default_value_t = 144, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     pub max_age_hours: u32,
 }
 
-/// Which dead events to requeue.
+/// The dead events to requeue.
 #[derive(Clone, Debug)]
-pub(crate) enum Which {
-    /// Each of these, or none.
-    Named(Vec<Uuid>),
-    /// All that are not too old: of one type, if it is given.
+pub(crate) enum Selection {
+    /// All of these events, or none.
+    Named(Vec<EventId>),
+    /// All events that are not too old, of one type if it is set.
     All { event_type: Option<String> },
 }
 
-/// A dead event that this transaction has locked.
+/// A dead event, locked by this transaction.
 struct Dead {
-    event_id: Uuid,
+    event_id: EventId,
     age_hours: f64,
     too_old: bool,
 }
 
-/// Requeues them: visible at once, with their ids, attempts and reasons as they are. The attempts so far are pardoned, so
-/// that an event has all of them before it again; on record they stay. What they held back goes after them.
+/// Makes the events visible at once, and frees their successors. They keep their ids, attempts and reasons. Attempts
+/// before a requeue do not count towards death, so each event has all its attempts again.
 ///
 /// # Errors
-/// [`OperateError::NotApplicable`], of events that were named: then none was requeued. And those of the database.
+/// [`OperateError::NotApplicable`] if a named event cannot be requeued; then none was. And those of the database.
 pub(crate) async fn requeue(
     connection: &mut PgConnection,
-    which: &Which,
+    selection: &Selection,
     max_age: MaxAge,
 ) -> Result<RequeueDeadEventsResponse, OperateError> {
     let mut tx = begin_durable(connection).await?;
     let (old, young): (Vec<_>, Vec<_>) =
-        lock_dead(&mut tx, which, max_age).await?.into_iter().partition(|dead| dead.too_old);
+        lock_dead(&mut tx, selection, max_age).await?.into_iter().partition(|dead| dead.too_old);
     let young: Vec<_> = young.into_iter().map(|dead| dead.event_id).collect();
-    if let Which::Named(event_ids) = which {
+    if let Selection::Named(event_ids) = selection {
         refuse_unless_all(&mut tx, event_ids, &young, &old, max_age).await?;
     }
     let requeued = make_visible(&mut tx, &young).await?;
@@ -65,16 +65,16 @@ pub(crate) async fn requeue(
     })
 }
 
-/// In the order of their ids, so that two operators who requeue the same events wait for each other, and do not deadlock.
-/// The second then finds them dead no more.
+/// Locks the events in the order of their ids. So two operators who requeue the same events do not deadlock: the second
+/// waits for the first, and then finds that the events are no longer dead.
 async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
-    which: &Which,
+    selection: &Selection,
     max_age: MaxAge,
 ) -> Result<Vec<Dead>, sqlx::Error> {
-    let (event_ids, event_type) = match which {
-        Which::Named(event_ids) => (Some(event_ids.as_slice()), None),
-        Which::All { event_type } => (None, event_type.as_deref()),
+    let (event_ids, event_type) = match selection {
+        Selection::Named(event_ids) => (Some(event_ids.as_slice()), None),
+        Selection::All { event_type } => (None, event_type.as_deref()),
     };
     sqlx::query_as!(
         Dead,
@@ -88,7 +88,7 @@ async fn lock_dead(
           AND ($2::text IS NULL OR event_type = $2)
         ORDER BY event_id
         FOR UPDATE"#,
-        event_ids,
+        event_ids as Option<&[EventId]>,
         event_type,
         max_age.max_age_hours.cast_signed(),
     )
@@ -98,12 +98,12 @@ async fn lock_dead(
 
 async fn refuse_unless_all(
     tx: &mut Transaction<'_, Postgres>,
-    event_ids: &[Uuid],
-    young: &[Uuid],
+    event_ids: &[EventId],
+    young: &[EventId],
     old: &[Dead],
     MaxAge { max_age_hours }: MaxAge,
 ) -> Result<(), OperateError> {
-    let dead = |event_id: &Uuid| young.contains(event_id) || old.iter().any(|dead| dead.event_id == *event_id);
+    let dead = |event_id: &EventId| young.contains(event_id) || old.iter().any(|dead| dead.event_id == *event_id);
     let not_dead: Vec<_> = event_ids.iter().copied().filter(|event_id| !dead(event_id)).collect();
     let too_old = old.iter().map(|dead| NotApplicable {
         event_id: dead.event_id,
@@ -116,15 +116,15 @@ async fn refuse_unless_all(
     if refused.is_empty() { Ok(()) } else { Err(OperateError::NotApplicable(refused)) }
 }
 
-async fn make_visible(tx: &mut Transaction<'_, Postgres>, event_ids: &[Uuid]) -> Result<Vec<Place>, sqlx::Error> {
+async fn make_visible(tx: &mut Transaction<'_, Postgres>, event_ids: &[EventId]) -> Result<Vec<Position>, sqlx::Error> {
     sqlx::query_as!(
-        Place,
+        Position,
         "-- operate: requeue
         UPDATE outbox
-        SET visible_at = now(), pardoned = attempts
+        SET visible_at = now(), attempts_before_requeue = attempts
         WHERE visible_at = 'infinity' AND event_id = ANY ($1)
         RETURNING aggregate_id, sequence",
-        event_ids,
+        event_ids as &[EventId],
     )
     .fetch_all(&mut **tx)
     .await

@@ -1,19 +1,19 @@
-//! Shows one dead event with all it carries.
+//! Shows one dead event with its payload and trace context.
 
+use outbox::EventId;
 use proto::relay::v1::{DeadEventContent, dead_event_content::Payload};
 use sqlx::PgConnection;
-use uuid::Uuid;
 
 use super::{Descriptors, OperateError, decode::decode, list_dead::DeadRow, refuse::explain};
 
-/// Reads the event and decodes its payload: by the descriptors given, or else by those of this project's contract. That it
-/// cannot be decoded is an answer, not an error.
+/// Reads the event and decodes its payload, by the given descriptors or by those of this project's contract. A payload
+/// that cannot be decoded is not an error: the answer gives the reason.
 ///
 /// # Errors
 /// [`OperateError::NotApplicable`] when it is not dead, and those of the database.
 pub(crate) async fn show_dead(
     connection: &mut PgConnection,
-    event_id: Uuid,
+    event_id: EventId,
     descriptors: Option<&Descriptors>,
 ) -> Result<DeadEventContent, OperateError> {
     let row = sqlx::query!(
@@ -23,10 +23,10 @@ pub(crate) async fn show_dead(
             coalesce(last_error, '') AS "reason!",
             (SELECT count(*) FROM outbox AS later
              WHERE later.aggregate_id = dead.aggregate_id AND later.sequence > dead.sequence) AS "held_back!",
-            pardoned, payload, traceparent, tracestate
+            attempts_before_requeue, payload, traceparent, tracestate
         FROM outbox AS dead
         WHERE visible_at = 'infinity' AND event_id = $1"#,
-        event_id,
+        event_id as EventId,
     )
     .fetch_optional(&mut *connection)
     .await?;
@@ -38,9 +38,9 @@ pub(crate) async fn show_dead(
         Err(undecodable) => Payload::Undecodable(undecodable.to_string()),
     };
     let event = DeadRow {
-        event_id: row.event_id,
+        event_id: row.event_id.into(),
         event_type: row.event_type,
-        aggregate_id: row.aggregate_id,
+        aggregate_id: row.aggregate_id.into(),
         sequence: row.sequence,
         attempts: row.attempts,
         created_at: row.created_at,
@@ -50,7 +50,7 @@ pub(crate) async fn show_dead(
     };
     Ok(DeadEventContent {
         event: Some(event.into()),
-        pardoned: row.pardoned,
+        attempts_before_requeue: row.attempts_before_requeue,
         traceparent: row.traceparent.unwrap_or_default(),
         tracestate: row.tracestate.unwrap_or_default(),
         data: row.payload.into(),

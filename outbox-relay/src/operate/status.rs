@@ -1,4 +1,4 @@
-//! Says what is in the outbox, how fast it comes and goes, and who relays it.
+//! Reads the status of an outbox: its events, its rates, and the routes of its relays.
 
 use std::time::Duration;
 
@@ -7,24 +7,24 @@ use sqlx::{PgConnection, types::time::OffsetDateTime};
 
 use super::pause::read_pause;
 
-/// Time between two readings that rates are taken from.
+/// Time between the two readings of a rate.
 pub(crate) const SAMPLE: Duration = Duration::from_secs(1);
 
-/// How many events have ever come and gone, as far as the server's statistics know.
+/// Counts of all events ever inserted and deleted, from the server's statistics.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Totals {
     inserted: i64,
     deleted: i64,
-    /// By the server's clock.
+    /// Time of the reading, by the server's clock.
     at: OffsetDateTime,
 }
 
 /// Reads the statistics of the table.
 ///
-/// They are what tells of events that came and went between two looks, at no cost to anyone: a counter of our own would
-/// be one more row to write for every event. A session adds its share when a transaction ends, about once a second (and
-/// an idle one what is left after 10 s), so a rate over a second jumps, and one over ten does not. Inserts that were rolled
-/// back are in them; updates are not, and deletes are only what was delivered or discarded.
+/// They count events that came and went between two readings, at no cost. A counter of our own would mean one more row
+/// to write for every event. A session reports its share about once a second, when a transaction ends; an idle session
+/// reports the rest after some seconds. So a rate over one second jumps, and a rate over ten does not. Inserts that
+/// were rolled back are counted. Deletes are only events that were delivered or discarded.
 ///
 /// # Errors
 /// Those of the database.
@@ -41,7 +41,7 @@ pub(crate) async fn read_totals(connection: &mut PgConnection) -> Result<Totals,
 }
 
 impl Totals {
-    /// Events per second that came, and that went. Statistics that were reset in between count as none.
+    /// Inserted and deleted events per second. If the statistics were reset in between, both are zero.
     fn rates_since(&self, earlier: &Self) -> (f64, f64) {
         let seconds = (self.at - earlier.at).as_seconds_f64().max(0.001);
         let rate = |later: i64, earlier: i64| (later - earlier).max(0) as f64 / seconds;
@@ -49,7 +49,7 @@ impl Totals {
     }
 }
 
-/// Reads the status, with rates since the `earlier` totals; returns the totals of now with it.
+/// Reads the status, with rates since the `earlier` totals. Also returns the new totals.
 ///
 /// # Errors
 /// Those of the database.
@@ -68,9 +68,9 @@ pub(crate) async fn read_status(
     Ok((status, totals))
 }
 
-/// One scan of the table, however many there are. What is neither dead nor leased nor backing off waits, also where its
-/// time is yet to come: a relay hides events for a while that wait for an earlier one, and those have no attempts, since
-/// an event is not tried before its predecessors are gone.
+/// One scan of the table, however many events there are. An event that is neither dead nor leased nor backing off is
+/// waiting. That includes parked events: they are not visible, but have no attempts, since none is delivered before its
+/// predecessors.
 async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) -> Result<(), sqlx::Error> {
     let rows = sqlx::query!(
         r#"-- operate: count events
@@ -78,7 +78,8 @@ async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) 
             count(*) FILTER (WHERE visible_at = 'infinity') AS "dead!",
             count(*) FILTER (WHERE visible_at > now() AND lease_token IS NOT NULL) AS "leased!",
             count(*) FILTER (
-                WHERE visible_at > now() AND visible_at < 'infinity' AND lease_token IS NULL AND attempts > pardoned
+                WHERE visible_at > now() AND visible_at < 'infinity' AND lease_token IS NULL
+                  AND attempts > attempts_before_requeue
             ) AS "backing_off!",
             extract(epoch FROM now() - min(created_at) FILTER (WHERE visible_at < 'infinity'))::double precision
                 AS oldest_seconds
@@ -115,7 +116,7 @@ async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Err
     .await
 }
 
-/// A relay reports every second; one that has not for ten is gone, and could not say so.
+/// Relays report every second. One that has not reported for ten seconds was killed.
 async fn read_routes(connection: &mut PgConnection) -> Result<Vec<RelayRoute>, sqlx::Error> {
     let rows = sqlx::query!(
         "-- operate: read routes

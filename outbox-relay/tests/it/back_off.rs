@@ -1,4 +1,4 @@
-//! What an event's own failures cost it.
+//! Attempts and back-off of events that fail for reasons of their own.
 
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use crate::{
 
 const FAILING: usize = 20;
 
-/// Has 20 events, that have failed `attempts` times before, fail together once, and returns for how long each then
-/// backs off, from a moment just before to one just after the settlement.
+/// Fails 20 events together that have failed `attempts` times before. Returns the back-off of each, measured from a
+/// moment before the settlement.
 async fn back_off(attempts: i32, flags: &[&str]) -> Vec<Duration> {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(FAILING).await;
@@ -27,7 +27,7 @@ async fn back_off(attempts: i32, flags: &[&str]) -> Vec<Duration> {
     let flags: Vec<_> = ["--attempts", "1000", "--workers", "1"].iter().chain(flags).copied().collect();
     let relay = Relay::start(&outbox, receiver.address, &flags).await;
     receiver.wait_for_deliveries(1).await;
-    // In shutdown it settles and leases nothing more: what is seen then is the first settlement's doing.
+    // In shutdown it settles and leases nothing more, so the rows show the effect of the first settlement alone.
     relay.shut_down();
     let before = outbox.clock().await;
     answered.cancel();
@@ -42,14 +42,14 @@ async fn back_off(attempts: i32, flags: &[&str]) -> Vec<Duration> {
     back_offs.into_iter().map(|at| (at - before).try_into().expect("visible before it failed")).collect()
 }
 
-/// Between the clock's reading and the settlement.
+/// Time between the reading of the clock and the settlement.
 const SLACK: Duration = Duration::from_secs(2);
 
 fn assert_spread_up_to(most: Duration, back_offs: &[Duration]) {
     assert!(back_offs.len() >= FAILING - 1, "events that failed together come back together: {back_offs:?}");
     let (least, longest) = (*back_offs.iter().min().unwrap(), *back_offs.iter().max().unwrap());
     assert!(longest <= most + SLACK, "{longest:?}");
-    // Of 20 random fractions all lie below a half once in a million times, and all above nine tenths never.
+    // That 20 random fractions all lie below a half, or all above nine tenths, is next to impossible.
     assert!(longest > most / 2 && least < most.mul_f32(0.9), "{least:?} to {longest:?} of {most:?}");
 }
 
@@ -106,7 +106,7 @@ async fn an_event_that_is_refused_backs_off_for_as_long_as_the_receiver_has_aske
 async fn attempts_from_before_a_requeue_stay_on_record_and_do_not_count() {
     let outbox = Outbox::create().await;
     outbox.insert_one().await;
-    sqlx::query("UPDATE outbox SET attempts = 7, pardoned = 7").execute(&outbox.pool).await.unwrap();
+    sqlx::query("UPDATE outbox SET attempts = 7, attempts_before_requeue = 7").execute(&outbox.pool).await.unwrap();
     let receiver = Receiver::start(|events| Reply::each(events, retry)).await;
     let relay = Relay::start(&outbox, receiver.address, &["--attempts", "3", "--back-off-ms", "1"]).await;
     let dead = outbox.wait_for_dead(1).await;

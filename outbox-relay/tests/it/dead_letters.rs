@@ -1,4 +1,4 @@
-//! Looking at dead events, and giving them up.
+//! Listing, showing and discarding dead events.
 
 use prost::Message;
 use prost_types::{
@@ -11,7 +11,7 @@ use sqlx::types::time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
-    operator::{Listening, Operator, bury, count_discarded, insert_dead, insert_dead_with_successors},
+    operator::{Listening, Operator, count_discarded, insert_dead, insert_dead_with_successors, mark_dead},
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -36,7 +36,7 @@ async fn insert_dead_order(outbox: &Outbox) -> Uuid {
 }
 
 #[tokio::test]
-async fn a_list_begins_with_the_newest_and_says_how_many_more_there_are() {
+async fn a_list_begins_with_the_newest_and_says_how_many_are_older() {
     let outbox = Outbox::create().await;
     let operator = Operator::of(&outbox);
     assert_eq!(operator.does(&["dead", "list"]).await, "no dead events\n");
@@ -62,10 +62,10 @@ async fn a_list_begins_with_the_newest_and_says_how_many_more_there_are() {
 }
 
 #[tokio::test]
-async fn what_a_receiver_said_is_shown_and_not_obeyed() {
+async fn control_characters_in_a_reason_are_replaced() {
     let outbox = Outbox::create().await;
     let event_id = outbox.insert_one().await;
-    bury(&outbox, event_id, "BAD: \u{1b}[2J\nnext line").await;
+    mark_dead(&outbox, event_id, "BAD: \u{1b}[2J\nnext line").await;
     let operator = Operator::of(&outbox);
     for arguments in [&["dead", "list"][..], &["dead", "show", &event_id.to_string()]] {
         let page = operator.does(arguments).await;
@@ -93,7 +93,7 @@ async fn the_payload_of_an_order_is_shown_as_json() {
 }
 
 #[tokio::test]
-async fn a_payload_that_is_no_message_of_its_type_is_shown_as_it_is_with_the_reason() {
+async fn a_payload_that_cannot_be_decoded_is_shown_as_bytes_with_the_reason() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await;
     set_payload(&outbox, event_id, "orders.v1.OrderCreated", b"\xff\xff\x01").await;
@@ -105,7 +105,7 @@ async fn a_payload_that_is_no_message_of_its_type_is_shown_as_it_is_with_the_rea
     assert!(shown["undecodable"].as_str().unwrap().contains("not a orders.v1.OrderCreated"), "{shown}");
 }
 
-/// Descriptors of `test.v1.Happened { string what = 1; }`, in a file that is gone with the test.
+/// Descriptors of `test.v1.Happened { string what = 1; }`, in a file that is deleted with the test.
 fn descriptors() -> tempfile::Path {
     let field = FieldDescriptorProto {
         name: Some("what".into()),
@@ -125,7 +125,7 @@ fn descriptors() -> tempfile::Path {
     tempfile::write(&FileDescriptorSet { file: vec![file] }.encode_to_vec())
 }
 
-/// A file in the place for such.
+/// Temporary files.
 mod tempfile {
     use std::path::PathBuf;
 
@@ -151,7 +151,7 @@ mod tempfile {
 }
 
 #[tokio::test]
-async fn types_of_others_are_decoded_with_their_descriptors() {
+async fn a_type_outside_the_contract_is_decoded_with_its_descriptors() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await;
     set_payload(&outbox, event_id, "test.v1.Happened", b"\x0a\x04rain").await;
@@ -170,7 +170,7 @@ async fn types_of_others_are_decoded_with_their_descriptors() {
 }
 
 #[tokio::test]
-async fn a_discarded_event_is_kept_whole_with_who_did_it_and_why_and_when() {
+async fn a_discarded_event_is_kept_whole_with_name_reason_and_time() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead_order(&outbox).await;
     let kept = "SELECT (event_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
@@ -196,7 +196,7 @@ async fn a_discarded_event_is_kept_whole_with_who_did_it_and_why_and_when() {
 }
 
 #[tokio::test]
-async fn what_a_discarded_event_held_back_goes_at_once() {
+async fn a_discard_frees_the_later_events_at_once() {
     let outbox = Outbox::create().await;
     let [dead, second, third] = insert_dead_with_successors(&outbox).await;
     let mut relays = Listening::to(&outbox).await;
@@ -214,7 +214,7 @@ async fn what_a_discarded_event_held_back_goes_at_once() {
 }
 
 #[tokio::test]
-async fn only_what_is_dead_can_be_shown_or_discarded_and_the_refusal_says_what_it_is() {
+async fn only_dead_events_can_be_shown_or_discarded_and_a_refusal_names_the_state() {
     let outbox = Outbox::create().await;
     let operator = Operator::of(&outbox);
     let (waiting, unknown) = (outbox.insert_one().await, Uuid::now_v7());
@@ -231,7 +231,7 @@ async fn only_what_is_dead_can_be_shown_or_discarded_and_the_refusal_says_what_i
 }
 
 #[tokio::test]
-async fn who_discards_again_is_told_who_was_first() {
+async fn a_second_discard_names_the_first_operator() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await.to_string();
     let operator = Operator::of(&outbox);
@@ -242,7 +242,7 @@ async fn who_discards_again_is_told_who_was_first() {
 }
 
 #[tokio::test]
-async fn nothing_is_discarded_without_a_reason() {
+async fn no_event_is_discarded_without_a_reason() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await.to_string();
     let operator = Operator::of(&outbox);
@@ -253,7 +253,7 @@ async fn nothing_is_discarded_without_a_reason() {
 }
 
 #[tokio::test]
-async fn what_an_operator_was_told_is_done_is_durable_though_the_role_of_the_relay_is_not() {
+async fn an_operators_changes_are_durable_though_other_commits_of_the_role_are_not() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await.to_string();
     sqlx::raw_sql(
@@ -270,11 +270,11 @@ async fn what_an_operator_was_told_is_done_is_durable_though_the_role_of_the_rel
     .unwrap();
     let operator = Operator::of(&outbox);
     operator.does(&["dead", "requeue", &event_id]).await;
-    bury(&outbox, event_id.parse().unwrap(), "again").await;
+    mark_dead(&outbox, event_id.parse().unwrap(), "again").await;
     operator.does(&["dead", "discard", &event_id, "--reason", "typo"]).await;
     operator.does(&["pause", "--reason", "moving"]).await;
     operator.does(&["resume"]).await;
     let commits = sqlx::query_scalar::<_, String>("SELECT synchronous FROM commits");
-    // The one of the test itself is among them.
+    // The commit of the test itself is among them.
     assert_eq!(commits.fetch_all(&outbox.pool).await.unwrap(), ["on"; 5]);
 }

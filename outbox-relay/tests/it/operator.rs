@@ -1,4 +1,4 @@
-//! An operator at the command line, and the dead events there are to operate on.
+//! The operator's command line, and dead events to operate on.
 
 use std::{process::Output, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::{
     wait::AMPLE,
 };
 
-/// The binary, with the database in its environment and the operator's name; nothing else is in it.
+/// Runs the binary, with only the database and the operator's name in its environment.
 pub(crate) struct Operator {
     url: String,
 }
@@ -36,7 +36,7 @@ impl Operator {
         timeout(AMPLE, self.command(arguments).output()).await.expect("the command ends").unwrap()
     }
 
-    /// What it says when it has worked: all of it, and no log among it.
+    /// The output of a command that succeeds, without a log.
     pub(crate) async fn does(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments).await;
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{arguments:?}");
@@ -47,12 +47,12 @@ impl Operator {
         serde_json::from_str(&self.does(arguments).await).unwrap()
     }
 
-    /// The one line on stderr that says why not.
+    /// The single line on stderr of a command that is refused.
     pub(crate) async fn is_refused(&self, arguments: &[&str]) -> String {
         self.ends_with(1, arguments).await
     }
 
-    /// The same of a command that makes no sense whatever is in the database.
+    /// The same, for a command with invalid arguments.
     pub(crate) async fn is_misused(&self, arguments: &[&str]) -> String {
         self.ends_with(2, arguments).await
     }
@@ -71,8 +71,8 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// Has the event die as a relay has it die, after 10 attempts.
-pub(crate) async fn bury(outbox: &Outbox, event_id: Uuid, reason: &str) {
+/// Marks the event dead as a relay does, after 10 attempts.
+pub(crate) async fn mark_dead(outbox: &Outbox, event_id: Uuid, reason: &str) {
     sqlx::query("UPDATE outbox SET attempts = 10, last_error = $2, visible_at = 'infinity' WHERE event_id = $1")
         .bind(event_id)
         .bind(reason)
@@ -81,20 +81,20 @@ pub(crate) async fn bury(outbox: &Outbox, event_id: Uuid, reason: &str) {
         .unwrap();
 }
 
-/// A dead event that holds back nothing.
+/// A dead event without successors.
 pub(crate) async fn insert_dead(outbox: &Outbox) -> Uuid {
-    // Out of sight from the start: a relay that is running would deliver it first.
+    // Hidden from the start. A running relay would deliver it otherwise.
     let event_id = outbox.insert_hidden(None, Duration::from_secs(3600)).await;
-    bury(outbox, event_id, "UNDECODABLE: no such type").await;
+    mark_dead(outbox, event_id, "UNDECODABLE: no such type").await;
     event_id
 }
 
-/// A dead event and two successors: one in sight, one parked for five minutes.
+/// A dead event and two successors: one visible, one parked for five minutes.
 pub(crate) async fn insert_dead_with_successors(outbox: &Outbox) -> [NewEvent; 3] {
     let aggregate_id = Uuid::new_v4();
     let line = [1, 2, 3].map(|sequence| NewEvent::of(aggregate_id, sequence));
     outbox.insert(&line).await;
-    bury(outbox, line[0].event_id, "UNDECODABLE: no such type").await;
+    mark_dead(outbox, line[0].event_id, "UNDECODABLE: no such type").await;
     sqlx::query("UPDATE outbox SET visible_at = now() + interval '5 min' WHERE event_id = $1")
         .bind(line[2].event_id)
         .execute(&outbox.pool)
@@ -103,7 +103,7 @@ pub(crate) async fn insert_dead_with_successors(outbox: &Outbox) -> [NewEvent; 3
     line
 }
 
-pub(crate) async fn grow_old(outbox: &Outbox, event_id: Uuid, hours: i32) {
+pub(crate) async fn make_older(outbox: &Outbox, event_id: Uuid, hours: i32) {
     sqlx::query("UPDATE outbox SET created_at = created_at - make_interval(hours => $2) WHERE event_id = $1")
         .bind(event_id)
         .bind(hours)
@@ -112,16 +112,19 @@ pub(crate) async fn grow_old(outbox: &Outbox, event_id: Uuid, hours: i32) {
         .unwrap();
 }
 
-pub(crate) async fn pardoned(outbox: &Outbox, event_id: Uuid) -> i32 {
-    let pardoned = sqlx::query_scalar::<_, i32>("SELECT pardoned FROM outbox WHERE event_id = $1").bind(event_id);
-    pardoned.fetch_one(&outbox.pool).await.unwrap()
+pub(crate) async fn attempts_before_requeue(outbox: &Outbox, event_id: Uuid) -> i32 {
+    sqlx::query_scalar::<_, i32>("SELECT attempts_before_requeue FROM outbox WHERE event_id = $1")
+        .bind(event_id)
+        .fetch_one(&outbox.pool)
+        .await
+        .unwrap()
 }
 
 pub(crate) async fn count_discarded(outbox: &Outbox) -> i64 {
     sqlx::query_scalar::<_, i64>("SELECT count(*) FROM outbox_discarded").fetch_one(&outbox.pool).await.unwrap()
 }
 
-/// Hears what relays hear.
+/// Receives the notifications that relays receive.
 pub(crate) struct Listening(PgListener);
 
 impl Listening {

@@ -1,4 +1,4 @@
-//! Events that wait for a predecessor: out of the way of the scan, and back in time.
+//! Parking of events that wait for a predecessor.
 
 use sqlx::types::time::OffsetDateTime;
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use crate::{
     wait::until,
 };
 
-/// Hides an event until `when`, an expression of SQL; a dead one needs a reason.
+/// Hides an event: dead, leased, or until a minute or an hour from now.
 async fn hide(outbox: &Outbox, event_id: Uuid, when: &str) {
     let hide = match when {
         "infinity" => "UPDATE outbox SET visible_at = 'infinity', last_error = 'dead' WHERE event_id = $1",
@@ -44,7 +44,7 @@ fn chain(length: i32) -> Vec<NewEvent> {
 }
 
 #[tokio::test]
-async fn successors_of_events_that_back_off_or_are_dead_are_out_of_sight_and_those_of_leased_ones_are_not() {
+async fn successors_of_dead_events_and_of_events_that_back_off_are_parked_but_not_those_of_leased_ones() {
     let outbox = Outbox::create().await;
     let chains: Vec<_> = ["minute", "hour", "infinity", "leased"].into_iter().map(|when| (when, chain(3))).collect();
     for (when, events) in &chains {
@@ -63,7 +63,7 @@ async fn successors_of_events_that_back_off_or_are_dead_are_out_of_sight_and_tho
             match *when {
                 "minute" => assert!(with_predecessor && seconds < 60.0, "{seconds}"),
                 "leased" => assert!(seconds <= 0.0, "{seconds}"),
-                // With jitter, and some time has passed; never for ever.
+                // With jitter, less the time since; and never for ever.
                 _ => assert!((150.0..=300.0).contains(&seconds), "{when}: {seconds}"),
             }
         }
@@ -73,7 +73,7 @@ async fn successors_of_events_that_back_off_or_are_dead_are_out_of_sight_and_tho
 }
 
 #[tokio::test]
-async fn what_was_parked_comes_back_without_being_woken_and_in_order() {
+async fn parked_events_become_visible_by_time_and_are_delivered_in_sequence() {
     let outbox = Outbox::create().await;
     let events = chain(4);
     outbox.insert(&events).await;
@@ -90,7 +90,7 @@ async fn what_was_parked_comes_back_without_being_woken_and_in_order() {
 }
 
 #[tokio::test]
-async fn the_successor_of_an_event_that_died_goes_when_both_are_made_visible() {
+async fn the_successor_of_a_dead_event_is_delivered_once_both_are_made_visible() {
     let outbox = Outbox::create().await;
     let events = chain(2);
     outbox.insert(&events).await;
@@ -104,7 +104,10 @@ async fn the_successor_of_an_event_that_died_goes_when_both_are_made_visible() {
     until("its successor is parked", async || outbox.rows().await.iter().all(|row| !row.visible)).await;
     receiver.follow(Reply::apply);
     // As an operator's requeue does.
-    sqlx::query("UPDATE outbox SET visible_at = now(), pardoned = attempts").execute(&outbox.pool).await.unwrap();
+    sqlx::query("UPDATE outbox SET visible_at = now(), attempts_before_requeue = attempts")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
     outbox.wait_until_empty().await;
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), [first, first, events[1].event_id]);

@@ -1,4 +1,4 @@
-//! The operator's powers as gRPC.
+//! The operator's commands as gRPC.
 
 use std::fmt::Debug;
 
@@ -16,14 +16,14 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    operator::{Operator, count_discarded, grow_old, insert_dead, insert_dead_with_successors},
+    operator::{Operator, count_discarded, insert_dead, insert_dead_with_successors, make_older},
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
     relay::Relay,
     wait::until,
 };
 
-/// A relay, and an outbox it delivers from, asked as an operator's program asks it.
+/// A relay with its outbox, and a channel to its gRPC server.
 struct Admin {
     outbox: Outbox,
     receiver: Receiver,
@@ -34,7 +34,7 @@ struct Admin {
 impl Admin {
     async fn start(outbox: Outbox) -> Self {
         let receiver = Receiver::start(Reply::apply).await;
-        // Patient: on a busy machine a connection may take longer to make than callers should wait.
+        // A long limit: on a busy machine a connection may take longer than callers should wait.
         let relay = Relay::start(&outbox, receiver.address, &["--database-acquire-ms", "8000"]).await;
         let channel = Endpoint::from_shared(format!("http://{}", relay.address)).unwrap().connect_lazy();
         Self { outbox, receiver, relay, channel }
@@ -49,7 +49,7 @@ impl Admin {
     }
 }
 
-/// Checks a refusal's code, the reason in its details, and its bad fields; returns what it says.
+/// Checks the code of a refusal, its reason and its bad fields. Returns its message.
 fn assert_refused<T: Debug>(answer: Result<Response<T>, Status>, code: Code, reason: &str, fields: &[&str]) -> String {
     let status = answer.expect_err("a refusal");
     let details = status.get_error_details();
@@ -61,7 +61,7 @@ fn assert_refused<T: Debug>(answer: Result<Response<T>, Status>, code: Code, rea
 }
 
 #[tokio::test]
-async fn the_status_is_that_of_the_command_line() {
+async fn grpc_and_the_command_line_give_the_same_status() {
     let outbox = Outbox::create().await;
     insert_dead_with_successors(&outbox).await;
     let admin = Admin::start(outbox).await;
@@ -104,7 +104,7 @@ async fn dead_events_are_listed_in_pages_newest_first() {
 }
 
 #[tokio::test]
-async fn a_dead_event_is_shown_with_its_payload_or_why_it_cannot_be_read() {
+async fn a_dead_event_is_shown_with_its_payload_or_the_reason_why_it_cannot_be_decoded() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await;
     let admin = Admin::start(outbox).await;
@@ -125,7 +125,7 @@ async fn a_dead_event_is_shown_with_its_payload_or_why_it_cannot_be_read() {
 }
 
 #[tokio::test]
-async fn requeued_events_are_delivered_at_once_with_what_they_held_back() {
+async fn requeued_events_and_their_successors_are_delivered_at_once() {
     let outbox = Outbox::create().await;
     let line = insert_dead_with_successors(&outbox).await;
     let admin = Admin::start(outbox).await;
@@ -137,7 +137,7 @@ async fn requeued_events_are_delivered_at_once_with_what_they_held_back() {
     assert_eq!(admin.receiver.read(Log::ids), line.map(|event| event.event_id));
 
     let old = insert_dead(&admin.outbox).await;
-    grow_old(&admin.outbox, old, 200).await;
+    make_older(&admin.outbox, old, 200).await;
     insert_dead(&admin.outbox).await;
     let all = RequeueDeadEventsRequest { event_ids: vec![], all: true, r#type: "test.v1.Happened".into() };
     let done = admin.client().requeue_dead_events(all).await.unwrap().into_inner();
@@ -147,10 +147,10 @@ async fn requeued_events_are_delivered_at_once_with_what_they_held_back() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_requeued_is_refused_with_the_reason() {
+async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
     let outbox = Outbox::create().await;
     let (dead, old) = (insert_dead(&outbox).await, insert_dead(&outbox).await);
-    grow_old(&outbox, old, 200).await;
+    make_older(&outbox, old, 200).await;
     let backing_off = outbox.insert_hidden(None, std::time::Duration::from_secs(3600)).await;
     sqlx::query("UPDATE outbox SET attempts = 1 WHERE event_id = $1")
         .bind(backing_off)
@@ -184,7 +184,7 @@ async fn what_cannot_be_requeued_is_refused_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_discarded_event_is_gone_and_what_it_held_back_is_delivered() {
+async fn a_discarded_event_is_gone_and_its_successors_are_delivered() {
     let outbox = Outbox::create().await;
     let [dead, second, third] = insert_dead_with_successors(&outbox).await;
     let admin = Admin::start(outbox).await;
@@ -211,7 +211,7 @@ async fn a_discarded_event_is_gone_and_what_it_held_back_is_delivered() {
 }
 
 #[tokio::test]
-async fn a_pause_is_begun_once_and_ended_once() {
+async fn a_pause_starts_once_and_ends_once() {
     let admin = Admin::start(Outbox::create().await).await;
     let request = || PauseRequest { paused_by: "ann".into(), reason: "moving".into() };
     let paused = admin.client().pause(request()).await.unwrap().into_inner();
@@ -228,7 +228,7 @@ async fn a_pause_is_begun_once_and_ended_once() {
 }
 
 #[tokio::test]
-async fn it_is_known_to_health() {
+async fn its_health_is_served() {
     let admin = Admin::start(Outbox::create().await).await;
     until("it serves", async || {
         let request = HealthCheckRequest { service: SERVICE_NAME.to_owned() };

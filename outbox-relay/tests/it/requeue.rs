@@ -1,4 +1,4 @@
-//! Having dead events delivered again.
+//! Requeueing dead events.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    operator::{Listening, Operator, grow_old, insert_dead, insert_dead_with_successors, pardoned},
+    operator::{Listening, Operator, attempts_before_requeue, insert_dead, insert_dead_with_successors, make_older},
     outbox::{NewEvent, Outbox, Row},
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -29,7 +29,7 @@ async fn a_requeued_event_keeps_its_id_and_its_history_and_is_delivered() {
         dead: false,
     };
     assert_eq!(outbox.rows().await, [expected]);
-    assert_eq!(pardoned(&outbox, event_id).await, 10);
+    assert_eq!(attempts_before_requeue(&outbox, event_id).await, 10);
 
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &[]).await;
@@ -39,7 +39,7 @@ async fn a_requeued_event_keeps_its_id_and_its_history_and_is_delivered() {
 }
 
 #[tokio::test]
-async fn what_it_held_back_follows_at_once_and_in_sequence() {
+async fn successors_of_a_requeued_event_follow_at_once_and_in_sequence() {
     let outbox = Outbox::create().await;
     let line = insert_dead_with_successors(&outbox).await;
     let mut relays = Listening::to(&outbox).await;
@@ -55,9 +55,9 @@ async fn what_it_held_back_follows_at_once_and_in_sequence() {
     assert_eq!(receiver.read(Log::ids), line.map(|event| event.event_id));
 }
 
-/// It is enqueued when the requeue has looked for successors, and parked by a relay to whom the event is dead yet.
+/// It is enqueued after the requeue has looked for successors, and parked by a relay that still sees the event as dead.
 #[tokio::test]
-async fn a_successor_that_comes_while_a_requeue_commits_does_not_stay_parked() {
+async fn a_successor_enqueued_while_a_requeue_commits_does_not_stay_parked() {
     let outbox = Outbox::create().await;
     let dead = insert_dead(&outbox).await;
     sqlx::raw_sql(
@@ -68,7 +68,7 @@ async fn a_successor_that_comes_while_a_requeue_commits_does_not_stay_parked() {
     .execute(&outbox.pool)
     .await
     .unwrap();
-    // It parks, and has nothing else to do: the route leads nowhere.
+    // It parks and does nothing else, since its receiver does not exist.
     let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
     let relay = Relay::start(&outbox, nowhere, &[]).await;
     let aggregate_id = sqlx::query_scalar("SELECT aggregate_id FROM outbox").fetch_one(&outbox.pool).await.unwrap();
@@ -90,7 +90,7 @@ async fn a_successor_that_comes_while_a_requeue_commits_does_not_stay_parked() {
 }
 
 #[tokio::test]
-async fn a_successor_that_is_being_parked_meanwhile_is_waited_for_and_freed() {
+async fn a_requeue_waits_for_a_successor_that_is_being_parked_and_frees_it() {
     let outbox = Outbox::create().await;
     let [dead, second, _] = insert_dead_with_successors(&outbox).await;
     let mut parking = outbox.pool.begin().await.unwrap();
@@ -113,7 +113,7 @@ async fn a_successor_that_is_being_parked_meanwhile_is_waited_for_and_freed() {
 }
 
 #[tokio::test]
-async fn of_several_events_all_are_requeued_or_none_and_each_that_cannot_be_is_named() {
+async fn either_all_named_events_are_requeued_or_none_and_each_obstacle_is_named() {
     let outbox = Outbox::create().await;
     let (dead, other, waiting) = (insert_dead(&outbox).await, insert_dead(&outbox).await, outbox.insert_one().await);
     let unknown = Uuid::now_v7();
@@ -128,7 +128,7 @@ async fn of_several_events_all_are_requeued_or_none_and_each_that_cannot_be_is_n
     assert!(line.contains("not event ids: \"x\", \"y\""), "{line}");
     assert_eq!(outbox.rows().await, before);
 
-    // Named twice, and in another way of writing it.
+    // Named twice, the second time in upper case.
     let said = operator.does(&["dead", "requeue", &dead, &dead.to_uppercase(), &other]).await;
     assert!(said.contains("requeued 2 events"), "{said}");
     let line = operator.is_refused(&["dead", "requeue", &dead]).await;
@@ -136,10 +136,10 @@ async fn of_several_events_all_are_requeued_or_none_and_each_that_cannot_be_is_n
 }
 
 #[tokio::test]
-async fn an_event_older_than_receivers_remember_stays_dead() {
+async fn an_event_older_than_the_age_limit_stays_dead() {
     let outbox = Outbox::create().await;
     let event_id = insert_dead(&outbox).await;
-    grow_old(&outbox, event_id, 145).await;
+    make_older(&outbox, event_id, 145).await;
     let (operator, event_id) = (Operator::of(&outbox), event_id.to_string());
     let line = operator.is_refused(&["dead", "requeue", &event_id]).await;
     assert!(line.contains("145 hours old") && line.contains("144 (--max-age-hours)"), "{line}");
@@ -149,13 +149,13 @@ async fn an_event_older_than_receivers_remember_stays_dead() {
 }
 
 #[tokio::test]
-async fn all_are_all_that_are_not_too_old_and_has_to_be_said_twice() {
+async fn a_requeue_of_all_skips_events_that_are_too_old_and_needs_confirmation() {
     let outbox = Outbox::create().await;
     let operator = Operator::of(&outbox);
     let line = operator.is_refused(&["dead", "requeue", "--all", "--yes"]).await;
     assert!(line.contains("there are no dead events"), "{line}");
     let (young, old, leased) = (insert_dead(&outbox).await, insert_dead(&outbox).await, Uuid::new_v4());
-    grow_old(&outbox, old, 200).await;
+    make_older(&outbox, old, 200).await;
     outbox.insert_hidden(Some(leased), Duration::from_secs(3600)).await;
     let before = outbox.rows().await;
 
@@ -169,7 +169,7 @@ async fn all_are_all_that_are_not_too_old_and_has_to_be_said_twice() {
 }
 
 #[tokio::test]
-async fn all_of_a_type_are_none_of_another() {
+async fn a_requeue_of_all_of_a_type_leaves_other_types_alone() {
     let outbox = Outbox::create().await;
     let (one, other) = (insert_dead(&outbox).await, insert_dead(&outbox).await);
     sqlx::query("UPDATE outbox SET event_type = 'other.v1.Thing' WHERE event_id = $1")
@@ -185,7 +185,7 @@ async fn all_of_a_type_are_none_of_another() {
 }
 
 #[tokio::test]
-async fn what_makes_no_sense_is_refused_before_the_database_is_asked() {
+async fn invalid_arguments_are_refused_before_the_database_is_asked() {
     let operator = Operator::at("postgres://nobody@127.0.0.1:1/nowhere");
     let id = Uuid::nil().to_string();
     for arguments in [
@@ -201,7 +201,7 @@ async fn what_makes_no_sense_is_refused_before_the_database_is_asked() {
 }
 
 #[tokio::test]
-async fn two_operators_who_requeue_the_same_events_do_not_requeue_them_twice() {
+async fn two_concurrent_requeues_of_the_same_events_apply_once() {
     let outbox = Outbox::create().await;
     let mut ids = Vec::new();
     for _ in 0..20 {
@@ -229,5 +229,5 @@ async fn a_requeued_event_that_dies_again_can_be_requeued_again() {
     let page = operator.does(&["dead", "show", &id]).await;
     assert!(page.contains("20, 10 of them before it was requeued"), "{page}");
     operator.does(&["dead", "requeue", &id]).await;
-    assert_eq!(pardoned(&outbox, event_id).await, 20);
+    assert_eq!(attempts_before_requeue(&outbox, event_id).await, 20);
 }

@@ -1,4 +1,4 @@
-//! What an operator sees of an outbox.
+//! The command `status`.
 
 use std::{process::Stdio, time::Duration};
 
@@ -13,7 +13,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    operator::{Operator, bury, grow_old, insert_dead_with_successors},
+    operator::{Operator, insert_dead_with_successors, make_older, mark_dead},
     outbox::{NewEvent, Outbox},
     wait::AMPLE,
 };
@@ -25,10 +25,10 @@ async fn execute(outbox: &Outbox, sql: &'static str) {
 }
 
 #[tokio::test]
-async fn every_event_is_counted_once_by_what_it_waits_for() {
+async fn every_event_is_counted_once_by_its_state() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(5).await;
-    // A lease that has expired is none.
+    // An expired lease does not count.
     outbox.insert_hidden(Some(Uuid::new_v4()), Duration::ZERO).await;
     outbox.insert_hidden(Some(Uuid::new_v4()), HOUR).await;
     for _ in 0..2 {
@@ -36,16 +36,16 @@ async fn every_event_is_counted_once_by_what_it_waits_for() {
     }
     execute(&outbox, "UPDATE outbox SET attempts = 1 WHERE visible_at > now() AND lease_token IS NULL").await;
     insert_dead_with_successors(&outbox).await;
-    // Requeued once, and waiting as any other.
+    // A requeued event waits like any other.
     execute(
         &outbox,
-        "UPDATE outbox SET attempts = 3, pardoned = 3 WHERE lease_token IS NOT NULL AND visible_at <= now()",
+        "UPDATE outbox SET attempts = 3, attempts_before_requeue = 3 WHERE lease_token IS NOT NULL AND visible_at <= now()",
     )
     .await;
     let other = outbox.insert_one().await;
     let retype = sqlx::query("UPDATE outbox SET event_type = 'a.v1.Other' WHERE event_id = $1").bind(other);
     retype.execute(&outbox.pool).await.unwrap();
-    bury(&outbox, other, "gone").await;
+    mark_dead(&outbox, other, "gone").await;
 
     let status = Operator::of(&outbox).reads(&["status", "--json"]).await;
     let numbers = ["waiting", "held_back", "leased", "backing_off", "dead"].map(|key| status[key].as_i64().unwrap());
@@ -60,12 +60,12 @@ async fn every_event_is_counted_once_by_what_it_waits_for() {
 }
 
 #[tokio::test]
-async fn the_oldest_is_the_oldest_that_is_not_dead() {
+async fn the_age_of_the_oldest_event_ignores_dead_ones() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
-    grow_old(&outbox, ids[0], 9).await;
-    bury(&outbox, ids[0], "gone").await;
-    grow_old(&outbox, ids[1], 2).await;
+    make_older(&outbox, ids[0], 9).await;
+    mark_dead(&outbox, ids[0], "gone").await;
+    make_older(&outbox, ids[1], 2).await;
     let status = Operator::of(&outbox).reads(&["status", "--json"]).await;
     let oldest = status["oldest_seconds"].as_f64().unwrap();
     assert!((7200.0..7300.0).contains(&oldest), "{oldest}");
@@ -88,7 +88,7 @@ async fn an_empty_outbox_has_a_status_with_the_same_keys() {
 }
 
 #[tokio::test]
-async fn routes_are_those_of_relays_that_reported_lately() {
+async fn the_status_shows_only_routes_of_relays_that_reported_recently() {
     let outbox = Outbox::create().await;
     execute(
         &outbox,
@@ -112,7 +112,7 @@ async fn routes_are_those_of_relays_that_reported_lately() {
     assert!(page.contains("orders.v1.*") && page.contains("DOWN") && !page.contains("gone"), "{page}");
 }
 
-/// What is printed by one that watches, line by line.
+/// A running `status --watch`, and its output line by line.
 struct Watch {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
@@ -139,7 +139,7 @@ impl Watch {
 }
 
 #[tokio::test]
-async fn a_watcher_sees_a_line_a_second_with_the_rates_until_it_is_interrupted() {
+async fn watch_prints_a_line_per_second_with_the_rates_until_it_is_interrupted() {
     let outbox = Outbox::create().await;
     let mut watch = Watch::start(&Operator::of(&outbox));
     let (mut came, mut went) = (0.0, 0.0);
@@ -152,13 +152,13 @@ async fn a_watcher_sees_a_line_a_second_with_the_rates_until_it_is_interrupted()
         came = status["in_per_second"].as_f64().unwrap();
         went = status["out_per_second"].as_f64().unwrap();
     }
-    // A hundred each second, of which some lines saw nothing yet.
+    // A hundred per second. Some readings may include those of several seconds.
     assert!(came <= 400.0 && went <= 400.0, "{came} {went}");
     assert_eq!(watch.interrupt().await, Some(0));
 }
 
 #[tokio::test]
-async fn a_watcher_says_that_the_database_is_away_and_goes_on() {
+async fn watch_reports_an_outage_of_the_database_and_goes_on() {
     let outbox = Outbox::create().await;
     let mut watch = Watch::start(&Operator::of(&outbox));
     watch.next().await;
@@ -174,7 +174,7 @@ async fn a_watcher_says_that_the_database_is_away_and_goes_on() {
 }
 
 #[tokio::test]
-async fn who_cannot_be_connected_to_is_named_and_the_password_is_not() {
+async fn an_unreachable_database_is_named_without_the_password() {
     let closed = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let address = closed.local_addr().unwrap();
     drop(closed);
@@ -184,7 +184,7 @@ async fn who_cannot_be_connected_to_is_named_and_the_password_is_not() {
 }
 
 #[tokio::test]
-async fn a_server_that_accepts_and_stays_silent_is_given_up() {
+async fn a_server_that_accepts_and_stays_silent_is_abandoned() {
     let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let url = format!("postgres://outbox_relay@{}/orders", silent.local_addr().unwrap());
     let line = Operator::at(&url).is_refused(&["dead", "list"]).await;
@@ -192,21 +192,21 @@ async fn a_server_that_accepts_and_stays_silent_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_database_without_the_schema_is_told_from_one_that_is_away() {
+async fn a_database_without_the_schema_is_reported_as_such() {
     let database = TestDatabase::create("orders_owner", &[]).await;
     let line = Operator::at(&database.url_as("outbox_relay")).is_refused(&["dead", "list"]).await;
     assert!(line.contains("run the `migrate` command"), "{line}");
 }
 
 #[tokio::test]
-async fn what_a_role_may_not_do_is_told_as_that() {
+async fn a_missing_right_is_reported_as_such() {
     let outbox = Outbox::create().await;
     let line = Operator::at(&outbox.database.url_as("order_service")).is_refused(&["dead", "list"]).await;
     assert!(line.contains("connect as outbox_relay"), "{line}");
 }
 
 #[tokio::test]
-async fn a_successor_that_waits_for_one_that_is_not_dead_is_not_held_back() {
+async fn a_successor_of_an_event_that_is_not_dead_does_not_count_as_held_back() {
     let outbox = Outbox::create().await;
     let aggregate_id = Uuid::new_v4();
     outbox.insert(&[1, 2].map(|sequence| NewEvent::of(aggregate_id, sequence))).await;
