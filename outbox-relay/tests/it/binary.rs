@@ -1,4 +1,4 @@
-//! The relay as a process of its own: what only a process can show.
+//! The relay as a process of its own.
 
 use std::{
     net::SocketAddr,
@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{outbox::Outbox, receiver::Receiver};
 
-/// The binary, and the file it logs to, which is gone with it.
+/// The process and its log file, which is deleted with it.
 pub(crate) struct Binary {
     pub(crate) process: Process,
     metrics: SocketAddr,
@@ -43,7 +43,7 @@ impl Binary {
         self.log.clone()
     }
 
-    /// What its metrics say of events with this outcome.
+    /// The number of events with this outcome in its metrics.
     pub(crate) async fn events(&self, outcome: &str) -> u64 {
         let page = self.metrics().await;
         let line = page.lines().find(|line| {

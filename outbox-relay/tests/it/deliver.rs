@@ -1,4 +1,4 @@
-//! Handing events over: what arrives, for how long an answer is awaited, and which answer is whose.
+//! Delivery: the content of an event, the deadline, and which result belongs to which event.
 
 use std::time::Duration;
 
@@ -48,11 +48,11 @@ async fn an_event_arrives_as_it_was_enqueued() {
 }
 
 #[tokio::test]
-async fn a_delivery_that_hangs_is_given_up_within_its_lease_and_costs_its_events_nothing() {
+async fn a_delivery_that_hangs_is_cancelled_within_its_lease_and_costs_no_attempt() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let receiver = Receiver::start(|_| Reply::never()).await;
-    // One worker: one that waited on would deliver nothing else.
+    // One worker: if it did not give up, it would deliver nothing else.
     let flags = ["--workers", "1", "--lease-seconds", "8", "--attempts", "1"];
     let relay = Relay::start(&outbox, receiver.address, &flags).await;
     receiver.wait_for_deliveries(2).await;
@@ -64,11 +64,11 @@ async fn a_delivery_that_hangs_is_given_up_within_its_lease_and_costs_its_events
     let (first, second) = receiver.read(|log| (log.deliveries[0].clone(), log.deliveries[1].clone()));
     let held = second.at - first.at;
     assert!(held > Duration::from_secs(5) && held < Duration::from_secs(8), "{held:?}");
-    assert!(first.has_deadline, "the receiver is told how long the answer is awaited");
+    assert!(first.has_deadline, "the receiver learns the deadline");
 }
 
 #[tokio::test]
-async fn an_answer_belongs_to_the_event_it_names_wherever_it_stands() {
+async fn a_result_belongs_to_the_event_it_names_whatever_its_position() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let last = ids[2];
@@ -86,7 +86,7 @@ async fn an_answer_belongs_to_the_event_it_names_wherever_it_stands() {
 }
 
 #[tokio::test]
-async fn a_duplicate_is_done_with() {
+async fn a_duplicate_is_deleted() {
     let outbox = Outbox::create().await;
     let event_id = outbox.insert_one().await;
     let receiver =
@@ -97,9 +97,9 @@ async fn a_duplicate_is_done_with() {
     assert_eq!(receiver.read(|log| log.times(event_id)), 1);
 }
 
-/// A gRPC server takes 4 MiB at once unless it is told otherwise, and refuses more than that whole.
+/// By default a gRPC server refuses messages of more than 4 MiB.
 #[tokio::test]
-async fn events_that_are_too_large_together_are_delivered_in_as_many_messages_as_they_need() {
+async fn events_too_large_for_one_message_are_delivered_in_several() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(60).await;
     let enlarge = "UPDATE outbox SET payload = decode(repeat('00', 100000), 'hex')";

@@ -1,4 +1,4 @@
-//! What a relay asks a receiver before it delivers, and the age beyond which it delivers nothing.
+//! Describe before the first delivery, and the age limit of events.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{
 const HOUR: Duration = Duration::from_secs(3600);
 
 #[tokio::test]
-async fn nothing_is_delivered_before_the_receiver_has_described_itself() {
+async fn no_event_is_delivered_before_the_receiver_has_answered_describe() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(30).await;
     let receiver = Receiver::start(Reply::apply).await;
@@ -32,10 +32,10 @@ async fn nothing_is_delivered_before_the_receiver_has_described_itself() {
     outbox.wait_until_empty().await;
     outbox.wait_for_route_state("OPEN").await;
     relay.stop().await;
-    assert_eq!(outbox.route_states().await, [], "it takes its name off");
+    assert_eq!(outbox.route_states().await, [], "it removes its rows");
 }
 
-/// How a relay ends whose receiver says this.
+/// The error of a relay whose receiver answers Describe like this.
 async fn end_with(description: Result<Option<Duration>, Code>) -> String {
     let outbox = Outbox::create().await;
     outbox.insert_one().await;
@@ -49,7 +49,7 @@ async fn end_with(description: Result<Option<Duration>, Code>) -> String {
 }
 
 #[tokio::test]
-async fn it_refuses_a_receiver_that_forgets_before_its_events_are_too_old_and_says_what_to_do() {
+async fn it_refuses_a_receiver_with_a_retention_within_the_age_limit_and_says_what_to_do() {
     let message = end_with(Ok(Some(144 * HOUR))).await;
     for part in ["route *", "http://127.0.0.1:", "for 144 h", "up to 144 h", "RELAY_MAX_AGE_HOURS"] {
         assert!(message.contains(part), "{part}: {message}");
@@ -64,7 +64,7 @@ async fn it_refuses_a_receiver_that_does_not_say_how_long_it_remembers() {
 }
 
 #[tokio::test]
-async fn a_receiver_that_comes_back_with_a_shorter_memory_is_refused_before_anything_is_delivered() {
+async fn a_receiver_that_returns_with_a_shorter_retention_is_refused_before_any_delivery() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     // One worker: another might be about to deliver when the first finds the receiver away.
@@ -77,7 +77,7 @@ async fn a_receiver_that_comes_back_with_a_shorter_memory_is_refused_before_anyt
     relay.stop().await;
     let row = outbox.row(event_id).await.unwrap();
     assert!(row.attempts == 0 && row.lease_token.is_none(), "{row:?}");
-    assert_eq!(receiver.read(|log| log.times(event_id)), 1, "that found it away");
+    assert_eq!(receiver.read(|log| log.times(event_id)), 1, "the delivery that met the outage");
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The end: settle or release what is in flight, lease nothing more, and be gone in time.
+//! Shutdown: the relay settles or releases the events in flight, leases no more, and ends in time.
 
 use std::time::Duration;
 
@@ -30,13 +30,13 @@ async fn assert_released(outbox: &Outbox, ids: &[Uuid]) {
 }
 
 #[tokio::test]
-async fn a_delivery_that_finishes_during_shutdown_is_settled_and_nothing_more_is_leased() {
+async fn a_delivery_that_finishes_during_shutdown_is_settled_and_no_more_events_are_leased() {
     let outbox = Outbox::create().await;
     let in_flight = outbox.insert_unrelated(3).await;
     let answered = CancellationToken::new();
     let held = answered.clone();
     let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
-    // One worker, and that is busy: another might be about to lease at the moment of the shutdown.
+    // One worker, which is busy. Another worker might be about to lease at the moment of the shutdown.
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "1"]).await;
     receiver.wait_for_deliveries(1).await;
 
@@ -61,7 +61,7 @@ async fn a_delivery_that_hangs_during_shutdown_is_released_within_the_drain_time
     let asked = Instant::now();
     relay.shut_down();
     relay.end().await.unwrap();
-    // As much again for a busy machine: without the deadline it would end with the lease, 22 s later.
+    // As much again for a busy machine. Without the deadline it would end with the lease, much later.
     assert!(asked.elapsed() <= DRAIN * 2, "{:?}", asked.elapsed());
     assert_released(&outbox, &ids).await;
     assert_eq!(receiver.read(|log| log.deliveries.len()), 3);
@@ -78,7 +78,7 @@ async fn a_relay_with_nothing_in_flight_ends_at_once() {
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
 }
 
-/// Grace is longer than the drain time, so that a late end is told from a killed one.
+/// The grace time is longer than the drain time, so that a late end differs from a kill.
 async fn assert_ends_in_time(binary: &mut Binary) {
     let asked = Instant::now();
     let exit = binary.process.terminate(DRAIN * 2).await.unwrap();
@@ -89,7 +89,7 @@ async fn assert_ends_in_time(binary: &mut Binary) {
 }
 
 #[tokio::test]
-async fn sigterm_ends_the_process_in_time_with_code_0_though_its_peer_hangs() {
+async fn sigterm_ends_the_process_in_time_with_code_0_while_the_receiver_hangs() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let receiver = Receiver::start(|_| Reply::never()).await;
@@ -100,7 +100,7 @@ async fn sigterm_ends_the_process_in_time_with_code_0_though_its_peer_hangs() {
 }
 
 #[tokio::test]
-async fn sigterm_lets_the_process_settle_what_its_peer_answers() {
+async fn after_sigterm_the_process_settles_a_delivery_that_is_answered() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(3).await;
     let answered = CancellationToken::new();

@@ -1,4 +1,4 @@
-//! What leases no longer look at, and yet must not miss.
+//! Events below the floor of the leases, which must still be found.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 #[tokio::test]
-async fn an_event_that_was_committed_long_after_it_was_enqueued_is_delivered_within_seconds() {
+async fn an_event_committed_long_after_it_was_enqueued_is_delivered_within_seconds() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &[]).await;
@@ -27,15 +27,15 @@ async fn an_event_that_was_committed_long_after_it_was_enqueued_is_delivered_wit
     relay.stop().await;
 }
 
-/// What a notification was about may lie where the first look does not go.
+/// The event of a notification may lie below the floor, where the first lease does not scan.
 #[tokio::test]
-async fn a_long_poll_interval_hides_no_event_that_was_notified_for_longer_than_seconds() {
+async fn a_notified_event_below_the_floor_is_delivered_within_seconds_whatever_the_poll_interval() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "60000", "--workers", "1"]).await;
     outbox.wait_for_route_state("OPEN").await;
     for _ in 0..3 {
-        // Lifts the floor to now.
+        // Raises the floor to now.
         let later = outbox.insert_one().await;
         outbox.notify().await;
         outbox.wait_until_gone(later).await;
@@ -48,9 +48,9 @@ async fn a_long_poll_interval_hides_no_event_that_was_notified_for_longer_than_s
     relay.stop().await;
 }
 
-/// Events that came later have been delivered meanwhile, and nobody looks where the successor is.
+/// Later events have been delivered meanwhile, so the successor lies below the floor.
 #[tokio::test]
-async fn the_successor_of_an_event_whose_delivery_took_long_follows_at_once() {
+async fn the_successor_of_a_slow_delivery_follows_at_once() {
     let outbox = Outbox::create().await;
     let aggregate_id = Uuid::new_v4();
     let line = [1, 2].map(|sequence| NewEvent::of(aggregate_id, sequence));

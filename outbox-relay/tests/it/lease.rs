@@ -1,4 +1,4 @@
-//! Taking events: each once, whoever else is at the table.
+//! Leases: each event is leased by one worker at a time, whatever other sessions do.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
 async fn two_relays_with_five_workers_each_deliver_5000_events_exactly_once_and_leave_nothing() {
     let outbox = Outbox::create().await;
     let inserted = outbox.insert_unrelated(5000).await;
-    // Nothing is answered before both relays have brought something, so that the table is shared for certain.
+    // No delivery is answered before both relays have sent one, so they certainly share the table.
     let (both, mut sources) = (CancellationToken::new(), HashSet::new());
     let receiver = Receiver::start(move |events| {
         sources.insert(events[0].source.clone());
@@ -41,9 +41,9 @@ async fn two_relays_with_five_workers_each_deliver_5000_events_exactly_once_and_
 }
 
 #[tokio::test]
-async fn rows_that_another_session_has_locked_are_passed_over_without_waiting() {
+async fn rows_locked_by_another_session_are_skipped_without_waiting() {
     let outbox = Outbox::create().await;
-    // The older half: what the relay would take first.
+    // The older half, which the relay would lease first.
     let locked = outbox.insert_unrelated(50).await;
     let free: HashSet<_> = outbox.insert_unrelated(50).await.into_iter().collect();
     let mut other = outbox.pool.begin().await.unwrap();
@@ -67,13 +67,13 @@ async fn rows_that_another_session_has_locked_are_passed_over_without_waiting() 
 }
 
 #[tokio::test]
-async fn a_lease_that_was_never_settled_ends_by_itself_and_its_event_comes_again_and_not_before() {
+async fn an_unsettled_lease_expires_and_its_event_is_delivered_again_only_then() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &[]).await;
     outbox.wait_for_a_later_event().await;
 
-    // What a relay leaves that was killed between delivery and delete.
+    // As a relay leaves an event that was killed between delivery and delete.
     let leased_at = Instant::now();
     let event_id = outbox.insert_hidden(Some(Uuid::new_v4()), Duration::from_secs(1)).await;
     outbox.wait_for_a_later_event().await;
@@ -106,7 +106,7 @@ async fn an_event_too_large_to_be_delivered_is_refused_where_it_is_enqueued() {
 }
 
 #[tokio::test]
-async fn the_role_of_the_relay_can_enqueue_nothing() {
+async fn the_relays_role_cannot_enqueue() {
     let outbox = Outbox::create().await;
     let relay = sqlx::PgPool::connect(&outbox.relay_url()).await.unwrap();
     let inserted = sqlx::query(

@@ -1,11 +1,13 @@
-//! The protocol of lease, delivery and settlement as a model, of which every state is visited: two relays and two events of
-//! one order, up to four leases, whatever is delayed, repeated, overtaken, lost or killed when. It repeats in a few lines what
-//! `lease.rs`, `settle.rs` and `accept.rs` do with rows that are leased, released and deleted; that they do it is what the
-//! other tests are about. Attempts, back-off, death, renewal and batches are left out, and the inbox forgets nothing.
+//! A model of lease, delivery and settlement, of which every state is visited. It has two relays, two events of one
+//! order, and up to four leases. Any message may be delayed, repeated, reordered or lost, and any process killed.
 //!
-//! Time is not modelled: any step may be arbitrarily late, so a relay that is paused for longer than its lease is one that
-//! takes no step, and nothing rests on a deadline being kept. Nor is it shown that anything arrives in the end: only that
-//! nothing is deleted that has not.
+//! The model repeats in a few lines how `lease.rs`, `settle.rs` and `accept.rs` lease, release and delete rows. The
+//! other tests check that the code does so. The model leaves out attempts, back-off, death, renewal and batches, and
+//! its inbox forgets nothing.
+//!
+//! Time is not modelled: any step may be arbitrarily late. So a relay that is stopped beyond its lease is one that
+//! takes no step, and no property depends on a deadline. The model does not show that an event is delivered in the end.
+//! It shows that no event is deleted before it was.
 
 use std::collections::BTreeSet;
 
@@ -13,19 +15,19 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 
 const RELAYS: usize = 2;
 const EVENTS: usize = 2;
-/// Leases in one history: enough for each event to be taken once by each relay.
+/// Leases in one history: enough for each relay to lease each event once.
 const LEASES: u8 = 4;
 
-/// What the guarantees rest on. Each can be taken away, to see that the properties need it.
+/// The parts of the protocol. Each can be turned off, to show that the properties need it.
 #[derive(Clone, Copy, Debug)]
 struct Protocol {
-    /// A settlement names its lease's token.
+    /// A settlement names the token of its lease.
     fenced: bool,
-    /// The receiver applies what is not in its inbox.
+    /// The receiver applies only events that are not in its inbox.
     deduplicated: bool,
-    /// An event is leased when none of its order comes before it.
+    /// An event is leased only once all earlier events of its order are gone.
     sequenced: bool,
-    /// A row is deleted after the reply, not when it was sent.
+    /// A row is deleted after the reply, not after the delivery was sent.
     answered: bool,
 }
 
@@ -47,8 +49,8 @@ enum Relay {
     Answered { token: u8, event: usize },
 }
 
-/// On its way between a relay, known by its lease, and the receiver. A delivery stays on its way: it may arrive again, at any
-/// time, after any other; one that is lost never arrives. A reply that nobody waits for is gone, since it changes nothing.
+/// A message between a relay, known by its lease, and the receiver. A delivery stays in the network: it may arrive
+/// again at any time, after any other, or never. A reply that no relay waits for is removed, since it changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Message {
     Deliver { token: u8, event: usize },
@@ -58,18 +60,19 @@ enum Message {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct System {
     outbox: [Row; EVENTS],
-    /// What a crash of the database leaves of it: the relay's commits do not wait for the disk.
+    /// The outbox after a crash of the database: the relay's commits do not wait for the disk.
     on_disk: [Row; EVENTS],
     relays: [Relay; RELAYS],
     network: BTreeSet<Message>,
-    /// By the receiver, in this order; its commits do wait.
+    /// Events that the receiver has applied, in this order. Its commits do wait for the disk.
     applied: Vec<usize>,
     leases: u8,
-    /// Whose lease of an event runs, whatever its row says: seen by no relay, and forgotten with the database.
+    /// The token of the lease that runs on each event, whatever its row says. No relay sees this, and a crash of the
+    /// database clears it.
     running: [Option<u8>; EVENTS],
-    /// Whether a row was changed under a token it does not carry.
+    /// Whether a row was settled with a token that it does not have.
     trespassed: bool,
-    /// Whether an event was leased while a lease of it ran.
+    /// Whether an event was leased while another lease of it ran.
     taken: bool,
 }
 
@@ -93,7 +96,7 @@ impl System {
         visible && (first || !protocol.sequenced)
     }
 
-    /// Puts the row into a new state, as one update with the token in its condition.
+    /// Settles a row with one update that has the token in its condition.
     fn settle(&mut self, protocol: Protocol, token: u8, event: usize, settled: Row) {
         if self.running[event] == Some(token) {
             self.running[event] = None;
@@ -222,12 +225,12 @@ impl Model for Protocol {
                 system.applied.iter().collect::<BTreeSet<_>>().len() == system.applied.len()
             }),
             Property::always("events are applied in sequence", |_, system: &System| system.applied.is_sorted()),
-            // What a settlement's condition says; and what that is for.
+            // The condition of a settlement, and its purpose.
             Property::always("none is settled by a relay that lost its lease", |_, system: &System| !system.trespassed),
             Property::always("none is leased while another's lease of it runs", |_, system: &System| !system.taken),
-            // Nothing is proved of what never happens.
+            // The properties above would prove nothing if these never happened.
             Property::sometimes("all are delivered", |_, system: &System| system.outbox == [Row::Deleted; EVENTS]),
-            Property::sometimes("an answer comes for a lease that is lost", |_, system: &System| {
+            Property::sometimes("a reply arrives for a lease that is lost", |_, system: &System| {
                 system.relays.iter().any(|relay| match relay {
                     Relay::Answered { token, event } => {
                         matches!(system.outbox[*event], Row::Leased { token: holder, .. } if holder != *token)
@@ -235,21 +238,21 @@ impl Model for Protocol {
                     _ => false,
                 })
             }),
-            Property::sometimes("an event that was deleted is back", |_, system: &System| {
+            Property::sometimes("a deleted event is back after a crash", |_, system: &System| {
                 system.outbox[0] != Row::Deleted && system.applied.len() == EVENTS
             }),
         ]
     }
 }
 
-/// Whether the property is found violated.
+/// Whether the checker finds a violation of the property.
 fn violates(protocol: Protocol, property: &'static str) -> bool {
     let found = HasDiscoveries::AllOf([property].into());
     protocol.checker().finish_when(found).spawn_bfs().join().discovery(property).is_some()
 }
 
 #[test]
-fn in_every_state_nothing_is_lost_nor_doubled_nor_out_of_sequence_nor_settled_without_a_lease() {
+fn in_every_state_all_properties_hold() {
     let checked = SOUND.checker().threads(2).spawn_bfs().join();
     checked.assert_properties();
     println!("{} states, {} of them different", checked.state_count(), checked.unique_state_count());

@@ -1,4 +1,4 @@
-//! A TCP line that can be cut, as a crash or a network cuts it: without a word in any protocol above.
+//! A TCP line that can be cut as by a crash or a network failure: without a message in any protocol above.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -15,7 +15,7 @@ use crate::{
     wait::AMPLE,
 };
 
-/// A listener that passes each connection on, until it is dropped.
+/// A proxy for TCP connections, until it is dropped.
 pub(crate) struct Line {
     pub(crate) address: SocketAddr,
     cut: Arc<Notify>,
@@ -35,8 +35,7 @@ impl Line {
         Self { address, cut, calls, _stop: stop.drop_guard() }
     }
 
-    /// What cuts the connections there are; new ones are passed on.
-    /// Makes the receiver behind this line break off over its first `count` deliveries, and apply the others.
+    /// Cuts the line during the first `count` deliveries. The receiver behind it applies the others.
     pub(crate) fn break_over_the_first(&self, count: usize, receiver: &Receiver) {
         let cut = self.cutter();
         let mut deliveries = 0;
@@ -50,6 +49,7 @@ impl Line {
         });
     }
 
+    /// A function that cuts the open connections. New ones are accepted again.
     pub(crate) fn cutter(&self) -> impl Fn() + Send + use<> {
         let cut = self.cut.clone();
         move || cut.notify_waiters()
@@ -69,7 +69,7 @@ async fn pass_on(listener: TcpListener, target: (String, u16), cut: Arc<Notify>,
         tokio::spawn(async move {
             let mut far = TcpStream::connect(target).await.unwrap();
             tokio::select! {
-                // Either end may break the connection: that is what a line is for.
+                // Either end may break the connection, so errors are expected.
                 _ = copy_bidirectional(&mut near, &mut far) => {}
                 () = cut.notified() => {}
             }

@@ -1,8 +1,8 @@
-//! The relay against a real PostgreSQL, with a real gRPC server in the place of its peer. Run them with `make test`.
+//! Tests of the relay with a real PostgreSQL, and a real gRPC server as its receiver. Run them with `make test`.
 //!
-//! A module per step of the relay; what they share is the outbox they fill (`outbox`), the peer they program
-//! (`receiver`), the relay they run (`relay`, or as a process of its own, `binary`), an operator at the command line
-//! (`operator`) and a line that can be cut (`line`).
+//! There is a module per step of the relay. They share these fixtures: the outbox (`outbox`), the receiver
+//! (`receiver`), the relay in this process (`relay`) or in its own (`binary`), the operator's command line
+//! (`operator`), and a TCP line that can be cut (`line`).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod binary;

@@ -1,4 +1,4 @@
-//! Failures that say nothing about the events, and cost them nothing.
+//! Outages: they say nothing about the events, and cost them no attempt.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -14,14 +14,14 @@ use crate::{
     relay::Relay,
 };
 
-/// Generous: a route that is down is probed at least every second.
+/// Generous, since a route that is down is probed at least every second.
 const RECOVERY: Duration = Duration::from_secs(15);
 
-/// What [`Relay::start`] gives a relay.
+/// The batch size that [`Relay::start`] sets.
 const FULL_BATCH: usize = 100;
 
-/// Any attempt that is counted would be the last, and seen for good.
-const NO_SECOND_CHANCE: [&str; 2] = ["--attempts", "1"];
+/// A single attempt kills an event, so that it shows.
+const ONE_ATTEMPT: [&str; 2] = ["--attempts", "1"];
 
 async fn assert_nothing_was_charged(outbox: &Outbox, during: &str) {
     let charged: Vec<_> = outbox.rows().await.into_iter().filter(|row| row.attempts > 0 || row.dead).collect();
@@ -33,8 +33,8 @@ fn assert_all_arrived(receiver: &Receiver, ids: &[Uuid], after: &str) {
     assert_eq!(missing, 0, "{after}");
 }
 
-/// An address that nobody listens on, until a receiver does.
-fn deserted() -> SocketAddr {
+/// An address without a listener. A receiver may be started on it later.
+fn unused_address() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()))
 }
 
@@ -43,11 +43,11 @@ fn sizes(receiver: &Receiver) -> Vec<usize> {
 }
 
 #[tokio::test]
-async fn events_wait_unharmed_for_a_receiver_that_is_not_there() {
+async fn an_unreachable_receiver_costs_events_no_attempt() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(50).await;
-    let address = deserted();
-    let relay = Relay::start(&outbox, address, &NO_SECOND_CHANCE).await;
+    let address = unused_address();
+    let relay = Relay::start(&outbox, address, &ONE_ATTEMPT).await;
     outbox.wait_for_route_state("DOWN").await;
     assert_nothing_was_charged(&outbox, "nobody listens").await;
 
@@ -58,12 +58,12 @@ async fn events_wait_unharmed_for_a_receiver_that_is_not_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_that_goes_away_under_load_costs_nothing_and_gets_the_backlog_at_once_when_it_is_back() {
+async fn an_outage_under_load_costs_no_attempt_and_the_backlog_is_delivered_at_once_afterwards() {
     let outbox = Outbox::create().await;
     outbox.record_charges().await;
     let receiver = Receiver::start(Reply::apply).await;
     let address = receiver.address;
-    let relay = Relay::start(&outbox, address, &NO_SECOND_CHANCE).await;
+    let relay = Relay::start(&outbox, address, &ONE_ATTEMPT).await;
     outbox.insert_unrelated(300).await;
     receiver.wait_for_deliveries(1).await;
     drop(receiver);
@@ -79,7 +79,7 @@ async fn a_receiver_that_goes_away_under_load_costs_nothing_and_gets_the_backlog
     let receiver = Receiver::start_at(address, Reply::apply).await;
     let back = Instant::now();
     receiver.wait_for_deliveries(1).await;
-    // A probe a second, a jitter of a second at most, and a busy machine.
+    // A probe per second, a jitter of at most a second, and a busy machine.
     assert!(back.elapsed() < Duration::from_secs(4), "{:?}", back.elapsed());
     outbox.wait_until_empty_within(RECOVERY).await;
     relay.stop().await;
@@ -92,10 +92,10 @@ async fn a_receiver_that_goes_away_under_load_costs_nothing_and_gets_the_backlog
 }
 
 #[tokio::test]
-async fn a_status_that_tells_of_an_outage_costs_nothing() {
+async fn an_outage_status_costs_no_attempt() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
-    let relay = Relay::start(&outbox, receiver.address, &NO_SECOND_CHANCE).await;
+    let relay = Relay::start(&outbox, receiver.address, &ONE_ATTEMPT).await;
     for code in [Code::Unavailable, Code::ResourceExhausted, Code::Aborted] {
         receiver.follow(move |_| Reply::Refuse(code));
         let before = receiver.read(|log| log.deliveries.len());
@@ -110,7 +110,7 @@ async fn a_status_that_tells_of_an_outage_costs_nothing() {
     relay.stop().await;
 }
 
-/// A receiver that does not let the relay deliver, until somebody has done something about it.
+/// Tests a receiver that bars the relay with this code at first, and allows it later.
 async fn bar_with(code: Code) {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(30).await;
@@ -129,11 +129,11 @@ async fn bar_with(code: Code) {
 }
 
 #[tokio::test]
-async fn a_receiver_that_does_not_let_the_relay_deliver_is_asked_rarely_and_costs_nothing() {
+async fn a_receiver_that_bars_the_relay_is_probed_rarely_and_costs_no_attempt() {
     tokio::join!(bar_with(Code::Unimplemented), bar_with(Code::PermissionDenied), bar_with(Code::Unauthenticated));
 }
 
-/// Breaks the line over the first `cuts` deliveries.
+/// Cuts the line during the first `cuts` deliveries.
 async fn break_connections(events: usize, cuts: usize) {
     let outbox = Outbox::create().await;
     outbox.record_charges().await;
@@ -149,13 +149,13 @@ async fn break_connections(events: usize, cuts: usize) {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_during_the_call_costs_nothing() {
-    // Once while the route is open, and once more in the turn that follows.
+async fn a_broken_connection_costs_a_batch_no_attempt() {
+    // Once while the route is open, and once in the probe that follows.
     break_connections(30, 2).await;
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_over_a_single_event_costs_nothing_while_the_route_is_open() {
+async fn a_broken_connection_costs_a_single_event_no_attempt_while_the_route_is_open() {
     break_connections(1, 1).await;
 }
 
@@ -168,16 +168,16 @@ async fn a_receiver_that_is_down_is_probed_by_one_worker_with_a_small_batch() {
     receiver.wait_for_deliveries(5 + 4).await;
     relay.stop().await;
     let sizes = sizes(&receiver);
-    // Every worker may have had a batch of its own under way when the first of them failed, and be slow to send it.
+    // When the first worker failed, every other worker may have leased a batch already, and may send it late.
     assert!(sizes.iter().filter(|size| **size > 8).count() <= 5, "{sizes:?}");
 }
 
 #[tokio::test]
-async fn a_receiver_that_is_back_gets_its_load_step_by_step() {
+async fn a_receiver_that_returns_gets_its_load_step_by_step() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(1000).await;
     let receiver = Receiver::start(Reply::apply).await;
-    // Away at first: what has never been away needs no care.
+    // Unavailable at first. A receiver that was never unavailable gets its full load at once.
     receiver.describe(|| Err(Code::Unavailable));
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "5"]).await;
     outbox.wait_for_route_state("DOWN").await;
@@ -188,7 +188,7 @@ async fn a_receiver_that_is_back_gets_its_load_step_by_step() {
 }
 
 #[tokio::test]
-async fn a_receiver_that_asks_for_time_gets_it() {
+async fn a_receiver_gets_the_time_it_asks_for() {
     const TIME: Duration = Duration::from_secs(2);
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(30).await;

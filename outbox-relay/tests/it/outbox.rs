@@ -1,4 +1,4 @@
-//! An outbox to relay from, filled and looked at as the superuser.
+//! The outbox under test, filled and read as the superuser.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use uuid::Uuid;
 
 use crate::wait::{AMPLE, until, until_within};
 
-/// The outbox of a database of its own, and the rights of a relay on it.
+/// An outbox in a database of its own, which a relay may use.
 pub(crate) struct Outbox {
     pub(crate) database: TestDatabase,
     pub(crate) pool: PgPool,
 }
 
-/// An event as a test enqueues it; its type and data are of no interest.
+/// An event as a test enqueues it. Its type and data do not matter.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewEvent {
     pub(crate) aggregate_id: Uuid,
@@ -28,7 +28,7 @@ impl NewEvent {
     }
 }
 
-/// What became of a row. `visible_at` itself cannot be read when it is infinity.
+/// A row of the outbox. `visible_at` itself cannot be decoded when it is infinity.
 #[derive(Clone, Debug, PartialEq, Eq, FromRow)]
 pub(crate) struct Row {
     pub(crate) event_id: Uuid,
@@ -50,7 +50,7 @@ impl Outbox {
         self.database.url_as("outbox_relay")
     }
 
-    /// All in one transaction.
+    /// Inserts the events in one transaction.
     pub(crate) async fn insert(&self, events: &[NewEvent]) {
         self.insert_as("test.v1.Happened", events).await;
     }
@@ -73,7 +73,7 @@ impl Outbox {
         .unwrap();
     }
 
-    /// Each the first of an aggregate of its own; returns their ids, in the order in which the relay sends them.
+    /// Inserts events of different aggregates. Returns their ids, in the order in which the relay sends them.
     pub(crate) async fn insert_unrelated(&self, count: usize) -> Vec<Uuid> {
         self.insert_of_type("test.v1.Happened", count).await
     }
@@ -88,7 +88,7 @@ impl Outbox {
         self.insert_unrelated(1).await[0]
     }
 
-    /// As of a transaction that took a minute.
+    /// Inserts an event as a transaction would that took a minute.
     pub(crate) async fn insert_late(&self) -> Uuid {
         let late = sqlx::query_scalar::<_, Uuid>(
             "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
@@ -99,7 +99,7 @@ impl Outbox {
         late.fetch_one(&self.pool).await.unwrap()
     }
 
-    /// Becomes visible when the time is over, as after a lease or a back-off.
+    /// Inserts an event that becomes visible after this time, as after a lease or a back-off.
     pub(crate) async fn insert_hidden(&self, lease_token: Option<Uuid>, time: Duration) -> Uuid {
         sqlx::query_scalar::<_, Uuid>(
             "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, lease_token, visible_at)
@@ -145,23 +145,23 @@ impl Outbox {
         until("the event is handled", async || self.row(event_id).await.is_none()).await;
     }
 
-    /// Waits for `count` dead rows and returns them.
+    /// Waits for `count` dead rows, and returns all dead rows.
     pub(crate) async fn wait_for_dead(&self, count: usize) -> Vec<Row> {
         let dead = async || self.rows().await.into_iter().filter(|row| row.dead).collect::<Vec<_>>();
         until("events are dead", async || dead().await.len() >= count).await;
         dead().await
     }
 
-    /// Proves that whatever else was free to go has been passed over: the relay takes rows in the order in which they
-    /// became visible, and this one becomes so last.
+    /// Waits until a new event is delivered. The relay leases rows in the order in which they became visible, and this
+    /// one is the last. So it has passed over every row that is still there.
     pub(crate) async fn wait_for_a_later_event(&self) {
         let later = self.insert_one().await;
         self.wait_until_gone(later).await;
     }
 
-    /// New ones; those there are stay.
+    /// Allows or refuses new connections. Open ones stay.
     pub(crate) async fn allow_connections(&self, allowed: bool) {
-        // The pool opens connections as it likes, up to its limit: once they are all open, it needs no more.
+        // Opens all connections of the pool, so that the pool needs no new ones.
         let mut open = Vec::new();
         for _ in 0..self.pool.options().get_max_connections() {
             open.push(self.pool.acquire().await.unwrap());
@@ -177,7 +177,7 @@ impl Outbox {
         sqlx::query("SELECT pg_notify('outbox', '')").execute(&self.pool).await.unwrap();
     }
 
-    /// Keeps a record of every attempt that is charged from now on, also to events that are gone in the end.
+    /// Records every attempt that is spent from now on, also by events that are deleted later.
     pub(crate) async fn record_charges(&self) {
         sqlx::raw_sql(
             "CREATE TABLE charges (event_id uuid NOT NULL);
@@ -191,12 +191,12 @@ impl Outbox {
         .unwrap();
     }
 
-    /// One id per charged attempt.
+    /// One event id per attempt that was spent.
     pub(crate) async fn charges(&self) -> Vec<Uuid> {
         sqlx::query_scalar::<_, Uuid>("SELECT event_id FROM charges").fetch_all(&self.pool).await.unwrap()
     }
 
-    /// What the relays say of their routes, in the order of these.
+    /// The states that relays announce, ordered by route.
     pub(crate) async fn route_states(&self) -> Vec<(String, String)> {
         sqlx::query_as::<_, (String, String)>("SELECT route, state FROM outbox_routes ORDER BY route")
             .fetch_all(&self.pool)
@@ -209,7 +209,7 @@ impl Outbox {
             .await;
     }
 
-    /// By the clock that back-off is measured with.
+    /// The database's time, which back-off is measured by.
     pub(crate) async fn clock(&self) -> OffsetDateTime {
         sqlx::query_scalar::<_, OffsetDateTime>("SELECT clock_timestamp()").fetch_one(&self.pool).await.unwrap()
     }

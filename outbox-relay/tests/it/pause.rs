@@ -1,4 +1,4 @@
-//! Pausing an outbox. That relays obey is a matter of the lease.
+//! The commands `pause` and `resume`. Whether relays obey is tested in `routes.rs`.
 
 use serde_json::json;
 
@@ -12,7 +12,7 @@ async fn pauses(outbox: &Outbox) -> Vec<(String, String)> {
 }
 
 #[tokio::test]
-async fn a_pause_says_who_and_why_until_it_is_ended() {
+async fn a_pause_shows_the_operators_name_and_reason_until_it_ends() {
     let outbox = Outbox::create().await;
     let operator = Operator::of(&outbox);
     let said = operator.does(&["pause", "--reason", "inventory is being moved", "--by", "Bob B."]).await;
@@ -35,7 +35,7 @@ async fn a_pause_says_who_and_why_until_it_is_ended() {
 }
 
 #[tokio::test]
-async fn what_is_paused_cannot_be_paused_and_what_is_not_cannot_be_resumed() {
+async fn a_paused_outbox_cannot_be_paused_and_a_running_one_cannot_be_resumed() {
     let outbox = Outbox::create().await;
     let operator = Operator::of(&outbox);
     assert!(operator.is_refused(&["resume"]).await.contains("not paused"));
@@ -48,7 +48,7 @@ async fn what_is_paused_cannot_be_paused_and_what_is_not_cannot_be_resumed() {
 }
 
 #[tokio::test]
-async fn nothing_is_paused_without_a_reason_or_by_nobody() {
+async fn a_pause_needs_a_reason_and_a_name() {
     let outbox = Outbox::create().await;
     let operator = Operator::of(&outbox);
     operator.is_misused(&["pause"]).await;

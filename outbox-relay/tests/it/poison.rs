@@ -1,4 +1,5 @@
-//! An event that the receiver does not survive: found, charged, and in the end dead, while all others arrive.
+//! Events that crash the receiver, or over which it hangs: each is found, spends its attempts, and ends dead. All
+//! others arrive.
 
 use std::{
     net::SocketAddr,
@@ -21,9 +22,9 @@ use crate::{
     wait::{until, until_within},
 };
 
-/// Fills an outbox, has the receiver fail over the events in the places `fatal`, and waits until these are dead and all
-/// others delivered: charged twice, each of them, and nobody else ever.
-async fn only_the_fatal_are_charged(
+/// Fills an outbox with events, of which those at the indices `fatal` make the receiver fail. Waits until these are
+/// dead and all others delivered. Each fatal event must have spent two attempts, and no other event any.
+async fn assert_only_fatal_events_spend_attempts(
     events: usize,
     fatal: &[usize],
     flags: &[&str],
@@ -54,7 +55,7 @@ async fn only_the_fatal_are_charged(
 }
 
 #[tokio::test]
-async fn events_that_have_failed_before_are_delivered_each_alone_and_after_the_others() {
+async fn events_that_failed_before_are_delivered_one_by_one_after_the_others() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(6).await;
     let failed = [ids[1], ids[3]];
@@ -74,9 +75,9 @@ async fn events_that_have_failed_before_are_delivered_each_alone_and_after_the_o
     assert_eq!(deliveries, [vec![ids[0], ids[2], ids[4], ids[5]], vec![ids[1]], vec![ids[3]]]);
 }
 
-/// Behind a line that fills as fast as it is worked off, they would never be found out.
+/// Behind a backlog that never shrinks, the event at fault would never be found.
 #[tokio::test]
-async fn those_that_met_silence_go_first_when_the_receiver_is_back() {
+async fn events_that_met_silence_are_delivered_first_when_the_receiver_is_back() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(10).await;
     outbox.insert_unrelated(40).await;
@@ -91,13 +92,13 @@ async fn those_that_met_silence_go_first_when_the_receiver_is_back() {
     assert!(next.iter().all(|event| silent.contains(event)), "{next:?}");
 }
 
-/// Breaks the line over each batch with a fatal event.
-async fn break_off(receiver: &Receiver, fatal: Vec<Uuid>) -> SocketAddr {
+/// Cuts the line during each batch with a fatal event.
+async fn break_connection(receiver: &Receiver, fatal: Vec<Uuid>) -> SocketAddr {
     let line = Line::to("127.0.0.1", receiver.address.port()).await;
     let cut = line.cutter();
     let address = line.address;
     receiver.follow(move |events| {
-        // Holds the line for as long as it may be called, and so to the end of the test.
+        // Keeps the line alive to the end of the test.
         let _ = &line;
         if events.iter().any(|event| fatal.contains(&id_of(event))) {
             cut();
@@ -109,26 +110,26 @@ async fn break_off(receiver: &Receiver, fatal: Vec<Uuid>) -> SocketAddr {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_on_which_the_receiver_breaks_off_ends_dead_and_all_others_arrive() {
-    only_the_fatal_are_charged(300, &[137], &[], break_off).await;
+async fn an_event_that_breaks_the_connection_ends_dead_and_all_others_arrive() {
+    assert_only_fatal_events_spend_attempts(300, &[137], &[], break_connection).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn several_events_on_which_the_receiver_breaks_off_end_dead_and_all_others_arrive() {
-    only_the_fatal_are_charged(300, &[0, 1, 2, 150, 299], &[], break_off).await;
+async fn several_events_that_break_the_connection_end_dead_and_all_others_arrive() {
+    assert_only_fatal_events_spend_attempts(300, &[0, 1, 2, 150, 299], &[], break_connection).await;
 }
 
-/// New events come as fast as the others go, so that there are always more before it than a turn delivers before the route
-/// is open again.
+/// New events come as fast as others are delivered. So there are always more events before the fatal one than a probe
+/// delivers before the route is open again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_on_which_the_receiver_breaks_off_is_found_out_under_a_load_that_never_ends() {
+async fn an_event_that_breaks_the_connection_is_found_under_endless_load() {
     const BEHIND: i64 = 2000;
     let outbox = Outbox::create().await;
     outbox.record_charges().await;
     outbox.insert_unrelated(2000).await;
     let fatal = outbox.insert_one().await;
     let receiver = Receiver::start(Reply::apply).await;
-    let address = break_off(&receiver, vec![fatal]).await;
+    let address = break_connection(&receiver, vec![fatal]).await;
     let relay = Relay::start(&outbox, address, &["--attempts", "2", "--back-off-ms", "50"]).await;
     let mut arrived = 0;
     until("it is dead", async || {
@@ -144,12 +145,12 @@ async fn an_event_on_which_the_receiver_breaks_off_is_found_out_under_a_load_tha
     assert_eq!(outbox.charges().await, [fatal; 2]);
 }
 
-/// Given back meanwhile, the events would come again as if nothing were known of them: the receiver would be crashed over
-/// and over, and nobody charged.
+/// If the probe released the events meanwhile, all that it knows about them would be lost. The receiver would crash
+/// again and again, and no event would spend an attempt.
 #[tokio::test]
-async fn an_event_on_which_the_receiver_breaks_off_ends_dead_though_the_receiver_is_away_for_longer_than_a_lease() {
+async fn an_event_that_breaks_the_connection_ends_dead_though_the_receiver_is_away_for_longer_than_a_lease() {
     const LEASE: Duration = Duration::from_secs(1);
-    only_the_fatal_are_charged(8, &[5], &["--lease-seconds", "1"], async |receiver, fatal| {
+    assert_only_fatal_events_spend_attempts(8, &[5], &["--lease-seconds", "1"], async |receiver, fatal| {
         let line = Line::to("127.0.0.1", receiver.address.port()).await;
         let (cut, address) = (line.cutter(), line.address);
         let back_at = Arc::new(Mutex::new(Instant::now()));
@@ -173,12 +174,12 @@ async fn an_event_on_which_the_receiver_breaks_off_ends_dead_though_the_receiver
 }
 
 #[tokio::test]
-async fn a_relay_that_waits_with_leased_events_for_a_receiver_gives_them_back_when_the_outbox_is_paused() {
+async fn a_probe_that_waits_with_leased_events_releases_them_when_the_outbox_is_paused() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let receiver = Receiver::start(|_| Reply::Refuse(Code::Unavailable)).await;
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "2"]).await;
-    // The second was in a turn: from now on it waits, with what it has leased.
+    // The second delivery was a probe's. From now on the probe waits, with its events leased.
     receiver.wait_for_deliveries(2).await;
     receiver.describe(|| Err(Code::Unavailable));
     let expiry = "SELECT min(visible_at) FROM outbox WHERE lease_token IS NOT NULL HAVING count(*) = 3";
@@ -198,9 +199,9 @@ async fn a_relay_that_waits_with_leased_events_for_a_receiver_gives_them_back_wh
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) > 0)));
 }
 
-/// As of a message that is too large for this receiver alone, or whose work always takes too long there.
+/// Such as a message that is too large for this receiver, or an event whose work always takes too long there.
 #[tokio::test]
-async fn an_event_that_is_always_answered_as_in_an_outage_is_put_off_at_no_cost_and_all_others_arrive() {
+async fn an_event_that_always_meets_an_outage_is_deferred_at_no_cost_and_all_others_arrive() {
     for (events, culprit) in [(30, 0), (30, 29), (300, 137)] {
         let outbox = Outbox::create().await;
         let ids = outbox.insert_unrelated(events).await;
@@ -223,9 +224,9 @@ async fn an_event_that_is_always_answered_as_in_an_outage_is_put_off_at_no_cost_
     }
 }
 
-/// As of a type for which the receiver lacks a right: more of them than a turn begins with.
+/// Such as events of a type for which the receiver lacks a right. They are more than the first batch of a probe.
 #[tokio::test]
-async fn many_events_that_are_always_answered_as_in_an_outage_keep_no_other_for_good() {
+async fn many_events_that_always_meet_an_outage_do_not_block_others_for_good() {
     for flags in [&["--attempts", "1"][..], &["--attempts", "1", "--batch", "1"]] {
         let outbox = Outbox::create().await;
         let refused = outbox.insert_of_type("test.v1.Refused", 9).await;
@@ -236,7 +237,7 @@ async fn many_events_that_are_always_answered_as_in_an_outage_keep_no_other_for_
         })
         .await;
         let relay = Relay::start(&outbox, receiver.address, flags).await;
-        // Each of them is looked at alone, with a pause before it of up to a second.
+        // Each of them is delivered alone, after a back-off of up to a second.
         let others = async || outbox.rows().await.len() == refused.len();
         until_within(Duration::from_secs(60), "all others are delivered", others).await;
         relay.stop().await;
@@ -246,7 +247,7 @@ async fn many_events_that_are_always_answered_as_in_an_outage_keep_no_other_for_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_over_which_the_receiver_hangs_ends_dead_and_all_others_arrive() {
-    only_the_fatal_are_charged(300, &[137], &["--lease-seconds", "4"], async |receiver, fatal| {
+    assert_only_fatal_events_spend_attempts(300, &[137], &["--lease-seconds", "4"], async |receiver, fatal| {
         receiver.follow(move |events| match events.iter().any(|event| fatal.contains(&id_of(event))) {
             true => Reply::never(),
             false => Reply::apply(events),
@@ -257,7 +258,7 @@ async fn an_event_over_which_the_receiver_hangs_ends_dead_and_all_others_arrive(
 }
 
 #[tokio::test]
-async fn an_event_over_which_the_receiver_takes_its_time_is_not_taken_for_its_neighbour_over_which_it_hangs() {
+async fn a_slow_event_is_not_charged_for_a_neighbour_over_which_the_receiver_hangs() {
     let outbox = Outbox::create().await;
     outbox.record_charges().await;
     let ids = outbox.insert_unrelated(2).await;
@@ -269,7 +270,7 @@ async fn an_event_over_which_the_receiver_takes_its_time_is_not_taken_for_its_ne
         if events.iter().all(|event| id_of(event) != slow) {
             return Reply::apply(events);
         }
-        // More than is left of a lease when half of it was spent on finding out that one of the two is at fault.
+        // Longer than the rest of the lease, once half of it was spent on the batch of both events.
         let done = CancellationToken::new();
         let reply = Reply::apply(events).held(&done);
         tokio::spawn(async move {
@@ -290,7 +291,7 @@ async fn an_event_over_which_the_receiver_takes_its_time_is_not_taken_for_its_ne
 #[tokio::test]
 async fn an_event_for_which_the_receiver_cancels_the_call_ends_dead_and_all_others_arrive() {
     for code in [Code::Cancelled, Code::DeadlineExceeded] {
-        only_the_fatal_are_charged(30, &[7], &[], async |receiver, fatal| {
+        assert_only_fatal_events_spend_attempts(30, &[7], &[], async |receiver, fatal| {
             receiver.follow(move |events| match events.iter().any(|event| fatal.contains(&id_of(event))) {
                 true => Reply::Refuse(code),
                 false => Reply::apply(events),

@@ -1,4 +1,4 @@
-//! The relay's peer: a real gRPC server that does what a test tells it, and remembers what came.
+//! The receiver: a real gRPC server that replies as a test tells it, and logs the deliveries.
 
 use std::{
     collections::HashMap,
@@ -27,13 +27,13 @@ use uuid::Uuid;
 
 use crate::wait::AMPLE;
 
-/// What the receiver does with a batch.
+/// The receiver's reply to a batch.
 pub(crate) enum Reply {
     Results(Vec<EventResult>),
     Refuse(Code),
-    /// With a hint when to come again.
+    /// Refuses with a `RetryInfo`.
     Postpone(Code, Duration),
-    /// Nothing, until the token is cancelled.
+    /// No reply until the token is cancelled.
     Held(CancellationToken, Box<Reply>),
 }
 
@@ -80,7 +80,7 @@ pub(crate) fn id_of(event: &Event) -> Uuid {
     event.id.parse().unwrap()
 }
 
-/// A batch that came.
+/// One delivery.
 #[derive(Clone, Debug)]
 pub(crate) struct Delivery {
     pub(crate) at: Instant,
@@ -88,20 +88,20 @@ pub(crate) struct Delivery {
     pub(crate) events: Vec<Event>,
 }
 
-/// Everything that came.
+/// All deliveries.
 #[derive(Debug, Default)]
 pub(crate) struct Log {
     pub(crate) deliveries: Vec<Delivery>,
-    /// How often it was asked to describe itself.
+    /// Number of calls of Describe.
     pub(crate) described: usize,
-    /// The batch in which a subject is being worked on.
+    /// The batch in which an event of each subject is in flight.
     in_flight: HashMap<String, usize>,
-    /// Events that came while another batch of their subject was being worked on, or out of sequence within their batch.
+    /// Events that arrived while another batch with their subject was in flight, or out of sequence within their batch.
     pub(crate) disorders: Vec<String>,
 }
 
 impl Log {
-    /// In the order of their arrival, an event as often as it came.
+    /// Event ids in the order of arrival, one for each delivery of an event.
     pub(crate) fn ids(&self) -> Vec<Uuid> {
         self.deliveries.iter().flat_map(|delivery| &delivery.events).map(id_of).collect()
     }
@@ -130,7 +130,7 @@ impl Log {
 type Script = Box<dyn FnMut(&[Event]) -> Reply + Send>;
 type Description = Box<dyn FnMut() -> Result<Option<Duration>, Code> + Send>;
 
-/// What a receiver says it remembers, unless a test wants otherwise.
+/// The retention of a receiver, unless a test sets another.
 const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
 struct State {
@@ -139,7 +139,7 @@ struct State {
     log: watch::Sender<Log>,
 }
 
-/// Ends a batch's flight when it is answered, or when the caller has hung up.
+/// A batch in flight, until it is answered or the call is cancelled.
 struct Flight<'s> {
     state: &'s State,
     batch: usize,
@@ -214,12 +214,12 @@ impl Receiver {
         Self { address, state, _stop: stop.drop_guard() }
     }
 
-    /// From the next batch on.
+    /// Replies by this script from the next batch on.
     pub(crate) fn follow(&self, script: impl FnMut(&[Event]) -> Reply + Send + 'static) {
         *self.state.script.lock().unwrap() = Box::new(script);
     }
 
-    /// From the next time on that it is asked for what it remembers.
+    /// Answers Describe like this from the next call on.
     pub(crate) fn describe(&self, description: impl FnMut() -> Result<Option<Duration>, Code> + Send + 'static) {
         *self.state.description.lock().unwrap() = Box::new(description);
     }

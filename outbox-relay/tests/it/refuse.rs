@@ -1,4 +1,4 @@
-//! A batch refused whole by a receiver that is up: one of its events may be why.
+//! Batches that a receiver refuses whole while it is up: one of the events may be the cause.
 
 use tonic::Code;
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use crate::{
     wait::until,
 };
 
-/// Codes by which a receiver says that it is up and does not like what it was sent.
+/// Codes of a receiver that is up and refuses the batch.
 const REFUSALS: [Code; 8] = [
     Code::Unknown,
     Code::InvalidArgument,
@@ -29,13 +29,13 @@ fn refuse_batches_with(receiver: &Receiver, culprit: Uuid, code: Code) {
 }
 
 #[tokio::test]
-async fn only_the_event_for_which_a_batch_is_refused_is_charged_and_dies_after_its_last_attempt() {
+async fn only_the_event_that_a_batch_is_refused_for_spends_attempts_and_dies_after_its_last() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let flags = ["--attempts", "2", "--back-off-ms", "1"];
     let relay = Relay::start(&outbox, receiver.address, &flags).await;
     for (number, code) in (1..).zip(REFUSALS) {
-        // Known before it is enqueued, so that no batch slips through.
+        // Its id is known before it is enqueued, so that every batch with it is refused.
         let culprit = NewEvent::of(Uuid::new_v4(), 1);
         refuse_batches_with(&receiver, culprit.event_id, code);
         let mut batch: Vec<_> = (0..6).map(|_| NewEvent::of(Uuid::new_v4(), 1)).collect();
@@ -68,7 +68,7 @@ async fn a_refused_batch_costs_the_culprits_neighbours_no_attempt() {
     let ids = outbox.insert_unrelated(10).await;
     let receiver = Receiver::start(Reply::apply).await;
     refuse_batches_with(&receiver, ids[5], Code::InvalidArgument);
-    // Whoever is charged, be it once, is dead.
+    // A single attempt kills an event.
     let relay = Relay::start(&outbox, receiver.address, &["--attempts", "1"]).await;
     outbox.wait_for_dead(1).await;
     outbox.wait_for_a_later_event().await;
@@ -77,7 +77,7 @@ async fn a_refused_batch_costs_the_culprits_neighbours_no_attempt() {
 }
 
 #[tokio::test]
-async fn an_outage_in_the_midst_of_single_deliveries_costs_nothing() {
+async fn an_outage_during_single_deliveries_costs_no_attempt() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(5).await;
     let receiver = Receiver::start(Reply::apply).await;

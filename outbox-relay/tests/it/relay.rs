@@ -17,7 +17,7 @@ struct Cli {
     settings: Settings,
 }
 
-/// A running relay. Told to stop when it is dropped.
+/// A running relay. Shuts down when it is dropped.
 pub(crate) struct Relay {
     pub(crate) address: SocketAddr,
     shutdown: CancellationToken,
@@ -25,8 +25,8 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Flags given here win over those a test gets otherwise: a short poll, since most tests insert without notifying, and
-    /// batches so small, of workers so many, that a few hundred events are shared.
+    /// These flags override the defaults of the tests. The default poll is short, since most tests insert without
+    /// notifying. The default batches are so small that several workers share a few hundred events.
     pub(crate) async fn start(outbox: &Outbox, receiver: SocketAddr, flags: &[&str]) -> Self {
         Self::start_on(&outbox.relay_url(), receiver, flags).await
     }
@@ -56,12 +56,12 @@ impl Relay {
         self.task.is_finished()
     }
 
-    /// Waits for its end, without asking for it.
+    /// Waits until it ends by itself.
     pub(crate) async fn end(mut self) -> Result<(), RunError> {
         timeout(AMPLE, &mut self.task).await.expect("the relay ends").unwrap()
     }
 
-    /// After this it does nothing any more.
+    /// Shuts it down, and waits until it has ended.
     pub(crate) async fn stop(self) {
         self.shut_down();
         self.end().await.unwrap();

@@ -1,4 +1,4 @@
-//! Which events go where, and that one way does not hold up another.
+//! Routes: which receiver gets an event, and that routes do not delay each other.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -25,32 +25,32 @@ fn sorted(mut ids: Vec<Uuid>) -> Vec<Uuid> {
 }
 
 #[tokio::test]
-async fn an_event_goes_the_first_way_that_takes_it_and_stays_if_there_is_none() {
+async fn an_event_takes_the_first_route_that_matches_and_stays_if_none_does() {
     let outbox = Outbox::create().await;
     let exact = outbox.insert_of_type("orders.v1.OrderCreated", 150).await;
     let prefix = outbox.insert_of_type("orders.v1.OrderCancelled", 150).await;
-    let stray = outbox.insert_of_type("orders_v1.OrderCreated", 1).await;
+    let unrouted = outbox.insert_of_type("orders_v1.OrderCreated", 1).await;
     let other = outbox.insert_of_type("order_svc.v1.Moved", 1).await;
     let almost = outbox.insert_of_type("order-svc.v1.Moved", 1).await;
     let (first, second) = (Receiver::start(Reply::apply).await, Receiver::start(Reply::apply).await);
     let routes =
         [("orders.v1.OrderCreated", first.address), ("orders.v1.*", second.address), ("order_svc.*", second.address)];
     let relay = start(&outbox, &routes).await;
-    until("all but the strays are delivered", async || outbox.count().await == 2).await;
+    until("all but the unrouted events are delivered", async || outbox.count().await == 2).await;
     outbox.insert_of_type("orders.v1.OrderCreated", 1).await;
-    until("another look", async || outbox.count().await == 2).await;
+    until("the relay has leased again", async || outbox.count().await == 2).await;
     let states: Vec<_> = outbox.route_states().await;
     relay.stop().await;
 
     assert_eq!(sorted(first.read(Log::ids))[..150], exact);
     assert_eq!(sorted(second.read(Log::ids)), sorted([prefix, other].concat()));
     let left: Vec<_> = outbox.rows().await.iter().map(|row| row.event_id).collect();
-    assert_eq!(left, sorted([stray, almost].concat()));
+    assert_eq!(left, sorted([unrouted, almost].concat()));
     assert_eq!(states.iter().map(|(route, _)| &**route).collect::<Vec<_>>().len(), 3);
 }
 
 #[tokio::test]
-async fn events_that_no_way_takes_are_warned_about() {
+async fn events_without_a_route_are_warned_about() {
     let outbox = Outbox::create().await;
     outbox.insert_of_type("orders.v2.OrderCreated", 3).await;
     outbox.insert_of_type("orders.v1.OrderCreated", 1).await;
@@ -68,7 +68,7 @@ async fn events_that_no_way_takes_are_warned_about() {
 }
 
 #[tokio::test]
-async fn a_receiver_that_is_away_does_not_hold_up_another() {
+async fn an_unavailable_receiver_does_not_delay_another() {
     let outbox = Outbox::create().await;
     outbox.insert_of_type("a.v1.Happened", 300).await;
     let receiver = Receiver::start(Reply::apply).await;
@@ -84,7 +84,7 @@ async fn a_receiver_that_is_away_does_not_hold_up_another() {
 }
 
 #[tokio::test]
-async fn the_order_of_an_aggregate_holds_though_its_events_go_different_ways() {
+async fn the_sequence_of_an_aggregate_holds_across_routes() {
     let outbox = Outbox::create().await;
     let aggregate_id = Uuid::new_v4();
     let events = [NewEvent::of(aggregate_id, 1), NewEvent::of(aggregate_id, 2)];
@@ -106,7 +106,7 @@ async fn the_order_of_an_aggregate_holds_though_its_events_go_different_ways() {
 }
 
 #[tokio::test]
-async fn while_the_outbox_is_paused_no_relay_leases_from_it_nor_one_that_is_started_then() {
+async fn no_relay_leases_from_a_paused_outbox_even_if_it_starts_later() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = start(&outbox, &[("*", receiver.address)]).await;

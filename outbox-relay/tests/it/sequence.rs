@@ -1,4 +1,4 @@
-//! The order of an aggregate's events, and what a dead one holds back.
+//! The sequence of an aggregate's events, and the events that wait for a dead one.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,13 +22,13 @@ type Applied = HashMap<String, Vec<i64>>;
 const AGGREGATES: usize = 200;
 const EVENTS_EACH: i32 = 5;
 
-/// The events of all aggregates mixed, those of each in their order.
+/// The events of all aggregates, shuffled, with those of each aggregate in sequence.
 fn mixed() -> Vec<NewEvent> {
     let ids: Vec<_> = (0..AGGREGATES).map(|_| Uuid::new_v4()).collect();
-    let mut turns: Vec<_> = (0..EVENTS_EACH).flat_map(|_| ids.clone()).collect();
-    fastrand::shuffle(&mut turns);
+    let mut order: Vec<_> = (0..EVENTS_EACH).flat_map(|_| ids.clone()).collect();
+    fastrand::shuffle(&mut order);
     let mut last = HashMap::new();
-    turns
+    order
         .into_iter()
         .map(|aggregate_id| {
             let sequence = last.entry(aggregate_id).and_modify(|sequence| *sequence += 1).or_insert(1);
@@ -37,7 +37,7 @@ fn mixed() -> Vec<NewEvent> {
         .collect()
 }
 
-/// One transaction each, one after the other: what is promised to the relay is that event n is committed before n+1.
+/// Commits one event after the other. The relay relies on this: event n is committed before event n+1.
 async fn commit_one_by_one(outbox: &Outbox, events: &[NewEvent]) {
     let mut connection = outbox.pool.acquire().await.unwrap();
     sqlx::query("SET synchronous_commit = off").execute(&mut *connection).await.unwrap();
@@ -65,7 +65,7 @@ async fn every_aggregates_events_are_applied_in_sequence_and_never_two_at_once()
     let receiver = Receiver::start(move |events| {
         let mut applications = record.lock().unwrap();
         Reply::each(events, |event: &Event| {
-            // A third of all events does not work the first time.
+            // A third of all events fails the first time.
             if seen.insert(event.id.clone()) && id_of(event).as_u128().is_multiple_of(3) {
                 return retry(event);
             }

@@ -1,4 +1,4 @@
-//! Ending a lease: by its holder only, and whatever the receiver's answer looks like.
+//! Settlement: only by the holder of the lease, and right for every answer of the receiver.
 
 use proto::events::v1::{Event, EventResult, Outcome};
 use tokio_util::sync::CancellationToken;
@@ -11,14 +11,14 @@ use crate::{
     relay::Relay,
 };
 
-/// Lets another holder take three events while a relay delivers them, and only then gives the relay its `answer`.
+/// Lets another holder lease three events while a relay delivers them. Only then gives the relay its `answer`.
 async fn take_over_during_a_delivery(answer: fn(&[Event]) -> Reply) {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let answered = CancellationToken::new();
     let held = answered.clone();
     let receiver = Receiver::start(move |events| answer(events).held(&held)).await;
-    // One worker: it leases again only after it has settled.
+    // One worker, so that it leases again only after it has settled.
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "1"]).await;
     receiver.wait_for_deliveries(1).await;
 
@@ -42,7 +42,7 @@ async fn take_over_during_a_delivery(answer: fn(&[Event]) -> Reply) {
         dead: false,
     };
     let expected: Vec<_> = ids.iter().map(untouched).collect();
-    assert_eq!(outbox.rows().await, expected, "the holder that lost its lease has changed something");
+    assert_eq!(outbox.rows().await, expected, "the holder of the lost lease has changed something");
 
     sqlx::query("UPDATE outbox SET visible_at = now() + interval '200 ms'").execute(&outbox.pool).await.unwrap();
     outbox.wait_until_empty().await;
@@ -51,7 +51,7 @@ async fn take_over_during_a_delivery(answer: fn(&[Event]) -> Reply) {
 }
 
 #[tokio::test]
-async fn an_expired_lease_is_taken_over_and_what_the_old_holder_settles_changes_nothing() {
+async fn an_expired_lease_is_taken_over_and_a_settlement_by_its_old_holder_changes_nothing() {
     take_over_during_a_delivery(|events| {
         Reply::Results(vec![applied(&events[0]), retry(&events[1]), rejected(&events[2])])
     })
@@ -59,17 +59,17 @@ async fn an_expired_lease_is_taken_over_and_what_the_old_holder_settles_changes_
 }
 
 #[tokio::test]
-async fn an_expired_lease_is_taken_over_and_what_the_old_holder_releases_stays_leased() {
+async fn an_expired_lease_is_taken_over_and_a_release_by_its_old_holder_changes_nothing() {
     take_over_during_a_delivery(|_| Reply::Refuse(Code::Unavailable)).await;
 }
 
 #[tokio::test]
-async fn a_worker_that_has_lost_its_lease_while_it_looks_for_a_culprit_renews_nothing_and_delivers_no_more_of_it() {
+async fn a_probe_that_has_lost_its_lease_renews_nothing_and_delivers_no_more_of_it() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let receiver = Receiver::start(|_| Reply::never()).await;
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "8"]).await;
-    // Once while the route was open, and once in the turn that follows, from which on the worker goes one by one.
+    // Once while the route was open, and once in the probe that follows. From then on it delivers one by one.
     receiver.wait_for_deliveries(2).await;
     sqlx::query("UPDATE outbox SET lease_token = gen_random_uuid(), visible_at = now() + interval '1 hour'")
         .execute(&outbox.pool)
@@ -81,14 +81,14 @@ async fn a_worker_that_has_lost_its_lease_while_it_looks_for_a_culprit_renews_no
     outbox.wait_until_gone(later).await;
     relay.stop().await;
 
-    assert_eq!(outbox.rows().await, leased, "the holder that lost its lease has changed something");
+    assert_eq!(outbox.rows().await, leased, "the holder of the lost lease has changed something");
     let renewed = "SELECT count(*) FROM outbox WHERE visible_at < now() + interval '30 minutes'";
     assert_eq!(sqlx::query_scalar::<_, i64>(renewed).fetch_one(&outbox.pool).await.unwrap(), 0);
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)), "delivered no more");
 }
 
 #[tokio::test]
-async fn a_settle_after_expiry_holds_when_nobody_took_the_events() {
+async fn a_settlement_after_expiry_counts_if_no_other_worker_has_the_events() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let answered = CancellationToken::new();
@@ -103,8 +103,8 @@ async fn a_settle_after_expiry_holds_when_nobody_took_the_events() {
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 1)));
 }
 
-/// Has the first of three events answered with `answer` (with nothing, if that is `None`) and the others applied, and
-/// returns the one row that is left when the first is dead.
+/// Answers the first of three events with `answer`, or leaves it out if that is `None`; applies the others. Waits until
+/// the first is dead. Returns its row, and the number of its deliveries.
 async fn answer_one_of_three(attempts: &str, answer: fn(&Event) -> Option<EventResult>) -> (Row, usize) {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
@@ -135,7 +135,7 @@ async fn a_rejected_event_is_dead_at_once_and_kept_with_its_reason() {
 }
 
 #[tokio::test]
-async fn a_reason_that_postgres_cannot_hold_is_kept_without_what_it_cannot_hold() {
+async fn a_reason_is_kept_without_its_nul_characters() {
     let rejected = |event: &Event| Some(result(event, Outcome::Rejected, "N\0UL", "\0in \0it\0"));
     let (row, _) = answer_one_of_three("10", rejected).await;
     assert_eq!(row.last_error.as_deref(), Some("NUL: in it"));
@@ -146,9 +146,9 @@ async fn a_reason_that_postgres_cannot_hold_is_kept_without_what_it_cannot_hold(
 }
 
 #[tokio::test]
-async fn a_reason_of_ten_thousand_characters_is_kept_shortened() {
+async fn a_reason_of_ten_thousand_characters_is_cut() {
     let (row, _) = answer_one_of_three("10", |event| {
-        // Of two bytes each, so that cutting at a byte would show.
+        // Each has two bytes, so that a cut within a character would fail.
         Some(result(event, Outcome::Rejected, "LONG", &"é".repeat(10_000)))
     })
     .await;
@@ -157,14 +157,14 @@ async fn a_reason_of_ten_thousand_characters_is_kept_shortened() {
 }
 
 #[tokio::test]
-async fn an_event_without_a_result_has_failed_and_no_other() {
+async fn only_an_event_without_a_result_has_failed() {
     let (row, times) = answer_one_of_three("2", |_| None).await;
     assert_eq!((row.attempts, times), (2, 2));
     assert!(row.last_error.as_ref().unwrap().starts_with("NO_RESULT"), "{row:?}");
 }
 
 #[tokio::test]
-async fn an_event_whose_outcome_is_unspecified_has_failed_and_no_other() {
+async fn only_an_event_with_an_unspecified_outcome_has_failed() {
     let (row, times) =
         answer_one_of_three("2", |event| Some(result(event, Outcome::Unspecified, "SHY", "says nothing"))).await;
     assert_eq!((row.attempts, times), (2, 2));
@@ -172,7 +172,7 @@ async fn an_event_whose_outcome_is_unspecified_has_failed_and_no_other() {
 }
 
 #[tokio::test]
-async fn an_event_whose_outcome_is_of_a_later_contract_has_failed_and_no_other() {
+async fn only_an_event_with_an_outcome_of_a_later_contract_has_failed() {
     let later = |event: &Event| Some(EventResult { outcome: 99, ..retry(event) });
     let (row, times) = answer_one_of_three("2", later).await;
     assert_eq!((row.attempts, times), (2, 2));

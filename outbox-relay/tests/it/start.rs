@@ -1,4 +1,4 @@
-//! The beginning: what the relay waits for, and what it refuses.
+//! Start: the relay waits for its database, and refuses one without the schema.
 
 use chassis::DatabaseUrl;
 use chassis::RunError;
@@ -33,7 +33,7 @@ async fn it_waits_for_a_database_that_is_not_there_yet() {
 
     outbox.allow_connections(false).await;
     let relay = Relay::start_on(&url, receiver.address, &[]).await;
-    // The second call tells that the first was refused.
+    // The second call shows that the first was refused.
     line.wait_for_calls(2).await;
     assert!(!relay.has_ended());
     outbox.allow_connections(true).await;
@@ -42,9 +42,9 @@ async fn it_waits_for_a_database_that_is_not_there_yet() {
 }
 
 #[tokio::test]
-async fn it_can_be_told_to_stop_while_it_waits_for_a_database() {
+async fn it_stops_on_request_while_it_waits_for_a_database() {
     let outbox = Outbox::create().await;
-    // Whoever connects here is hung up on.
+    // This listener closes every connection.
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let url = format!("postgres://outbox_relay@{}/{}", listener.local_addr().unwrap(), outbox.database.name());
     let receiver = Receiver::start(Reply::apply).await;

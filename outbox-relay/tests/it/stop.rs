@@ -1,4 +1,4 @@
-//! A relay that cannot settle: because it was stopped for longer than its lease lasts, or because of the database.
+//! Relays that cannot settle: stopped for longer than their lease, or refused by the database.
 
 use rustix::process::Signal;
 use tokio_util::sync::CancellationToken;
@@ -12,7 +12,7 @@ use crate::{
 };
 
 #[tokio::test]
-async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_what_it_lost() {
+async fn a_relay_stopped_beyond_its_lease_changes_nothing_and_counts_its_lost_events() {
     let outbox = Outbox::create().await;
     let ids = outbox.insert_unrelated(3).await;
     let (first, second) = (CancellationToken::new(), CancellationToken::new());
@@ -20,7 +20,7 @@ async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_wh
     let mut deliveries = 0;
     let receiver = Receiver::start(move |events| {
         deliveries += 1;
-        // The first is answered while its relay is stopped, so that it finds the answer when it goes on.
+        // The first is answered while its relay is stopped, so the relay finds the answer when it continues.
         Reply::apply(events).held(if deliveries == 1 { &first_held } else { &second_held })
     })
     .await;
@@ -54,7 +54,7 @@ async fn a_relay_that_was_stopped_beyond_its_lease_changes_nothing_and_counts_wh
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)), "delivered again, once");
 }
 
-/// Has the database refuse to delete from the outbox, as long as the trigger is there.
+/// Makes the database refuse deletes from the outbox, as long as the trigger exists.
 async fn refuse_to_delete(outbox: &Outbox) {
     sqlx::raw_sql(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'as the test wants it'; END $$;
@@ -86,7 +86,7 @@ async fn a_settlement_that_fails_is_repeated_while_the_lease_lasts() {
 }
 
 #[tokio::test]
-async fn what_the_database_does_not_let_it_settle_before_the_lease_expires_is_counted_and_delivered_again() {
+async fn events_not_settled_before_the_lease_expires_are_counted_and_delivered_again() {
     let outbox = Outbox::create().await;
     refuse_to_delete(&outbox).await;
     let event_id = outbox.insert_one().await;

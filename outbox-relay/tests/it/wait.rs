@@ -1,10 +1,10 @@
-//! Waiting for what can be seen, for no longer than it may take.
+//! Waiting for a condition, with a time limit.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// More than anything takes on a busy machine: only a test that fails waits this long.
+/// Longer than anything takes on a busy machine. Only a test that fails waits this long.
 pub(crate) const AMPLE: Duration = Duration::from_secs(20);
 
 pub(crate) async fn until(what: &str, condition: impl AsyncFnMut() -> bool) {

@@ -1,4 +1,4 @@
-//! When the relay looks: at a notification, and at the latest when the poll is due.
+//! When the relay leases: on a notification, and at the latest when the poll is due.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{
     wait::until,
 };
 
-/// So long that within a test nothing is delivered for it.
+/// So long that no poll happens within a test.
 const NEVER_POLL: [&str; 2] = ["--poll-ms", "60000"];
 
 /// Process ids of the sessions that listen.
@@ -29,14 +29,13 @@ async fn terminate(outbox: &Outbox, session: i32) {
     assert!(terminated.fetch_one(&outbox.pool).await.unwrap());
 }
 
-/// Waits until the relay listens and all its looks that follow from its start are over: what it delivers from here on,
-/// it delivers because it was woken.
+/// Waits until the relay listens, and its first leases are over. Whatever it delivers from then on, a notification has
+/// woken it.
 async fn wait_until_it_sleeps(outbox: &Outbox) {
     until("it listens", async || !listeners(outbox).await.is_empty()).await;
     let quiet = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND usename = 'outbox_relay'
         AND (state <> 'idle' OR state_change > clock_timestamp() - interval '300 ms')";
-    until("it looks no more", async || sqlx::query_scalar::<_, i64>(quiet).fetch_one(&outbox.pool).await.unwrap() == 0)
-        .await;
+    until("it is idle", async || sqlx::query_scalar::<_, i64>(quiet).fetch_one(&outbox.pool).await.unwrap() == 0).await;
 }
 
 #[tokio::test]
@@ -53,7 +52,7 @@ async fn a_notification_wakes_it_long_before_the_poll() {
 }
 
 #[tokio::test]
-async fn one_notification_brings_as_many_workers_as_there_is_work_for() {
+async fn one_notification_wakes_as_many_workers_as_a_backlog_needs() {
     let outbox = Outbox::create().await;
     let all = CancellationToken::new();
     let held = all.clone();
@@ -63,7 +62,7 @@ async fn one_notification_brings_as_many_workers_as_there_is_work_for() {
     wait_until_it_sleeps(&outbox).await;
     outbox.insert_unrelated(25).await;
     outbox.notify().await;
-    // None is answered yet, so each is of another worker.
+    // None is answered yet, so each is from another worker.
     receiver.wait_for_deliveries(3).await;
     all.cancel();
     outbox.wait_until_empty().await;
@@ -71,7 +70,7 @@ async fn one_notification_brings_as_many_workers_as_there_is_work_for() {
 }
 
 #[tokio::test]
-async fn single_events_are_left_to_two_workers_however_many_there_are() {
+async fn single_events_wake_at_most_two_workers() {
     let outbox = Outbox::create().await;
     let all = CancellationToken::new();
     let held = all.clone();
@@ -86,7 +85,7 @@ async fn single_events_are_left_to_two_workers_however_many_there_are() {
     }
     wait_until_it_sleeps(&outbox).await;
     assert_eq!(receiver.read(|log| log.deliveries.len()), 2);
-    // The third has not been forgotten.
+    // The third event is delivered as well.
     all.cancel();
     outbox.wait_until_empty().await;
     relay.stop().await;
@@ -97,7 +96,7 @@ async fn without_a_notification_the_poll_finds_an_event() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "100"]).await;
-    // Not visible yet, so that no look finds them that was under way when they were inserted.
+    // Hidden at first, so that no lease finds them that is running while they are inserted.
     let time = Duration::from_millis(300);
     for _ in 0..3 {
         let event_id = outbox.insert_hidden(None, time).await;
@@ -130,7 +129,7 @@ async fn it_listens_again_after_its_listening_connection_was_killed() {
 }
 
 #[tokio::test]
-async fn what_was_notified_while_it_was_not_listening_is_found_when_it_listens_again() {
+async fn an_event_notified_while_no_connection_listened_is_found_when_one_listens_again() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
