@@ -1,333 +1,194 @@
-//! Sends a service what a fuzzer thinks of, and watches what that does to it.
+//! Property tests of a running service: values of a strategy are sent to it, and it may neither panic nor keep memory.
+//!
+//! A target runs for 1.5 s. `FUZZ_SECONDS=600` makes that ten minutes.
+//!
+//! A failure prints the smallest input found and a seed. With that seed in `FUZZ_SEED`, a run begins with the same case.
+//! Each case has a seed of its own, the one of the case before plus one. So the seed a run began with, which is printed
+//! too, repeats the whole run: a failure may need what earlier cases left in the database.
+
+mod contract;
+mod input;
 
 use std::{
     cell::RefCell,
+    env,
+    fmt::Debug,
     future::Future,
+    hash::{BuildHasher, RandomState},
     mem,
-    panic::{self, AssertUnwindSafe, RefUnwindSafe},
+    panic::{self, AssertUnwindSafe, PanicHookInfo},
     process,
-    sync::{Arc, Mutex, Once},
-    time::Duration,
+    sync::{
+        Arc, Mutex, Once,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-use bolero::TypeGenerator;
-use prost::{
-    Message,
-    bytes::{Buf, BufMut, Bytes},
+use proptest::{
+    strategy::Strategy,
+    test_runner::{Config, RngAlgorithm, TestCaseError, TestCaseResult, TestError, TestRng, TestRunner},
 };
-use proto::events::v1::{DeliverResponse, Event, EventResult, Outcome};
 use tokio::runtime::{Builder, Runtime};
-use tonic::{
-    Code, Request, Response, Status,
-    client::Grpc,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    codegen::http::uri::PathAndQuery,
-    transport::Channel,
+
+pub use contract::{call, is_refused_by_transport, is_result_of_each};
+pub use input::{
+    Damage, EventChange, Text, change_event, damage, doublings, event_changes, id, number, number_i32, repeat, text,
 };
-use uuid::Uuid;
 
 use crate::processes::resident_bytes;
 
-/// For how long a target is fed by `cargo test`.
-pub const TEST_TIME: Duration = Duration::from_millis(1500);
-/// What a server takes unless it is told otherwise.
+/// The largest message that a server accepts by default.
 pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
-/// What a receiver of events takes.
+/// The largest message that a receiver of events accepts.
 pub const BATCH_MAX: usize = 16 * 1024 * 1024;
 
-/// What a process that keeps nothing may grow by: its pools, its caches, and other tests that run beside it.
+/// For how long a target runs by default.
+const TEST_TIME: Duration = Duration::from_millis(1500);
+/// For how long a smaller input is searched for.
+const SHRINK_TIME: Duration = Duration::from_secs(20);
+/// How much a process may grow that keeps no input: pools, caches, and other tests in the same process need some.
 const GROWTH_MAX: u64 = 256 * 1024 * 1024;
 
-/// A power of two that makes a message too large for a server which was not told otherwise, or nearly.
-const LARGEST: u32 = 22;
-/// Where it is messages that are as many: hundreds of times more than are allowed anywhere.
-const MOST: u32 = 16;
-/// Bytes of what is repeated.
-const REPEATED_MAX: usize = 6 * 1024 * 1024;
-
 thread_local! {
-    static PANICS: RefCell<Option<Arc<Mutex<Vec<String>>>>> = const { RefCell::new(None) };
+    static WATCHED: RefCell<Option<Arc<Panics>>> = const { RefCell::new(None) };
 }
 
-/// Runs a service on threads of its own, so that its panics are told from those of the test, which may run beside others.
-#[derive(Debug)]
-pub struct Host {
-    runtime: Runtime,
-    panics: Arc<Mutex<Vec<String>>>,
-    resident: Option<u64>,
+/// The panics of watched threads.
+#[derive(Debug, Default)]
+struct Panics {
+    seen: Mutex<Vec<String>>,
+    /// Whether they are only kept, not reported: a search for a smaller input causes hundreds.
+    quiet: AtomicBool,
 }
 
-impl Host {
-    /// A host that serves nothing yet.
-    ///
-    /// # Panics
-    /// When there are no threads to be had.
-    pub fn start() -> Self {
-        record_panics();
-        let panics: Arc<Mutex<Vec<String>>> = Arc::default();
-        let of_threads = Arc::clone(&panics);
-        let mut builder = Builder::new_multi_thread();
-        builder.worker_threads(2).enable_all();
-        builder.on_thread_start(move || PANICS.set(Some(of_threads.clone())));
-        Self { runtime: builder.build().expect("threads"), panics, resident: resident_bytes(process::id()) }
+impl Panics {
+    /// Keeps the panic, and returns whether that is all to be done.
+    fn keep(&self, panicked: &PanicHookInfo<'_>) -> bool {
+        self.seen.lock().expect("nobody panics while holding it").push(panicked.to_string());
+        self.quiet.load(Ordering::Relaxed)
     }
 
-    /// What the service spawns meanwhile is watched; `future` itself may panic, as a test does.
-    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
-        self.runtime.block_on(future)
+    fn take(&self) -> Vec<String> {
+        mem::take(&mut *self.seen.lock().expect("nobody panics while holding it"))
     }
 
-    /// A fuzz target's test: what `test` asserts of each input, and that the service neither panicked nor keeps what it is
-    /// sent.
-    pub fn test_each<T>(&self, test: impl AsyncFn(&T)) -> impl Fn(&T) + RefUnwindSafe {
-        // What an input that fails may leave behind is the service's, which any input must find fit for work.
-        let tested = AssertUnwindSafe((self, test));
-        move |input| {
-            let (host, test) = &*tested;
-            host.block_on(test(input));
-            host.assert_unharmed();
-        }
-    }
-
-    fn assert_unharmed(&self) {
-        // Taken, so that of the smaller inputs that are tried next only those fail that panic as well.
-        let panics = mem::take(&mut *self.panics.lock().expect("nobody panics with it"));
-        assert!(panics.is_empty(), "the service panicked: {panics:?}");
-        if let (Some(before), Some(now)) = (self.resident, resident_bytes(process::id())) {
-            assert!(now.saturating_sub(before) < GROWTH_MAX, "memory has grown from {before} to {now} bytes");
-        }
+    /// Runs `work` with this thread watched too, and reports no panic meanwhile.
+    fn quietly<T>(self: &Arc<Self>, work: impl FnOnce() -> T) -> T {
+        WATCHED.set(Some(Arc::clone(self)));
+        self.quiet.store(true, Ordering::Relaxed);
+        let result = work();
+        self.quiet.store(false, Ordering::Relaxed);
+        WATCHED.set(None);
+        result
     }
 }
 
-/// tokio and hyper catch what a task panics with, and nobody looks at most of these tasks.
-fn record_panics() {
+/// tokio and hyper catch the panic of a task, and nobody awaits most of these tasks: only the hook sees all panics.
+fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let report = panic::take_hook();
         panic::set_hook(Box::new(move |panicked| {
-            PANICS.with_borrow(|panics| {
-                if let Some(panics) = panics {
-                    panics.lock().expect("nobody panics with it").push(panicked.to_string());
-                }
-            });
-            report(panicked);
+            let quiet = WATCHED.with_borrow(|panics| panics.as_ref().is_some_and(|panics| panics.keep(panicked)));
+            if !quiet {
+                report(panicked);
+            }
         }));
     });
 }
 
-/// How many times: a power of two, the larger the rarer.
-#[derive(Clone, Debug, TypeGenerator)]
-pub struct Times([u8; 4]);
+/// Runs a service on threads of its own: other tests run in the same process, and their panics are not the service's.
+#[derive(Debug)]
+pub struct Host {
+    runtime: Runtime,
+    panics: Arc<Panics>,
+    resident: Option<u64>,
+}
 
-impl Times {
-    fn power(&self) -> u32 {
-        let least = self.0.iter().min().copied().map_or(0, u32::from);
-        least * LARGEST / u32::from(u8::MAX)
+impl Host {
+    /// A host that runs nothing yet.
+    ///
+    /// # Panics
+    /// If no thread can be started.
+    pub fn start() -> Self {
+        install_hook();
+        let panics: Arc<Panics> = Arc::default();
+        let of_threads = Arc::clone(&panics);
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(2).enable_all();
+        builder.on_thread_start(move || WATCHED.set(Some(of_threads.clone())));
+        Self { runtime: builder.build().expect("threads"), panics, resident: resident_bytes(process::id()) }
     }
-}
 
-/// What may stand in a field of text.
-#[derive(Clone, Debug, TypeGenerator)]
-pub enum Text {
-    /// A sound name, of few.
-    Name(u8),
-    /// Anything.
-    Any(String),
-    /// Sound, but for a NUL in it, which PostgreSQL has not in its text.
-    Nul(u8),
-    /// A letter, so many times.
-    Long(Times),
-}
-
-impl From<&Text> for String {
-    fn from(text: &Text) -> Self {
-        match text {
-            Text::Name(number) => format!("NAME-{number}"),
-            Text::Any(text) => text.clone(),
-            Text::Nul(number) => format!("NAME\0{number}"),
-            Text::Long(times) => "x".repeat(1 << times.power()),
-        }
+    /// Runs the future on this thread, which is not watched, and the tasks it spawns on the host's, which are.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(future)
     }
-}
 
-/// What may stand for a UUID.
-#[derive(Clone, Debug, TypeGenerator)]
-pub enum Id {
-    /// One of few, so that some come again.
-    Known(u8),
-    /// Any UUID.
-    Any(u128),
-    /// Perhaps none.
-    Text(Text),
-}
-
-impl From<&Id> for String {
-    fn from(id: &Id) -> Self {
-        match id {
-            Id::Known(number) => Uuid::from_u128((*number).into()).to_string(),
-            Id::Any(number) => Uuid::from_u128(*number).to_string(),
-            Id::Text(text) => text.into(),
-        }
-    }
-}
-
-/// What may stand in a field of numbers.
-#[derive(Clone, Debug, TypeGenerator)]
-pub enum Number {
-    /// Where most limits are.
-    Small(i8),
-    /// In hundreds of thousands: where the others are.
-    Large(i16),
-    /// Anything.
-    Any(i64),
-    /// What is nearly too large to be added to.
-    Most(u8),
-    /// What cannot be negated.
-    Least,
-}
-
-impl From<&Number> for i64 {
-    fn from(number: &Number) -> Self {
-        match number {
-            Number::Small(number) => (*number).into(),
-            Number::Large(number) => Self::from(*number) * 100_000,
-            Number::Any(number) => *number,
-            Number::Most(number) => Self::MAX - Self::from(*number),
-            Number::Least => Self::MIN,
-        }
-    }
-}
-
-impl From<&Number> for i32 {
-    /// As large or small as it can be, where the number does not fit.
-    fn from(number: &Number) -> Self {
-        let number = i64::from(number);
-        number.try_into().unwrap_or(if number < 0 { Self::MIN } else { Self::MAX })
-    }
-}
-
-/// What becomes of a message on its way.
-#[derive(Clone, Debug, TypeGenerator)]
-pub enum Damage {
-    /// Other bytes come in its place.
-    Replaced(Vec<u8>),
-    /// Some bytes are others.
-    Overwritten(Vec<(u16, u8)>),
-    /// The end is missing.
-    Cut(u16),
-    /// Bytes follow that are none of its fields, or come after all.
-    Extended(Vec<u8>),
-}
-
-impl Damage {
-    /// The message as it arrives.
-    pub fn of(damage: Option<&Self>, mut message: Vec<u8>) -> Bytes {
-        let length = message.len().max(1);
-        match damage {
-            None => {}
-            Some(Self::Replaced(others)) => message.clone_from(others),
-            Some(Self::Overwritten(others)) => {
-                for (place, byte) in others {
-                    if let Some(overwritten) = message.get_mut(usize::from(*place) % length) {
-                        *overwritten = *byte;
-                    }
-                }
+    /// Runs `test` with values of the strategy until the time is up.
+    ///
+    /// # Panics
+    /// If a value fails the test, makes the service panic, or makes the process grow too much.
+    #[track_caller]
+    pub fn test_each<S: Strategy>(&self, strategy: &S, test: impl AsyncFn(&S::Value)) {
+        let time = setting("FUZZ_SECONDS").map_or(TEST_TIME, Duration::from_secs);
+        let first = setting("FUZZ_SEED").unwrap_or_else(|| RandomState::new().hash_one("seed"));
+        let started = Instant::now();
+        let mut seed = first;
+        while started.elapsed() < time {
+            let tested = self.panics.quietly(|| self.test_case(seed, strategy, &test));
+            if let Err(error) = tested {
+                let why = explain(error);
+                panic!("{why}\nto repeat this case: FUZZ_SEED={seed}; to repeat the whole run: FUZZ_SEED={first}");
             }
-            Some(Self::Cut(place)) => message.truncate(usize::from(*place) % length),
-            Some(Self::Extended(more)) => message.extend(more),
+            seed = seed.wrapping_add(1);
         }
-        message.into()
+        println!("{} cases, beginning with FUZZ_SEED={first}", seed.wrapping_sub(first));
+    }
+
+    /// Tests one value; if it fails, the error has the smallest value found that fails as well.
+    fn test_case<S: Strategy>(
+        &self,
+        seed: u64,
+        strategy: &S,
+        test: &impl AsyncFn(&S::Value),
+    ) -> Result<(), TestError<S::Value>> {
+        let mut seed_bytes = [0; 32];
+        seed_bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        let max_shrink_time = u32::try_from(SHRINK_TIME.as_millis()).expect("some seconds");
+        let config = Config { failure_persistence: None, max_shrink_time, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed_bytes));
+        let value = strategy.new_tree(&mut runner).map_err(TestError::Abort)?;
+        runner.run_one(value, |value| self.test_value(&value, test)).map(drop)
+    }
+
+    fn test_value<T>(&self, value: &T, test: &impl AsyncFn(&T)) -> TestCaseResult {
+        // Nothing here is left half-changed by a panic: the state is the service's, which must bear any input.
+        let tested = panic::catch_unwind(AssertUnwindSafe(|| self.block_on(test(value))));
+        // Taken, so that a smaller value fails only if it causes a panic itself.
+        let panics = self.panics.take();
+        if tested.is_err() || !panics.is_empty() {
+            return Err(TestCaseError::fail(panics.join("\n")));
+        }
+        match (self.resident, resident_bytes(process::id())) {
+            (Some(before), Some(now)) if now.saturating_sub(before) >= GROWTH_MAX => {
+                Err(TestCaseError::fail(format!("memory has grown from {before} to {now} bytes")))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-/// All of the messages so many times over, or as many as a server that was not told otherwise just does not take.
-pub fn repeat<M: Message + Clone>(messages: &[M], times: &Times) -> Vec<M> {
-    let mut bytes = 0;
-    let bearable = |message: &&M| {
-        bytes += message.encoded_len();
-        bytes <= REPEATED_MAX
-    };
-    let count = messages.len() << times.power().min(MOST);
-    messages.iter().cycle().take(count).take_while(bearable).cloned().collect()
-}
-
-/// Whether the transport refused what was sent by itself, being too large or no message at all; asserts that what it refused
-/// was one of these, and refused as the contract says.
-pub fn is_refused_by_transport<M: Message + Default>(status: &Status, sent: &Bytes, limit: usize) -> bool {
-    if sent.len() > limit {
-        assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
-        true
-    } else if M::decode(sent.clone()).is_err() {
-        assert_eq!((status.code(), status.details()), (Code::Internal, &[][..]), "{status:?}");
-        true
-    } else {
-        false
+fn explain<T: Debug>(error: TestError<T>) -> String {
+    match error {
+        TestError::Fail(why, value) => format!("{why}\nthe smallest input found that fails: {value:?}"),
+        TestError::Abort(why) => format!("the strategy made no value: {why}"),
     }
 }
 
-/// Asserts that the answer has a result for each event, in their order, and why an event was not applied.
-pub fn is_result_of_each(events: &[Event], answer: &DeliverResponse) {
-    let ids = |result: &EventResult| result.event_id.clone();
-    assert!(answer.results.iter().map(ids).eq(events.iter().map(|event| event.id.clone())));
-    for result in &answer.results {
-        let applied = match result.outcome() {
-            Outcome::Applied | Outcome::Duplicate => true,
-            Outcome::Rejected => false,
-            Outcome::Retry | Outcome::Unspecified => panic!("no reason to come again: {result:?}"),
-        };
-        assert_eq!((result.reason.is_empty(), result.detail.is_empty()), (applied, applied), "{result:?}");
-    }
-}
-
-/// Makes the unary call at `path` with these bytes in the place of its message, and answers those that come back.
-///
-/// # Errors
-/// The call's status.
-pub async fn call(
-    channel: &Channel,
-    path: &'static str,
-    message: impl Into<Request<Bytes>>,
-) -> Result<Response<Bytes>, Status> {
-    // An answer repeats what it answers, and a server may be ready to take more than a client is.
-    let mut client = Grpc::new(channel.clone()).max_decoding_message_size(usize::MAX);
-    client.ready().await.map_err(|error| Status::unavailable(format!("not connected: {error}")))?;
-    client.unary(message.into(), PathAndQuery::from_static(path), Verbatim).await
-}
-
-/// A message is its bytes.
-#[derive(Clone, Copy, Debug)]
-struct Verbatim;
-
-impl Codec for Verbatim {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Verbatim {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, message: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(message);
-        Ok(())
-    }
-}
-
-impl Decoder for Verbatim {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
+/// A number from the environment; an empty variable is none.
+fn setting(name: &str) -> Option<u64> {
+    let value = env::var(name).ok().filter(|value| !value.is_empty())?;
+    Some(value.parse().unwrap_or_else(|_| panic!("{name} must be a whole number, not {value:?}")))
 }

@@ -1,6 +1,8 @@
-//! Whatever a stranger sends is answered as the contract says, and neither harms the service nor stays with it.
+//! Whatever a stranger sends gets an answer of the contract, and does not harm the service.
+//!
+//! A failure prints how to repeat it. `FUZZ_SECONDS=600` feeds each target for ten minutes; `testkit::fuzz` tells more.
 
-use bolero::{TypeGenerator, check, produce};
+use proptest::{collection::vec, option, prelude::*};
 use prost::{Message, bytes::Bytes};
 use proto::{
     events::v1::{DeliverRequest, DeliverResponse, Event},
@@ -8,8 +10,8 @@ use proto::{
     orders::v1::{OrderCreated, OrderItem},
 };
 use testkit::fuzz::{
-    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
-    is_result_of_each, repeat,
+    BATCH_MAX, Damage, EventChange, Host, MESSAGE_MAX, Text, call, change_event, damage, doublings, event_changes, id,
+    is_refused_by_transport, is_result_of_each, number, number_i32, repeat, text,
 };
 use tonic::{Request, Status};
 use uuid::Uuid;
@@ -20,8 +22,8 @@ use crate::{
     orders::{cancellation_of, event_of, order},
 };
 
-/// Asserts that the refusal is one the contract has for what was sent: the transport's own for what is too large or no
-/// message at all, and one of `declared`, with its reason, for anything else.
+/// Asserts that the contract declares this refusal for what was sent: the transport's own for bytes that are too large or no
+/// message, else one of `declared`, with its reason.
 fn is_declared<M: Message + Default>(status: &Status, sent: &Bytes, limit: usize, declared: &[&str]) {
     if !is_refused_by_transport::<M>(status, sent, limit) {
         let refused = refusal(status);
@@ -29,12 +31,20 @@ fn is_declared<M: Message + Default>(status: &Status, sent: &Bytes, limit: usize
     }
 }
 
-/// What an adjustment differs in from a sound one.
-#[derive(Debug, TypeGenerator)]
+/// How an adjustment differs from a sound one.
+#[derive(Clone, Debug)]
 enum AdjustmentChange {
-    RequestId(Id),
+    RequestId(Text),
     Sku(Text),
-    Delta(Number),
+    Delta(i64),
+}
+
+fn adjustment_change() -> impl Strategy<Value = AdjustmentChange> {
+    prop_oneof![
+        id().prop_map(AdjustmentChange::RequestId),
+        text().prop_map(AdjustmentChange::Sku),
+        number().prop_map(AdjustmentChange::Delta),
+    ]
 }
 
 fn changed_adjustment(changes: &[AdjustmentChange]) -> AdjustStockRequest {
@@ -43,7 +53,7 @@ fn changed_adjustment(changes: &[AdjustmentChange]) -> AdjustStockRequest {
         match change {
             AdjustmentChange::RequestId(id) => request.request_id = id.into(),
             AdjustmentChange::Sku(text) => request.sku = text.into(),
-            AdjustmentChange::Delta(number) => request.delta = number.into(),
+            AdjustmentChange::Delta(number) => request.delta = *number,
         }
     }
     request
@@ -51,9 +61,6 @@ fn changed_adjustment(changes: &[AdjustmentChange]) -> AdjustStockRequest {
 
 #[test]
 fn adjust_stock_answers_the_level_or_a_declared_refusal() {
-    let target = check!().with_test_time(TEST_TIME);
-    let changes = produce::<Vec<AdjustmentChange>>().with().len(0..4_usize);
-    let target = target.with_generator((changes, produce::<Option<Damage>>()));
     let host = Host::start();
     let inventory = host.block_on(Inventory::serve(&[]));
     let known = Uuid::new_v4().to_string();
@@ -79,26 +86,35 @@ fn adjust_stock_answers_the_level_or_a_declared_refusal() {
         let left = inventory.client.get_stock("KETTLE").await.unwrap();
         assert_eq!(inventory.client.adjust_stock(&known, "KETTLE", 7).await.unwrap(), left);
     };
-    target.for_each(host.test_each(adjust));
+    host.test_each(&(vec(adjustment_change(), 0..=3), damage()), adjust);
     host.block_on(inventory.stop());
 }
 
-/// What a call for a page differs in from a sound one.
-#[derive(Debug, TypeGenerator)]
+/// How a call for a page differs from a sound one.
+#[derive(Clone, Debug)]
 enum PageChange {
-    PageSize(Number),
+    PageSize(i32),
     Token(Text),
-    /// Of the name of a list, and where it is to go on.
+    /// A token of the list of this name, for what follows this SKU.
     EncodedToken(Text, Text),
-    /// Where the list of the sound call is to go on.
+    /// A token of the sound call's list, for what follows this SKU.
     After(Text),
+}
+
+fn page_change() -> impl Strategy<Value = PageChange> {
+    prop_oneof![
+        number_i32().prop_map(PageChange::PageSize),
+        text().prop_map(PageChange::Token),
+        (text(), text()).prop_map(|(list, last)| PageChange::EncodedToken(list, last)),
+        text().prop_map(PageChange::After),
+    ]
 }
 
 fn changed_page(sound: &ListStockRequest, changes: &[PageChange]) -> ListStockRequest {
     let mut page = sound.clone();
     for change in changes {
         match change {
-            PageChange::PageSize(number) => page.page_size = number.into(),
+            PageChange::PageSize(number) => page.page_size = *number,
             PageChange::Token(text) => page.page_token = text.into(),
             PageChange::EncodedToken(list, last) => {
                 page.page_token = chassis::encode_page_token(&String::from(list), &String::from(last));
@@ -111,9 +127,6 @@ fn changed_page(sound: &ListStockRequest, changes: &[PageChange]) -> ListStockRe
 
 #[test]
 fn list_stock_answers_a_page_or_a_declared_refusal() {
-    let target = check!().with_test_time(TEST_TIME);
-    let changes = produce::<Vec<PageChange>>().with().len(0..4_usize);
-    let target = target.with_generator((changes, produce::<Option<Damage>>()));
     let host = Host::start();
     let inventory = host.block_on(Inventory::serve(&[]));
     let sound = host.block_on(async {
@@ -139,102 +152,74 @@ fn list_stock_answers_a_page_or_a_declared_refusal() {
         let again = inventory.client.list_stock(sound.page_size, &sound.page_token).await.unwrap();
         assert_eq!(again, listed);
     };
-    target.for_each(host.test_each(ask));
+    host.test_each(&(vec(page_change(), 0..=3), damage()), ask);
     host.block_on(inventory.stop());
 }
 
-/// A SKU, and how many of it if not one.
-type Item = (Text, Option<Number>);
-
-/// What becomes of an order, or is said to.
-#[derive(Debug, TypeGenerator)]
+/// What happened to an order, or is said to have happened.
+#[derive(Clone, Debug)]
 enum Change {
-    /// With items that differ in their SKUs, so many times over.
-    Created(#[generator(produce::<Vec<(Text, Option<Number>)>>().with().len(0..3_usize))] Vec<Item>, Times),
+    /// Created with these items, doubled so often, each under a SKU of its own; no items: one sound item.
+    Created(Vec<Item>, u32),
     Cancelled,
 }
 
-/// What an event differs in from a sound one.
-#[derive(Debug, TypeGenerator)]
-enum EventChange {
-    Id(Id),
-    Source(Text),
-    Type(Text),
-    Subject(Id),
-    Sequence(Number),
-    Time(Number, Number),
-    NoTime,
-    Data(Damage),
-    Traceparent(Text),
-    Tracestate(Text),
+/// A SKU, and how many of it, if not one.
+type Item = (Text, Option<i32>);
+
+fn change() -> impl Strategy<Value = Change> {
+    let items = vec((text(), option::of(number_i32())), 0..=2);
+    prop_oneof![
+        (items, doublings()).prop_map(|(items, doublings)| Change::Created(items, doublings)),
+        Just(Change::Cancelled),
+    ]
 }
 
-/// An event.
-#[derive(Debug, TypeGenerator)]
+/// An event, and how it differs from a sound one.
+#[derive(Clone, Debug)]
 struct Told {
     /// One of few.
     order: u8,
     change: Change,
-    #[generator(produce::<Vec<EventChange>>().with().len(0..3_usize))]
     changes: Vec<EventChange>,
 }
 
-/// A batch of events.
-#[derive(Debug, TypeGenerator)]
-struct Batch {
-    #[generator(produce::<Vec<Told>>().with().len(0..4_usize))]
-    events: Vec<Told>,
-    /// All of them come so many times over.
-    copies: Times,
+fn told() -> impl Strategy<Value = Told> {
+    (any::<u8>(), change(), event_changes()).prop_map(|(order, change, changes)| Told { order, change, changes })
 }
 
-fn changed_event(told: &Told) -> Event {
+/// Events, and how often all of them are doubled.
+type Batch = (Vec<Told>, u32);
+
+fn event(told: &Told) -> Event {
     let sound = event_of(Uuid::from_u128(told.order.into()), &[("MUG", 1)]);
-    let mut event = match &told.change {
-        Change::Created(items, times) => {
-            let created = created(&sound, items, times);
+    let event = match &told.change {
+        Change::Created(items, doublings) => {
+            let created = created(&sound, items, *doublings);
             Event { data: created.encode_to_vec().into(), ..sound }
         }
         Change::Cancelled => cancellation_of(&sound),
     };
-    for change in &told.changes {
-        match change {
-            EventChange::Id(id) => event.id = id.into(),
-            EventChange::Source(text) => event.source = text.into(),
-            EventChange::Type(text) => event.r#type = text.into(),
-            EventChange::Subject(id) => event.subject = id.into(),
-            EventChange::Sequence(number) => event.sequence = number.into(),
-            EventChange::Time(seconds, nanos) => {
-                event.time = Some(prost_types::Timestamp { seconds: seconds.into(), nanos: nanos.into() });
-            }
-            EventChange::NoTime => event.time = None,
-            EventChange::Data(damage) => event.data = Damage::of(Some(damage), event.data.to_vec()),
-            EventChange::Traceparent(text) => event.traceparent = text.into(),
-            EventChange::Tracestate(text) => event.tracestate = text.into(),
-        }
-    }
-    event
+    change_event(event, &told.changes)
 }
 
 /// The order of a sound event, with these items instead, if there are any.
-fn created(sound: &Event, items: &[Item], times: &Times) -> OrderCreated {
+fn created(sound: &Event, items: &[Item], doublings: u32) -> OrderCreated {
     let mut created = OrderCreated::decode(sound.data.clone()).unwrap();
     if !items.is_empty() {
         let item = |(sku, quantity): &Item| {
-            let quantity = quantity.as_ref().map_or(1, i32::from);
+            let quantity = quantity.unwrap_or(1);
             OrderItem { sku: sku.into(), quantity, unit_price_minor: 100 }
         };
         let items: Vec<_> = items.iter().map(item).collect();
         let numbered = |(number, item): (usize, OrderItem)| OrderItem { sku: format!("{}{number}", item.sku), ..item };
-        created.items = repeat(&items, times).into_iter().enumerate().map(numbered).collect();
+        created.items = repeat(&items, doublings).into_iter().enumerate().map(numbered).collect();
     }
     created
 }
 
 #[test]
 fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
-    let target = check!().with_test_time(TEST_TIME);
-    let target = target.with_generator((produce::<Batch>(), produce::<Option<Damage>>()));
     let host = Host::start();
     let inventory = host.block_on(Inventory::serve(&[]));
     let known = order(&[("MUG", 1)]);
@@ -242,9 +227,9 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         inventory.put_in(&[("MUG", 1_000_000), ("NAME-1", 1_000_000_000), ("NAME-10", 1)]).await;
         assert_eq!(inventory.client.deliver([&known]).await.unwrap(), ["APPLIED"]);
     });
-    let deliver = async |(batch, damage): &(Batch, Option<Damage>)| {
-        let events: Vec<_> = batch.events.iter().map(changed_event).collect();
-        let batch = DeliverRequest { events: repeat(&events, &batch.copies) };
+    let deliver = async |((events, copies), damage): &(Batch, Option<Damage>)| {
+        let events: Vec<_> = events.iter().map(event).collect();
+        let batch = DeliverRequest { events: repeat(&events, *copies) };
         let sent = Damage::of(damage.as_ref(), batch.encode_to_vec());
         let decoded = DeliverRequest::decode(sent.clone());
         let path = "/events.v1.EventReceiver/Deliver";
@@ -260,7 +245,7 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         }
         assert_eq!(inventory.client.deliver([&known]).await.unwrap(), ["DUPLICATE"]);
     };
-    target.for_each(host.test_each(deliver));
+    host.test_each(&((vec(told(), 0..=3), doublings()), damage()), deliver);
     host.block_on(async {
         assert_eq!(inventory.answers(&known).await, ["inventory.v1.StockReserved"]);
         inventory.stop().await;

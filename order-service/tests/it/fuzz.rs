@@ -1,12 +1,10 @@
-//! Whatever a stranger sends is answered as the contract says, and neither harms the service nor stays with it.
+//! Whatever a stranger sends gets an answer of the contract, and does not harm the service.
+//!
+//! A failure prints how to repeat it. `FUZZ_SECONDS=600` feeds each target for ten minutes; `testkit::fuzz` tells more.
 
-use std::{
-    collections::HashSet,
-    slice,
-    sync::{Mutex, PoisonError},
-};
+use std::{cell::RefCell, collections::HashSet, slice};
 
-use bolero::{TypeGenerator, check, produce};
+use proptest::{collection::vec, option, prelude::*};
 use prost::{Message, Name, bytes::Bytes};
 use proto::{
     events::v1::{DeliverRequest, DeliverResponse, Event},
@@ -14,8 +12,8 @@ use proto::{
     orders::v1::{CreateOrderRequest, ListOrdersRequest, ListOrdersResponse, Order},
 };
 use testkit::fuzz::{
-    BATCH_MAX, Damage, Host, Id, MESSAGE_MAX, Number, TEST_TIME, Text, Times, call, is_refused_by_transport,
-    is_result_of_each, repeat,
+    BATCH_MAX, Damage, EventChange, Host, MESSAGE_MAX, Text, call, change_event, damage, doublings, event_changes, id,
+    is_refused_by_transport, is_result_of_each, number, number_i32, repeat, text,
 };
 use tonic::{
     Code, Request, Status,
@@ -24,11 +22,11 @@ use tonic::{
 
 use crate::service::{Service, Written, order, order_once, refusal, reserved};
 
-/// Beyond a few KiB, headers are refused before they come to the service.
+/// Headers of more than a few KiB are refused before the service sees them.
 const HEADER_MAX: usize = 2048;
 
-/// Asserts that the refusal is one the contract has for what was sent: the transport's own for what is too large or no
-/// message at all, and one of `declared`, with its reason, for anything else.
+/// Asserts that the contract declares this refusal for what was sent: the transport's own for bytes that are too large or no
+/// message, else one of `declared`, with its reason.
 fn is_declared<M: Message + Default>(status: Status, sent: &Bytes, limit: usize, declared: &[(Code, &str)]) {
     if !is_refused_by_transport::<M>(&status, sent, limit) {
         let refused = refusal::<()>(Err(status));
@@ -36,43 +34,57 @@ fn is_declared<M: Message + Default>(status: Status, sent: &Bytes, limit: usize,
     }
 }
 
-/// What an order differs in from a sound one.
-#[derive(Debug, TypeGenerator)]
+/// How an order differs from a sound one. A `u8` chooses the item.
+#[derive(Clone, Debug)]
 enum OrderChange {
-    RequestId(Id),
+    RequestId(Text),
     CustomerId(Text),
     CurrencyCode(Text),
     Sku(u8, Text),
-    Quantity(u8, Number),
-    UnitPrice(u8, Number),
-    /// Those there are, so many times over.
-    Items(Times),
+    Quantity(u8, i32),
+    UnitPrice(u8, i64),
+    /// The items so far, doubled so often.
+    Items(u32),
     Traceparent(Text),
     Tracestate(Text),
+}
+
+fn order_change() -> impl Strategy<Value = OrderChange> {
+    prop_oneof![
+        id().prop_map(OrderChange::RequestId),
+        text().prop_map(OrderChange::CustomerId),
+        text().prop_map(OrderChange::CurrencyCode),
+        (any::<u8>(), text()).prop_map(|(item, sku)| OrderChange::Sku(item, sku)),
+        (any::<u8>(), number_i32()).prop_map(|(item, quantity)| OrderChange::Quantity(item, quantity)),
+        (any::<u8>(), number()).prop_map(|(item, price)| OrderChange::UnitPrice(item, price)),
+        doublings().prop_map(OrderChange::Items),
+        text().prop_map(OrderChange::Traceparent),
+        text().prop_map(OrderChange::Tracestate),
+    ]
 }
 
 fn changed_order(changes: &[OrderChange]) -> Request<CreateOrderRequest> {
     let mut request = Request::new(order());
     for change in changes {
         let order = request.get_mut();
-        let line = |place: u8| usize::from(place) % order.items.len();
+        let item = |place: u8| usize::from(place) % order.items.len();
         match change {
             OrderChange::RequestId(id) => order.request_id = id.into(),
             OrderChange::CustomerId(text) => order.customer_id = text.into(),
             OrderChange::CurrencyCode(text) => order.currency_code = text.into(),
             OrderChange::Sku(place, text) => {
-                let line = line(*place);
-                order.items[line].sku = text.into();
+                let item = item(*place);
+                order.items[item].sku = text.into();
             }
             OrderChange::Quantity(place, number) => {
-                let line = line(*place);
-                order.items[line].quantity = number.into();
+                let item = item(*place);
+                order.items[item].quantity = *number;
             }
             OrderChange::UnitPrice(place, number) => {
-                let line = line(*place);
-                order.items[line].unit_price_minor = number.into();
+                let item = item(*place);
+                order.items[item].unit_price_minor = *number;
             }
-            OrderChange::Items(times) => order.items = repeat(&order.items, times),
+            OrderChange::Items(doublings) => order.items = repeat(&order.items, *doublings),
             OrderChange::Traceparent(text) => insert_header(request.metadata_mut(), "traceparent", text),
             OrderChange::Tracestate(text) => insert_header(request.metadata_mut(), "tracestate", text),
         }
@@ -80,7 +92,7 @@ fn changed_order(changes: &[OrderChange]) -> Request<CreateOrderRequest> {
     request
 }
 
-/// Of what text a header can hold, which is not only ASCII.
+/// Only text that a header can have, which includes some that is not ASCII.
 fn insert_header(metadata: &mut MetadataMap, name: &'static str, text: &Text) {
     let text = String::from(text);
     if let Ok(value) = MetadataValue::<Ascii>::try_from(text.as_bytes())
@@ -92,14 +104,11 @@ fn insert_header(metadata: &mut MetadataMap, name: &'static str, text: &Text) {
 
 #[test]
 fn create_order_answers_an_order_that_is_kept_or_a_declared_refusal() {
-    let target = check!().with_test_time(TEST_TIME);
-    let target =
-        target.with_generator((produce::<Vec<OrderChange>>().with().len(0..4_usize), produce::<Option<Damage>>()));
     let host = Host::start();
     let service = host.block_on(Service::start());
     let sound = order_once();
     let placed = host.block_on(service.place(sound.clone()));
-    let acknowledged = Mutex::new(HashSet::from([placed.order_id.clone()]));
+    let acknowledged = RefCell::new(HashSet::from([placed.order_id.clone()]));
     let create = async |(changes, damage): &(Vec<OrderChange>, Option<Damage>)| {
         let request = changed_order(changes).map(|order| Damage::of(damage.as_ref(), order.encode_to_vec()));
         let sent = request.get_ref().clone();
@@ -108,7 +117,7 @@ fn create_order_answers_an_order_that_is_kept_or_a_declared_refusal() {
                 CreateOrderRequest::decode(sent).unwrap();
                 let order = Order::decode(answer.into_inner()).unwrap();
                 assert_eq!(service.get(&order.order_id).await, order);
-                acknowledged.lock().unwrap_or_else(PoisonError::into_inner).insert(order.order_id);
+                acknowledged.borrow_mut().insert(order.order_id);
             }
             Err(refused) => {
                 let declared = ["INVALID_ORDER", "REQUEST_ID_REUSED"].map(|reason| (Code::InvalidArgument, reason));
@@ -117,25 +126,35 @@ fn create_order_answers_an_order_that_is_kept_or_a_declared_refusal() {
         }
         assert_eq!(service.place(sound.clone()).await, placed);
     };
-    target.for_each(host.test_each(create));
+    host.test_each(&(vec(order_change(), 0..=3), damage()), create);
     host.block_on(async {
         let Written { orders, events, .. } = service.written().await;
-        let acknowledged = i64::try_from(acknowledged.lock().unwrap().len()).unwrap();
+        let acknowledged = i64::try_from(acknowledged.borrow().len()).unwrap();
         assert_eq!((orders, events), (acknowledged, acknowledged), "all that is written was acknowledged");
         service.end().await;
     });
 }
 
-/// What a call for a page differs in from a sound one.
-#[derive(Debug, TypeGenerator)]
+/// How a call for a page differs from a sound one.
+#[derive(Clone, Debug)]
 enum PageChange {
     CustomerId(Text),
-    PageSize(Number),
+    PageSize(i32),
     Token(Text),
-    /// Of the name of a list, and where it is to go on.
-    EncodedToken(Text, Id),
-    /// Where the list of the sound call is to go on.
-    After(Id),
+    /// A token of the list of this name, for what follows this id.
+    EncodedToken(Text, Text),
+    /// A token of the sound call's list, for what follows this id.
+    After(Text),
+}
+
+fn page_change() -> impl Strategy<Value = PageChange> {
+    prop_oneof![
+        text().prop_map(PageChange::CustomerId),
+        number_i32().prop_map(PageChange::PageSize),
+        text().prop_map(PageChange::Token),
+        (text(), id()).prop_map(|(list, last)| PageChange::EncodedToken(list, last)),
+        id().prop_map(PageChange::After),
+    ]
 }
 
 fn changed_page(sound: &ListOrdersRequest, changes: &[PageChange]) -> ListOrdersRequest {
@@ -143,7 +162,7 @@ fn changed_page(sound: &ListOrdersRequest, changes: &[PageChange]) -> ListOrders
     for change in changes {
         match change {
             PageChange::CustomerId(text) => page.customer_id = text.into(),
-            PageChange::PageSize(number) => page.page_size = number.into(),
+            PageChange::PageSize(number) => page.page_size = *number,
             PageChange::Token(text) => page.page_token = text.into(),
             PageChange::EncodedToken(list, last) => {
                 page.page_token = chassis::encode_page_token(&String::from(list), &String::from(last));
@@ -158,9 +177,6 @@ fn changed_page(sound: &ListOrdersRequest, changes: &[PageChange]) -> ListOrders
 
 #[test]
 fn list_orders_answers_a_page_of_the_customer_or_a_declared_refusal() {
-    let target = check!().with_test_time(TEST_TIME);
-    let target =
-        target.with_generator((produce::<Vec<PageChange>>().with().len(0..4_usize), produce::<Option<Damage>>()));
     let host = Host::start();
     let service = host.block_on(Service::start());
     let list =
@@ -192,116 +208,83 @@ fn list_orders_answers_a_page_of_the_customer_or_a_declared_refusal() {
         }
         assert_eq!(list(sound.encode_to_vec().into()).await.unwrap().into_inner(), listed);
     };
-    target.for_each(host.test_each(ask));
+    host.test_each(&(vec(page_change(), 0..=3), damage()), ask);
     host.block_on(service.end());
 }
 
-/// A SKU, why it is short, how many are wanted and how many available.
-type Short = (Text, Number, Number, Number);
-
-/// What inventory answers, or somebody in its place.
-#[derive(Debug, TypeGenerator)]
-enum Answer {
+/// What inventory, or somebody in its place, says of an order.
+#[derive(Clone, Debug)]
+enum Reply {
     Reserved,
     Released,
-    /// With what is short, so many times over.
-    Rejected(#[generator(produce::<Vec<(Text, Number, Number, Number)>>().with().len(0..3_usize))] Vec<Short>, Times),
+    /// What was short, doubled so often.
+    Rejected(Vec<Short>, u32),
 }
 
-/// What an event differs in from a sound one.
-#[derive(Debug, TypeGenerator)]
-enum EventChange {
-    Id(Id),
-    Source(Text),
-    Type(Text),
-    /// Both of the envelope and of the message in it.
-    Order(Id),
-    Subject(Id),
-    Sequence(Number),
-    Time(Number, Number),
-    NoTime,
-    Data(Damage),
-    Traceparent(Text),
-    Tracestate(Text),
+/// A SKU, why it is short, how many are wanted and how many available.
+type Short = (Text, i32, i64, i64);
+
+fn reply() -> impl Strategy<Value = Reply> {
+    let shortages = vec((text(), number_i32(), number(), number()), 0..=2);
+    prop_oneof![
+        Just(Reply::Reserved),
+        Just(Reply::Released),
+        (shortages, doublings()).prop_map(|(shortages, doublings)| Reply::Rejected(shortages, doublings)),
+    ]
 }
 
-/// An event.
-#[derive(Debug, TypeGenerator)]
+/// An event, and how it differs from a sound one.
+#[derive(Clone, Debug)]
 struct Told {
-    answer: Answer,
-    #[generator(produce::<Vec<EventChange>>().with().len(0..3_usize))]
+    reply: Reply,
+    /// Another order that both the envelope and the message in it are about.
+    other_order: Option<Text>,
     changes: Vec<EventChange>,
 }
 
-/// A batch of events.
-#[derive(Debug, TypeGenerator)]
-struct Batch {
-    #[generator(produce::<Vec<Told>>().with().len(0..4_usize))]
-    events: Vec<Told>,
-    /// All of them come so many times over.
-    copies: Times,
+fn told() -> impl Strategy<Value = Told> {
+    (reply(), option::weighted(0.1, id()), event_changes()).prop_map(|(reply, other_order, changes)| Told {
+        reply,
+        other_order,
+        changes,
+    })
 }
 
-fn changed_event(order_id: &str, told: &Told) -> Event {
-    let about = told.changes.iter().rev().find_map(|change| match change {
-        EventChange::Order(id) => Some(String::from(id)),
-        _ => None,
-    });
-    let order_id = about.unwrap_or_else(|| order_id.to_owned());
-    let (r#type, data) = encoded(order_id.clone(), &told.answer);
-    let mut event = Event { subject: order_id.clone(), r#type, data, ..reserved(&order_id) };
-    for change in &told.changes {
-        match change {
-            EventChange::Id(id) => event.id = id.into(),
-            EventChange::Source(text) => event.source = text.into(),
-            EventChange::Type(text) => event.r#type = text.into(),
-            EventChange::Order(_) => {}
-            EventChange::Subject(id) => event.subject = id.into(),
-            EventChange::Sequence(number) => event.sequence = number.into(),
-            EventChange::Time(seconds, nanos) => {
-                event.time = Some(prost_types::Timestamp { seconds: seconds.into(), nanos: nanos.into() });
-            }
-            EventChange::NoTime => event.time = None,
-            EventChange::Data(damage) => event.data = Damage::of(Some(damage), event.data.to_vec()),
-            EventChange::Traceparent(text) => event.traceparent = text.into(),
-            EventChange::Tracestate(text) => event.tracestate = text.into(),
-        }
-    }
-    event
+/// Events, and how often all of them are doubled.
+type Batch = (Vec<Told>, u32);
+
+fn event(order_id: &str, told: &Told) -> Event {
+    let order_id = told.other_order.as_ref().map_or_else(|| order_id.to_owned(), String::from);
+    let (r#type, data) = encoded(order_id.clone(), &told.reply);
+    change_event(Event { subject: order_id.clone(), r#type, data, ..reserved(&order_id) }, &told.changes)
 }
 
-fn encoded(order_id: String, answer: &Answer) -> (String, Bytes) {
+fn encoded(order_id: String, reply: &Reply) -> (String, Bytes) {
     fn of<M: Message + Name>(message: &M) -> (String, Bytes) {
         (M::full_name(), message.encode_to_vec().into())
     }
-    match answer {
-        Answer::Reserved => of(&StockReserved { order_id }),
-        Answer::Released => of(&StockReleased { order_id }),
-        Answer::Rejected(shortages, times) => {
-            let shortage = |(sku, reason, wanted, available): &Short| Shortage {
-                sku: sku.into(),
-                reason: reason.into(),
-                wanted: wanted.into(),
-                available: available.into(),
-            };
+    match reply {
+        Reply::Reserved => of(&StockReserved { order_id }),
+        Reply::Released => of(&StockReleased { order_id }),
+        Reply::Rejected(shortages, doublings) => {
+            let shortage =
+                |&(ref sku, reason, wanted, available): &Short| Shortage { sku: sku.into(), reason, wanted, available };
             let shortages: Vec<_> = shortages.iter().map(shortage).collect();
-            of(&StockRejected { order_id, shortages: repeat(&shortages, times) })
+            of(&StockRejected { order_id, shortages: repeat(&shortages, *doublings) })
         }
     }
 }
 
 #[test]
 fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
-    let target = check!().with_test_time(TEST_TIME);
-    let target = target.with_generator((produce::<Batch>(), produce::<Option<Damage>>()));
     let host = Host::start();
     let service = host.block_on(Service::start());
     let known = reserved(&host.block_on(service.place(order())).order_id);
     assert_eq!(host.block_on(service.deliver(slice::from_ref(&known))), ["APPLIED"]);
-    let deliver = async |(batch, damage): &(Batch, Option<Damage>)| {
+    let deliver = async |((events, copies), damage): &(Batch, Option<Damage>)| {
         let order_id = service.place(order()).await.order_id;
-        let events: Vec<_> = batch.events.iter().map(|told| changed_event(&order_id, told)).collect();
-        let batch = DeliverRequest { events: repeat(&events, &batch.copies) };
+        let events: Vec<_> = events.iter().map(|told| event(&order_id, told)).collect();
+        let batch = DeliverRequest { events: repeat(&events, *copies) };
         let sent = Damage::of(damage.as_ref(), batch.encode_to_vec());
         let decoded = DeliverRequest::decode(sent.clone());
         match call(&service.channel, "/events.v1.EventReceiver/Deliver", Request::new(sent.clone())).await {
@@ -318,6 +301,6 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         assert_eq!(service.newest_of(&order.customer_id).await, Some(order));
         assert_eq!(service.deliver(slice::from_ref(&known)).await, ["DUPLICATE"]);
     };
-    target.for_each(host.test_each(deliver));
+    host.test_each(&((vec(told(), 0..=3), doublings()), damage()), deliver);
     host.block_on(service.end());
 }
