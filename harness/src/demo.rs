@@ -1,4 +1,4 @@
-//! The subcommand `demo`: the pattern at work, narrated.
+//! The subcommand `demo`: shows the pattern step by step, with an explanation of each.
 
 use std::{
     collections::BTreeMap,
@@ -35,16 +35,16 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(5);
 const SKU: &str = "MUG";
 const ORDERS_AT_ONCE: u32 = 50;
-/// Of each relay, in place of the defaults: fifty events are too few for one lease of hundreds to be shared.
+/// Workers and batch of each relay, smaller than the defaults: one default lease would take all fifty events.
 const WORKERS: u64 = 5;
 const BATCH: u64 = 10;
 
 /// Events by worker.
 type Shares = BTreeMap<u64, u64>;
 
-/// Show the pattern at work: a few seconds, narrated
+/// Show the pattern step by step, in a few seconds
 ///
-/// Sets everything up from nothing, places orders, delivers an event twice, audits, and takes everything down again.
+/// Starts a system of its own on free ports, places orders, delivers an event twice, audits, and stops everything.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
@@ -57,21 +57,22 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 }
 
 async fn show(arguments: &Arguments) -> Result<()> {
-    let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), false).await?;
-    // The relay's log tells which worker delivered what; that of an earlier demo would be counted too.
+    let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), false, None).await?;
+    // The relay's log tells which worker delivered which events. The log of an earlier demo would be counted too.
     if let Err(error) = fs::remove_dir_all(LOGS)
         && error.kind() != std::io::ErrorKind::NotFound
     {
         return Err(error).context(LOGS);
     }
-    let mut layout = Layout::standard(server, Path::new(LOGS));
+    let mut layout = Layout::on_free_ports(server, "orders", "inventory", Path::new(LOGS))?;
     layout.settings.push(("RUST_LOG".into(), "info,outbox_relay=debug".into()));
     layout.settings.push(("RELAY_WORKERS".into(), WORKERS.to_string()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));
     layout.prepare().await?;
     let target = layout.target()?;
 
-    println!("\n  The transactional outbox: two services, two databases, a relay each way.\n");
+    println!("\n  The transactional outbox: two services, each with a database, and a relay for each direction.\n");
+    println!("     {:<18} {:<12} {}", "PostgreSQL", "", layout.server.address());
     let mut processes = vec![start(&layout, Service::Inventory).await?, start(&layout, Service::Orders).await?];
     let (order_id, before) = show_commit(&target).await?;
     processes.push(show_delivery(&layout, &target, order_id, before).await?);
@@ -87,7 +88,7 @@ async fn show(arguments: &Arguments) -> Result<()> {
     if let Some(cluster) = cluster {
         cluster.stop().await?;
     }
-    println!("\n  Everything is down again. `make up` keeps it running for you to play with.\n");
+    println!("\n  The demo has stopped all of this. `make up` starts a system that keeps running.\n");
     Ok(())
 }
 
@@ -98,7 +99,7 @@ async fn start(layout: &Layout, service: Service) -> Result<Process> {
 }
 
 async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
-    println!("\n  1. An order and its event are committed together.");
+    println!("\n  1. One transaction commits an order and its event.");
     let before = available(target, SKU).await?;
     let order = place(target, 3).await?;
     println!("     CreateOrder 3 × {SKU} → order {}, {}", order.order_id, status_name(order.status()));
@@ -111,14 +112,14 @@ async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
     .fetch_one(&mut target.databases.orders().await?)
     .await?;
     println!(
-        "     its outbox row: event {}, {} no. {}, {} bytes",
+        "     its outbox row: event {}, {}, sequence {}, {} bytes",
         row.event_id,
         row.event_type,
         row.sequence,
         row.bytes.unwrap_or_default()
     );
     println!(
-        "     There is no relay yet, so {SKU} is still at {}: the event waits, and is safe.",
+        "     No relay runs yet. The event waits in the outbox, and the stock of {SKU} is still {}.",
         available(target, SKU).await?
     );
     Ok((order_id, before))
@@ -134,15 +135,17 @@ async fn place(target: &Target, quantity: i32) -> Result<Order> {
     Ok(target.orders().create_order(request).await?.into_inner())
 }
 
-/// Watches the order until it is settled.
+/// Watches the order until its status is final.
 async fn watch(target: &Target, order_id: &str) -> Result<Order> {
     let request = WatchOrderRequest { order_id: order_id.into() };
     let mut watch = target.orders().watch_order(request).await?.into_inner();
     let mut last = None;
-    while let Some(order) = timeout(DRAIN_LIMIT, watch.message()).await.context("the order is not settled")?? {
+    while let Some(order) =
+        timeout(DRAIN_LIMIT, watch.message()).await.context("the order still has no final status")??
+    {
         last = Some(order);
     }
-    last.context("the watch ended without a word")
+    last.context("the watch ended without an answer")
 }
 
 fn status_name(status: OrderStatus) -> &'static str {
@@ -150,17 +153,19 @@ fn status_name(status: OrderStatus) -> &'static str {
 }
 
 async fn show_delivery(layout: &Layout, target: &Target, order_id: Uuid, before: i64) -> Result<Process> {
-    println!("\n  2. The relay leases the row, delivers it over gRPC, and deletes it.");
+    println!("\n  2. The relay leases the row, delivers its event over gRPC, and deletes the row.");
     let relay = start(layout, Service::OrdersRelay).await?;
     wait_until_applied(target, order_id).await?;
     let after = available(target, SKU).await?;
-    println!("     stock deducted and the answer written, in one transaction: {SKU} {before} → {after}");
+    println!("     one transaction of inventory-service deducted stock and wrote the reply: {SKU} {before} → {after}");
     ensure!(before - after == 3, "stock of {SKU} went {before} → {after} for an order of 3");
     Ok(relay)
 }
 
 async fn show_reply(layout: &Layout, target: &Target, order_id: Uuid) -> Result<Process> {
-    println!("\n  3. The answer comes back the same way: inventory's outbox, a second relay, order-service's inbox.");
+    println!(
+        "\n  3. The reply comes back the same way: the outbox of inventory-service, a second relay, order-service."
+    );
     let relay = start(layout, Service::InventoryRelay).await?;
     let order = watch(target, &order_id.to_string()).await?;
     println!("     WatchOrder: PENDING → {}", status_name(order.status()));
@@ -169,7 +174,7 @@ async fn show_reply(layout: &Layout, target: &Target, order_id: Uuid) -> Result<
 }
 
 async fn show_rejection(target: &Target) -> Result<()> {
-    println!("\n  4. An order too large is no failure: it is answered, too.");
+    println!("\n  4. An order that is too large is rejected by a reply, not by an error.");
     let placed = place(target, 1_000_000).await?;
     let order = watch(target, &placed.order_id).await?;
     println!("     CreateOrder 1000000 × {SKU} → {}: {}", status_name(order.status()), order.rejection);
@@ -178,7 +183,7 @@ async fn show_rejection(target: &Target) -> Result<()> {
 }
 
 async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Result<()> {
-    println!("\n  5. The first order is cancelled; its events are delivered in sequence, so the stock comes back.");
+    println!("\n  5. The first order is cancelled. Its events are delivered in sequence, and its stock returns.");
     let during = available(target, SKU).await?;
     let request = CancelOrderRequest { request_id: Uuid::new_v4().into(), order_id: order_id.into() };
     let order = target.orders().cancel_order(request).await?.into_inner();
@@ -190,7 +195,7 @@ async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Resu
 }
 
 async fn show_dead_letter(layout: &Layout, target: &Target) -> Result<()> {
-    println!("\n  6. An event that cannot be applied dies alone, with its reason, and waits for a person.");
+    println!("\n  6. An event that cannot be applied becomes a dead letter. Other events still arrive.");
     let event_id = enqueue_poison(target).await?.to_string();
     wait_for_dead(target).await?;
     for arguments in [
@@ -207,7 +212,7 @@ async fn show_dead_letter(layout: &Layout, target: &Target) -> Result<()> {
     Ok(())
 }
 
-/// As a service with a bug would: the event of an order without items, which order-service accepts from nobody.
+/// Writes what only a service with a bug would: the event of an order without items.
 async fn enqueue_poison(target: &Target) -> Result<Uuid> {
     let (order_id, event_id) = (Uuid::now_v7(), Uuid::now_v7());
     let poison = OrderCreated {
@@ -239,21 +244,21 @@ async fn wait_for_dead(target: &Target) -> Result<()> {
 }
 
 async fn show_workers(layout: &Layout, target: &Target) -> Result<()> {
-    println!("\n  7. Fifty orders at once, shared out by SKIP LOCKED: {WORKERS} workers, {BATCH} events a lease.");
+    println!("\n  7. {ORDERS_AT_ONCE} orders at once. SKIP LOCKED shares their events among {WORKERS} workers.");
     let already = read_shares(layout)?;
     let started = Instant::now();
     let load = Load { orders: ORDERS_AT_ONCE, concurrency: ORDERS_AT_ONCE, retry_for: Duration::ZERO };
     let placed = place_orders(target, load).await?;
-    println!("     {ORDERS_AT_ONCE} orders acknowledged in {:.0?}, each reply checked", placed.elapsed);
+    println!("     all orders acknowledged after {:.0?}, each reply checked", placed.elapsed);
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
-    println!("     all delivered and answered {:.0?} after the first call", started.elapsed());
+    println!("     all events delivered and answered after {:.0?}", started.elapsed());
     for (worker, events) in wait_for_shares(layout, &already, load.orders.into()).await? {
         println!("     worker {worker} {events:>3}  {}", "▪".repeat(usize::try_from(events)?));
     }
     Ok(())
 }
 
-/// Events each worker has settled since `already`, once there are `expected` in all: the log comes after the deed.
+/// Events that each worker has settled since `already`. Waits until there are `expected`: a worker logs after it settles.
 async fn wait_for_shares(layout: &Layout, already: &Shares, expected: u64) -> Result<Shares> {
     let started = Instant::now();
     loop {
@@ -270,7 +275,7 @@ async fn wait_for_shares(layout: &Layout, already: &Shares, expected: u64) -> Re
     }
 }
 
-/// Events each worker has settled so far, from the relay's log.
+/// Events that each worker has settled so far, from the relay's log.
 fn read_shares(layout: &Layout) -> Result<Shares> {
     let path = layout.log(Service::OrdersRelay);
     let log = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -285,7 +290,7 @@ fn read_shares(layout: &Layout) -> Result<Shares> {
 }
 
 async fn show_replay(target: &Target) -> Result<()> {
-    println!("\n  8. One event delivered twice, as after a lost reply.");
+    println!("\n  8. One event is delivered twice, as after a lost reply. Its stock is deducted once.");
     let replay = replay(target, SKU).await?;
     replay.check()?;
     let [before, after_first, after_second] = replay.stock;
@@ -296,7 +301,7 @@ async fn show_replay(target: &Target) -> Result<()> {
 }
 
 async fn show_audit(target: &Target) -> Result<()> {
-    println!("\n  9. The audit: both databases held against each other, row by row.");
+    println!("\n  9. The audit compares both databases, row by row.");
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
     let audit = audit(&target.databases).await?;
     for line in audit.lines() {

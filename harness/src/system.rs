@@ -1,5 +1,4 @@
-//! The whole system as separate processes: order-service, inventory-service and a relay each way, beside a PostgreSQL
-//! server.
+//! The whole system: PostgreSQL, and order-service, inventory-service and two relays as processes.
 
 use std::{
     fs,
@@ -11,36 +10,40 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use tokio::process::Command;
 
-use crate::target::{Databases, Target};
+use crate::target::{self, Databases, Target};
 use testkit::{
     bootstrap::{bootstrap, create_databases},
-    postgres::{self, Cluster, Options, Server},
+    postgres::{self, Cluster, FixedPort, Options, Server},
     processes::{Process, binary, free_port},
 };
 
+/// The first of the four ports that `harness up` uses by default.
+pub const FIRST_PORT: u16 = 50051;
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
-/// A process ends by itself within its drain time of 5 s.
+/// More than the drain time of a process (5 s).
 const GRACE: Duration = Duration::from_secs(8);
 
-/// Which PostgreSQL server the system is to use.
+/// Which PostgreSQL server the system uses.
 #[derive(clap::Args, Clone, Debug)]
 pub struct ServerArguments {
-    /// A superuser's URL of an existing server, to be used instead of a private one
+    /// Superuser's URL of an existing server, instead of a private one
     #[arg(long, env = "POSTGRES_URL", hide_env_values = true, value_name = "URL")]
     postgres_url: Option<String>,
-    /// Port of the private server
-    #[arg(long, env = "POSTGRES_PORT", default_value_t = 5433)]
-    port: u16,
 }
 
 impl ServerArguments {
-    /// A server with our roles and databases; the private one in `directory`, which is deleted at the end unless `keep`.
+    /// A server with the roles and databases of this project. A private one is in `directory`, which is deleted at the end
+    /// unless `keep` is set, and listens on `port`, or on any free one.
     ///
     /// # Errors
-    /// When there is none and none can be started; the error says what to do.
-    pub async fn provide(&self, directory: &Path, keep: bool) -> Result<(Server, Option<Cluster>)> {
-        let options =
-            Options { directory: directory.into(), port: Some(self.port), keep, durable: true, settings: Vec::new() };
+    /// If there is no server and none can be started; the error says what to do.
+    pub async fn provide(
+        &self,
+        directory: &Path,
+        keep: bool,
+        port: Option<FixedPort>,
+    ) -> Result<(Server, Option<Cluster>)> {
+        let options = Options { directory: directory.into(), port, keep, durable: true, settings: Vec::new() };
         let (server, cluster) = postgres::provide(self.postgres_url.as_deref(), options).await?;
         bootstrap(&server).await?;
         create_databases(&server).await?;
@@ -48,7 +51,7 @@ impl ServerArguments {
     }
 }
 
-/// Where the system's parts are.
+/// Where the parts of a system are.
 #[derive(Clone, Debug)]
 pub struct Layout {
     /// The server of both databases.
@@ -57,44 +60,54 @@ pub struct Layout {
     pub orders: String,
     /// Name of the inventory database.
     pub inventory: String,
-    /// Where order-service listens.
+    /// Address of order-service.
     pub order_service: SocketAddr,
-    /// Where inventory-service listens.
+    /// Address of inventory-service.
     pub inventory_service: SocketAddr,
-    /// Where the relay of the orders database listens.
+    /// Address of the relay of the orders database.
     pub orders_relay: SocketAddr,
-    /// Where the relay of the inventory database listens.
+    /// Address of the relay of the inventory database.
     pub inventory_relay: SocketAddr,
-    /// Where logs go.
+    /// Directory of the log files.
     pub logs: PathBuf,
-    /// What else to set for the processes, by environment variable.
+    /// More environment variables for each process.
     pub settings: Vec<(String, String)>,
 }
 
 /// One of the four processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// Takes orders.
+    /// order-service.
     Orders,
-    /// Keeps stock.
+    /// inventory-service.
     Inventory,
-    /// Carries the events of orders to inventory.
+    /// The relay that delivers the events of orders to inventory-service.
     OrdersRelay,
-    /// Carries inventory's answers back.
+    /// The relay that delivers inventory's replies to order-service.
     InventoryRelay,
 }
 
 impl Service {
-    /// All of them, receivers first, so that no relay begins by finding nobody there.
+    /// All of them. Receivers come before the relays, whose first delivery would fail otherwise.
     pub const ALL: [Self; 4] = [Self::Inventory, Self::Orders, Self::OrdersRelay, Self::InventoryRelay];
 
-    /// What the process is called; the name of its log.
+    /// The name of the process and of its log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Orders => "order-service",
             Self::Inventory => "inventory-service",
             Self::OrdersRelay => "orders-relay",
             Self::InventoryRelay => "inventory-relay",
+        }
+    }
+
+    /// Its port, if the first of the four is `first`.
+    pub fn port_from(self, first: u16) -> u16 {
+        match self {
+            Self::Orders => first,
+            Self::Inventory => first + 1,
+            Self::OrdersRelay => first + 2,
+            Self::InventoryRelay => first + 3,
         }
     }
 
@@ -109,58 +122,66 @@ impl Service {
 }
 
 impl Layout {
-    /// The ports of the README.
-    pub fn standard(server: Server, logs: &Path) -> Self {
-        let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    /// The databases `orders` and `inventory`, and the four ports from `first`.
+    pub fn on_ports_from(first: u16, server: Server, logs: &Path) -> Self {
+        use Service::{Inventory, InventoryRelay, Orders, OrdersRelay};
+        let ports = [Orders, Inventory, OrdersRelay, InventoryRelay].map(|service| service.port_from(first));
+        Self::new(server, ["orders", "inventory"], ports, logs)
+    }
+
+    /// Two databases of any name, and any free ports.
+    ///
+    /// # Errors
+    /// If no port is free.
+    pub fn on_free_ports(server: Server, orders: &str, inventory: &str, logs: &Path) -> Result<Self> {
+        let ports = [free_port()?, free_port()?, free_port()?, free_port()?];
+        Ok(Self::new(server, [orders, inventory], ports, logs))
+    }
+
+    fn new(server: Server, [orders, inventory]: [&str; 2], ports: [u16; 4], logs: &Path) -> Self {
+        let [order_service, inventory_service, orders_relay, inventory_relay] =
+            ports.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
         Self {
             server,
-            orders: "orders".into(),
-            inventory: "inventory".into(),
-            order_service: local(50051),
-            inventory_service: local(50052),
-            orders_relay: local(50053),
-            inventory_relay: local(50054),
+            orders: orders.into(),
+            inventory: inventory.into(),
+            order_service,
+            inventory_service,
+            orders_relay,
+            inventory_relay,
             logs: logs.to_owned(),
             settings: Vec::new(),
         }
     }
 
-    /// Ports that are free at this moment, and databases of any name.
+    /// This system, for the subcommands that work on a running one.
     ///
     /// # Errors
-    /// When no port is free.
-    pub fn on_free_ports(server: Server, orders: &str, inventory: &str, logs: &Path) -> Result<Self> {
-        let local = || Ok::<_, anyhow::Error>(SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)));
-        Ok(Self {
-            orders: orders.into(),
-            inventory: inventory.into(),
-            order_service: local()?,
-            inventory_service: local()?,
-            orders_relay: local()?,
-            inventory_relay: local()?,
-            ..Self::standard(server, logs)
-        })
-    }
-
-    /// How the subcommands that work on a running system find this one.
-    ///
-    /// # Errors
-    /// When an address is no part of a URL, which none of ours is.
+    /// If an address does not fit into a URL.
     pub fn target(&self) -> Result<Target> {
+        let [(_, order_service), (_, inventory_service), (_, orders), (_, inventory)] = self.target_variables();
         Ok(Target {
-            order_service: format!("http://{}", self.order_service).parse()?,
-            inventory_service: format!("http://{}", self.inventory_service).parse()?,
-            databases: Databases {
-                orders_database_url: self.server.url_for("orders_owner", &self.orders).parse()?,
-                inventory_database_url: self.server.url_for("inventory_owner", &self.inventory).parse()?,
-            },
+            order_service: order_service.parse()?,
+            inventory_service: inventory_service.parse()?,
+            databases: Databases { orders_database_url: orders.parse()?, inventory_database_url: inventory.parse()? },
         })
     }
 
-    /// Brings both schemas up to date and puts demo stock in, once.
+    /// The same as environment variables with their values, in the order of [`target::DEFAULTS`].
+    pub(crate) fn target_variables(&self) -> [(&'static str, String); 4] {
+        let [(order_service, _), (inventory_service, _), (orders, _), (inventory, _)] = target::DEFAULTS;
+        [
+            (order_service, format!("http://{}", self.order_service)),
+            (inventory_service, format!("http://{}", self.inventory_service)),
+            (orders, self.server.url_for("orders_owner", &self.orders)),
+            (inventory, self.server.url_for("inventory_owner", &self.inventory)),
+        ]
+    }
+
+    /// Migrates both databases, and adds the demo stock if it is not there yet.
     ///
     /// # Errors
-    /// When one of the commands fails; the error shows what it printed.
+    /// If one of the commands fails; the error shows its output.
     pub async fn prepare(&self) -> Result<()> {
         let orders = self.server.url_for("orders_owner", &self.orders);
         let inventory = self.server.url_for("inventory_owner", &self.inventory);
@@ -175,10 +196,10 @@ impl Layout {
         process.finish(command).await
     }
 
-    /// Starts one of the processes and waits until it is healthy.
+    /// Starts a process and waits until it is healthy.
     ///
     /// # Errors
-    /// When it is not in time; the error shows the end of its log.
+    /// If it is not healthy in time; the error shows the end of its log.
     pub async fn start(&self, service: Service) -> Result<Process> {
         let (role, database) = match service {
             Service::Orders => ("order_service", &self.orders),
@@ -208,10 +229,10 @@ impl Layout {
         Ok(process)
     }
 
-    /// Runs an operator's command of `outbox-relay` on the outbox of a relay, and returns what it prints.
+    /// Runs an operator's command of `outbox-relay` on the outbox of a relay, and returns its output.
     ///
     /// # Errors
-    /// When the command fails; the error shows its message.
+    /// If the command fails; the error shows its message.
     pub async fn operate(&self, relay: Service, arguments: &[&str]) -> Result<String> {
         let database = if relay == Service::InventoryRelay { &self.inventory } else { &self.orders };
         operate(&self.server.url_for("outbox_relay", database), arguments).await
@@ -225,12 +246,12 @@ impl Layout {
         Process::spawn(service.name(), &program, [command], environment.chain(settings), &self.log(service))
     }
 
-    /// The file with what a process has logged.
+    /// The log file of a process.
     pub fn log(&self, service: Service) -> PathBuf {
         self.logs.join(format!("{}.log", service.name()))
     }
 
-    /// Where a process listens.
+    /// The address of a process.
     pub fn address(&self, service: Service) -> SocketAddr {
         match service {
             Service::Orders => self.order_service,
@@ -241,29 +262,29 @@ impl Layout {
     }
 }
 
-/// Runs an operator's command of `outbox-relay` on the outbox of a database, and returns what it prints.
+/// Runs an operator's command of `outbox-relay` on the outbox of a database, and returns its output.
 ///
 /// # Errors
-/// When the command fails; the error shows its message.
+/// If the command fails; the error shows its message.
 pub async fn operate(database_url: &str, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new(binary("outbox-relay")?);
     command.args(arguments).env("RELAY_DATABASE_URL", database_url);
     let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "outbox-relay {} failed: {said}", arguments.join(" "));
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "outbox-relay {} failed: {message}", arguments.join(" "));
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Ends the processes, all at once, as an operator would; each gets its time, whatever becomes of the others.
+/// Ends all processes at once with SIGTERM. Each has its full grace, even if another one fails.
 ///
 /// # Errors
-/// When one did not end by itself in its time, or not with success.
+/// If one did not end within its grace, or not with success.
 pub async fn stop(processes: impl IntoIterator<Item = Process>) -> Result<()> {
     let mut ending = tokio::task::JoinSet::new();
     for mut process in processes {
         ending.spawn(async move {
             let exit = process.terminate(GRACE).await?;
-            ensure!(!exit.killed, "{} did not end within {GRACE:?} of SIGTERM and was killed", process.name());
+            ensure!(!exit.killed, "{} did not end within {GRACE:?} after SIGTERM and was killed", process.name());
             ensure!(exit.status.success(), "{} ended with {}: {}", process.name(), exit.status, process.log_tail(5));
             Ok(())
         });

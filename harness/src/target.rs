@@ -1,4 +1,4 @@
-//! Where a running system is: for the subcommands that work on one they did not start.
+//! Where a running system is, for the subcommands that did not start it themselves.
 
 use anyhow::{Context, Result};
 use chassis::DatabaseUrl;
@@ -11,35 +11,38 @@ use proto::{
 use sqlx::{Connection, PgConnection};
 use tonic::transport::{Channel, Endpoint, Uri};
 
+const ORDER_SERVICE: &str = "http://127.0.0.1:50051";
+const INVENTORY_SERVICE: &str = "http://127.0.0.1:50052";
+const ORDERS_DATABASE: &str = "postgres://orders_owner:orders_owner@127.0.0.1:5433/orders";
+const INVENTORY_DATABASE: &str = "postgres://inventory_owner:inventory_owner@127.0.0.1:5433/inventory";
+
+/// The environment variables of a [`Target`] with their defaults: the addresses of `harness up` and docker-compose.
+pub(crate) const DEFAULTS: [(&str, &str); 4] = [
+    ("ORDER_SERVICE_URL", ORDER_SERVICE),
+    ("INVENTORY_SERVICE_URL", INVENTORY_SERVICE),
+    ("ORDERS_DATABASE_URL", ORDERS_DATABASE),
+    ("INVENTORY_DATABASE_URL", INVENTORY_DATABASE),
+];
+
 /// The databases, as roles that may read everything in them.
 #[derive(Args, Clone, Debug)]
 pub struct Databases {
-    /// The orders database, as its owner
-    #[arg(
-        long,
-        env = "ORDERS_DATABASE_URL",
-        hide_env_values = true,
-        default_value = "postgres://orders_owner:orders_owner@127.0.0.1:5433/orders"
-    )]
+    /// URL of the orders database, as its owner
+    #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true, value_name = "URL", default_value = ORDERS_DATABASE)]
     pub orders_database_url: DatabaseUrl,
-    /// The inventory database, as its owner
-    #[arg(
-        long,
-        env = "INVENTORY_DATABASE_URL",
-        hide_env_values = true,
-        default_value = "postgres://inventory_owner:inventory_owner@127.0.0.1:5433/inventory"
-    )]
+    /// URL of the inventory database, as its owner
+    #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true, value_name = "URL", default_value = INVENTORY_DATABASE)]
     pub inventory_database_url: DatabaseUrl,
 }
 
-/// The services and their databases; the defaults are those of `harness up` and of docker-compose.
+/// The services and their databases.
 #[derive(Args, Clone, Debug)]
 pub struct Target {
-    /// order-service
-    #[arg(long, env = "ORDER_SERVICE_URL", default_value = "http://127.0.0.1:50051")]
+    /// URL of order-service
+    #[arg(long, env = "ORDER_SERVICE_URL", value_name = "URL", default_value = ORDER_SERVICE)]
     pub order_service: Uri,
-    /// inventory-service
-    #[arg(long, env = "INVENTORY_SERVICE_URL", default_value = "http://127.0.0.1:50052")]
+    /// URL of inventory-service
+    #[arg(long, env = "INVENTORY_SERVICE_URL", value_name = "URL", default_value = INVENTORY_SERVICE)]
     pub inventory_service: Uri,
     /// The databases.
     #[command(flatten)]
@@ -69,7 +72,7 @@ impl Target {
         InventoryServiceClient::new(Endpoint::from(self.inventory_service.clone()).connect_lazy())
     }
 
-    /// A client of order-service as the receiver of inventory's answers, connected when first used.
+    /// A client of order-service as the receiver of inventory's replies, connected when first used.
     pub fn reply_receiver(&self) -> EventReceiverClient<Channel> {
         EventReceiverClient::new(Endpoint::from(self.order_service.clone()).connect_lazy())
     }
@@ -82,6 +85,9 @@ impl Target {
 
 async fn connect(url: &DatabaseUrl) -> Result<PgConnection> {
     PgConnection::connect_with(&url.options()).await.with_context(|| {
-        format!("cannot connect to {url}; is the system up (`make up`, `docker-compose up`), or elsewhere (--help)?")
+        format!(
+            "cannot connect to {url}: start the system (`make up`, `docker-compose up`), \
+             or say where it is (--help lists the flags and variables)"
+        )
     })
 }

@@ -1,31 +1,58 @@
 //! The subcommand `up`: the whole system in the foreground, until Ctrl-C.
 
-use std::{path::Path, process::ExitCode, time::Duration};
+use std::{env, net::TcpListener, path::Path, process::ExitCode, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
     time::sleep,
+    try_join,
 };
 
-use crate::system::{Layout, ServerArguments, Service, stop};
-use testkit::{postgres::Cluster, processes::Process};
+use crate::{
+    system::{FIRST_PORT, Layout, ServerArguments, Service, stop},
+    target,
+};
+use testkit::{
+    ports::claim,
+    postgres::{Cluster, FixedPort},
+    processes::Process,
+};
 
-/// What the private server keeps from one `up` to the next.
+/// Directory of the private server, which is kept.
 const DIRECTORY: &str = "target/postgres";
 const LOGS: &str = "target/logs";
-/// How often the processes are looked after.
+const POSTGRES_PORT: u16 = 5433;
+/// How long to wait for a port that is taken: longer than Linux keeps the port of a closed connection (a minute).
+const PORT_PATIENCE: Duration = Duration::from_secs(75);
+/// Pause between two looks at the processes.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Run the whole system in the foreground, and say how to use it
+/// Run the whole system in the foreground, and print how to use it
 ///
-/// PostgreSQL, order-service, inventory-service and a relay each way, as separate processes on the ports of the README.
-/// Data stays from one run to the next. Ctrl-C ends it all.
+/// Starts PostgreSQL, order-service, inventory-service and two relays as separate processes. Keeps the data for the next run.
+/// Waits for ports that are taken. Ctrl-C ends everything.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
     server: ServerArguments,
+    /// Port of the private PostgreSQL server [default: 5433, or N+4 with --ports-from]
+    #[arg(long, env = "POSTGRES_PORT", value_name = "PORT")]
+    port: Option<u16>,
+    /// First of the ports of order-service, inventory-service, the two relays and PostgreSQL [default: 50051 to 50054 and 5433]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=65531))]
+    ports_from: Option<u16>,
+}
+
+impl Arguments {
+    fn first_port(&self) -> u16 {
+        self.ports_from.unwrap_or(FIRST_PORT)
+    }
+
+    fn postgres_port(&self) -> u16 {
+        self.port.or(self.ports_from.map(|first| first + 4)).unwrap_or(POSTGRES_PORT)
+    }
 }
 
 /// Runs the subcommand.
@@ -33,7 +60,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let (cluster, mut processes) = select! {
         started = start(&arguments) => started?,
-        // What is started so far ends with the future that started it.
+        // Dropping the start ends what it has started so far.
         _ = interrupt.recv() => return Ok(ExitCode::from(130)),
         _ = terminate.recv() => return Ok(ExitCode::from(143)),
     };
@@ -52,44 +79,85 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 
 async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)> {
     println!("up: starting");
-    let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), true).await?;
-    let layout = Layout::standard(server, Path::new(LOGS));
+    let first = arguments.first_port();
+    let claims = claim_ports(first).await?;
+    let postgres = FixedPort { number: arguments.postgres_port(), patience: PORT_PATIENCE };
+    let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), true, Some(postgres)).await?;
+    println!("up: {:<18} {}", "PostgreSQL", server.address());
+    let layout = Layout::on_ports_from(first, server, Path::new(LOGS));
     layout.prepare().await?;
     let mut processes = Vec::new();
-    for service in Service::ALL {
+    for (service, claimed) in Service::ALL.into_iter().zip(claims) {
+        drop(claimed);
         let process = layout.start(service).await?;
         println!("up: {:<18} {}  pid {}", service.name(), layout.address(service), process.pid());
         processes.push(process);
     }
-    print_usage(&layout);
+    println!("{}", usage(&layout, &program()?));
     Ok((cluster, processes))
 }
 
-fn print_usage(layout: &Layout) {
+/// Claims the ports of [`Service::ALL`]. Holding them until each process starts keeps outgoing connections, such as those to
+/// PostgreSQL meanwhile, from getting one.
+async fn claim_ports(first: u16) -> Result<[TcpListener; 4]> {
+    let [one, two, three, four] = Service::ALL.map(async |service| {
+        let claimed = claim(service.port_from(first), service.name(), PORT_PATIENCE).await;
+        claimed.map_err(|error| anyhow!("{error}: stop that process, or choose other ports with --ports-from"))
+    });
+    let (one, two, three, four) = try_join!(one, two, three, four)?;
+    Ok([one, two, three, four])
+}
+
+/// This program as a person types it in the current directory.
+fn program() -> Result<String> {
+    let path = env::current_exe()?;
+    let typed = match path.strip_prefix(env::current_dir()?) {
+        Ok(name) if name.components().count() == 1 => Path::new(".").join(name),
+        Ok(relative) => relative.to_owned(),
+        Err(_) => path,
+    };
+    Ok(typed.display().to_string())
+}
+
+fn usage(layout: &Layout, program: &str) -> String {
     let (orders, inventory) = (layout.order_service, layout.inventory_service);
-    println!(
+    let addresses = exports(layout);
+    format!(
         r#"up: everything is up; logs are in {LOGS}
 
   Place an order:
     grpcurl -plaintext -d '{{"customer_id":"ann","currency_code":"EUR","items":[{{"sku":"MUG","quantity":2,"unit_price_minor":1250}}]}}' \
       {orders} orders.v1.OrderService/CreateOrder
-  See its stock go:
+  Look at the stock:
     grpcurl -plaintext -d '{{"sku":"MUG"}}' {inventory} inventory.v1.InventoryService/GetStock
-  See it confirmed, and cancel it, by its order_id:
+  Watch the order, and cancel it, by its order_id:
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
-  Load it:
+  Put load on it:
     ghz --config harness/ghz.json {orders}
-  Load it, check every reply, and audit:
-    target/release/harness stress --orders 5000 --concurrency 50
+{addresses}  Put load on it, check every reply, and audit:
+    {program} stress --orders 5000 --concurrency 50
   Audit:
-    target/release/harness audit
+    {program} audit
 
-  Ctrl-C ends it all; the data stays for the next time."#
-    );
+  Ctrl-C ends everything. The data is kept."#
+    )
 }
 
-/// Returns when a process ended by itself, which none should.
+/// How to tell the other subcommands where this system is, if it is not where they look by default.
+fn exports(layout: &Layout) -> String {
+    let variables = layout.target_variables().into_iter().zip(target::DEFAULTS);
+    let others: Vec<String> = variables
+        .filter(|((_, value), (_, default))| value != default)
+        .map(|((name, value), _)| format!("    export {name}='{value}'\n"))
+        .collect();
+    if others.is_empty() {
+        return String::new();
+    }
+    format!("  Tell the next two commands where the system is, in the same shell:\n{}", others.concat())
+}
+
+/// Returns when a process has ended by itself, which is an error.
 async fn watch(processes: &mut [Process]) -> Result<()> {
     loop {
         for process in &mut *processes {
@@ -98,5 +166,63 @@ async fn watch(processes: &mut [Process]) -> Result<()> {
             }
         }
         sleep(WATCH_INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use testkit::postgres::Server;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct CommandLine {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn ports(flags: &[&str]) -> (u16, u16) {
+        let CommandLine { arguments } = CommandLine::try_parse_from([&["up"], flags].concat()).expect("sound flags");
+        (arguments.first_port(), arguments.postgres_port())
+    }
+
+    #[test]
+    fn ports_from_moves_all_ports_except_one_that_is_given() {
+        // Given by a variable, it would be the same.
+        if env::var_os("POSTGRES_PORT").is_none() {
+            assert_eq!(ports(&[]), (50051, 5433));
+            assert_eq!(ports(&["--ports-from", "60000"]), (60000, 60004));
+            assert_eq!(ports(&["--ports-from", "65531"]), (65531, 65535));
+        }
+        assert_eq!(ports(&["--port", "7000"]), (50051, 7000));
+        assert_eq!(ports(&["--ports-from", "60000", "--port", "7000"]), (60000, 7000));
+        assert!(CommandLine::try_parse_from(["up", "--ports-from", "65532"]).is_err());
+    }
+
+    fn usage_at(first: u16, postgres: u16) -> String {
+        let server = Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{postgres}")).expect("a URL");
+        usage(&Layout::on_ports_from(first, server, Path::new(LOGS)), "target/quick/harness")
+    }
+
+    #[test]
+    fn usage_names_the_addresses_that_are_not_the_default() {
+        let standard = usage_at(FIRST_PORT, POSTGRES_PORT);
+        assert!(standard.contains(" 127.0.0.1:50051 orders.v1.OrderService/CreateOrder"), "{standard}");
+        assert!(standard.contains("    target/quick/harness audit\n"), "{standard}");
+        assert!(!standard.contains("export"), "{standard}");
+
+        let moved = usage_at(60000, 60004);
+        assert!(moved.contains(" 127.0.0.1:60001 inventory.v1.InventoryService/GetStock"), "{moved}");
+        for export in [
+            "    export ORDER_SERVICE_URL='http://127.0.0.1:60000'\n",
+            "    export INVENTORY_SERVICE_URL='http://127.0.0.1:60001'\n",
+            "    export ORDERS_DATABASE_URL='postgres://orders_owner:orders_owner@127.0.0.1:60004/orders'\n",
+            "    export INVENTORY_DATABASE_URL='postgres://inventory_owner:inventory_owner@127.0.0.1:60004/inventory'\n",
+        ] {
+            assert!(moved.contains(export), "{export} in {moved}");
+        }
+        let other_server = usage_at(FIRST_PORT, 5432);
+        assert_eq!(other_server.matches("export").count(), 2, "{other_server}");
     }
 }

@@ -131,13 +131,13 @@ impl Host {
     /// # Panics
     /// If a value fails the test, makes the service panic, or makes the process grow too much.
     #[track_caller]
-    pub fn test_each<S: Strategy>(&self, strategy: &S, test: impl AsyncFn(&S::Value)) {
+    pub fn test_each<S: Strategy>(&self, strategy: &S, test: &impl AsyncFn(&S::Value)) {
         let time = setting("FUZZ_SECONDS").map_or(TEST_TIME, Duration::from_secs);
         let first = setting("FUZZ_SEED").unwrap_or_else(|| RandomState::new().hash_one("seed"));
         let started = Instant::now();
         let mut seed = first;
         while started.elapsed() < time {
-            let tested = self.panics.quietly(|| self.test_case(seed, strategy, &test));
+            let tested = self.panics.quietly(|| self.test_case(seed, strategy, test));
             if let Err(error) = tested {
                 let why = explain(error);
                 panic!("{why}\nto repeat this case: FUZZ_SEED={seed}; to repeat the whole run: FUZZ_SEED={first}");

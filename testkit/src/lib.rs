@@ -1,17 +1,19 @@
-//! What tests need of the world around the code: a PostgreSQL database for each, processes, ports, files, fuzzed input.
+//! What tests need around the code: PostgreSQL, processes, ports, files and generated input.
 //!
 //! - [`TestDatabase`]: a database of its own for every test.
-//! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster that is started and stopped.
-//! - [`bootstrap`]: what the superuser makes once per server: the roles and the two databases.
-//! - [`processes`]: child processes: spawned, awaited, signalled, and read when they fail; free ports.
+//! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster.
+//! - [`bootstrap`]: what the superuser creates once per server: roles and databases.
+//! - [`processes`]: child processes, their signals and logs; free ports.
+//! - [`ports`]: waits for a port that another process holds.
 //! - [`Scratch`]: a directory for one test.
-//! - `fuzz`: what a fuzzer sends to a service.
+//! - `fuzz`: property tests of a running service.
 //!
-//! The harness, the fault runs and the bench use the same servers and processes.
+//! The harness, the fault run and the bench use the same servers and processes.
 
 pub mod bootstrap;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+pub mod ports;
 pub mod postgres;
 pub mod processes;
 mod scratch;

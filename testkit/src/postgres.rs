@@ -1,8 +1,8 @@
-//! A PostgreSQL server to work with: the one of `POSTGRES_URL`, or a private cluster of our own.
+//! A PostgreSQL server: the one of `POSTGRES_URL`, or a private cluster.
 //!
-//! A private cluster is made of the machine's PostgreSQL binaries ([`find()`]; installed with apt where that is
-//! possible), in a directory of ours, listening on 127.0.0.1 only, under an unprivileged user when we are root. It lives
-//! no longer than the harness: one that a killed harness left behind is stopped by the next start in its directory.
+//! A private cluster runs the PostgreSQL binaries of this machine ([`find()`]), which apt installs if it can. It has a
+//! directory of its own and listens on 127.0.0.1 only. For root it runs as an unprivileged user. It ends with its harness:
+//! if a killed harness left one behind, the next start in the same directory stops it.
 
 mod server;
 
@@ -18,15 +18,14 @@ use std::path::Path;
 
 use anyhow::Result;
 
-pub use cluster::{Cluster, Options};
+pub use cluster::{Cluster, FixedPort, Options};
 pub use find::{Installation, find};
 pub use install::try_to_install;
 pub use server::Server;
 
-/// The server of `url` when there is one (then nothing is started, and there is no cluster to stop), else that of a
-/// private cluster.
+/// The server of `url`, or else a private cluster, which the caller has to stop.
 pub async fn provide(url: Option<&str>, options: Options) -> Result<(Server, Option<Cluster>)> {
-    // An empty variable is how make and compose files say "not set".
+    // make and compose files pass an empty variable for one that is not set.
     if let Some(url) = url.filter(|url| !url.is_empty()) {
         return Ok((Server::parse(url)?, None));
     }
@@ -34,10 +33,10 @@ pub async fn provide(url: Option<&str>, options: Options) -> Result<(Server, Opt
     Ok((cluster.server().clone(), Some(cluster)))
 }
 
-/// Stops and deletes the clusters that killed runs left in directories whose path begins with `prefix`; leaves those in use.
+/// Stops and deletes the clusters of killed runs in directories whose path begins with `prefix`. Leaves those in use.
 pub async fn remove_abandoned(prefix: &Path) -> Result<()> {
     let directories = home::abandoned(prefix)?;
-    // Without one there is nothing to stop, and so no need of binaries either.
+    // Without one, no binaries are needed either.
     if directories.is_empty() {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! The whole system, as real processes against a real PostgreSQL. Run them with `make test`.
+//! The whole system: real processes and a real PostgreSQL. Run with `make test`.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod site;
@@ -8,4 +8,5 @@ mod interleavings;
 mod plans;
 mod system;
 mod third_service;
+mod up;
 mod with_postgres;

@@ -86,7 +86,7 @@ fn adjust_stock_answers_the_level_or_a_declared_refusal() {
         let left = inventory.client.get_stock("KETTLE").await.unwrap();
         assert_eq!(inventory.client.adjust_stock(&known, "KETTLE", 7).await.unwrap(), left);
     };
-    host.test_each(&(vec(adjustment_change(), 0..=3), damage()), adjust);
+    host.test_each(&(vec(adjustment_change(), 0..=3), damage()), &adjust);
     host.block_on(inventory.stop());
 }
 
@@ -152,7 +152,7 @@ fn list_stock_answers_a_page_or_a_declared_refusal() {
         let again = inventory.client.list_stock(sound.page_size, &sound.page_token).await.unwrap();
         assert_eq!(again, listed);
     };
-    host.test_each(&(vec(page_change(), 0..=3), damage()), ask);
+    host.test_each(&(vec(page_change(), 0..=3), damage()), &ask);
     host.block_on(inventory.stop());
 }
 
@@ -245,7 +245,7 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         }
         assert_eq!(inventory.client.deliver([&known]).await.unwrap(), ["DUPLICATE"]);
     };
-    host.test_each(&((vec(told(), 0..=3), doublings()), damage()), deliver);
+    host.test_each(&((vec(told(), 0..=3), doublings()), damage()), &deliver);
     host.block_on(async {
         assert_eq!(inventory.answers(&known).await, ["inventory.v1.StockReserved"]);
         inventory.stop().await;

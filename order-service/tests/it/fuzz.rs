@@ -126,7 +126,7 @@ fn create_order_answers_an_order_that_is_kept_or_a_declared_refusal() {
         }
         assert_eq!(service.place(sound.clone()).await, placed);
     };
-    host.test_each(&(vec(order_change(), 0..=3), damage()), create);
+    host.test_each(&(vec(order_change(), 0..=3), damage()), &create);
     host.block_on(async {
         let Written { orders, events, .. } = service.written().await;
         let acknowledged = i64::try_from(acknowledged.borrow().len()).unwrap();
@@ -208,7 +208,7 @@ fn list_orders_answers_a_page_of_the_customer_or_a_declared_refusal() {
         }
         assert_eq!(list(sound.encode_to_vec().into()).await.unwrap().into_inner(), listed);
     };
-    host.test_each(&(vec(page_change(), 0..=3), damage()), ask);
+    host.test_each(&(vec(page_change(), 0..=3), damage()), &ask);
     host.block_on(service.end());
 }
 
@@ -301,6 +301,6 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         assert_eq!(service.newest_of(&order.customer_id).await, Some(order));
         assert_eq!(service.deliver(slice::from_ref(&known)).await, ["DUPLICATE"]);
     };
-    host.test_each(&((vec(told(), 0..=3), doublings()), damage()), deliver);
+    host.test_each(&((vec(told(), 0..=3), doublings()), damage()), &deliver);
     host.block_on(service.end());
 }

@@ -1,41 +1,52 @@
-//! A private cluster: made, started, awaited, stopped.
+//! Creates, starts and stops a private cluster.
 
 use std::{
     fs,
-    net::{Ipv4Addr, TcpListener},
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::Signal;
 use tokio::time::sleep;
 
 use super::{Server, find::Installation, home::Home, install::find_or_install};
-use crate::processes::{Process, free_port};
+use crate::{
+    ports::claim,
+    processes::{Process, free_port},
+};
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 const IMMEDIATE_STOP_TIMEOUT: Duration = Duration::from_secs(5);
 const LOG_LINES_SHOWN: usize = 15;
 
-/// How a private cluster is to run.
+/// How to run a private cluster.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The cluster's own directory: a new or empty one, or that of an earlier run.
+    /// The cluster's own directory: new, empty, or of an earlier run.
     pub directory: PathBuf,
-    /// The port on 127.0.0.1; any free one if none.
-    pub port: Option<u16>,
-    /// Whether the directory outlives the cluster.
+    /// The port on 127.0.0.1; none means any free one.
+    pub port: Option<FixedPort>,
+    /// Whether the directory stays after the cluster has stopped.
     pub keep: bool,
-    /// Whether what is committed outlives a loss of power. Without it the server still loses nothing when it is killed, and
-    /// tests, which make and drop a database each, take a third of the time.
+    /// Whether commits survive a loss of power. If not, they still survive a killed server, and tests, which create and drop
+    /// a database each, are much faster.
     pub durable: bool,
-    /// Other settings of the server, each as `name=value`.
+    /// More settings of the server, each as `name=value`.
     pub settings: Vec<String>,
 }
 
-/// A running private cluster. Dropping it stops the server at once, as a crash would; [`Cluster::stop`] does it properly.
+/// The port that a cluster has to have.
+#[derive(Debug, Clone, Copy)]
+pub struct FixedPort {
+    /// Its number.
+    pub number: u16,
+    /// How long to wait for it while another process holds it.
+    pub patience: Duration,
+}
+
+/// A running private cluster. [`Cluster::stop`] stops it properly; dropping it stops it at once, like a crash.
 #[derive(Debug)]
 pub struct Cluster {
     server: Server,
@@ -43,19 +54,19 @@ pub struct Cluster {
     installation: Installation,
     port: u16,
     options: Options,
-    // Last, because what is in it may be deleted only when no process uses it any more.
+    // Last, because its files may be deleted only after the process has ended.
     home: Home,
 }
 
 impl Cluster {
-    /// Makes a cluster, or takes over that of an earlier run, and returns once it accepts queries.
+    /// Creates a cluster, or takes over that of an earlier run. Returns once it accepts queries.
     pub async fn start(options: Options) -> Result<Cluster> {
         let installation = find_or_install().await?;
         let home = Home::open(&options.directory, options.keep)?;
         home.stop_abandoned_server(&installation).await?;
         initialise(&installation, &home).await?;
         let port = match options.port {
-            Some(port) => claim(port)?,
+            Some(port) => wait_for_port(port).await?,
             None => free_port()?,
         };
         let server = Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{port}/postgres"))?;
@@ -70,24 +81,24 @@ impl Cluster {
         &self.server
     }
 
-    /// The programs it is made of; clients of the same version are among them.
+    /// The programs it runs, with clients of the same version.
     pub fn installation(&self) -> &Installation {
         &self.installation
     }
 
-    /// The file with what the server has logged.
+    /// The server's log file.
     pub fn log(&self) -> PathBuf {
         self.home.log()
     }
 
-    /// Ends the server as a crash would, by an immediate shutdown: nothing that sessions are at is brought to its end, and nothing is
-    /// written any more. Returns when it is gone.
+    /// Ends the server like a crash, by an immediate shutdown: no session finishes, and nothing more is written. Returns when
+    /// the server has ended.
     pub async fn crash(&mut self) -> Result<()> {
         self.process.stop(Signal::QUIT, STOP_TIMEOUT).await?;
         Ok(())
     }
 
-    /// Starts the server again if it is not running, in the same place, and returns once it has recovered.
+    /// Starts the server again, unless it is running. Returns once it has recovered.
     pub async fn recover(&mut self) -> Result<()> {
         if !self.process.is_running() {
             self.process = launch(&self.installation, &self.home, self.port, &self.options)?;
@@ -95,9 +106,9 @@ impl Cluster {
         self.wait_until_ready().await
     }
 
-    /// Ends all sessions, stops the server, and deletes its directory unless that is to be kept.
+    /// Ends all sessions, stops the server, and deletes its directory unless [`Options::keep`] is set.
     pub async fn stop(mut self) -> Result<()> {
-        // What `pg_ctl stop -m fast` sends; but a parent needs no pid file to know when its child is gone.
+        // `pg_ctl stop -m fast` sends the same signal. A parent needs no pid file to see its child end.
         let exit = self.process.stop(Signal::INT, STOP_TIMEOUT).await?;
         ensure!(!exit.killed, "PostgreSQL did not stop within {} s and was killed", STOP_TIMEOUT.as_secs());
         Ok(())
@@ -129,8 +140,8 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // Killing the server alone would leave its children a moment to write into a directory about to be deleted, and
-        // its shared memory for ever. This is an immediate shutdown: it waits for nobody, so waiting for it is short.
+        // SIGKILL would leave the shared memory for ever, and the children could still write into a directory that is about
+        // to be deleted. An immediate shutdown waits for no session, so waiting for it is short.
         if !self.process.is_running() || self.process.signal(Signal::QUIT).is_err() {
             return;
         }
@@ -147,13 +158,13 @@ async fn initialise(installation: &Installation, home: &Home) -> Result<()> {
         let version = version.trim();
         ensure!(
             version == installation.major().to_string(),
-            "{} is of PostgreSQL {version} and the programs found are of {}: delete it, or put initdb of {version} first in PATH",
+            "{} is of PostgreSQL {version}, and the programs found are of {}: delete it, or put initdb of {version} first in PATH",
             data.display(),
             installation.major()
         );
         return Ok(());
     }
-    // Under another name until it is whole, so that a run killed here leaves nothing that looks like a cluster.
+    // Under another name until it is complete: a run killed here must leave nothing that looks like a cluster.
     let unfinished = data.with_extension("unfinished");
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished).with_context(|| unfinished.display().to_string())?;
@@ -162,7 +173,7 @@ async fn initialise(installation: &Installation, home: &Home) -> Result<()> {
     let mut initdb = home.command(&installation.program("initdb"));
     initdb.arg("-D").arg(&unfinished).arg("--pwfile").arg(&password);
     initdb.args(["--username=postgres", "--auth=scram-sha-256", "--data-checksums"]);
-    // The one locale that every system has. What is sorted here is sorted by its bytes anyway.
+    // Every system has this locale. The system's own indexes compare bytes anyway.
     initdb.args(["--encoding=UTF8", "--locale=C"]);
     let output = initdb.kill_on_drop(true).output().await.context("cannot run initdb")?;
     ensure!(output.status.success(), "initdb failed:\n{}", String::from_utf8_lossy(&output.stderr).trim());
@@ -171,21 +182,21 @@ async fn initialise(installation: &Installation, home: &Home) -> Result<()> {
     Ok(())
 }
 
-/// Sees whether the port is free before PostgreSQL does, whose log would be the wrong place to say what to do.
-fn claim(port: u16) -> Result<u16> {
-    match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
-        Ok(_) => Ok(port),
-        Err(error) => bail!(
-            "cannot use port {port} for PostgreSQL ({error}): choose another with --port or POSTGRES_PORT, \
+/// Waits until the port is free. PostgreSQL itself would say that it is not, but only in its log.
+async fn wait_for_port(port: FixedPort) -> Result<u16> {
+    let FixedPort { number, patience } = port;
+    claim(number, "PostgreSQL", patience).await.map(|_| number).map_err(|error| {
+        anyhow!(
+            "{error}: stop that process, choose another port with --port, POSTGRES_PORT or --ports-from, \
              or set POSTGRES_URL to a superuser's URL of an existing server"
-        ),
-    }
+        )
+    })
 }
 
 fn launch(installation: &Installation, home: &Home, port: u16, options: &Options) -> Result<Process> {
     let mut postgres = home.command(&installation.program("postgres"));
     postgres.arg("-D").arg(home.data()).args(["-p", &port.to_string()]);
-    // No socket: its directory would be one more thing to own, and all our clients speak TCP.
+    // No Unix socket: its directory would need an owner too, and all clients here use TCP.
     for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=300"] {
         postgres.args(["-c", setting]);
     }

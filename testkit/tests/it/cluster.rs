@@ -1,24 +1,25 @@
-//! A private cluster's life.
+//! Private clusters.
 
 use std::{
     env, fs,
     net::{Ipv4Addr, TcpListener},
     path::Path,
+    time::Duration,
 };
 
 use sqlx::{Connection, PgConnection};
 use testkit::{
     bootstrap::{bootstrap, create_databases},
-    postgres::{Cluster, Options, find},
+    postgres::{Cluster, FixedPort, Options, find},
     processes::free_port,
 };
 use tokio::process::Command;
 
 use testkit::Scratch;
 
-/// Whether this machine has the programs; without them the other tests can still use a server elsewhere. And without
-/// POSTGRES_URL those end this process at any moment, which must not leave a cluster behind.
-pub(crate) fn can_be_made() -> bool {
+/// Whether this machine has the programs: without them, the other tests can still use a server elsewhere. And without
+/// POSTGRES_URL, the other tests may end this process at any moment, which would leave a cluster behind.
+fn can_be_created() -> bool {
     find().is_ok() && env::var_os("POSTGRES_URL").is_some()
 }
 
@@ -32,8 +33,8 @@ async fn number(url: &str, sql: &'static str) -> i64 {
 }
 
 #[tokio::test]
-async fn recovers_from_a_crash_with_what_was_committed() {
-    if !can_be_made() {
+async fn a_cluster_recovers_from_a_crash_with_all_commits() {
+    if !can_be_created() {
         return;
     }
     let scratch = Scratch::new();
@@ -43,7 +44,7 @@ async fn recovers_from_a_crash_with_what_was_committed() {
     sqlx::raw_sql("CREATE TABLE kept AS SELECT 42::bigint AS number").execute(&mut session).await.unwrap();
     cluster.crash().await.unwrap();
     assert!(session.ping().await.is_err() && PgConnection::connect(&url).await.is_err());
-    // The second time there is nothing to do.
+    // The second time nothing is to be recovered.
     for _ in 0..2 {
         cluster.recover().await.unwrap();
         assert_eq!(number(&url, "SELECT number FROM kept").await, 42);
@@ -52,8 +53,8 @@ async fn recovers_from_a_crash_with_what_was_committed() {
 }
 
 #[tokio::test]
-async fn keeps_its_data_until_told_otherwise() {
-    if !can_be_made() {
+async fn a_cluster_keeps_its_data_if_asked_to() {
+    if !can_be_created() {
         return;
     }
     let scratch = Scratch::new();
@@ -64,7 +65,7 @@ async fn keeps_its_data_until_told_otherwise() {
     }
     cluster.stop().await.unwrap();
 
-    // The pid file of a crash long ago, whose number is another program's by now.
+    // The pid file of an old crash, whose number another program has by now.
     let mut bystander = Command::new("sleep").arg("60").kill_on_drop(true).spawn().unwrap();
     fs::write(scratch.join("cluster/data/postmaster.pid"), format!("{}\n", bystander.id().unwrap())).unwrap();
 
@@ -79,8 +80,8 @@ async fn keeps_its_data_until_told_otherwise() {
 }
 
 #[tokio::test]
-async fn dropped_it_leaves_nothing_behind() {
-    if !can_be_made() {
+async fn a_dropped_cluster_leaves_nothing_behind() {
+    if !can_be_created() {
         return;
     }
     let scratch = Scratch::new();
@@ -93,14 +94,15 @@ async fn dropped_it_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn says_what_is_in_its_way() {
-    if !can_be_made() {
+async fn a_cluster_that_cannot_start_says_why() {
+    if !can_be_created() {
         return;
     }
     let scratch = Scratch::new();
     let port = free_port().unwrap();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
-    let at_port = Options { port: Some(port), ..options(&scratch, true) };
+    let fixed = FixedPort { number: port, patience: Duration::ZERO };
+    let at_port = Options { port: Some(fixed), ..options(&scratch, true) };
     let message = Cluster::start(at_port.clone()).await.unwrap_err().to_string();
     assert!(message.contains(&port.to_string()) && message.contains("--port"), "{message}");
     drop(listener);
@@ -116,8 +118,8 @@ async fn says_what_is_in_its_way() {
 }
 
 #[tokio::test]
-async fn takes_no_directory_with_other_files() {
-    if !can_be_made() {
+async fn a_directory_with_other_files_is_refused() {
+    if !can_be_created() {
         return;
     }
     let scratch = Scratch::new();

@@ -1,0 +1,66 @@
+//! `harness up`, with ports of its own and a private cluster.
+
+use std::{
+    net::{Ipv4Addr, TcpListener},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use testkit::{Scratch, postgres::find, processes::Process};
+use tokio::{process::Command, time::sleep};
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// The first of five free ports. They are between those that other tests use and those of outgoing connections.
+fn five_free_ports() -> u16 {
+    let is_free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+    let mut firsts = (32_000..32_760).step_by(5);
+    firsts.find(|first| (*first..first + 5).all(is_free)).expect("five free ports")
+}
+
+async fn wait_for_log(process: &mut Process, text: &str) {
+    let started = Instant::now();
+    while !process.log().unwrap().contains(text) {
+        assert!(process.is_running() && started.elapsed() < LIMIT, "no {text:?} in {}", process.log().unwrap());
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn up_waits_for_a_taken_port_and_says_where_it_is() {
+    if find().is_err() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let first = five_free_ports();
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, first + 1)).unwrap();
+    let mut harness = Command::new(env!("CARGO_BIN_EXE_harness"));
+    harness.args(["up", "--ports-from", &first.to_string()]).current_dir(&*scratch);
+    harness.env_remove("POSTGRES_URL").env_remove("POSTGRES_PORT");
+    let mut up = Process::spawn_command("harness", harness, &scratch.join("log")).unwrap();
+
+    wait_for_log(&mut up, &format!("port {} for inventory-service is taken by ", first + 1)).await;
+    if Path::new("/proc/net/tcp").exists() {
+        wait_for_log(&mut up, &format!(" (pid {}); waiting up to 75 s", std::process::id())).await;
+    }
+    drop(taken);
+    wait_for_log(&mut up, "Ctrl-C ends everything").await;
+    let log = up.log().unwrap();
+    for (name, port) in
+        ["order-service", "inventory-service", "orders-relay", "inventory-relay", "PostgreSQL"].into_iter().zip(first..)
+    {
+        assert!(log.contains(&format!("up: {name:<18} 127.0.0.1:{port}")), "{log}");
+    }
+
+    // The commands that it prints work as they are.
+    let printed = |text| log.lines().find(|line| line.contains(text)).unwrap();
+    let mut script = log.lines().filter(|line| line.contains("export ")).collect::<Vec<_>>().join("\n");
+    script += &format!("\n{}\n{}", printed(" stress ").replace("5000", "50"), printed("harness audit"));
+    let commands = Command::new("sh").args(["-ec", &script]).current_dir(&*scratch).output().await.unwrap();
+    let output = String::from_utf8(commands.stdout).unwrap();
+    assert!(commands.status.success() && output.contains("audit: 50 orders"), "{script}: {output}");
+
+    let exit = up.stop(Signal::INT, LIMIT).await.unwrap();
+    assert!(exit.status.success() && !exit.killed, "{}", up.log().unwrap());
+}
