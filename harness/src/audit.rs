@@ -1,10 +1,10 @@
-//! The subcommand `audit`: holds the two databases against each other and names every row that should not be.
+//! The subcommand `audit`: compares the two databases and names every row that is wrong.
 //!
-//! It is exact also while the system is at work, though no snapshot spans two databases, because of the order in which
-//! it reads: an effect is committed before its outbox row goes, so an order that had no row in the first snapshot has
-//! its effect in the later one; and an effect of an order that was not there yet is looked up again at the end. Where
-//! the two sides seem to disagree about an order's status, something may be on its way between them: these orders are
-//! read again, and a finding is what does not pass.
+//! No snapshot spans two databases, and yet the audit is exact while the system runs, because of the order in which it
+//! reads. Inventory commits an effect before the relay deletes the outbox row, so an order without a row in the first
+//! snapshot has its effect in the later one. An effect whose order is not in the first snapshot is looked up again at the
+//! end. If the two sides disagree about an order's status, an event may be on its way between them. So these orders are read
+//! again, and only a disagreement that lasts is a finding.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,60 +19,61 @@ use uuid::Uuid;
 
 use crate::target::Databases;
 
-/// Findings printed one by one before the rest is only counted.
+/// How many findings are printed; the rest is counted.
 const FINDINGS_SHOWN: usize = 50;
-/// How often orders on whose status the databases disagree are read again, and after what pause.
+/// How often the orders are read again on whose status the databases disagree.
 const RECHECKS: u32 = 10;
 const RECHECK_PAUSE: Duration = Duration::from_millis(200);
 
-/// Prove that nothing was lost and nothing applied twice
+/// Check that nothing was lost and nothing applied twice
 ///
-/// Checks over both databases that every committed order has exactly one effect or is still in the outbox, that no effect
-/// is without its order, that each order took exactly what it says and got it back if it was cancelled, that for every SKU
-/// opening stock + adjustments − reserved + released = current stock, not below zero, that every order's status agrees with
-/// its reservation, and that no order is PENDING with nothing on its way. Safe to run while the system is at work. Exits
-/// with 1 and names the rows otherwise.
+/// Compares both databases. Every committed order must have exactly one effect or still be in the outbox, and every effect an
+/// order. Each order must have taken its items once, and returned them if it was cancelled. For every SKU, opening stock +
+/// adjustments − reserved + released must equal the current stock, which must not be negative. Every order's status must
+/// agree with its reservation. No order may be PENDING with no event on its way.
+///
+/// May run while the system runs. Exits with 1 and names the rows if anything is wrong.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
     databases: Databases,
 }
 
-/// What the audit saw.
+/// The result of an audit.
 #[derive(Clone, Debug, Default)]
 pub struct Audit {
     /// Orders committed.
     pub orders: usize,
     /// Orders whose items are all reserved.
     pub reserved: usize,
-    /// Orders that were turned away.
+    /// Orders that were rejected.
     pub rejected: usize,
-    /// Orders that were cancelled, and whose stock, if any was reserved, is back.
+    /// Orders that were cancelled and have returned their stock, if they had any.
     pub released: usize,
-    /// Orders whose event is in the outbox and has had no effect yet, dead ones among them.
+    /// Orders whose event is in the outbox, perhaps dead, and has had no effect yet.
     pub on_their_way: usize,
     /// Orders whose event an operator has discarded.
-    pub given_up: usize,
-    /// Orders that stay PENDING, since an operator has discarded what would have settled them.
+    pub discarded: usize,
+    /// Orders that stay PENDING because an operator has discarded an event of theirs.
     pub stranded: usize,
-    /// Events of either outbox that will not be delivered until an operator acts.
+    /// Dead events in both outboxes, which wait for an operator.
     pub dead: usize,
     /// SKUs whose stock was checked.
     pub skus: usize,
-    /// What is wrong, a sentence a row. Empty: the audit is clean.
+    /// What is wrong, one sentence for each row. If empty, the audit is clean.
     pub findings: Vec<String>,
 }
 
 impl Audit {
-    /// The audit for people, line by line, ending in its verdict.
+    /// The audit as text; the last line is the verdict.
     pub fn lines(&self) -> Vec<String> {
-        let Self { orders, reserved, rejected, released, on_their_way, given_up, stranded, dead, skus, .. } = self;
+        let Self { orders, reserved, rejected, released, on_their_way, discarded, stranded, dead, skus, .. } = self;
         let mut lines = vec![format!(
             "{orders} orders = {reserved} reserved + {rejected} rejected + {released} cancelled + {on_their_way} on \
-             their way + {given_up} given up; {dead} dead events; {skus} SKUs"
+             their way + {discarded} discarded; {dead} dead events; {skus} SKUs"
         )];
         if *stranded > 0 {
-            lines.push(format!("{stranded} orders stay PENDING: what would have settled them was discarded"));
+            lines.push(format!("{stranded} orders stay PENDING because an event of theirs was discarded"));
         }
         lines.extend(self.findings.iter().take(FINDINGS_SHOWN).map(|finding| format!("FOUND {finding}")));
         let findings = self.findings.len();
@@ -104,7 +105,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 /// Audits the two databases.
 ///
 /// # Errors
-/// When one cannot be read; what is wrong in them is in [`Audit::findings`].
+/// If one cannot be read. Rows that are wrong are no error, but [`Audit::findings`].
 pub async fn audit(databases: &Databases) -> Result<Audit> {
     let (mut orders_database, mut inventory_database) = (databases.orders().await?, databases.inventory().await?);
     let mut audit = Audit::default();
@@ -116,15 +117,15 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
     audit.dead = ordered.dead + done.dead;
     let mut disagreeing = Vec::new();
     for (order_id, order) in &ordered.orders {
-        let (waits, given_up) =
+        let (waits, discarded) =
             (ordered.outbox.creations.contains(order_id), ordered.discarded.creations.contains(order_id));
         match done.effects.get(order_id) {
-            // Its cancellation alone is no effect of an order, unless its creation was given up.
-            Some(effect) if effect.asked || waits || given_up => {
+            // A cancellation alone does not count as the effect of an order, unless its creation was discarded.
+            Some(effect) if effect.asked || waits || discarded => {
                 check_effect(*order_id, &order.demand, effect, &mut audit);
             }
             None if waits => audit.on_their_way += 1,
-            None if given_up => audit.given_up += 1,
+            None if discarded => audit.discarded += 1,
             _ => {
                 audit.findings.push(format!("LOST: order {order_id} has no effect and no event on its way"));
                 continue;
@@ -138,7 +139,7 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
     let of_no_order = ordered.outbox.any.iter().filter(|order_id| !ordered.orders.contains_key(order_id));
     audit
         .findings
-        .extend(of_no_order.map(|order_id| format!("PHANTOM: events of order {order_id}, and no such order")));
+        .extend(of_no_order.map(|order_id| format!("PHANTOM: events of order {order_id}, which does not exist")));
     let recheck = read_disagreements(&mut orders_database, &mut inventory_database, disagreeing).await?;
     audit.findings.extend(recheck);
     let unmatched: Vec<Uuid> =
@@ -150,7 +151,7 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
     Ok(audit)
 }
 
-/// What an order asks for, or has taken, as `sku=quantity` by SKU.
+/// Items that an order asks for or has taken, as `sku=quantity`, sorted by SKU.
 type Quantities = String;
 
 /// One snapshot of the orders database.
@@ -161,11 +162,11 @@ struct Ordered {
     dead: usize,
 }
 
-/// Events, by the order they are about.
+/// The orders that some events are about.
 #[derive(Default)]
 struct Events {
     any: HashSet<Uuid>,
-    /// Orders whose first event is among them.
+    /// Orders whose first event is among these.
     creations: HashSet<Uuid>,
 }
 
@@ -190,7 +191,7 @@ struct Order {
 /// One snapshot of the inventory database.
 struct Done {
     effects: HashMap<Uuid, Effect>,
-    /// The answers.
+    /// The replies.
     outbox: Events,
     discarded: Events,
     dead: usize,
@@ -198,7 +199,7 @@ struct Done {
 
 struct Effect {
     status: String,
-    /// Whether the order was asked for; if not, only its cancellation has come.
+    /// Whether the order's first event was applied. If not, only its cancellation was.
     asked: bool,
     cancelled: bool,
     taken: Quantities,
@@ -215,23 +216,23 @@ fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mu
         _ => (&mut audit.rejected, nothing, nothing),
     };
     if status == "RESERVED" && *cancelled {
-        audit.findings.push(format!("WRONG: order {order_id} was cancelled, and still has \"{taken}\""));
+        audit.findings.push(format!("WRONG: order {order_id} was cancelled and still has \"{taken}\""));
     } else if (taken, returned) == (should_have_taken, should_have_returned) {
         *count += 1;
     } else {
         audit.findings.push(format!(
-            "WRONG: order {order_id} asks for \"{demand}\", is {status}, and has taken \"{taken}\" and returned \"{returned}\""
+            "WRONG: order {order_id} asks for \"{demand}\" and is {status}; it has taken \"{taken}\" and returned \"{returned}\""
         ));
     }
 }
 
-/// Whether something that was discarded is all that could still settle the order.
+/// Whether only events that were discarded could still change the order's status.
 fn is_stranded(order_id: Uuid, ordered: &Ordered, done: &Done) -> bool {
     let in_any = |sides: [&Events; 2]| sides.iter().any(|events| events.any.contains(&order_id));
     in_any([&ordered.discarded, &done.discarded]) && !in_any([&ordered.outbox, &done.outbox])
 }
 
-/// How the two sides disagree about an order, if they do.
+/// How the two sides disagree about an order; none if they agree.
 fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String> {
     let order = ordered.orders.get(&order_id)?;
     let effect = done.effects.get(&order_id);
@@ -252,7 +253,7 @@ fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String
     (!agree).then(|| format!("DISAGREE: order {order_id} is {status}, and its reservation {effect}{on_its_way}"))
 }
 
-/// Reads the orders on which the databases disagreed again, until they agree on each, or do not for good.
+/// Reads these orders again until the databases agree on each, or a last time.
 async fn read_disagreements(
     orders_database: &mut PgConnection,
     inventory_database: &mut PgConnection,
@@ -276,8 +277,8 @@ async fn read_disagreements(
     Ok(disagreements)
 }
 
-/// Orders with what they ask for, and what is in their outbox: all, or those of the ids. An order of which there are only
-/// items has the status MISSING, which agrees with nothing.
+/// Orders with their items, and their outbox: all orders, or those with these ids. If only the items of an order exist, its
+/// status is MISSING, which agrees with nothing.
 async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> Result<Ordered> {
     let mut tx = begin_snapshot(connection).await?;
     let orders = sqlx::query!(
@@ -301,7 +302,7 @@ async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> R
     Ok(Ordered { orders, outbox, discarded: read_discarded(&mut tx).await?, dead })
 }
 
-/// Effects, and the answers in inventory's outbox: all, or those of the ids.
+/// Effects, and the replies in inventory's outbox: of all orders, or of those with these ids.
 async fn read_done(connection: &mut PgConnection, only: Option<&[Uuid]>, findings: &mut Vec<String>) -> Result<Done> {
     let mut tx = begin_snapshot(connection).await?;
     let rows = sqlx::query!(
@@ -332,7 +333,7 @@ async fn read_done(connection: &mut PgConnection, only: Option<&[Uuid]>, finding
     Ok(Done { effects, outbox, discarded: read_discarded(&mut tx).await?, dead })
 }
 
-/// What is in the outbox, and how much of it is dead.
+/// The events in the outbox, and how many of them are dead.
 async fn read_outbox(tx: &mut Transaction<'_, Postgres>) -> Result<(Events, usize)> {
     let rows = sqlx::query!(
         r#"-- audit: outbox
@@ -354,7 +355,7 @@ async fn read_discarded(tx: &mut Transaction<'_, Postgres>) -> Result<Events> {
     Ok(Events::of(rows.into_iter().map(|row| (row.aggregate_id, row.sequence))))
 }
 
-/// What must hold within the inventory database alone, in one snapshot.
+/// Checks of the inventory database alone, in one snapshot.
 async fn check_inventory(connection: &mut PgConnection, audit: &mut Audit) -> Result<()> {
     let mut tx = begin_snapshot(connection).await?;
     check_stock(&mut tx, audit).await?;
@@ -380,7 +381,7 @@ async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
         let (reserved, released) = (row.reserved, row.released);
         if available != opening + adjusted - reserved + released || available < 0 {
             audit.findings.push(format!(
-                "UNBALANCED: {sku} has {available}, and opening {opening} + adjusted {adjusted} − reserved {reserved} + \
+                "UNBALANCED: {sku} has {available}, which is not opening {opening} + adjusted {adjusted} − reserved {reserved} + \
                  released {released}"
             ));
         }
@@ -388,8 +389,9 @@ async fn check_stock(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
     Ok(())
 }
 
-/// An effect and its inbox row are one transaction, so neither is there without the other, until the inbox forgets: not
-/// before two hours (the shortest retention and its margin), oldest first, and what is left tells how far it has come.
+/// An effect and its inbox row are written by one transaction, so each needs the other, until the inbox deletes its row. It
+/// deletes none before two hours (the shortest retention and its margin), and the oldest first. So every effect younger than
+/// the oldest row left must have a row.
 async fn check_inbox(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> Result<()> {
     let rows = sqlx::query!(
         r#"-- audit: inbox
@@ -415,7 +417,7 @@ async fn check_inbox(tx: &mut Transaction<'_, Postgres>, audit: &mut Audit) -> R
     Ok(())
 }
 
-/// Those of the ids that are no orders, as of now.
+/// The ids of which there is no order now.
 async fn find_missing(connection: &mut PgConnection, order_ids: &[Uuid]) -> Result<Vec<Uuid>> {
     let missing = sqlx::query_scalar!(
         r#"-- audit: find missing orders

@@ -8,8 +8,8 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-/// Does the work, or drops it when a signal comes first. The process is about to end then: what the work has started ends with
-/// its future, or with the process.
+/// Does the work, unless a signal comes first. Then the work is dropped, which ends the processes it has started, and the
+/// caller is about to exit.
 pub async fn unless_interrupted(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     select! {

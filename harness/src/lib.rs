@@ -1,11 +1,11 @@
 //! Runs the whole system on one machine.
 //!
-//! The binary of the same name is a thin shell over this library. What it works with:
+//! The binary of the same name only reads the command line. Each subcommand has a module: [`up`], [`demo`], [`stress`],
+//! [`replay`], [`mod@audit`] and [`with_postgres`]. They share:
 //!
-//! - [`system`]: the two services and two relays as processes; [`target`]: where a running system is.
+//! - [`system`]: PostgreSQL, the two services and the two relays as processes;
+//! - [`target`]: where a running system is;
 //! - [`interrupt`]: work that Ctrl-C may end.
-//!
-//! What it does, a module per subcommand: [`up`], [`demo`], [`stress`], [`replay`], [`mod@audit`], [`with_postgres`].
 
 pub mod audit;
 pub mod demo;

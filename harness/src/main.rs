@@ -9,10 +9,10 @@ use testkit::processes::binary;
 
 /// Run the whole system on one machine.
 ///
-/// Needs PostgreSQL 14 or newer: the server of POSTGRES_URL if that is set, else a private one, started from the
-/// binaries found on this machine and stopped at the end. No server that runs already is touched.
+/// Needs PostgreSQL 14 or newer. If POSTGRES_URL is set, that server is used. Otherwise a private server is started from the
+/// binaries found on this machine, and stopped at the end.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Exit codes: 0 it worked, 1 it failed, 2 it was asked for wrongly.")]
+#[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage.")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -27,29 +27,29 @@ enum Command {
     Audit(audit::Arguments),
     /// Measure the system against PostgreSQL and gRPC alone
     ///
-    /// Runs the program `bench` beside this one, a crate of its own, with the same arguments.
+    /// Runs the program `bench` beside this one with the same arguments.
     #[command(disable_help_flag = true)]
-    Bench(Handed),
-    /// Break the system in every way known, under load, and check that nothing was lost or applied twice
+    Bench(Forwarded),
+    /// Inject faults under load, and check that no event is lost or applied twice
     ///
-    /// Runs the program `chaos` beside this one, a crate of its own, with the same arguments.
+    /// Runs the program `chaos` beside this one with the same arguments.
     #[command(disable_help_flag = true)]
-    Chaos(Handed),
+    Chaos(Forwarded),
     WithPostgres(with_postgres::Arguments),
 }
 
-/// What is handed on to a program of its own.
+/// The arguments of another program.
 #[derive(clap::Args, Debug)]
-struct Handed {
-    /// Its arguments; `--help` explains them
+struct Forwarded {
+    /// Its arguments; `--help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     arguments: Vec<OsString>,
 }
 
 fn main() -> ExitCode {
     let outcome = match chassis::parse::<Arguments>().command {
-        Command::Bench(handed) => become_program("bench", &handed),
-        Command::Chaos(handed) => become_program("chaos", &handed),
+        Command::Bench(forwarded) => become_program("bench", &forwarded),
+        Command::Chaos(forwarded) => become_program("chaos", &forwarded),
         command => run(command),
     };
     outcome.unwrap_or_else(|error| {
@@ -58,10 +58,10 @@ fn main() -> ExitCode {
     })
 }
 
-/// Replaces this process, so that signals and the exit code are the program's.
-fn become_program(name: &str, handed: &Handed) -> anyhow::Result<ExitCode> {
+/// Replaces this process, so signals reach the program and its exit code is returned.
+fn become_program(name: &str, forwarded: &Forwarded) -> anyhow::Result<ExitCode> {
     let path = binary(name)?;
-    let failed = std::process::Command::new(&path).args(&handed.arguments).exec();
+    let failed = std::process::Command::new(&path).args(&forwarded.arguments).exec();
     Err(failed).with_context(|| format!("cannot run {}", path.display()))
 }
 

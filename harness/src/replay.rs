@@ -1,4 +1,4 @@
-//! The subcommand `replay`: delivers an event a second time, as a relay does when the first reply was lost.
+//! The subcommand `replay`: delivers an event a second time, like a relay that did not receive the first reply.
 
 use std::{
     process::ExitCode,
@@ -21,38 +21,42 @@ use crate::target::Target;
 const DELIVERY_LIMIT: Duration = Duration::from_secs(15);
 const QUANTITY: i32 = 2;
 
-/// Deliver one event twice and see stock deducted once
+/// Deliver one event twice, and check that stock is deducted once
 ///
-/// Places an order, lets the relay deliver its event, then sends the very same event again and checks that it is answered
-/// DUPLICATE and changes nothing.
+/// Places an order and lets the relay deliver its event. Then delivers the same event again, and checks that the answer is
+/// DUPLICATE and that the stock stays the same.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
-    /// What to order
+    /// SKU to order
     #[arg(long, default_value = "MUG")]
     sku: String,
     #[command(flatten)]
     target: Target,
 }
 
-/// What a replay saw.
+/// The result of a replay.
 #[derive(Clone, Debug)]
 pub struct Replay {
-    /// The event that was delivered twice.
+    /// Id of the event that was delivered twice.
     pub event_id: Uuid,
-    /// What the order asked for.
+    /// SKU of the order.
     pub sku: String,
     /// Stock before the order, after the relay's delivery, and after the second one.
     pub stock: [i64; 3],
-    /// What the second delivery was answered.
+    /// Outcome of the second delivery.
     pub second: Outcome,
 }
 
 impl Replay {
     /// # Errors
-    /// When the second delivery was not recognised, or stock was not deducted exactly once.
+    /// If the second delivery was no duplicate, or if stock was not deducted exactly once.
     pub fn check(&self) -> Result<()> {
         let [before, after_first, after_second] = self.stock;
-        ensure!(self.second == Outcome::Duplicate, "the second delivery was answered {}", self.second.as_str_name());
+        ensure!(
+            self.second == Outcome::Duplicate,
+            "the outcome of the second delivery is {}",
+            self.second.as_str_name()
+        );
         ensure!(
             before - after_first == i64::from(QUANTITY) && after_second == after_first,
             "stock of {} went {before} → {after_first} → {after_second} for an order of {QUANTITY}",
@@ -80,12 +84,12 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The outcome as people say it.
+/// The outcome without its prefix.
 pub fn name(outcome: Outcome) -> &'static str {
     outcome.as_str_name().trim_start_matches("OUTCOME_")
 }
 
-/// Orders, waits for the relay's delivery, and delivers again. Exact when nobody else orders the same SKU meanwhile.
+/// Orders, waits for the relay's delivery, and delivers again. The stock is exact if nobody else orders this SKU meanwhile.
 pub async fn replay(target: &Target, sku: &str) -> Result<Replay> {
     let before = available(target, sku).await?;
     let request = CreateOrderRequest {
@@ -102,10 +106,10 @@ pub async fn replay(target: &Target, sku: &str) -> Result<Replay> {
     Ok(Replay { event_id, sku: sku.into(), stock, second })
 }
 
-/// Waits until the order's event has had its effect, and returns the event's id.
+/// Waits until the order's event is applied, and returns the event's id.
 ///
 /// # Errors
-/// When it takes too long.
+/// If it takes too long.
 pub async fn wait_until_applied(target: &Target, order_id: Uuid) -> Result<Uuid> {
     let mut inventory = target.databases.inventory().await?;
     let started = Instant::now();
@@ -125,14 +129,14 @@ pub async fn wait_until_applied(target: &Target, order_id: Uuid) -> Result<Uuid>
     }
 }
 
-/// The event is gone from the outbox; it is made again from the order, with the id it had.
+/// The outbox has deleted the event, so it is rebuilt from the order, with the same id.
 async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Outcome> {
     let event = event_again(target, order_id, event_id).await?;
     let response = target.receiver().deliver(DeliverRequest { events: vec![event] }).await?.into_inner();
-    Ok(response.results.first().context("a delivery of one event was answered with no result")?.outcome())
+    Ok(response.results.first().context("the delivery of one event has no result")?.outcome())
 }
 
-/// The event of an order, as it was delivered.
+/// The event of an order as it was delivered.
 pub async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Event> {
     let order = target.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await?.into_inner();
     let created = OrderCreated {
@@ -154,7 +158,7 @@ pub async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Res
     })
 }
 
-/// What there is of a SKU.
+/// The available stock of a SKU.
 pub async fn available(target: &Target, sku: &str) -> Result<i64> {
     Ok(target.inventory().get_stock(GetStockRequest { sku: sku.into() }).await?.into_inner().available)
 }

@@ -1,4 +1,4 @@
-//! The subcommand `stress`: many orders at once, every reply checked, and the audit at the end.
+//! The subcommand `stress`: places many orders at once, checks every reply, and audits at the end.
 
 use std::{
     collections::HashSet,
@@ -24,62 +24,61 @@ use crate::{
     target::{Databases, Target},
 };
 
-/// Of the demo stock: what there is plenty of.
+/// The SKUs of the demo stock that do not run out.
 const SKUS: [&str; 5] = ["COFFEE-BEANS", "FILTER-PAPER", "GRINDER", "KETTLE", "MUG"];
-/// Pause before a call is repeated.
+/// Pause before a call is retried.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
-/// How long one call may take before it counts as failed.
+/// Timeout of a call.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 const CALLERS_PER_CONNECTION: u32 = 64;
 
 /// Place many orders at once, check every reply, wait until all are delivered, and audit
 ///
-/// Works on a system that is up (`make up`, `docker-compose up`) and exits with 1 when a reply was wrong, an order was not
-/// delivered in time, or the audit found anything.
+/// Needs a running system (`make up`, `docker-compose up`). Exits with 1 if a reply is wrong, an order is not delivered in
+/// time, or the audit has findings.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
-    /// Orders to place
+    /// Number of orders
     #[arg(long, short = 'n', default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     orders: u32,
-    /// Calls under way at once
+    /// Calls at the same time
     #[arg(long, short = 'c', default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     concurrency: u32,
-    /// Seconds a call that fails for want of a service, or of room in it, is repeated, with its request id; 0: a failure is a
-    /// failure
+    /// Seconds for which a call is retried, with the same request id, if the service is unavailable or overloaded; 0 for none
     #[arg(long, default_value_t = 0)]
     retry_seconds: u64,
-    /// Seconds within which both outboxes have to be empty after the last order
+    /// Seconds after the last order within which both outboxes must be empty
     #[arg(long, default_value_t = 60)]
     drain_seconds: u64,
     #[command(flatten)]
     target: Target,
 }
 
-/// Load to put on a system.
+/// How many orders to place, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
-    /// Orders to place.
+    /// Number of orders.
     pub orders: u32,
-    /// Calls under way at once.
+    /// Calls at the same time.
     pub concurrency: u32,
-    /// For how long a call that finds no service, or one that is overloaded, is repeated with its request id. Such a call may
-    /// have been carried out though it was not answered.
+    /// For how long a call is retried if the service is unavailable or overloaded. The retry has the same request id, because
+    /// the service may have placed the order without answering.
     pub retry_for: Duration,
 }
 
-/// What became of a load: every order acknowledged, its reply as it should be.
+/// The result of a load: every order was acknowledged with the right reply.
 #[derive(Clone, Debug)]
 pub struct Placed {
     /// Ids of the orders, all different.
     pub order_ids: HashSet<String>,
-    /// From the first call to the last reply.
+    /// Time from the first call to the last reply.
     pub elapsed: Duration,
-    /// How long each call took, repetitions included, shortest first.
+    /// Duration of each call, retries included, shortest first.
     pub latencies: Vec<Duration>,
 }
 
 impl Placed {
-    /// The latency that `share` (0 to 1) of the calls did not exceed.
+    /// The latency that this share (0 to 1) of the calls did not exceed.
     pub fn percentile(&self, share: f64) -> Duration {
         #[expect(
             clippy::cast_possible_truncation,
@@ -113,14 +112,14 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     let audit = audit(&target.databases).await?;
     audit.print();
     let died = count_dead(&target.databases).await? - dead_before;
-    ensure!(died <= 0, "{died} events died meanwhile: see `outbox-relay dead list`");
+    ensure!(died <= 0, "{died} events became dead letters: see `outbox-relay dead list`");
     Ok(if audit.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Places the orders and checks every reply.
 ///
 /// # Errors
-/// The first reply that is not what it should be.
+/// The first reply that is wrong.
 pub async fn place_orders(target: &Target, load: Load) -> Result<Placed> {
     let bar = progress_bar(load.orders.into(), "orders placed");
     let next = Arc::new(AtomicU32::new(0));
@@ -128,7 +127,7 @@ pub async fn place_orders(target: &Target, load: Load) -> Result<Placed> {
     let mut callers = JoinSet::new();
     let mut client = target.orders();
     for caller in 0..load.concurrency {
-        // One connection carries a limited number of calls at once.
+        // A connection has a limit of concurrent calls.
         if caller % CALLERS_PER_CONNECTION == 0 {
             client = target.orders();
         }
@@ -137,10 +136,7 @@ pub async fn place_orders(target: &Target, load: Load) -> Result<Placed> {
     let mut placed = Placed { order_ids: HashSet::new(), elapsed: Duration::ZERO, latencies: Vec::new() };
     while let Some(caller) = callers.join_next().await {
         for (order_id, latency) in caller?? {
-            ensure!(
-                placed.order_ids.insert(order_id.clone()),
-                "two requests were answered with the same order {order_id}"
-            );
+            ensure!(placed.order_ids.insert(order_id.clone()), "two requests have the same order {order_id}");
             placed.latencies.push(latency);
         }
     }
@@ -150,7 +146,7 @@ pub async fn place_orders(target: &Target, load: Load) -> Result<Placed> {
     Ok(placed)
 }
 
-/// One caller: takes the next order nobody has taken, until there is none.
+/// One caller: places the next order until all are placed.
 async fn place_until_done(
     mut client: OrderServiceClient<Channel>,
     load: Load,
@@ -172,7 +168,7 @@ async fn place_until_done(
     }
 }
 
-/// Places one order; repeats the call, with the same request id, while no service is found.
+/// Places one order. Retries the call, with the same request id, while the service is unavailable or overloaded.
 async fn place_order(
     client: &mut OrderServiceClient<Channel>,
     content: &CreateOrderRequest,
@@ -186,11 +182,11 @@ async fn place_order(
             Ok(order) => return Ok(order.into_inner()),
             Err(status) => status,
         };
-        // A status with a source was made here, of a broken connection; its code says nothing.
+        // A status with a source comes from a broken connection, not from the service, and its code means nothing.
         let may_pass = status.source().is_some()
             || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::ResourceExhausted);
         if !may_pass || started.elapsed() >= retry_for {
-            bail!("CreateOrder was answered {:?}: {}", status.code(), status.message());
+            bail!("CreateOrder failed with {:?}: {}", status.code(), status.message());
         }
         sleep(RETRY_PAUSE).await;
     }
@@ -210,28 +206,28 @@ fn request(number: u32) -> CreateOrderRequest {
     }
 }
 
-/// Whether the order is what was asked for.
+/// Checks that the order is the one that was requested.
 ///
 /// # Errors
-/// When it is not; the error says in what.
+/// If it differs; the error shows both.
 pub fn check_reply(request: &CreateOrderRequest, order: &Order) -> Result<()> {
     let total: i64 = request.items.iter().map(|item| item.unit_price_minor * i64::from(item.quantity)).sum();
-    // A call that is repeated finds its order as it stands by then.
+    // A retried call returns the order with its present status.
     let status = matches!(order.status(), OrderStatus::Pending | OrderStatus::Confirmed);
     ensure!(
         status
             && order.total_minor == total
             && order.items == request.items
             && order.customer_id == request.customer_id,
-        "the order is not what was asked for: {request:?} was answered {order:?}"
+        "the order is not the one requested: the answer to {request:?} was {order:?}"
     );
     Ok(())
 }
 
-/// How many of the orders are not in the database, though they were acknowledged.
+/// How many of these acknowledged orders are not in the database.
 ///
 /// # Errors
-/// When it cannot be read.
+/// If it cannot be read.
 pub async fn count_missing(databases: &Databases, order_ids: &HashSet<String>) -> Result<usize> {
     let order_ids = order_ids.iter().map(|id| Ok(id.parse()?)).collect::<Result<Vec<Uuid>>>()?;
     let found = sqlx::query_scalar!(
@@ -247,7 +243,7 @@ pub async fn count_missing(databases: &Databases, order_ids: &HashSet<String>) -
 /// Dead events in both outboxes.
 ///
 /// # Errors
-/// When a database cannot be read.
+/// If a database cannot be read.
 pub async fn count_dead(databases: &Databases) -> Result<i64> {
     let mut dead = 0;
     for mut database in [databases.orders().await?, databases.inventory().await?] {
@@ -261,7 +257,7 @@ pub async fn count_dead(databases: &Databases) -> Result<i64> {
     Ok(dead)
 }
 
-/// Events that wait in an outbox to be delivered: not those that are dead, or wait for one that is.
+/// Events in an outbox that are still to be delivered: no dead ones, and none that wait for a dead one.
 async fn count_waiting(database: &mut PgConnection) -> Result<u64> {
     let waiting = sqlx::query_scalar!(
         r#"-- stress: waiting events
@@ -276,11 +272,11 @@ async fn count_waiting(database: &mut PgConnection) -> Result<u64> {
     Ok(waiting.unsigned_abs())
 }
 
-/// Waits until nothing but dead events is in either outbox, and returns how long that took. The orders' is read first:
-/// an answer is committed before its order's event goes.
+/// Waits until both outboxes have nothing to deliver, and returns how long that took. Reads the orders' outbox first: a reply
+/// is committed before the event that caused it is deleted, so none is missed between the two reads.
 ///
 /// # Errors
-/// When there still is after `limit`.
+/// If events are left after `limit`.
 pub async fn wait_until_delivered(databases: &Databases, limit: Duration) -> Result<Duration> {
     let (mut orders, mut inventory) = (databases.orders().await?, databases.inventory().await?);
     let started = Instant::now();
@@ -300,7 +296,7 @@ pub async fn wait_until_delivered(databases: &Databases, limit: Duration) -> Res
     }
 }
 
-/// Draws on a terminal only; `message` says what is counted.
+/// Draws on a terminal only. `message` names what is counted.
 fn progress_bar(length: u64, message: &'static str) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} ({per_sec}, {eta} left)");
     ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(message)

@@ -1,4 +1,4 @@
-//! The subcommand `with-postgres`: lends a PostgreSQL server to any command, above all to `cargo test`.
+//! The subcommand `with-postgres`: runs any command, mostly `cargo test`, with a PostgreSQL server.
 
 use std::{
     ffi::OsString,
@@ -21,17 +21,17 @@ use testkit::{
     postgres::{self, Cluster, Options, Server},
 };
 
-/// Private clusters that last for one command are here, each with the harness's pid at the end.
+/// Each private cluster is in such a directory, with the harness's pid at the end.
 const DIRECTORY_PREFIX: &str = "target/postgres-";
 
-/// Run a command with a PostgreSQL server at hand.
+/// Run a command with a PostgreSQL server
 ///
-/// Sets POSTGRES_URL for the command to a superuser's URL, with this project's roles in place, and exits with the
-/// command's exit code. If POSTGRES_URL is set already that server is used; else a private one is started on a free port
-/// under ./target, and is gone afterwards; it does not wait for the disk, so measure nothing on it.
+/// Creates this project's roles, sets POSTGRES_URL to the superuser's URL, and exits with the command's exit code. If
+/// POSTGRES_URL is set already, that server is used. Otherwise a private server is started on a free port, and deleted
+/// afterwards. The private server does not wait for the disk, so do not measure with it.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// A superuser's URL of an existing server, to be used instead of a private one
+    /// Superuser's URL of an existing server, instead of a private one
     #[arg(long, env = "POSTGRES_URL", hide_env_values = true, value_name = "URL")]
     postgres_url: Option<String>,
 
@@ -42,7 +42,7 @@ pub struct Arguments {
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
-    // From here on a signal is ours to handle, so that none can leave a server behind.
+    // Listens first, so that no signal can end this process and leave a server behind.
     let mut signals = Signals::listen()?;
     let (server, cluster) = select! {
         prepared = prepare(arguments.postgres_url.as_deref()) => prepared?,
@@ -76,10 +76,10 @@ async fn run_command(command: &[OsString], server: &Server, signals: &mut Signal
         select! {
             status = child.wait() => return Ok(status?),
             received = signals.next() => {
-                // A terminal's Ctrl-C went to the command as well; a second one would mean "now, without cleaning up".
-                let had_it = received == Signal::INT && std::io::stdin().is_terminal();
+                // A terminal's Ctrl-C reached the command too. A second one would make it quit without cleaning up.
+                let has_received = received == Signal::INT && std::io::stdin().is_terminal();
                 let pid = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
-                if let Some(pid) = pid.filter(|_| !had_it) {
+                if let Some(pid) = pid.filter(|_| !has_received) {
                     let _ = kill_process(pid, received);
                 }
             }
@@ -87,7 +87,7 @@ async fn run_command(command: &[OsString], server: &Server, signals: &mut Signal
     }
 }
 
-/// What asks a program to end: a terminal's Ctrl-C, a supervisor, a terminal that closes.
+/// The signals that ask a program to end: from Ctrl-C, a supervisor, or a closed terminal.
 struct Signals {
     interrupt: Listener,
     terminate: Listener,
@@ -112,7 +112,7 @@ impl Signals {
     }
 }
 
-/// As shells do it: 128 and the signal's number for a command that was killed.
+/// Like a shell: 128 plus the signal's number for a killed command.
 fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code().or_else(|| Some(128 + status.signal()?));
     code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from)

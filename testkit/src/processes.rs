@@ -1,4 +1,4 @@
-//! The system's processes: spawned, awaited, signalled, and read when they fail.
+//! Child processes, their signals and their logs; free ports.
 
 use std::{
     ffi::OsStr,
@@ -21,11 +21,11 @@ use tokio::{
 };
 
 const LOG_LINES_SHOWN: usize = 15;
-/// How long a process may take that is started to do one thing.
+/// Time limit of a process that is started for one command.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// A child process in a process group of its own, so that a terminal's Ctrl-C reaches only the harness, which then ends
-/// its processes in the right order. Killed when dropped.
+/// A child process. It has a process group of its own, so a terminal's Ctrl-C reaches only the harness, which ends its
+/// processes in the right order. Killed when dropped.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -34,17 +34,17 @@ pub struct Process {
     log: PathBuf,
 }
 
-/// How a process ended that was told to.
+/// How a process ended after it was told to.
 #[derive(Debug, Clone, Copy)]
 pub struct Exit {
-    /// What it left with.
+    /// Its exit status.
     pub status: ExitStatus,
-    /// Whether it outlived its grace and was killed.
+    /// Whether it was killed because it was still running after its grace.
     pub killed: bool,
 }
 
 impl Process {
-    /// Starts a program; `name` is what messages call it. What it prints is appended to the file `log`.
+    /// Starts a program, which messages call `name`. Its output is appended to the file `log`.
     pub fn spawn(
         name: &str,
         program: &Path,
@@ -57,27 +57,27 @@ impl Process {
         Process::spawn_command(name, command, log)
     }
 
-    /// Starts a command; what it prints is appended to the file `log`.
+    /// Starts a command. Its output is appended to the file `log`.
     pub fn spawn_command(name: &str, mut command: Command, log: &Path) -> Result<Process> {
         let file = File::options().create(true).append(true).open(log).with_context(|| log.display().to_string())?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.process_group(0).kill_on_drop(true).spawn();
         let child = child.with_context(|| format!("cannot run {}", command.as_std().get_program().display()))?;
-        let pid = child.id().context("a process that was never awaited has a pid")?;
+        let pid = child.id().context("a process that was not awaited yet has a pid")?;
         Ok(Process { name: name.to_owned(), child, pid, log: log.to_owned() })
     }
 
-    /// What messages call it.
+    /// Its name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its process id, which the system may have given away again once it has exited.
+    /// Its process id. After it has exited, another process may have the same.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// How it exited, if it has.
+    /// Its exit status, if it has exited.
     pub fn exit_status(&mut self) -> Result<Option<ExitStatus>> {
         Ok(self.child.try_wait()?)
     }
@@ -92,7 +92,7 @@ impl Process {
         Ok(self.child.wait().await?)
     }
 
-    /// Waits until it has done what it was started for with `command`.
+    /// Waits until it has executed the `command` it was started for.
     pub async fn finish(&mut self, command: &str) -> Result<()> {
         let status = timeout(COMMAND_LIMIT, self.wait())
             .await
@@ -108,19 +108,18 @@ impl Process {
             .with_context(|| format!("cannot signal {}", self.name))
     }
 
-    /// Stops it with SIGSTOP, until it is sent SIGCONT. Returns when it stands still: the signal reaches one thread, and
-    /// on a busy machine the others work on until that one is scheduled.
+    /// Stops it with SIGSTOP until SIGCONT. Returns when all of it has stopped: the signal reaches one thread, and on a busy
+    /// machine the others run on until that thread is scheduled.
     pub async fn suspend(&self) -> Result<()> {
         self.signal(Signal::STOP)?;
         let Some(pid) = self.awaitable_pid() else { return Ok(()) };
-        // The status is left where it is, for whoever awaits the process's exit; an exit is waited for too, lest it be
-        // missed.
+        // NOWAIT leaves the status for the caller that awaits the exit. EXITED ends this wait if the process exits instead.
         let stopped = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
         spawn_blocking(move || waitid(WaitId::Pid(pid), stopped)).await??;
         Ok(())
     }
 
-    /// None once its exit has been awaited: the number may then be another process's.
+    /// None after its exit has been awaited: then another process may have the number.
     fn awaitable_pid(&self) -> Option<Pid> {
         self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()))
     }
@@ -139,26 +138,26 @@ impl Process {
         }
     }
 
-    /// Kills it with SIGKILL, as a crash would.
+    /// Kills it with SIGKILL, like a crash.
     pub async fn kill(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::KILL)?;
         self.wait().await
     }
 
-    /// All that is in its log, of earlier processes too that used the same file.
+    /// Its log file, including what earlier processes wrote to it.
     pub fn log(&self) -> Result<String> {
         let bytes = fs::read(&self.log).with_context(|| self.log.display().to_string())?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// The last `lines` lines of its log, to be shown when it failed.
+    /// The last `lines` lines of its log, for messages.
     pub fn log_tail(&self, lines: usize) -> String {
         let log = self.log().unwrap_or_else(|error| format!("(no log: {error:#})"));
         let all: Vec<&str> = log.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
-    /// Waits until the gRPC health service at `address` says that the whole server is serving.
+    /// Waits until the gRPC health service at `address` reports the whole server as serving.
     pub async fn wait_healthy(&mut self, address: SocketAddr, limit: Duration) -> Result<()> {
         let mut last_answer = String::from("no answer");
         let outcome = timeout(limit, async {
@@ -179,18 +178,17 @@ impl Process {
     }
 }
 
-/// Below the ports that systems lend to outgoing connections (Linux from 32768, macOS from 49152). A port that the system
-/// chose would be free again as soon as it is let go, and be lent to the next connection before the process it was meant
-/// for is up, or while that process is down between two starts.
+/// Below the ports of outgoing connections (Linux from 32768, macOS from 49152). A port that the system chose would be free
+/// again until its process listens, and between two starts of that process, and an outgoing connection could get it.
 const PORTS: Range<u32> = 20_000..32_000;
-/// How many ports one program asks for, roughly; programs that run at once begin apart, as far as their ids allow.
+/// Roughly how many ports one program needs. Programs that run at once begin this far apart, if their ids allow.
 const PORTS_OF_ONE_PROGRAM: u32 = 512;
 
-/// A port of 127.0.0.1 that nobody listens on. No later call of this program gives it again, so it stays free for whoever
-/// it was asked for, however often that one is stopped and started.
+/// A port of 127.0.0.1 that nobody listens on. No later call in this process returns it again, so a process that uses it can
+/// be stopped and started.
 ///
 /// # Errors
-/// When none is free.
+/// If none is free.
 pub fn free_port() -> Result<u16> {
     static ASKED: AtomicU32 = AtomicU32::new(0);
     let first = std::process::id().wrapping_mul(PORTS_OF_ONE_PROGRAM);
@@ -204,24 +202,24 @@ pub fn free_port() -> Result<u16> {
     bail!("every port of 127.0.0.1 from {} to {} is in use", PORTS.start, PORTS.end)
 }
 
-/// What a process has of the machine's memory; `None` where there is no /proc, or no such process.
+/// Resident memory of a process; `None` without /proc, or without such a process.
 pub fn resident_bytes(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     resident.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// The path of another binary of this workspace, which Cargo or the image put beside the running one.
+/// The path of another binary of this workspace, which is beside the running one.
 ///
 /// # Errors
-/// When it is not there; the error says how to build it.
+/// If it is missing; the error says how to build it.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe()?;
     let directory = own.parent().context("a program is in a directory")?;
-    // Test programs are one level below the binaries, in `deps`.
+    // Test binaries are one level below, in `deps`.
     let directory = if directory.ends_with("deps") { directory.parent().unwrap_or(directory) } else { directory };
     let path = directory.join(name);
-    // Cargo names a directory after its profile, but for that of `dev`.
+    // Cargo names the directory after the profile, except for `dev`.
     let profile = match directory.file_name().and_then(OsStr::to_str) {
         Some("debug") | None => String::new(),
         Some(profile) => format!(" --profile {profile}"),

@@ -4,16 +4,16 @@ use std::{env, fs, ops::Deref, path::PathBuf};
 
 use uuid::Uuid;
 
-/// A directory that is gone after the test.
+/// A directory that is deleted after the test.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// In the temporary directory, which the server's user can reach when we are root.
+    /// In the temporary directory, because the server's user can enter it even if this process is root's.
     ///
     /// # Panics
-    /// When it cannot be made.
-    #[expect(clippy::new_without_default, reason = "a default value would make a directory")]
+    /// If it cannot be created.
+    #[expect(clippy::new_without_default, reason = "a default value should not create a directory")]
     pub fn new() -> Scratch {
         let path = env::temp_dir().join(format!("outbox-scratch-{}", Uuid::new_v4().simple()));
         fs::create_dir(&path).expect("a directory for the test");

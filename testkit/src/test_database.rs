@@ -1,4 +1,4 @@
-//! A database of its own for every test of the service crates.
+//! A database of its own for every test.
 
 use std::{
     env,
@@ -20,13 +20,13 @@ use crate::{
     postgres::Server,
 };
 
-/// How long the end of a test waits for its database to be gone.
+/// How long the end of a test waits for its database to be dropped.
 const REMOVE_LIMIT: Duration = Duration::from_secs(2);
 
 static SERVER: OnceCell<Server> = OnceCell::const_new();
 
-/// A new database on the server of `POSTGRES_URL`. Dropped with this value; but when the test fails it is kept, and its
-/// URL printed.
+/// A new database on the server of `POSTGRES_URL`. It is dropped with this value. If the test fails, it is kept, and its URL
+/// is printed.
 #[derive(Debug)]
 pub struct TestDatabase {
     name: String,
@@ -34,10 +34,13 @@ pub struct TestDatabase {
 }
 
 impl TestDatabase {
-    /// Makes a database that belongs to a role of the bootstrap, and brings its schema up to date as that role.
+    /// Creates a database whose owner is a role of the bootstrap, and migrates it as that role.
     ///
-    /// Panics when that fails. Without a server there is nothing to test at all, so then it says so in one line and ends
-    /// the whole process, instead of letting every test fail for the same reason.
+    /// Without a server no test can run: then this prints one line and ends the whole process, instead of letting every test
+    /// fail for the same reason.
+    ///
+    /// # Panics
+    /// If the server refuses.
     pub async fn create(owner_role: &str, migrators: &[&Migrator]) -> TestDatabase {
         let server = SERVER.get_or_init(bootstrapped_server).await.clone();
         let database = TestDatabase { name: format!("outbox_test_{}", Uuid::new_v4().simple()), server };
@@ -56,7 +59,7 @@ impl TestDatabase {
         self.server.url_for(role, &self.name)
     }
 
-    /// A few connections as the superuser, to look at what the code under test has done.
+    /// A few connections as the superuser, to inspect what the code under test has done.
     pub async fn pool(&self) -> PgPool {
         let options = PgPoolOptions::new().max_connections(4);
         options.connect(&self.server.superuser_url(&self.name)).await.expect("a superuser's connection")
@@ -74,11 +77,10 @@ impl TestDatabase {
         Ok(connection.close().await?)
     }
 
-    /// With a thread and runtime of its own: `drop` is not async, and the test's runtime may be the one that runs it.
+    /// Runs on a thread and runtime of its own: `drop` is not async, and the test's runtime may be calling it.
     ///
-    /// The thread is waited for, but not long. DROP DATABASE waits for every session of the server to take note, also for
-    /// one that is being opened by the very runtime that stands still here: the whole server would wait, until the session
-    /// is given up after a minute.
+    /// Waits for that thread, but not long. DROP DATABASE waits until every session of the server has noticed it, even a
+    /// session that the runtime blocked here is just opening. All of the server would wait until that session timed out.
     fn remove(&self) -> Result<()> {
         let mut statement = QueryBuilder::new("-- testkit: drop test database\nDROP DATABASE IF EXISTS ");
         statement.push(&self.name).push(" WITH (FORCE)");
@@ -86,7 +88,7 @@ impl TestDatabase {
         let (done, dropped) = mpsc::channel();
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            // Nobody waits for it any more if it took that long.
+            // Nobody receives this after the limit.
             drop(done.send(runtime.block_on(execute(&server, statement))));
             Ok::<_, std::io::Error>(())
         });
@@ -112,9 +114,9 @@ async fn bootstrapped_server() -> Server {
     match server_of_environment().await {
         Ok(server) => server,
         Err(error) => {
-            // libtest captures eprintln! and would show this only for tests that finish, which none will.
+            // libtest captures eprintln! and shows it when a test finishes, which none will.
             let message = format!(
-                "these tests need PostgreSQL: run `make test`, which sets one up, \
+                "these tests need PostgreSQL: run `make test`, which starts one, \
                  or set POSTGRES_URL to a superuser's URL ({error:#})\n"
             );
             let _ = std::io::stderr().write_all(message.as_bytes());

@@ -1,4 +1,4 @@
-//! The command line, as a person types it.
+//! The command line.
 
 use std::{path::Path, process::Command};
 
@@ -9,7 +9,7 @@ fn the_harness_is_found_beside_the_tests() {
     assert_eq!(binary("harness").unwrap(), Path::new(env!("CARGO_BIN_EXE_harness")));
 }
 
-/// Its help is that of the program, whose exit code and arguments are handed through as well.
+/// The help, the arguments and the exit code are those of the program.
 #[test]
 fn chaos_and_bench_are_programs_of_their_own() {
     for (program, help) in [("chaos", "--seed"), ("bench", "--only")] {

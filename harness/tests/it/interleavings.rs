@@ -1,5 +1,5 @@
-//! An order's creation, its cancellation and the answers between the two services, in every order in which they can
-//! happen. The test is the relay: it delivers, one event after the other, what it wants to see happen next.
+//! The creation of an order, its cancellation and the replies, in every sequence in which they can happen. There is no relay:
+//! the test delivers the events one by one, in the sequence that it tests.
 
 use harness::{
     audit::audit,
@@ -18,22 +18,22 @@ use uuid::Uuid;
 
 use crate::site::Site;
 
-/// Of the demo stock.
+/// An item of the demo stock.
 const SKU: &str = "LAST-OF-ITS-KIND";
 const STOCK: i64 = 3;
 
-/// What can happen next.
+/// A step that can happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     /// The customer cancels.
     Cancel,
     /// The next event of the order reaches inventory.
     Tell,
-    /// It does, and the relay dies before it can delete it.
+    /// The same, but the relay dies before it deletes the event.
     TellAndForget,
-    /// The next answer reaches order-service.
+    /// The next reply reaches order-service.
     Answer,
-    /// It does, and the relay dies before it can delete it.
+    /// The same, but the relay dies before it deletes the reply.
     AnswerAndForget,
 }
 
@@ -56,7 +56,7 @@ struct Row {
 
 impl System {
     async fn start() -> Self {
-        // On a busy machine a connection may take longer to be made than a call should wait for it.
+        // On a busy machine it may take longer to connect than a call waits for a connection by default.
         let site = Site::prepare(&[("DATABASE_ACQUIRE_MS", "20000")]).await;
         let layout = &site.layout;
         let processes =
@@ -85,13 +85,13 @@ impl System {
         self.target.orders().get_order(request).await.unwrap().into_inner().status()
     }
 
-    /// What can happen next to the order; nothing more, once everything is delivered and it was cancelled.
+    /// The steps that can happen next to the order; none after it was cancelled and everything is delivered.
     async fn possible(&self, order_id: Uuid, history: &[Step]) -> Vec<Step> {
         let mut steps = Vec::new();
         if !history.contains(&Step::Cancel) {
             steps.push(Step::Cancel);
         }
-        // Once each: a delivery that comes a third time is no different from one that comes twice.
+        // Once each: a third delivery is no different from a second one.
         for (outbox, once, twice) in
             [(&self.orders, Step::Tell, Step::TellAndForget), (&self.inventory, Step::Answer, Step::AnswerAndForget)]
         {
@@ -115,7 +115,7 @@ impl System {
         }
     }
 
-    /// Only an order that is known to be rejected is refused.
+    /// Only an order whose rejection is known cannot be cancelled.
     async fn cancel(&self, order_id: Uuid) {
         let before = self.status(order_id).await;
         let request = CancelOrderRequest { request_id: String::new(), order_id: order_id.into() };
@@ -127,7 +127,7 @@ impl System {
     }
 }
 
-/// The only event of the order that a relay may deliver: the first that is left.
+/// The only event of the order that a relay may deliver: the first one left.
 async fn next_event(outbox: &PgPool, order_id: Uuid) -> Option<Row> {
     sqlx::query_as(
         "SELECT event_id, event_type, sequence, payload, created_at FROM outbox
@@ -158,7 +158,7 @@ async fn deliver(outbox: &PgPool, mut receiver: EventReceiverClient<Channel>, or
     }
 }
 
-/// Lives through every history of an order of this size, and returns how many there were.
+/// Runs through every history of an order of this size, and returns how many there are.
 async fn every_history(system: &System, quantity: i32) -> usize {
     let mut histories = 0;
     let mut unfinished: Vec<Vec<Step>> = vec![Vec::new()];
@@ -169,7 +169,7 @@ async fn every_history(system: &System, quantity: i32) -> usize {
             system.take(*step, order_id).await;
             history.push(*step);
         }
-        // Follows the first branch to its end, and leaves the others for later.
+        // Follows the first branch to its end, and keeps the others for later.
         loop {
             let mut possible = system.possible(order_id, &history).await.into_iter();
             let Some(step) = possible.next() else { break };

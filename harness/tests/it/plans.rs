@@ -1,5 +1,5 @@
-//! The plans of the services' statements: a session keeps the one it made while tables were nearly empty, for the day on
-//! which they are full.
+//! The plans of the services' statements. A session keeps a plan it made while tables were nearly empty, and still uses it
+//! when they are full.
 
 use std::{fs, path::Path};
 
@@ -8,11 +8,11 @@ use sqlx::{Connection, PgConnection, Postgres, QueryBuilder, Row};
 
 use crate::site::Site;
 
-/// Tables that grow with the load. (Stock does not: SKUs do not come by the thousand.)
+/// Tables that grow with the load. (Stock does not: there are few SKUs.)
 const GROWING: [&str; 6] = ["orders", "order_items", "outbox", "processed_messages", "reservations", "stock_ledger"];
-/// Rows of each while the plan is made: an UPDATE that may be planned as a join is, one way with few, another with many.
+/// Rows in each while the plan is made. An UPDATE that can be planned as a join gets one plan for few rows, another for many.
 const FEW: [i32; 2] = [3, 500];
-/// What reads a whole table on purpose, once a minute.
+/// Statements that read a whole table on purpose, once a minute.
 const SCANS: [&str; 1] = ["relay: find unrouted"];
 
 const FILL_ORDERS: &str = "INSERT INTO orders (order_id, customer_id, currency_code, total_minor)
@@ -46,7 +46,7 @@ fn read_statements(of_crate: &str) -> Vec<Statement> {
     files.map(statement).collect()
 }
 
-/// As a session plans that has executed it often enough to plan it without looking at the parameters.
+/// The generic plan, which a session uses after several executions, whatever the parameters are.
 async fn explain(session: &mut PgConnection, statement: &Statement) -> Value {
     let execute = async |session: &mut PgConnection, sql: String| {
         sqlx::raw_sql(QueryBuilder::<Postgres>::new(sql).into_sql()).execute(session).await
@@ -56,13 +56,13 @@ async fn explain(session: &mut PgConnection, statement: &Statement) -> Value {
     let arguments = if nulls.is_empty() { nulls } else { format!("({nulls})") };
     let explain = format!("EXPLAIN (FORMAT JSON) EXECUTE explained{arguments}");
     let row = sqlx::query(QueryBuilder::<Postgres>::new(explain).into_sql()).fetch_one(&mut *session).await.unwrap();
-    // JSON is text, and is sent as that.
+    // JSON is sent as text.
     let plan: String = row.get_unchecked(0);
     execute(session, "DEALLOCATE explained".into()).await.unwrap();
     serde_json::from_str(&plan).unwrap()
 }
 
-/// The scans of growing tables that nothing narrows.
+/// Scans of growing tables that no index narrows.
 fn find_whole_scans(node: &Value, found: &mut Vec<String>) {
     let (kind, table) = (node["Node Type"].as_str().unwrap_or(""), node["Relation Name"].as_str().unwrap_or(""));
     let narrowed = kind == "Tid Scan" || kind == "Bitmap Heap Scan" || node.get("Index Cond").is_some();

@@ -5,7 +5,7 @@ use testkit::{TestDatabase, postgres::Server};
 
 use testkit::Scratch;
 
-/// What the processes of one test run on; everything in it is gone after the test.
+/// Databases, ports and logs of one test, deleted after it.
 pub(crate) struct Site {
     pub(crate) layout: Layout,
     pub(crate) orders: TestDatabase,
@@ -14,7 +14,7 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    /// With its schemas and the demo stock; `settings` are given to every process.
+    /// Migrates both databases and adds the demo stock. Every process gets `settings` as environment variables.
     pub(crate) async fn prepare(settings: &[(&str, &str)]) -> Self {
         let orders = TestDatabase::create("orders_owner", &[]).await;
         let inventory = TestDatabase::create("inventory_owner", &[]).await;

@@ -1,4 +1,4 @@
-//! The real binaries on databases of their own, killed and damaged, and the audit after it.
+//! The real binaries on databases of their own: killed under load, then audited; and an audit of damaged databases.
 
 use std::{future::Future, time::Duration};
 
@@ -26,7 +26,7 @@ struct System {
 
 impl System {
     async fn start() -> Self {
-        // Leases that a killed relay leaves behind are over in test time, not in 30 s.
+        // Short, because a test waits for the leases of a killed relay to expire.
         let site = Site::prepare(&[("RELAY_LEASE_SECONDS", "2")]).await;
         let mut services = Vec::new();
         for service in Service::ALL {
@@ -39,7 +39,7 @@ impl System {
         &mut self.services.iter_mut().find(|(other, _)| *other == service).unwrap().1
     }
 
-    /// Puts the load on the system while `trouble` goes on, then demands that nothing of it was lost or doubled.
+    /// Places the load while `trouble` runs. Afterwards nothing may be lost or applied twice.
     async fn survives(mut self, trouble: impl AsyncFnOnce(&mut Self, &PgPool)) {
         let target = self.site.layout.target().unwrap();
         let load = tokio::spawn(async move { place_orders(&target, LOAD).await });
@@ -71,7 +71,7 @@ impl System {
         stop(self.services.into_iter().map(|(_, process)| process)).await.unwrap();
     }
 
-    /// Kills the process as a crash would, once a share of the orders is in, and starts it again; several times.
+    /// Kills the process and starts it again, several times, each after a further share of the orders is placed.
     async fn kill_under_load(&mut self, service: Service, observer: &PgPool) {
         for kill in 1..=KILLS {
             wait_for_orders(observer, LOAD.orders * kill / (KILLS + 1)).await;
@@ -148,10 +148,10 @@ async fn database_sessions_terminated_under_load_lose_and_double_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_process_restarted_in_an_orderly_way_under_load_loses_and_doubles_nothing() {
+async fn every_process_restarted_under_load_loses_and_doubles_nothing() {
     let trouble = async |system: &mut System, observer: &PgPool| {
-        for (turn, service) in Service::ALL.into_iter().enumerate() {
-            let share = u32::try_from(turn + 1).unwrap();
+        for (position, service) in Service::ALL.into_iter().enumerate() {
+            let share = u32::try_from(position + 1).unwrap();
             wait_for_orders(observer, LOAD.orders * share / 5).await;
             let exit = system.process(service).terminate(Duration::from_secs(8)).await.unwrap();
             assert!(exit.status.success() && !exit.killed, "{service:?} {exit:?}");
@@ -162,7 +162,7 @@ async fn every_process_restarted_in_an_orderly_way_under_load_loses_and_doubles_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receiver_that_is_away_costs_no_event_an_attempt() {
+async fn a_receiver_that_is_down_costs_no_event_an_attempt() {
     let mut system = System::start().await;
     let target = system.site.layout.target().unwrap();
     system.process(Service::Inventory).kill().await.unwrap();
@@ -189,7 +189,7 @@ enum Side {
     Inventory,
 }
 
-/// What the audit says of it, first; then what is done, where.
+/// How the audit's finding begins; the database; and the damage.
 const DAMAGES: &[(&str, Side, &str)] = &[
     ("UNBALANCED: MUG", Side::Inventory, "UPDATE stock SET available = available - 1 WHERE sku = 'MUG'"),
     (
@@ -207,7 +207,7 @@ const DAMAGES: &[(&str, Side, &str)] = &[
     (
         "WRONG: order ",
         Side::Inventory,
-        // Its cancellation has come, and has given nothing back.
+        // It was cancelled but has not returned its stock.
         "UPDATE reservations SET cancelled_by = event_id, cancelled_at = now()
         WHERE order_id = (SELECT order_id FROM reservations WHERE status = 'RESERVED' ORDER BY order_id LIMIT 1 OFFSET 9)",
     ),
@@ -224,7 +224,7 @@ const DAMAGES: &[(&str, Side, &str)] = &[
     (
         "LOST: ",
         Side::Inventory,
-        // As if only a cancellation had come.
+        // As if only its cancellation had been applied.
         "WITH one AS (SELECT order_id FROM reservations WHERE status = 'RESERVED' ORDER BY order_id LIMIT 1),
             ledger AS (DELETE FROM stock_ledger WHERE reference IN (SELECT order_id FROM one))
         UPDATE reservations SET status = 'RELEASED', event_id = NULL, cancelled_by = event_id, cancelled_at = now()

@@ -1,4 +1,4 @@
-//! The example of the outbox library, in inventory's place behind a real relay.
+//! The example of the outbox library, instead of inventory-service, behind a real relay.
 
 use std::time::Duration;
 
@@ -18,14 +18,14 @@ const LIMIT: Duration = Duration::from_secs(20);
 const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: LIMIT };
 
 #[test]
-fn it_is_under_sixty_lines() {
+fn the_example_has_fewer_than_sixty_lines() {
     let example = include_str!("../../../outbox/examples/loyalty_service.rs");
     let code = example.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
     assert!(code.count() < 60);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_of_sixty_lines_applies_each_event_once() {
+async fn the_example_applies_each_event_once() {
     let Site { layout, orders, scratch, .. } = &Site::prepare(&[]).await;
     let loyalty = TestDatabase::create("inventory_owner", &[]).await;
     let (address, url) = (layout.inventory_service.to_string(), loyalty.url_as("inventory_owner"));
@@ -46,7 +46,7 @@ async fn a_service_of_sixty_lines_applies_each_event_once() {
     assert!(ordered > 0);
     assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, ordered);
 
-    // As after a relay that died before it could delete them.
+    // As if the relay had died before it deleted the rows.
     execute(&orders, "INSERT INTO outbox SELECT * FROM sent").await;
     wait_until_delivered(&target.databases, LIMIT).await.unwrap();
     assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, ordered);

@@ -15,7 +15,7 @@ use testkit::{Scratch, postgres::find};
 
 const EXISTING: &str = "postgres://nobody:nothing@127.0.0.1:1/postgres";
 
-/// With a private cluster, whatever server the tests themselves use.
+/// Runs the script with a private cluster, even if the tests themselves use another server.
 fn with_postgres(directory: &Path, script: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_harness"))
         .args(["with-postgres", "--", "sh", "-c", script])
@@ -30,7 +30,7 @@ fn clusters(directory: &Path) -> usize {
 }
 
 #[test]
-fn lends_a_server_and_passes_the_exit_code_on() {
+fn the_command_gets_a_server_and_its_exit_code_is_returned() {
     if find().is_err() {
         return;
     }
@@ -48,7 +48,7 @@ fn lends_a_server_and_passes_the_exit_code_on() {
 }
 
 #[test]
-fn an_existing_server_that_is_not_there() {
+fn an_existing_server_that_does_not_answer_is_named_without_its_password() {
     let output = Command::new(env!("CARGO_BIN_EXE_harness"))
         .args(["with-postgres", "--postgres-url", EXISTING, "--", "true"])
         .output()
@@ -60,12 +60,12 @@ fn an_existing_server_that_is_not_there() {
 }
 
 #[test]
-fn used_wrongly() {
+fn without_a_command_the_usage_is_wrong() {
     let status = Command::new(env!("CARGO_BIN_EXE_harness")).arg("with-postgres").output().unwrap().status;
     assert_eq!(status.code(), Some(2));
 }
 
-/// Of the harness, as a process of its own that runs a command without end.
+/// A harness that runs a command without end.
 async fn endless(scratch: &Scratch) -> Process {
     let script = "cd \"$0\" && exec \"$1\" with-postgres --postgres-url '' -- sh -c 'echo ready; exec sleep 60'";
     let arguments = ["-c".as_ref(), script.as_ref(), scratch.as_os_str(), env!("CARGO_BIN_EXE_harness").as_ref()];
@@ -95,7 +95,7 @@ async fn signals_reach_the_command() {
 }
 
 #[tokio::test]
-async fn what_a_killed_run_leaves_is_cleaned_up_by_the_next() {
+async fn the_next_run_deletes_the_cluster_of_a_killed_run() {
     if find().is_err() {
         return;
     }
@@ -112,7 +112,7 @@ async fn what_a_killed_run_leaves_is_cleaned_up_by_the_next() {
 }
 
 #[tokio::test]
-async fn what_a_killed_run_leaves_can_be_taken_over() {
+async fn a_cluster_can_take_over_the_directory_of_a_killed_run() {
     if find().is_err() {
         return;
     }

@@ -1,4 +1,4 @@
-//! Where this machine keeps the programs of a PostgreSQL server.
+//! Finds the programs of a PostgreSQL server on this machine.
 
 use std::{
     env, fs,
@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-/// Older ones are no longer maintained upstream.
+/// PostgreSQL maintains no older version.
 const OLDEST_MAJOR: u32 = 14;
 
 const PROGRAMS: [&str; 3] = ["initdb", "postgres", "pg_ctl"];
@@ -29,8 +29,8 @@ impl Installation {
         self.directory.join(name)
     }
 
-    /// The path of a client's program of the same version. The directory may hold links to the server's programs only;
-    /// the clients are then where these lead to.
+    /// The path of a client program of the same version. The directory may hold only links to the server's programs; then
+    /// the clients are beside the files they lead to.
     pub fn client(&self, name: &str) -> PathBuf {
         let server = fs::canonicalize(self.program("postgres")).unwrap_or_default();
         let beside_server = server.with_file_name(name);
@@ -43,14 +43,14 @@ impl Installation {
     }
 }
 
-/// The first installation that is new enough: of PATH, of `pg_config`, of Debian (newest first), of Homebrew.
+/// The first installation that is new enough, from PATH, `pg_config`, Debian (newest first) or Homebrew.
 pub fn find() -> Result<Installation> {
     let found: Vec<Installation> = candidates().filter_map(|directory| inspect(&directory)).collect();
     match found.iter().find(|installation| installation.major >= OLDEST_MAJOR) {
         Some(installation) => Ok(installation.clone()),
         None => match found.first() {
             Some(old) => bail!(
-                "PostgreSQL {} in {} is too old, {OLDEST_MAJOR} or newer is needed: {WAYS_OUT}",
+                "PostgreSQL {} in {} is too old; version {OLDEST_MAJOR} or newer is needed: {WAYS_OUT}",
                 old.major,
                 old.directory.display()
             ),
@@ -59,7 +59,7 @@ pub fn find() -> Result<Installation> {
     }
 }
 
-/// Whether there is any installation, of whatever version.
+/// Whether any version is installed.
 pub(super) fn is_installed() -> bool {
     candidates().any(|directory| inspect(&directory).is_some())
 }
@@ -87,7 +87,7 @@ fn versions_in(parent: &str, prefix: &str) -> Vec<PathBuf> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let version = name.strip_prefix(prefix)?.trim_start_matches('@');
-            // Homebrew's plain `postgresql` is a link to one of the others, or the last version of a former time.
+            // Homebrew's plain `postgresql` is a link to one of the others, or an old version: last.
             Some((version.parse().unwrap_or(0), entry.path().join("bin")))
         })
         .collect();
@@ -96,7 +96,7 @@ fn versions_in(parent: &str, prefix: &str) -> Vec<PathBuf> {
 }
 
 fn inspect(directory: &Path) -> Option<Installation> {
-    // A relative entry of PATH would mean another directory once the server's own is the current one.
+    // The server runs in its own directory, where a relative entry of PATH would mean something else.
     let complete = directory.is_absolute() && PROGRAMS.iter().all(|name| directory.join(name).is_file());
     if !complete {
         return None;
@@ -106,7 +106,7 @@ fn inspect(directory: &Path) -> Option<Installation> {
     Some(Installation { directory: directory.to_owned(), major })
 }
 
-/// Of `postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)`, `… 18beta1`.
+/// From `postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)` or `… 18beta1`.
 fn parse_major(version: &str) -> Option<u32> {
     let number = version.split_once("(PostgreSQL) ")?.1;
     let end = number.find(|character: char| !character.is_ascii_digit()).unwrap_or(number.len());

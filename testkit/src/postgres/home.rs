@@ -1,7 +1,7 @@
-//! The directory of a private cluster: whose it is, who uses it now, and what a killed run left in it.
+//! The directory of a private cluster: its owner, its lock, and what a killed run left in it.
 //!
 //! ```text
-//! <directory>/lock          held for as long as the cluster's harness lives
+//! <directory>/lock          held while the cluster's harness lives
 //! <directory>/data/         the cluster
 //! <directory>/postgres.log
 //! ```
@@ -26,17 +26,17 @@ use super::find::Installation;
 
 const LOCK: &str = "lock";
 
-/// A directory that is ours alone until this is dropped; then it is deleted, unless it is to be kept.
+/// A directory that no other harness uses until this is dropped. Then it is deleted, unless `keep` is set.
 #[derive(Debug)]
 pub(super) struct Home {
     directory: PathBuf,
     user: Option<User>,
     keep: bool,
-    // The kernel lets go of it when we die, however we die: so a directory that can be locked has no live harness.
+    // The kernel releases the lock however this process ends, so a directory that can be locked has no live harness.
     _lock: File,
 }
 
-/// Who runs the server when we are root, which PostgreSQL refuses to run as.
+/// The user that runs the server if this process is root's: PostgreSQL refuses to run as root.
 #[derive(Debug, Clone)]
 struct User {
     name: &'static str,
@@ -45,7 +45,7 @@ struct User {
 }
 
 impl Home {
-    /// Makes the directory, or takes over the one of an earlier run.
+    /// Creates the directory, or takes over that of an earlier run.
     pub(super) fn open(directory: &Path, keep: bool) -> Result<Home> {
         let directory = std::path::absolute(directory)?;
         if !geteuid().is_root() {
@@ -65,21 +65,21 @@ impl Home {
         self.directory.join("postgres.log")
     }
 
-    /// Deletes the directory, whatever was said when it was opened.
+    /// Deletes the directory, even if it was opened to be kept.
     pub(super) fn delete(mut self) {
         self.keep = false;
     }
 
-    /// Makes a file that only the server's user can read.
+    /// Writes a file that only the server's user can read.
     pub(super) fn write_secret(&self, name: &str, content: &str) -> Result<PathBuf> {
-        // No others get into the directory, so the moment before the owner changes shows it to nobody.
+        // Nobody else can enter the directory, so nobody can read the file before its owner changes.
         let path = self.directory.join(name);
         fs::write(&path, content)?;
         give(&path, self.user.as_ref())?;
         Ok(path)
     }
 
-    /// A command that runs as the server's user, in this directory: our own current one may be closed to that user.
+    /// A command that runs as the server's user, in this directory: that user may not enter the current one.
     pub(super) fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.current_dir(&self.directory).stdin(Stdio::null()).env("LC_ALL", "C");
@@ -89,18 +89,18 @@ impl Home {
         command
     }
 
-    /// Stops the server that a killed run left here, if one did.
+    /// Stops the server that a killed run left here, if there is one.
     pub(super) async fn stop_abandoned_server(&self, installation: &Installation) -> Result<()> {
         let pid_file = self.data().join("postmaster.pid");
         let Some(pid) = first_line(&pid_file).and_then(|line| Pid::from_raw(line.parse().ok()?)) else {
             return Ok(());
         };
         if test_kill_process(pid) == Err(rustix::io::Errno::SRCH) {
-            return Ok(()); // PostgreSQL deals with the file of a dead server itself.
+            return Ok(()); // PostgreSQL itself replaces the file of a dead server.
         }
         if !command_line(pid).await.is_some_and(|line| contains(&line, self.data().as_os_str().as_bytes())) {
-            // The number belongs to another program by now, since a reboot perhaps. PostgreSQL might take that one for
-            // a living server and refuse to start, and pg_ctl would stop it.
+            // Another program has this number by now, perhaps since a reboot. PostgreSQL might mistake that program for a
+            // live server and refuse to start, and pg_ctl would stop it.
             return fs::remove_file(&pid_file).with_context(|| pid_file.display().to_string());
         }
         eprintln!("note: stopping the server that an earlier run left behind (pid {})", pid.as_raw_nonzero());
@@ -126,7 +126,7 @@ impl Drop for Home {
     }
 }
 
-/// The directories whose path begins with `prefix`, or with its stand-in, that a killed run left behind.
+/// The directories that killed runs left behind: their path begins with `prefix` or its stand-in.
 pub(super) fn abandoned(prefix: &Path) -> Result<Vec<Home>> {
     let prefix = std::path::absolute(prefix)?;
     let mut homes = Vec::new();
@@ -135,17 +135,17 @@ pub(super) fn abandoned(prefix: &Path) -> Result<Vec<Home>> {
         let ours = siblings.map(|entry| entry.path()).filter(|path| {
             path.as_os_str().as_bytes().starts_with(prefix.as_os_str().as_bytes()) && path.join(LOCK).is_file()
         });
-        // Whoever cannot open one now leaves it to a run that can: it is in use, or another user's.
+        // One that cannot be opened is in use, or another user's.
         homes.extend(ours.filter_map(|path| Home::open(&path, true).ok()));
     }
     Ok(homes)
 }
 
 fn make(directory: &Path, user: Option<&User>) -> Result<()> {
-    fs::create_dir_all(directory).with_context(|| format!("cannot make the directory {}", directory.display()))?;
+    fs::create_dir_all(directory).with_context(|| format!("cannot create the directory {}", directory.display()))?;
     let owner = fs::symlink_metadata(directory)?.uid();
     let expected = user.map_or(geteuid().as_raw(), |user| user.uid);
-    // Anybody may have put something where the stand-in goes, so only what is ours, or was just made, is given away.
+    // Anybody may have put a directory where the stand-in goes, so only our own, or a new one, changes its owner.
     ensure!(
         owner == expected || owner == geteuid().as_raw(),
         "{} belongs to another user (uid {owner}): delete it, or run as that user",
@@ -154,20 +154,20 @@ fn make(directory: &Path, user: Option<&User>) -> Result<()> {
     let is_empty = fs::read_dir(directory)?.next().is_none();
     ensure!(
         is_empty || directory.join(LOCK).is_file(),
-        "{} holds files that are not of a private cluster: choose another directory",
+        "{} has files in it that are not of a private cluster: choose another directory",
         directory.display()
     );
     fs::set_permissions(directory, Permissions::from_mode(0o700))?;
     give(directory, user)
 }
 
-/// Makes the directory, or its stand-in where the user cannot go because a parent is private, as root's home is.
+/// Creates the directory; or its stand-in, if the user cannot enter a parent, such as root's home.
 fn make_reachable(directory: PathBuf, user: &User) -> Result<PathBuf> {
     make(&directory, Some(user))?;
     if reaches(user, &directory) {
         return Ok(directory);
     }
-    let _ = fs::remove_dir(&directory); // Nothing is ever put into it, unless a parent was closed only later.
+    let _ = fs::remove_dir(&directory); // It is empty, unless a parent became private later.
     let reachable = stand_in(&directory);
     make(&reachable, Some(user))?;
     ensure!(reaches(user, &reachable), "user {} can reach neither {directory:?} nor {reachable:?}", user.name);
@@ -200,7 +200,7 @@ fn lock(directory: &Path) -> Result<File> {
     }
 }
 
-/// Always the same one for a directory, so that what is kept is found again: `/tmp/outbox-home-me-target-postgres`.
+/// The same for every run, so that kept data is found again: `/tmp/outbox-home-me-target-postgres`.
 fn stand_in(directory: &Path) -> PathBuf {
     env::temp_dir().join(format!("outbox{}", directory.display().to_string().replace('/', "-")))
 }
@@ -212,12 +212,12 @@ fn unprivileged_user() -> Result<User> {
         let mut ids = line.split(':').skip(1).map(str::parse);
         Some(User { name, uid: ids.next()?.ok()?, gid: ids.next()?.ok()? })
     };
-    user("postgres").or_else(|| user("nobody")).context(
-        "PostgreSQL does not run as root, and there is neither a user `postgres` nor `nobody`: run as another user",
-    )
+    user("postgres")
+        .or_else(|| user("nobody"))
+        .context("PostgreSQL refuses to run as root, and there is no user `postgres` or `nobody`: run as another user")
 }
 
-/// Asks the kernel instead of judging permissions: this runs nothing but a change of directory as that user.
+/// Lets the kernel decide instead of comparing permissions: a command that does nothing runs there as that user.
 fn reaches(user: &User, directory: &Path) -> bool {
     use std::os::unix::process::CommandExt;
     let outcome = std::process::Command::new("true").current_dir(directory).uid(user.uid).gid(user.gid).status();
@@ -228,7 +228,7 @@ fn first_line(path: &Path) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.lines().next()?.trim().to_owned())
 }
 
-/// What a process was started with; /proc first, because slim images have no `ps`.
+/// The command line of a process, from /proc if possible: slim images have no `ps`.
 async fn command_line(pid: Pid) -> Option<Vec<u8>> {
     let pid = pid.as_raw_nonzero();
     if let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) {

@@ -1,4 +1,4 @@
-//! Installs what is missing with apt, where we may.
+//! Installs missing packages with apt, if this user may.
 
 use std::process::Stdio;
 
@@ -7,9 +7,8 @@ use tokio::process::Command;
 
 use super::find::{Installation, WAYS_OUT, find, is_installed};
 
-/// Debian makes and starts a cluster with the package. That is not ours to leave on anybody's machine, so a drop-in says
-/// no to it for as long as the installation lasts. A failed update is no reason to stop: lists that are at hand may do,
-/// and where they don't, the installation's own message is the better one.
+/// Debian's package creates and starts a cluster, which nobody asked for, so a drop-in forbids that during the installation.
+/// A failed update does not matter: the old lists may do, and if not, the installation's own message is better.
 const SCRIPT: &str = "
 set -e
 export DEBIAN_FRONTEND=noninteractive
@@ -21,7 +20,7 @@ apt-get update -q -o DPkg::Lock::Timeout=60 || true
 apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=60 \"$1\"
 ";
 
-/// What is installed, or else what apt installs. An installation too old is left alone: its system would bring the same.
+/// The installation found, or else what apt installs. An old one is not replaced: apt would install the same.
 pub(super) async fn find_or_install() -> Result<Installation> {
     if !is_installed()
         && let Some(shell) = privileged_shell().await
@@ -31,7 +30,7 @@ pub(super) async fn find_or_install() -> Result<Installation> {
     find()
 }
 
-/// Installs a package, where we may; says so if it cannot be, and leaves it to the caller to do without.
+/// Installs a package if this user may. A failure is only printed: the caller can do without.
 pub async fn try_to_install(package: &str) {
     if let Some(shell) = privileged_shell().await
         && let Err(error) = install(shell, package).await
@@ -40,7 +39,7 @@ pub async fn try_to_install(package: &str) {
     }
 }
 
-/// A shell that may use apt without asking anybody, if there is apt and such a shell.
+/// A shell that may run apt without a password.
 async fn privileged_shell() -> Option<Command> {
     if !succeeds(Command::new("apt-get").arg("--version")).await {
         return None;

@@ -4,8 +4,8 @@ use testkit::{bootstrap::bootstrap, postgres::Server};
 use tokio::task::JoinSet;
 
 #[tokio::test]
-async fn many_at_once() {
-    let _ = testkit::TestDatabase::create("orders_owner", &[]).await; // says what is missing if there is no server
+async fn many_bootstraps_can_run_at_once() {
+    let _ = testkit::TestDatabase::create("orders_owner", &[]).await; // explains itself if there is no server
     let server = Server::parse(&env::var("POSTGRES_URL").unwrap()).unwrap();
     let mut tasks = JoinSet::new();
     for _ in 0..20 {
@@ -18,7 +18,7 @@ async fn many_at_once() {
 }
 
 #[test]
-fn urls_keep_the_parameters_of_the_servers() {
+fn urls_keep_the_parameters_of_the_server() {
     let server = Server::parse("postgres://root:secret@db.example:6000?sslmode=require&connect_timeout=3").unwrap();
     assert_eq!(server.url(), "postgres://root:secret@db.example:6000/postgres?sslmode=require&connect_timeout=3");
     assert_eq!(

@@ -1,4 +1,4 @@
-//! The kit's own parts, against a real PostgreSQL and real processes. Run them with `make test`.
+//! The test kit itself, with a real PostgreSQL and real processes. Run with `make test`.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod bootstrap;

@@ -25,7 +25,7 @@ async fn wait_for_log(process: &Process, text: &str) {
 }
 
 #[tokio::test]
-async fn terminate_lets_it_finish() {
+async fn terminate_lets_a_process_finish() {
     let scratch = Scratch::new();
     let mut process = shell("trap 'echo bye; exit 7' TERM; echo $GREETING; while :; do sleep 0.01; done", &scratch);
     wait_for_log(&process, "hello").await;
@@ -39,7 +39,7 @@ async fn terminate_lets_it_finish() {
 }
 
 #[tokio::test]
-async fn terminate_kills_what_does_not_listen() {
+async fn terminate_kills_a_process_that_ignores_it() {
     let scratch = Scratch::new();
     let mut process = shell("trap '' TERM; echo up; while :; do sleep 0.01; done", &scratch);
     wait_for_log(&process, "up").await;
@@ -48,7 +48,7 @@ async fn terminate_kills_what_does_not_listen() {
 }
 
 #[tokio::test]
-async fn kill_and_signals_after_the_end() {
+async fn a_process_that_has_ended_can_still_be_signalled() {
     let scratch = Scratch::new();
     let mut process = shell("exec sleep 1000", &scratch);
     assert_eq!(process.kill().await.unwrap().signal(), Some(9));
@@ -57,20 +57,20 @@ async fn kill_and_signals_after_the_end() {
 }
 
 #[tokio::test]
-async fn dropped_it_is_killed() {
+async fn a_dropped_process_is_killed() {
     let scratch = Scratch::new();
     let process = shell("exec sleep 1000", &scratch);
     let pid = rustix::process::Pid::from_raw(process.pid().cast_signed()).unwrap();
     drop(process);
     let deadline = Instant::now() + AMPLE;
     while rustix::process::test_kill_process(pid).is_ok() {
-        assert!(Instant::now() < deadline, "it is still there");
+        assert!(Instant::now() < deadline, "it still runs");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 #[tokio::test]
-async fn one_that_dies_before_it_is_healthy_shows_its_log() {
+async fn a_process_that_exits_before_it_is_healthy_shows_its_log() {
     let scratch = Scratch::new();
     let mut process = shell("echo the reason >&2; exit 3", &scratch);
     let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
@@ -79,7 +79,7 @@ async fn one_that_dies_before_it_is_healthy_shows_its_log() {
 }
 
 #[tokio::test]
-async fn one_that_is_never_healthy_is_not_awaited_for_ever() {
+async fn a_process_that_never_becomes_healthy_is_awaited_up_to_the_limit() {
     let scratch = Scratch::new();
     let mut process = shell("exec sleep 1000", &scratch);
     let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
@@ -88,7 +88,7 @@ async fn one_that_is_never_healthy_is_not_awaited_for_ever() {
 }
 
 #[tokio::test]
-async fn a_healthy_server_is_seen() {
+async fn a_server_that_becomes_healthy_ends_the_wait() {
     let scratch = Scratch::new();
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -105,7 +105,7 @@ async fn a_healthy_server_is_seen() {
 }
 
 #[test]
-fn a_binary_that_is_missing_is_named_with_the_way_to_build_it() {
+fn a_missing_binary_is_named_with_the_command_that_builds_it() {
     let message = binary("no-such-service").unwrap_err().to_string();
     assert!(message.ends_with("build it with `cargo build -p no-such-service`"), "{message}");
 }

@@ -20,7 +20,7 @@ async fn exists(name: &str) -> bool {
 }
 
 #[tokio::test]
-async fn is_made_migrated_and_dropped() {
+async fn a_database_is_created_migrated_and_dropped() {
     let database = TestDatabase::create("orders_owner", &[&one_table()]).await;
     let name = database.name().to_owned();
     let pool = database.pool().await;
@@ -35,7 +35,7 @@ async fn is_made_migrated_and_dropped() {
     assert_eq!(count, 0);
 
     assert!(exists(&name).await);
-    drop(database); // in spite of the connections above
+    drop(database); // though the connections above are open
     let dropped = async {
         while exists(&name).await {
             sleep(Duration::from_millis(20)).await;
@@ -45,7 +45,7 @@ async fn is_made_migrated_and_dropped() {
 }
 
 #[tokio::test]
-async fn is_kept_when_the_test_fails() {
+async fn the_database_of_a_failed_test_is_kept() {
     let database = TestDatabase::create("orders_owner", &[]).await;
     let name = database.name().to_owned();
     let test = tokio::spawn(async move {
@@ -61,12 +61,12 @@ async fn is_kept_when_the_test_fails() {
     statement.build().execute(&mut server.connect().await.unwrap()).await.unwrap();
 }
 
-/// Runs one of the tests above again, in a process without a server.
+/// Runs a test from above in a process without a server.
 #[test]
-fn without_a_server_says_so_in_one_line() {
+fn without_a_server_the_tests_end_with_one_line() {
     for url in ["", "postgres://postgres:postgres@127.0.0.1:1/postgres"] {
         let output = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "test_database::is_made_migrated_and_dropped"])
+            .args(["--exact", "test_database::a_database_is_created_migrated_and_dropped"])
             .env("POSTGRES_URL", url)
             .output()
             .unwrap();
