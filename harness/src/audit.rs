@@ -60,7 +60,7 @@ pub struct Audit {
     pub dead: usize,
     /// SKUs whose stock was checked.
     pub skus: usize,
-    /// What is wrong, one sentence for each row. If empty, the audit is clean.
+    /// One sentence for each row that is wrong. If empty, the audit is clean.
     pub findings: Vec<String>,
 }
 
@@ -105,7 +105,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
 /// Audits the two databases.
 ///
 /// # Errors
-/// If one cannot be read. Rows that are wrong are no error, but [`Audit::findings`].
+/// If one cannot be read. Rows that are wrong are [`Audit::findings`], not errors.
 pub async fn audit(databases: &Databases) -> Result<Audit> {
     let (mut orders_database, mut inventory_database) = (databases.orders().await?, databases.inventory().await?);
     let mut audit = Audit::default();

@@ -212,7 +212,7 @@ async fn show_dead_letter(layout: &Layout, target: &Target) -> Result<()> {
     Ok(())
 }
 
-/// Writes what only a service with a bug would: the event of an order without items.
+/// Writes an event that only a service with a bug would write: an order without items.
 async fn enqueue_poison(target: &Target) -> Result<Uuid> {
     let (order_id, event_id) = (Uuid::now_v7(), Uuid::now_v7());
     let poison = OrderCreated {

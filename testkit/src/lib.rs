@@ -1,4 +1,4 @@
-//! What tests need around the code: PostgreSQL, processes, ports, files and generated input.
+//! Tools for tests: PostgreSQL, processes, ports, files and generated input.
 //!
 //! - [`TestDatabase`]: a database of its own for every test.
 //! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster.

@@ -47,7 +47,7 @@ pub async fn claim(port: u16, purpose: &str, limit: Duration) -> Result<TcpListe
     }
 }
 
-/// What holds a port.
+/// The holder of a port.
 #[derive(Debug)]
 enum Holder {
     Listener(Owner),
@@ -133,7 +133,7 @@ fn find_owner(socket: &Socket) -> Owner {
     owner.map_or(Owner::User(socket.uid), |pid| Owner::Process { name: name_of(pid), pid })
 }
 
-/// What the process was started as: the kernel's own name for it is cut short.
+/// The name of the program it was started from. The kernel's own name for a process is cut short.
 fn name_of(pid: u32) -> String {
     let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let program = command.split('\0').next().and_then(|program| Path::new(program).file_name());

@@ -1,4 +1,4 @@
-//! Whatever a stranger sends gets an answer of the contract, and does not harm the service.
+//! Any input of a stranger gets an answer of the contract, and does no harm to the service.
 //!
 //! A failure prints how to repeat it. `FUZZ_SECONDS=600` feeds each target for ten minutes; `testkit::fuzz` tells more.
 
@@ -156,10 +156,10 @@ fn list_stock_answers_a_page_or_a_declared_refusal() {
     host.block_on(inventory.stop());
 }
 
-/// What happened to an order, or is said to have happened.
+/// A change of an order, real or invented.
 #[derive(Clone, Debug)]
 enum Change {
-    /// Created with these items, doubled so often, each under a SKU of its own; no items: one sound item.
+    /// Created with these items, doubled this often, each with a SKU of its own. Without items: with one sound item.
     Created(Vec<Item>, u32),
     Cancelled,
 }

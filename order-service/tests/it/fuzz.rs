@@ -1,4 +1,4 @@
-//! Whatever a stranger sends gets an answer of the contract, and does not harm the service.
+//! Any input of a stranger gets an answer of the contract, and does no harm to the service.
 //!
 //! A failure prints how to repeat it. `FUZZ_SECONDS=600` feeds each target for ten minutes; `testkit::fuzz` tells more.
 
@@ -43,7 +43,7 @@ enum OrderChange {
     Sku(u8, Text),
     Quantity(u8, i32),
     UnitPrice(u8, i64),
-    /// The items so far, doubled so often.
+    /// Doubles the items so far, this often.
     Items(u32),
     Traceparent(Text),
     Tracestate(Text),
@@ -212,12 +212,12 @@ fn list_orders_answers_a_page_of_the_customer_or_a_declared_refusal() {
     host.block_on(service.end());
 }
 
-/// What inventory, or somebody in its place, says of an order.
+/// A reply of inventory, or of somebody in its place.
 #[derive(Clone, Debug)]
 enum Reply {
     Reserved,
     Released,
-    /// What was short, doubled so often.
+    /// The items that are short, doubled this often.
     Rejected(Vec<Short>, u32),
 }
 

@@ -1,4 +1,4 @@
-//! What the contract says of every call, whatever it sends.
+//! Checks of the contract that hold for every call.
 
 use prost::{
     Message,

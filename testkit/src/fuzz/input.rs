@@ -1,4 +1,4 @@
-//! Strategies for what a stranger may send: mostly nearly right, rarely very large.
+//! Strategies for the input of a stranger: mostly nearly right, rarely very large.
 
 use std::fmt::{self, Debug, Formatter};
 
@@ -8,11 +8,11 @@ use prost_types::Timestamp;
 use proto::events::v1::Event;
 use uuid::Uuid;
 
-/// So often doubled, one byte becomes a message that a server with default settings refuses, or nearly.
+/// Doubled this often, one byte is about as large as the largest message that a server accepts by default.
 const DOUBLINGS_MAX: u32 = 22;
 /// Likewise for messages in a list: many times more of them than any limit allows.
 const MESSAGE_DOUBLINGS_MAX: u32 = 16;
-/// Bytes of what [`repeat`] returns.
+/// Limit of the bytes that [`repeat`] returns.
 const REPEATED_MAX: usize = 6 * 1024 * 1024;
 /// Longer texts are abbreviated in a report.
 const SHOWN_MAX: usize = 300;
@@ -80,12 +80,12 @@ pub fn number() -> impl Strategy<Value = i64> {
     ]
 }
 
-/// [`number`], with the nearest limit in place of what does not fit.
+/// A [`number`], or the nearest one that fits.
 pub fn number_i32() -> impl Strategy<Value = i32> {
     number().prop_map(|number| number.try_into().unwrap_or(if number < 0 { i32::MIN } else { i32::MAX }))
 }
 
-/// All of the messages, doubled so often; fewer where a message would become too large to be worth sending.
+/// All of the messages, doubled this often, but no more than are worth sending.
 pub fn repeat<M: Message + Clone>(messages: &[M], doublings: u32) -> Vec<M> {
     let mut bytes = 0;
     let fits = |message: &&M| {
@@ -96,7 +96,7 @@ pub fn repeat<M: Message + Clone>(messages: &[M], doublings: u32) -> Vec<M> {
     messages.iter().cycle().take(count).take_while(fits).cloned().collect()
 }
 
-/// What happens to an encoded message on its way.
+/// Damage to an encoded message.
 #[derive(Clone, Debug)]
 pub enum Damage {
     /// Other bytes arrive instead.

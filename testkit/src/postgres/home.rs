@@ -1,4 +1,4 @@
-//! The directory of a private cluster: its owner, its lock, and what a killed run left in it.
+//! The directory of a private cluster: its owner, its lock, and the server that a killed run left in it.
 //!
 //! ```text
 //! <directory>/lock          held while the cluster's harness lives
