@@ -23,7 +23,7 @@ WITH given AS MATERIALIZED (
 SELECT id, id IN (SELECT message_id FROM recorded) AS fresh,
     NOT young AND (SELECT true FROM processed_messages WHERE message_id = id) IS NULL AS stale
 FROM arrived;
--- inventory-service/src/stock.rs
+-- inventory-service/src/lock_batch.rs
 SELECT stock.sku, stock.available
 FROM unnest((SELECT total_skus FROM bench_batches WHERE batch = :batch::integer)) AS wanted (sku)
 JOIN stock ON stock.sku = wanted.sku
