@@ -10,9 +10,9 @@ use outbox_relay::{Settings, operate};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Delivers the events of an outbox to their receivers, each at least once, and in order per aggregate.
+/// Delivers the events of an outbox to the services that receive them: at least once, and in sequence per aggregate.
 ///
-/// Operators use it to show what is in the outbox, and to requeue or discard dead events.
+/// Also shows the state of the outbox, and lets an operator requeue or discard dead events.
 #[derive(Parser)]
 #[command(version)]
 enum Command {
