@@ -9,7 +9,7 @@
 //! # use proto::orders::v1::OrderCreated;
 //! # use sqlx::{Postgres, Transaction, types::Uuid};
 //! # struct Loyalty;
-//! // The sender commits the order and its event together.
+//! // Your commit makes both durable, or neither. This is event 1 of the order.
 //! async fn place(tx: &mut Transaction<'_, Postgres>, id: Uuid, order: &OrderCreated) -> sqlx::Result<()> {
 //!     sqlx::query("INSERT INTO orders (order_id) VALUES ($1)").bind(id).execute(&mut **tx).await?;
 //!     outbox::enqueue(tx, &[NewEvent::of(id, 1, order, &TraceContext::default())]).await
