@@ -4,8 +4,9 @@
 .PHONY: help demo up bench bench-soak chaos test broken-variants prepare ci
 
 help:
-	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after the first build)'
+	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after a first build of some minutes)'
 	@echo 'make up          run the whole system in the foreground and learn how to use it; Ctrl-C ends it'
+	@echo '                 (make up PROFILE=release takes minutes longer to build, and is what to put load on)'
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
 	@echo 'make chaos       break it in every way known for four minutes, and check that nothing is lost or applied twice'
@@ -14,15 +15,16 @@ help:
 	@echo 'make prepare     renew the data that SQL is checked against at compile time, after changing SQL'
 	@echo 'make ci          all that a change has to pass'
 
-# What runs the system on this machine, built without optimising over all crates: that takes minutes, and only measures and
-# releases need it.
+# What runs the system on this machine. It is built without optimisation, which takes most of a first build:
+# `make up PROFILE=release` is what to put load on.
 system := -p order-service -p inventory-service -p outbox-relay -p harness
+PROFILE ?= local
 
-demo: local
-	@target/local/harness demo
+demo: system
+	@target/$(PROFILE)/harness demo
 
-up: local
-	@target/local/harness up
+up: system
+	@target/$(PROFILE)/harness up
 
 bench: release
 	@target/release/harness bench
@@ -49,9 +51,9 @@ prepare:
 ci:
 	.ci/run
 
-.PHONY: local release
-local:
-	cargo build --locked --profile local $(system)
+.PHONY: system release
+system:
+	cargo build --locked --profile $(PROFILE) $(system)
 
 release:
 	cargo build --locked --release $(system) -p chaos -p bench

@@ -19,6 +19,7 @@ use testkit::{
     postgres::{Cluster, FixedPort},
     processes::Process,
 };
+use uuid::Uuid;
 
 /// Directory of the private server, which is kept.
 const DIRECTORY: &str = "target/postgres";
@@ -119,14 +120,25 @@ fn program() -> Result<String> {
     Ok(typed.display().to_string())
 }
 
+const NOT_OPTIMISED: &str = "
+  These programs are not optimised. To measure them, end this and run `make up PROFILE=release`.
+";
+
+/// Whether these programs are built for speed, as the directory tells that cargo names after the profile.
+fn is_optimised(program: &str) -> bool {
+    let directory = Path::new(program).parent().and_then(Path::file_name);
+    !directory.is_some_and(|name| name == "local" || name == "debug")
+}
+
 fn usage(layout: &Layout, program: &str) -> String {
     let (orders, inventory) = (layout.order_service, layout.inventory_service);
-    let addresses = exports(layout);
+    let (addresses, request_id) = (exports(layout), Uuid::new_v4());
+    let speed = if is_optimised(program) { "" } else { NOT_OPTIMISED };
     format!(
         r#"up: everything is up; logs are in {LOGS}
 
   Place an order:
-    grpcurl -plaintext -d '{{"customer_id":"ann","currency_code":"EUR","items":[{{"sku":"MUG","quantity":2,"unit_price_minor":1250}}]}}' \
+    grpcurl -plaintext -d '{{"request_id":"{request_id}","customer_id":"ann","currency_code":"EUR","items":[{{"sku":"MUG","quantity":2,"unit_price_minor":1250}}]}}' \
       {orders} orders.v1.OrderService/CreateOrder
   Look at the stock:
     grpcurl -plaintext -d '{{"sku":"MUG"}}' {inventory} inventory.v1.InventoryService/GetStock
@@ -139,7 +151,7 @@ fn usage(layout: &Layout, program: &str) -> String {
     {program} stress --orders 5000 --concurrency 50
   Audit:
     {program} audit
-
+{speed}
   Ctrl-C ends everything. The data is kept."#
     )
 }
@@ -200,17 +212,23 @@ mod tests {
         assert!(CommandLine::try_parse_from(["up", "--ports-from", "65532"]).is_err());
     }
 
-    fn usage_at(first: u16, postgres: u16) -> String {
+    fn layout_at(first: u16, postgres: u16) -> Layout {
         let server = Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{postgres}")).expect("a URL");
-        usage(&Layout::on_ports_from(first, server, Path::new(LOGS)), "target/quick/harness")
+        Layout::on_ports_from(first, server, Path::new(LOGS))
+    }
+
+    fn usage_at(first: u16, postgres: u16) -> String {
+        usage(&layout_at(first, postgres), "target/release/harness")
     }
 
     #[test]
     fn usage_names_the_addresses_that_are_not_the_default() {
         let standard = usage_at(FIRST_PORT, POSTGRES_PORT);
         assert!(standard.contains(" 127.0.0.1:50051 orders.v1.OrderService/CreateOrder"), "{standard}");
-        assert!(standard.contains("    target/quick/harness audit\n"), "{standard}");
+        assert!(standard.contains("    target/release/harness audit\n"), "{standard}");
         assert!(!standard.contains("export"), "{standard}");
+        assert!(!standard.contains("PROFILE=release"), "{standard}");
+        assert!(usage(&layout_at(FIRST_PORT, POSTGRES_PORT), "target/local/harness").contains("PROFILE=release"));
 
         let moved = usage_at(60000, 60004);
         assert!(moved.contains(" 127.0.0.1:60001 inventory.v1.InventoryService/GetStock"), "{moved}");
