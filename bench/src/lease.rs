@@ -1,7 +1,7 @@
 //! Part 5: how long a lease takes, with different contents of the outbox.
 //!
 //! The real relay executes its statement with one worker. Its receiver enqueues an event for each that it receives (see
-//! [`super::stub_receiver`]), so the number of waiting events stays the same, and is always more than a lease takes.
+//! [`super::stub_receiver`]). So the number of waiting events stays the same, and is always more than a lease takes.
 //! The durations are those in the log of the server (see [`super::statement_log`]). Now and then a lease scans all
 //! visible events, and not only from where the last lease found some. The median hides these scans, so the table also
 //! has mean and p99.
@@ -28,7 +28,7 @@ use harness::system::{Layout, Service, stop};
 pub(super) const STATEMENT: &str = "-- relay: lease";
 /// Events of a lease, as by default.
 const BATCH: u32 = 500;
-/// The number of waiting events that the tables call "few": enough for a full lease at any time.
+/// A small number of waiting events, and still enough for a full lease at any time.
 const FEW: i32 = 600;
 /// Leases of a state in a round, and the leases before them that do not count.
 const LEASES: u64 = 200;
@@ -180,7 +180,7 @@ fn report_figures(states: &[Prepared], report: &mut Report) {
     const OF_ROUNDS: [fn(&Latencies) -> f64; 3] = [|leases| leases.at(P50), Latencies::mean, |leases| leases.at(P99)];
     let medians = |prepared: &Prepared| OF_ROUNDS.map(|of| median(&prepared.rounds.iter().map(of).collect::<Vec<_>>()));
     let [few_p50, few_mean, _] = states.first().map_or([f64::NAN; 3], medians);
-    let header = ["", "leases", "p50 ms", "mean ms", "p99 ms", "p50 / with few", "mean / with few"];
+    let header = ["", "leases", "p50 ms", "mean ms", "p99 ms", "p50 / first row", "mean / first row"];
     let mut table = Table::new(&format!("5. Lease of {BATCH} events"), &header);
     let mut raw = serde_json::Map::new();
     for prepared in states {

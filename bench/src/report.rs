@@ -74,9 +74,9 @@ const FIGURES: [Figure; 15] = [
     (3, "confirmed_p99_ms_3000", "accept to CONFIRMED at 3,000/s, p99, ms", most(50.0, 25.0)),
     (3, "max_rate_p99_100ms", "highest rate with p99 from due to stock < 100 ms, orders/s", Aim::None),
     (4, "hot_over_1000_skus", "drain of one hot SKU / of 1,000 SKUs", least(1.0, 1.0)),
-    (5, "lease_1m_over_empty", "lease with 1,000,000 waiting / with few", most(2.0, 1.2)),
-    (5, "lease_backoff_over_empty", "lease beside 100,000 backed off / with few", most(2.0, 1.2)),
-    (5, "lease_held_over_empty", "lease behind 400,000 held dead tuples / with few", most(2.0, 1.2)),
+    (5, "lease_1m_over_empty", "lease with 1,000,000 waiting / with 600 waiting", most(2.0, 1.2)),
+    (5, "lease_backoff_over_empty", "lease beside 100,000 backed off / with 600 waiting", most(2.0, 1.2)),
+    (5, "lease_held_over_empty", "lease behind 400,000 held dead tuples / with 600 waiting", most(2.0, 1.2)),
 ];
 
 /// Figures of every run, which also decide whether it counts.
