@@ -27,7 +27,7 @@ pub(super) struct Verdict {
     /// Applied twice, or placed twice.
     pub(super) doubled: Vec<String>,
     pub(super) others: Vec<String>,
-    /// How long it took until all events were delivered, if they were.
+    /// How long it took from the end of the load until all events were delivered, if they were.
     pub(super) drained: Duration,
 }
 

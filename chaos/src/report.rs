@@ -126,8 +126,8 @@ fn call_lines(known: &Known) -> [String; 2] {
     codes.sort_unstable();
     [
         format!(
-            "{} of {} orders acknowledged to clients that repeat a call; {} calls succeeded, {} were refused, the outcome \
-             of {} is unknown",
+            "{} of {} orders acknowledged to clients that repeat a call; calls: {} succeeded, {} refused, {} of unknown \
+             outcome",
             known.answered,
             known.asked,
             calls("ok"),
@@ -143,7 +143,7 @@ fn observed_lines(observed: &Observed, drained: Duration) -> [String; 2] {
     [
         format!("peak memory in MiB: {}", memory.join(", ")),
         format!(
-            "stock checked {} times, sessions {} times; all events delivered {drained:.1?} after healing",
+            "stock checked {} times, sessions {} times; all events delivered {drained:.1?} after the load ended",
             observed.balances, observed.sessions
         ),
     ]
