@@ -11,7 +11,7 @@ use std::{
 
 use fastrand::Rng;
 use rustix::process::Signal;
-use tokio::{sync::Notify, time::timeout};
+use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     history::History,
@@ -32,9 +32,9 @@ const NEXT_TRAP_AFTER: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(super) struct Crashes {
     points: Mutex<Vec<Tried>>,
-    /// Notified of each crash. If no fault waits for one, the next fault counts it as its own and sets no trap. So rare
-    /// points do not add as many crashes as they are.
-    happened: Notify,
+    /// A permit for each crash that no fault has counted. A fault counts such a crash as its own, and sets no trap. So
+    /// there are as many crashes as faults, although traps at rare points spring between the faults.
+    uncounted: Semaphore,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +50,7 @@ impl Crashes {
         let untried = |point| Tried { point, is_set: false, crashes: 0 };
         let mut points: Vec<Tried> = points().into_iter().map(untried).collect();
         Rng::with_seed(seed).shuffle(&mut points);
-        Self { points: Mutex::new(points), happened: Notify::new() }
+        Self { points: Mutex::new(points), uncounted: Semaphore::new(0) }
     }
 
     /// Makes the proxies watch for the points, until the guards are dropped.
@@ -94,19 +94,32 @@ impl Crashes {
         let tried = points.iter_mut().find(|tried| tried.is_set && is_at(tried.point))?;
         tried.is_set = false;
         tried.crashes += 1;
-        self.happened.notify_one();
+        self.uncounted.add_permits(1);
         Some(tried.point)
     }
 
-    /// Sets trap after trap until a process is killed at one. Returns whether one was.
+    /// Counts a crash. Sets one trap after another until there is one. Returns whether there was one.
     pub(super) async fn crash(&self) -> bool {
+        if self.count_crash(Duration::ZERO).await {
+            return true;
+        }
         for _ in 0..TRAPS_MAX {
             self.set_next();
-            if timeout(NEXT_TRAP_AFTER, self.happened.notified()).await.is_ok() {
+            if self.count_crash(NEXT_TRAP_AFTER).await {
                 return true;
             }
         }
         false
+    }
+
+    async fn count_crash(&self, limit: Duration) -> bool {
+        match timeout(limit, self.uncounted.acquire()).await {
+            Ok(Ok(crash)) => {
+                crash.forget();
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Sets a trap at the point with the fewest crashes among those without a trap. So points that were never reached

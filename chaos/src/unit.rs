@@ -106,6 +106,8 @@ impl Unit {
 
     /// Stops it with SIGTERM, and returns once it has restarted and is healthy.
     pub(super) async fn restart(&self, limit: Duration) -> Result<()> {
+        // A process that has just started after a crash does not handle SIGTERM yet, and would seem to fail.
+        self.wait_healthy(limit).await?;
         let starts = self.starts();
         self.signal(Signal::TERM);
         let began = Instant::now();
