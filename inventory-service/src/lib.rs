@@ -1,5 +1,5 @@
-//! inventory-service: applies each event of an order once. The transaction that records the event moves stock and enqueues
-//! the answer.
+//! inventory-service: applies each event of an order once. The transaction that records the event moves stock and
+//! enqueues the answer.
 
 mod adjust_stock;
 mod apply_event;
@@ -34,7 +34,7 @@ use tracing::info;
 use crate::apply_event::ApplyOrderEvents;
 
 /// Creates the tables of stock. Runs after [`outbox::MIGRATOR`].
-pub static MIGRATOR: Migrator = sqlx::migrate!();
+static MIGRATOR: Migrator = sqlx::migrate!();
 
 /// All migrations of this service's database, in the order they run.
 pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];

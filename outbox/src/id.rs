@@ -5,6 +5,9 @@
 /// A statement with several parameters of type `uuid[]` compiles even if two of them are swapped. With a type for each
 /// kind of id it does not.
 ///
+/// The macro names the crates `uuid` and `sqlx`. So the calling crate needs both: `uuid` with the feature `v7`, and
+/// `sqlx` with the features `derive` (or `macros`) and `uuid`.
+///
 /// ```
 /// outbox::id! {
 ///     /// Names an invoice.
