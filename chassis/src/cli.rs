@@ -9,7 +9,8 @@ use clap::{
 
 /// Parses flags and environment variables, or ends the process.
 ///
-/// Help that was asked for goes to stdout, with exit code 0. A mistake is one line on stderr, with exit code 2.
+/// Help that was asked for goes to stdout, with exit code 0. Without a command, the help goes to stderr, and the exit
+/// code is 2. A mistake is one line on stderr, with exit code 2.
 pub fn parse<C: Parser>() -> C {
     C::try_parse().unwrap_or_else(|error| {
         if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {

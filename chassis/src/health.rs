@@ -24,8 +24,8 @@ const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
 /// Reports SERVING while the database answers, and NOT_SERVING otherwise.
 ///
-/// It returns after it has reported NOT_SERVING at `shutdown`, and only then the server stops accepting. So a load
-/// balancer that watches health has stopped sending calls by then.
+/// At `shutdown` it reports NOT_SERVING and then returns. The server stops accepting only after that. So a load
+/// balancer that watches health is told first.
 pub(crate) async fn report_health(
     reporter: HealthReporter,
     services: &'static [&'static str],

@@ -12,8 +12,8 @@ use crate::{
 
 /// Locks the reservations of the orders that the batch cancels, then the stock that it may move.
 ///
-/// All batches lock in this one order: reservations by order, then stock by SKU. So two batches that wait for each other's
-/// rows never wait in a circle. Without the order, batches over the same SKUs spend their time in deadlocks.
+/// All batches lock in this one order: reservations by order, then stock by SKU. So batches never wait for each other
+/// in a circle. Without the order, batches over the same SKUs would spend their time in deadlocks.
 pub(crate) async fn lock_batch(
     tx: &mut Transaction<'_, Postgres>,
     events: &[&OrderEvent],
@@ -25,7 +25,7 @@ pub(crate) async fn lock_batch(
     Ok((reservations, stock))
 }
 
-/// Only of orders that are cancelled: a new order has no reservation yet, and the insert finds out if it has.
+/// Locks only the reservations of cancelled orders. A new order normally has none. If it has one, the insert finds it.
 async fn lock_reservations(
     tx: &mut Transaction<'_, Postgres>,
     order_ids: &[OrderId],
@@ -73,7 +73,8 @@ async fn read_quantities(
 /// Locks the SKUs that exist, all with one statement.
 ///
 /// NO KEY UPDATE is the lock that the deduction itself takes. The SKUs are joined, not compared with `ANY`. With `ANY`,
-/// PostgreSQL would search the whole array again for each row that another batch changed meanwhile, with stock under lock.
+/// PostgreSQL would search the whole array again for each row that another batch changed meanwhile, with stock under
+/// lock.
 async fn lock_stock(
     tx: &mut Transaction<'_, Postgres>,
     skus: impl Iterator<Item = &String>,

@@ -51,9 +51,10 @@ pub(crate) fn validate_cancellation(request: &CancelOrderRequest) -> Result<Canc
 
 /// Cancels the order if it is PENDING or CONFIRMED.
 ///
-/// The update locks the order's row, so a reply of inventory is applied either before it or after it. Before it, the order
-/// is CONFIRMED or REJECTED here. After it, the reply finds the order CANCELLED and changes nothing. Either way inventory
-/// receives the cancellation after the creation, because of their sequence, and releases the stock that it reserved.
+/// The update locks the order's row, so a reply of inventory is applied either before it or after it. Before it, the
+/// order is CONFIRMED or REJECTED here. After it, the reply finds the order CANCELLED and changes nothing. Either way
+/// inventory receives the cancellation after the creation, because of their sequence, and releases the stock that it
+/// reserved.
 pub(crate) async fn cancel_order(
     connection: &mut PgConnection,
     cancellation: Cancellation,
@@ -99,7 +100,7 @@ async fn set_cancelled(
 
 /// Succeeds if this request cancelled the order earlier. Fails with the reason why the order cannot be cancelled.
 ///
-/// An order that the update did not find is missing or has a final status. Neither changes, so this later read sees the same.
+/// An order that exists, but that the update did not find, has a final status, which never changes.
 async fn find_cancelled(connection: &mut PgConnection, cancellation: Cancellation) -> Result<(), CancelOrderError> {
     let Cancellation { order_id, request_id } = cancellation;
     let found = sqlx::query!(

@@ -1,25 +1,25 @@
 //! Decides when a group of calls begins its transaction, and how many calls it takes.
 //!
-//! A transaction begins at once when none is in flight, so a lone call waits for no other. Of many calls, half are a group:
-//! while one half is in the database, the other half are answered, call again and gather. Neither half waits for the other.
-//! If all calls were one group, the database would be idle while the service answers, and the service while the database
-//! commits. Two transactions that begin together are no better: they also end together.
+//! A transaction begins at once when none is in flight, so a lone call waits for no other. Of many calls, half are a
+//! group: while one half is in the database, the other half are answered, call again and gather. Neither half waits for
+//! the other. If all calls were one group, the database would be idle while the service answers, and the service while
+//! the database commits. Two transactions that begin together are no better: they also end together.
 
 use std::time::Duration;
 
-/// A transaction places at most so many orders. This bounds how long the first waits for the last; a larger group is no
-/// faster.
+/// A transaction places at most this many orders. This bounds how long the first waits for the last; a larger group is
+/// no faster.
 pub(crate) const GROUP_MAX: usize = 512;
 
-/// From so many orders on, half of the calls are worth a transaction. Each transaction costs as much as several orders, so
-/// smaller halves cost more than they gain.
+/// From this many orders on, half of the calls are worth a transaction. Each transaction costs as much as several
+/// orders, so smaller halves cost more than they gain.
 const WORTH_A_GROUP: usize = 16;
 
-/// How long a transaction may take before another may begin beside it: a fixed time, plus a share for each of its orders.
-/// A transaction that waits for no lock and no slow disk is done well before.
+/// How long a transaction may take before another may begin beside it: a fixed time, plus a share for each of its
+/// orders. A transaction that waits for no lock and no slow disk is done well before.
 ///
-/// So several transactions wait for a slow disk at once, and a connection that hangs holds up only its own calls. (If all
-/// writers hang, all calls wait until the database's time limit ends the work.)
+/// So several transactions wait for a slow disk at once, and a connection that hangs holds up only its own calls. (If
+/// all writers hang, all calls wait until the database's time limit ends the work.)
 const PATIENCE: Duration = Duration::from_millis(1);
 const PATIENCE_PER_ORDER: Duration = Duration::from_micros(16);
 
@@ -37,7 +37,7 @@ pub(crate) struct Situation {
     /// Calls in the transactions in flight.
     pub(crate) in_flight: usize,
     /// Calls of the transaction that has ended since the last decision. Their callers are about to call again, so they
-    /// count like calls in flight.
+    /// count like calls in flight. It is zero after a gather, because callers that call again have arrived by then.
     pub(crate) just_answered: usize,
     /// Time left until another transaction may begin beside the last one.
     pub(crate) patience_left: Duration,
@@ -49,7 +49,7 @@ pub(crate) struct Situation {
 pub(crate) enum Decision {
     /// Receive the calls that are about to arrive, then decide again.
     Gather,
-    /// Begin a transaction with so many of the oldest calls.
+    /// Begin a transaction with this many of the oldest calls.
     Begin(usize),
     /// Refuse the calls that have waited too long.
     RefuseLate,
@@ -59,9 +59,10 @@ pub(crate) enum Decision {
 
 /// What to do next.
 ///
-/// A call that may begin does so even if it is late, as after the process was suspended: to refuse it would help nobody.
+/// A call that may begin does so even if it is late, as after the process was suspended: to refuse it would help
+/// nobody.
 ///
-/// The first group gathers if it is small. Otherwise the first call after a commit would be a group by itself: its
+/// The first group gathers if it is small. Otherwise the first call after a commit would be a group by itself. Its
 /// neighbours were answered in the same moment, and their next calls arrive a little later. A group that begins beside
 /// others has waited long enough for that.
 pub(crate) fn decide(situation: &Situation) -> Decision {
@@ -80,12 +81,13 @@ pub(crate) fn decide(situation: &Situation) -> Decision {
     Decision::Wait(Some(if has_writer { expires_in.min(patience_left) } else { expires_in }))
 }
 
-/// How long a transaction with so many calls may take until another may begin beside it.
+/// How long a transaction with this many calls may take until another may begin beside it.
 pub(crate) fn patience(calls: usize) -> Duration {
     PATIENCE + PATIENCE_PER_ORDER * u32::try_from(calls).unwrap_or(u32::MAX)
 }
 
-/// Half of all calls, those `elsewhere` included, if that many wait; all waiting calls, if half is not worth a transaction.
+/// Half of all calls, those `elsewhere` included, if that many wait; all waiting calls, if half is not worth a
+/// transaction.
 fn group_size(waiting: usize, elsewhere: usize) -> usize {
     let half = (waiting + elsewhere).div_ceil(2);
     if half < WORTH_A_GROUP { waiting } else { waiting.min(half) }

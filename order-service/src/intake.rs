@@ -30,10 +30,11 @@ const GATHER_MAX: Duration = Duration::from_millis(1);
 /// How calls share transactions, and how many may wait.
 #[derive(Args, Clone, Debug)]
 pub struct IntakeSettings {
-    /// At most so many order transactions at once. Waiting calls share one; a second starts only if the first is slow.
+    /// Maximum number of order transactions at once. Waiting calls share one; a second starts only if the first is
+    /// slow.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
-    /// At most so many orders wait for a transaction. Further calls are refused with a hint to retry.
+    /// Maximum number of orders that wait for a transaction. Further calls are refused with a hint to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue: u32,
 }
@@ -96,7 +97,7 @@ async fn place_groups(mut waiting: Waiting, writers: usize, database: Database, 
             break;
         }
         let now = Instant::now();
-        match decide(&situation(&mut waiting, &mut in_flight, writers, now)) {
+        match decide(&take_situation(&mut waiting, &mut in_flight, writers, now)) {
             Decision::Gather => waiting.gather().await,
             Decision::Begin(calls) => {
                 let begun = in_flight.begin(calls, now);
@@ -114,7 +115,8 @@ async fn place_groups(mut waiting: Waiting, writers: usize, database: Database, 
     while in_flight.end_one().await.is_some() {}
 }
 
-fn situation<T>(waiting: &mut Waiting, in_flight: &mut InFlight<T>, writers: usize, now: Instant) -> Situation {
+/// Resets the state that tells of the time since the last decision.
+fn take_situation<T>(waiting: &mut Waiting, in_flight: &mut InFlight<T>, writers: usize, now: Instant) -> Situation {
     Situation {
         waiting: waiting.received.len(),
         expires_in: waiting.expires_in(now),

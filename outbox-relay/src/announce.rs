@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::route::Route;
 
-/// Writes the condition of each route, and removes the rows of relays that were killed.
+/// Writes the condition of each route, and removes the rows of relays that have not reported for a minute.
 ///
 /// # Errors
 /// Those of the database.

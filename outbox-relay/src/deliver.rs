@@ -33,7 +33,7 @@ pub(crate) enum Verdict {
     /// spends no attempt. The next delivery, usually by a probe, finds out.
     Suspect,
     /// The receiver reports an outage for it alone, and takes others: make it visible later. It spends no attempt. The
-    /// delay is a multiple of `after`, the time that the receiver has asked for.
+    /// delay is at least several times `after`, the time that the receiver has asked for, which counts up to a limit.
     Defer { after: Duration },
 }
 

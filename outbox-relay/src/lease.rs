@@ -48,7 +48,7 @@ pub(crate) struct LeasedRow {
     pub(crate) sequence: i32,
     pub(crate) event_id: EventId,
     pub(crate) event_type: String,
-    /// Shared by every delivery of the event, never copied.
+    /// Shared by every delivery of the event.
     pub(crate) payload: Bytes,
     pub(crate) created_at: OffsetDateTime,
     pub(crate) attempts: i32,
@@ -107,8 +107,8 @@ impl Lease {
         self.quarters(2)
     }
 
-    /// Whether less than half of the lease is left for a delivery.
-    pub(crate) fn is_half_spent(&self) -> bool {
+    /// Whether less than half of the lease's length is left for a delivery.
+    pub(crate) fn has_little_left(&self) -> bool {
         Instant::now() > self.quarters(1)
     }
 
@@ -194,10 +194,10 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
 /// The update finds the rows by `ctid`. They are locked, so they cannot move before it does; and no statistics can turn
 /// the plan into a join over a large outbox.
 ///
-/// The scan begins one second below the floor, so that it sees events that were committed up to a second after others
-/// of the same time. Without a floor it begins at the start of the index. The bound is an element of an array because
-/// of the plan: the planner takes a plain range between two unknown times for a narrow one, and without statistics
-/// would read and sort all of it.
+/// The scan begins one second below the floor. So it sees events that were committed up to a second after others of the
+/// same time. Without a floor it begins at the start of the index. The bound is an element of an array because of the
+/// plan. The planner takes a plain range between unknown times for a narrow one, and without statistics would read and
+/// sort all of it.
 ///
 /// The pause is checked here, and in the renewal. So no relay begins a lease after a pause is committed.
 async fn lease_rows(

@@ -49,17 +49,19 @@ pub(crate) enum Round {
 /// How far a batch got.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum BatchOutcome {
-    /// All of it was delivered and settled. It held this many events; with none, the outbox had no free event.
+    /// The receiver has answered every delivery, if only with a refusal. Events that are too old needed none. The
+    /// settlement may have failed. The batch held this many events; with none, the outbox had no free event.
     Completed(usize),
-    /// Not all of it was delivered: the receiver was unavailable, or this process is about to end.
+    /// Some events were not delivered, or the receiver did not take them. It was unavailable or barred this relay, the
+    /// lease was nearly over, or this process is about to end.
     Interrupted,
     /// The database failed, so no events were leased.
     LeaseFailed,
 }
 
 /// Workers of a route that notifications wake. A worker that leases a full batch wakes another one. If every idle
-/// worker woke on every notification, a steady stream of single events would be delivered in many small batches, and
-/// each batch has a cost of its own.
+/// worker woke on every notification, a steady stream of single events would be delivered in many small batches. Each
+/// batch has a cost of its own.
 const NOTIFIED_WORKERS: u32 = 2;
 
 /// Longest pause after the database failed. It is random, so that workers do not retry in step.
@@ -140,8 +142,8 @@ impl Worker {
     ///
     /// An event spends an attempt only on a failure that it alone can have caused. A refusal counts whenever the event
     /// was alone. Silence counts only if it was alone in a probe, with no other delivery in flight. An *outage* never
-    /// counts. But a probe defers an event that alone meets an outage twice, if the receiver took others in between:
-    /// the event would keep the route down.
+    /// counts. But a probe defers an event that alone meets an outage twice, if the receiver took others in between.
+    /// Otherwise the event would keep the route down.
     async fn deliver(
         &mut self,
         lease: &mut Lease,
@@ -263,7 +265,8 @@ impl Worker {
 }
 
 /// The reason to deliver the events of a failed batch one by one; `None` not to. A larger batch that met an outage in a
-/// probe is not split: the receiver may be overloaded, and the next probe begins with a small batch of the same events.
+/// probe is not split, since the receiver may be overloaded. The next probe begins with a small batch of the same
+/// events.
 fn reason_to_split(delivery: &Delivery, events: usize, in_probe: bool) -> Option<&str> {
     match delivery {
         Delivery::Refused { reason, .. } if events > 1 => Some(reason),

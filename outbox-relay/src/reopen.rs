@@ -1,5 +1,5 @@
-//! Probes a route that is not open: asks its receiver whether it is up and remembers long enough, then raises its load
-//! step by step, and opens the route.
+//! Probes a route that is not open. A probe asks the receiver whether it is up and remembers long enough. Then it
+//! raises the load step by step, and opens the route.
 
 use std::time::Duration;
 
@@ -82,7 +82,7 @@ impl Worker {
         }
         // One answer to Describe is good for one delivery.
         probe.described = false;
-        !lease.is_half_spent() || self.renew(lease).await
+        !lease.has_little_left() || self.renew(lease).await
     }
 
     async fn renew(&self, lease: &mut Lease) -> bool {

@@ -18,9 +18,9 @@ use crate::{
 
 /// A reason is cut to this many characters.
 const REASON_CHARS_MAX: usize = 1000;
-/// Longest delay for an event that its receiver cannot take while it takes others.
+/// Longest delay for an event that its receiver cannot take while it takes others, unless the receiver asks for time.
 const DEFER_MAX: Duration = Duration::from_secs(60);
-/// The delay is at least this many times the time that the receiver has asked for.
+/// The delay is at least this many times the time that the receiver has asked for, up to a limit of that time.
 const DEFER_FACTOR: u32 = 8;
 /// Longest pause before a failed settlement is repeated. It is random, so that workers do not retry in step.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -235,8 +235,8 @@ async fn delete_handled(connection: &mut PgConnection, token: LeaseToken, rows: 
 /// Spends an attempt of each row. Returns how many are retried, and how many are dead after their last attempt.
 ///
 /// The longest back-off doubles with every attempt, up to its cap. The back-off is a random part of that, so that
-/// events that failed together are not retried together; but it is never shorter than the receiver has asked. Attempts
-/// before a requeue do not count.
+/// events that failed together are not retried together. It is never shorter than the time that the receiver has asked
+/// for, up to a limit of that time. Attempts before a requeue do not count.
 async fn reschedule(
     connection: &mut PgConnection,
     token: LeaseToken,

@@ -49,7 +49,8 @@ pub trait Handler: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`ApplyError::Refused`] names events that cannot be applied. `apply` then runs again without them, in a new
-    /// transaction, until it refuses none. It may refuse only events that it was given; otherwise the delivery fails.
+    /// transaction, until it refuses none. At least one of them must be an event that `apply` was given; otherwise the
+    /// delivery fails.
     fn apply(
         &self,
         tx: &mut Transaction<'_, Postgres>,
@@ -103,8 +104,8 @@ pub struct InboxSettings {
     /// before. Relays must have a smaller --max-age-hours.
     #[arg(long, env = "RETENTION_HOURS", default_value_t = 168, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     pub retention_hours: u32,
-    /// At most so many batches of events are applied at once; others wait. Raise it if batches rarely change the same
-    /// rows.
+    /// Maximum number of batches of events that are applied at once. Others wait. Raise it if batches rarely change the
+    /// same rows.
     #[arg(long, env = "BATCHES_AT_ONCE", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub batches_at_once: u16,
 }
@@ -272,8 +273,8 @@ fn refuse<E>(
             found = true;
         }
     }
-    // Without this the batch would be tried again here for ever. The error must not be transient, or relays would retry
-    // it.
+    // Without this the batch would be tried again here for ever. The error must not look like an outage, since relays
+    // retry without limit after one. After INTERNAL they retry too, but each failure spends an attempt.
     let none = || sqlx::Error::InvalidArgument("the handler refused no event that it was given".into());
     found.then_some(()).ok_or_else(none)
 }
