@@ -83,7 +83,7 @@ impl fmt::Debug for DatabaseUrl {
 /// How a process uses its database.
 #[derive(Args, Clone, Debug)]
 pub struct DatabaseSettings {
-    /// At most so many connections to the database.
+    /// Maximum number of connections to the database.
     #[arg(long, env = "DATABASE_CONNECTIONS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub database_connections: u32,
     /// Milliseconds a call waits for a free connection. Then it fails with a hint to retry.

@@ -13,7 +13,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 const FIELDS_IN_MESSAGE: usize = 10;
 /// How many bytes of bad fields the details may hold.
 const DETAILS_BYTES_MAX: usize = 6 * 1024;
-/// At most so many bytes of an entry are not its text.
+/// At most this many bytes of an entry are not its text.
 const ENTRY_BYTES: usize = 10;
 
 /// Makes the errors of a service. Each holds `google.rpc.ErrorInfo` with a constant reason and the service as its
@@ -91,9 +91,9 @@ fn cut_to_size(violations: &mut Vec<FieldViolation>) {
 
 /// Whether the same call may succeed later.
 ///
-/// Only its own input makes a call fail for good. SQLSTATE says so by a class: bad data (22), a violated constraint
-/// (23), an exception of a trigger (P0). All other errors, such as a read-only standby, a missing privilege or a
-/// changed password, are for an operator to fix. A relay must not count them against an event.
+/// Only its own input makes a call fail for good. SQLSTATE says so by a class: bad data, a violated constraint, or an
+/// exception of a trigger. All other errors, such as a read-only standby, a missing privilege or a changed password,
+/// are for an operator to fix. A relay must not count them against an event.
 pub fn may_pass(cause: &sqlx::Error) -> bool {
     match cause {
         sqlx::Error::Database(error) => {

@@ -66,7 +66,7 @@ pub(crate) async fn check_schema(connection: &mut PgConnection, migrators: &[&Mi
 async fn check(connection: &mut PgConnection, migrator: &Migrator) -> Result<(), SchemaError> {
     let applied = match connection.list_applied_migrations(&migrator.table_name).await {
         Ok(applied) => applied,
-        // There is no history (42P01), or no right to read it (42501): a later migration grants that.
+        // There is no history, or no right to read it: a later migration grants that.
         Err(migrate::MigrateError::Execute(sqlx::Error::Database(error)))
             if error.code().is_some_and(|code| ["42P01", "42501"].contains(&&*code)) =>
         {

@@ -18,13 +18,13 @@ const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 /// Limits of a server.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {
-    /// The process ends at most so many seconds after SIGTERM. Calls that are still open then are cut off.
+    /// Maximum number of seconds from SIGTERM to the end of the process. Calls that are still open then are cut off.
     #[arg(long, env = "DRAIN_SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub drain_seconds: u64,
     /// Seconds a call may take. A caller may set a shorter deadline.
     #[arg(long, env = "REQUEST_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub request_seconds: u64,
-    /// At most so many open calls on one connection.
+    /// Maximum number of open calls on one connection.
     #[arg(long, env = "CONCURRENT_STREAMS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub concurrent_streams: u32,
 }

@@ -5,8 +5,8 @@ use sqlx::{Postgres, Transaction};
 
 use crate::{decide::decide, lock_batch::lock_batch, order_event::OrderEvent, write_batch::write_batch};
 
-/// Applies events in batches. A batch is read under locks, decided in memory, and written with one statement: a SKU that
-/// every order wants is updated once.
+/// Applies events in batches. A batch is read under locks, decided in memory, and written with one statement: a SKU
+/// that every order wants is updated once.
 #[derive(Debug)]
 pub(crate) struct ApplyOrderEvents {
     /// Tells the relay about new answers.

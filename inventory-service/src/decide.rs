@@ -15,8 +15,8 @@ use crate::{
 /// Decides the events in order, each on the state after the events before it, and returns the answers.
 ///
 /// # Errors
-/// The events that cannot be applied. Nothing of the batch may be written then: reservations and stock hold the effects of
-/// the other events.
+/// The events that cannot be applied. Nothing of the batch may be written then: reservations and stock hold the effects
+/// of the other events.
 pub(crate) fn decide(
     events: &[&OrderEvent],
     reservations: &mut Reservations,

@@ -7,8 +7,8 @@ use proto::orders::v1::{OrderCancelled, OrderCreated};
 use uuid::Uuid;
 
 const SKU_BYTES_MAX: usize = 64;
-/// Ten times what order-service accepts. The limit is here because an answer names every item that is short: an answer
-/// too large for the outbox would fail its whole batch, at every delivery.
+/// Ten times the limit of order-service. An answer names every item that is short. Without this limit an answer could
+/// be too large for the outbox, and would fail its whole batch at every delivery.
 const ITEMS_MAX: usize = 1000;
 
 outbox::id! {
@@ -75,7 +75,7 @@ fn read_quantities(created: &OrderCreated) -> Result<BTreeMap<String, i64>, Refu
             );
             return Err(Refusal::reject("INVALID_ORDER", detail));
         }
-        // The sum cannot overflow 64 bits: a message holds too few 32-bit quantities.
+        // The sum cannot overflow: a message holds too few quantities for that.
         *quantities.entry(item.sku.clone()).or_insert(0) += i64::from(item.quantity);
     }
     Ok(quantities)

@@ -186,8 +186,8 @@ impl CancelledRows {
     }
 }
 
-/// Refuses the events behind a reservation of an order that another event has decided. The creation can never be applied.
-/// A cancellation that did not see the reservation will find it at its next delivery.
+/// Refuses the events behind a reservation of an order that another event has decided. The creation can never be
+/// applied. A cancellation that did not see the reservation will find it at its next delivery.
 fn refuse(order_id: OrderId, reservation: &Reservation) -> Vec<(EventId, Refusal)> {
     match (reservation.event_id, reservation.cancelled_by) {
         (Some(event_id), _) => vec![(event_id, already_decided(order_id))],

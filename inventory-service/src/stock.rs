@@ -75,8 +75,8 @@ impl Stock {
 
     /// The sum of the movements of each SKU.
     ///
-    /// The table's check (never below zero) is a second line of defence, not the guard: these rows are under lock, and
-    /// the batch decided on what they hold.
+    /// The table's check (never below zero) is only a second line of defence. These rows are under lock, and the batch
+    /// has decided on the quantities in them.
     pub(crate) fn totals(&self) -> TotalRows<'_> {
         let mut totals: BTreeMap<&str, i64> = BTreeMap::new();
         for Entry { sku, delta, .. } in &self.movements {

@@ -11,18 +11,19 @@ use crate::{
     stock::{Reference, Stock},
 };
 
-/// One statement writes all tables. Stock is under lock, so each round trip before the commit delays the other batches that
-/// want the same SKUs. A statement for each table lost for that reason.
+/// One statement writes all tables. Stock is under lock, so each round trip before the commit delays the other batches
+/// that want the same SKUs. A statement for each table was slower for that reason.
 ///
-/// Reservations are inserted in the order of their ids: of two batches that insert the same orders, one waits for the
-/// other, never each for the other. Movements and answers are inserted only for orders that this batch decides. So a
-/// conflict always shows as a reservation that was not inserted, never as a violated key of the ledger or the outbox.
+/// Reservations are inserted in the order of their ids. So of two batches that insert the same orders, only one waits
+/// for the other. Movements and answers are inserted only for orders that this batch decides. So a conflict always
+/// shows as a reservation that was not inserted, never as a violated key of the ledger or the outbox.
 ///
 /// The reservations to cancel are looked up one by one, by id. Sessions keep their plans: a join that is right for few
 /// reservations would read the whole table once there are many, with stock under lock. Going by `ctid` is safe, since
 /// these rows are under lock and cannot move.
 ///
-/// The type after `as` says which ids a parameter takes. No two arrays of ids share one, so a wrong array does not compile.
+/// The type after `as` says which ids a parameter takes. No two arrays of ids share one, so a wrong array does not
+/// compile.
 ///
 /// # Errors
 /// [`ApplyError::Refused`] if other events have decided some of the orders. Nothing of the batch may be committed then.

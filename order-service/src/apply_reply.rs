@@ -83,17 +83,17 @@ impl Handler for ApplyReplies {
         Ok(Reply { event_id: envelope.id, order_id: envelope.subject.into(), answer })
     }
 
-    /// Settles only PENDING orders. An order that was cancelled while the reply was in flight stays CANCELLED. Inventory
-    /// puts its stock back when it applies the cancellation, before the reply or after it.
+    /// Settles only PENDING orders. An order that was cancelled while the reply was in flight stays CANCELLED.
+    /// Inventory puts its stock back when it applies the cancellation, before the reply or after it.
     ///
-    /// Batches cannot deadlock. No two batches at a time contain the same order, since the events of an order are delivered
-    /// one after the other. A cancellation locks only one order.
+    /// Batches cannot deadlock. No two batches at a time contain the same order, since the events of an order are
+    /// delivered one after the other. A cancellation locks only one order.
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, replies: &[&Reply]) -> Result<(), ApplyError> {
         let order_ids: Vec<OrderId> = replies.iter().map(|reply| reply.order_id).collect();
         let Settled { confirmed, rejected, rejections } = Settled::of(replies);
-        // A subquery finds each order by its id, and cannot be planned as a join. Sessions keep their plans: a join that was
-        // right for a few orders would read the whole table once there are many. The test of `status` is outside, where it
-        // is repeated for an order that was cancelled meanwhile.
+        // A subquery finds each order by its id, and cannot be planned as a join. Sessions keep their plans: a join
+        // that was right for a few orders would read the whole table once there are many. The test of `status` is
+        // outside, where it is repeated for an order that was cancelled meanwhile.
         let unknown = sqlx::query_scalar!(
             r#"-- orders: apply replies
             WITH confirmed AS (
@@ -131,8 +131,8 @@ fn unknown_order(reply: &Reply) -> Refusal {
     Refusal::reject("UNKNOWN_ORDER", format!("there is no order {}", reply.order_id))
 }
 
-/// A text for people, item by item. It is cut to a length with which the order can still be answered and listed: a sender
-/// may name any number of items. NUL is left out: a sender's SKU may contain it, and text in Postgres cannot.
+/// A text for people, item by item. It is cut to a length with which the order can still be answered and listed: a
+/// sender may name any number of items. NUL is left out: a sender's SKU may contain it, and text in Postgres cannot.
 fn describe(shortages: &[Shortage]) -> String {
     let mut described = String::new();
     for (line, shortage) in shortages.iter().enumerate() {

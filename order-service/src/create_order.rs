@@ -94,11 +94,12 @@ pub(crate) enum Outcome {
     Failed(Arc<sqlx::Error>),
 }
 
-/// Places the orders, or finds the orders that their request ids have placed. Returns one outcome per draft, in their order.
+/// Places the orders, or finds the orders that their request ids have placed. Returns one outcome per draft, in their
+/// order.
 ///
-/// After `Ok` every placed or found order is durable, and so is its event. After an error they may be durable too: a commit
-/// can succeed although its answer is lost or late. The callers find out when they repeat their calls with the same request
-/// ids.
+/// After `Ok` every placed or found order is durable, and so is its event. After an error they may be durable too: a
+/// commit can succeed although its answer is lost or late. The callers find out when they repeat their calls with the
+/// same request ids.
 pub(crate) async fn create_orders(
     connection: &mut PgConnection,
     drafts: &[Draft],
@@ -121,8 +122,8 @@ pub(crate) async fn create_orders(
 /// Places the drafts whose request id has placed no order yet, the first draft of each id. Returns when the orders were
 /// created.
 ///
-/// Terminates: a retry means another transaction committed one of these orders, and the next query sees it. (If query and
-/// key contradict each other, as with a damaged index, the time limit of the unit of work ends the retries.)
+/// Terminates: a retry means another transaction committed one of these orders, and the next query sees it. (If query
+/// and key contradict each other, as with a damaged index, the time limit of the unit of work ends the retries.)
 async fn place_new(
     connection: &mut PgConnection,
     drafts: &[Draft],
@@ -149,8 +150,8 @@ fn first_of_each_request(drafts: &[Draft]) -> Vec<&Draft> {
     drafts.iter().filter(|draft| draft.request_id.is_none_or(|request_id| seen.insert(request_id))).collect()
 }
 
-/// When the orders were created, and the request ids that have placed an order before. If there are such ids, nothing was
-/// written.
+/// When the orders were created, and the request ids that have placed an order before. If there are such ids, nothing
+/// was written.
 struct Inserted {
     created_at: OffsetDateTime,
     repeated: Vec<RequestId>,
@@ -159,18 +160,18 @@ struct Inserted {
 /// Inserts all of the orders, each with its items and its event, or none of them. One statement is one transaction, one
 /// round trip and one wait for the disk.
 ///
-/// The statement looks for repeated request ids first: many calls are repeated just when the service is overloaded, and
-/// failed groups would add to the load. But the unique key decides. The statement waits for another transaction that places
-/// an order with the same id, and fails if that one commits. (`ON CONFLICT` would decide row by row in one step. Items and
-/// events would then have to be joined with the orders that it let through, which costs more.)
+/// The statement looks for repeated request ids first. Many calls are repeated just when the service is overloaded, and
+/// failed groups would add to the load. But the unique key decides. The statement waits for another transaction that
+/// places an order with the same id, and fails if that one commits. (`ON CONFLICT` would decide row by row in one step.
+/// Items and events would then have to be joined with the orders that it let through, which costs more.)
 ///
-/// All three inserts ask the same question of one snapshot, so no order lacks its items or its event. `now()` is the start
-/// of the transaction, and the default of `orders.created_at`.
+/// All three inserts ask the same question of one snapshot, so no order lacks its items or its event. `now()` is the
+/// start of the transaction, and the default of `orders.created_at`.
 ///
-/// Orders are inserted by request id. Two statements that share several ids therefore cannot deadlock: one of them waits at
-/// the first id that they share.
+/// Orders are inserted by request id. Two statements that share several ids therefore cannot deadlock: one of them
+/// waits at the first id that they share.
 ///
-/// All rows are fetched, to the end: only there does the server say whether the commit succeeded.
+/// All rows are fetched, to the end. Before that, the server does not say whether the commit succeeded.
 async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Result<Inserted, sqlx::Error> {
     let orders = OrderRows::of(drafts);
     let items = ItemRows::of(drafts);
@@ -276,8 +277,8 @@ impl<'d> ItemRows<'d> {
     }
 }
 
-/// The orders that the drafts' request ids have placed, by request id. They are committed: a query has seen them, or this
-/// group has just placed them.
+/// The orders that the drafts' request ids have placed, by request id. They are committed: a query has seen them, or
+/// this group has just placed them.
 async fn find_placed(
     connection: &mut PgConnection,
     drafts: impl Iterator<Item = &Draft>,

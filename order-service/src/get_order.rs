@@ -7,8 +7,8 @@ use sqlx::PgConnection;
 
 use crate::ids::OrderId;
 
-/// Those of the orders that exist, newest first. The two statements need no common snapshot: an order's items are committed
-/// with it and never change.
+/// Those of the orders that exist, newest first. The two statements need no common snapshot: an order's items are
+/// committed with it and never change.
 pub(crate) async fn get_orders(
     connection: &mut PgConnection,
     order_ids: &[OrderId],

@@ -1,5 +1,5 @@
-//! order-service: takes orders. An order and the event that announces it are committed together or not at all. Inventory's
-//! reply settles the order.
+//! order-service: takes orders. An order and the event that announces it are committed together or not at all.
+//! Inventory's reply settles the order.
 
 mod apply_reply;
 mod cancel_order;

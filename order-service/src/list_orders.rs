@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 use crate::{get_order::get_orders, ids::OrderId};
 
-/// Clients refuse messages over 4 MiB unless they are configured otherwise, so a page of large orders is shorter than the
-/// caller asked.
+/// Clients refuse messages over 4 MiB unless they are configured otherwise, so a page of large orders is shorter than
+/// the caller asked.
 const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 
 /// A page to read.

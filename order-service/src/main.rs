@@ -6,7 +6,7 @@ use chassis::{DatabaseUrl, serve_until_signal};
 use clap::Parser;
 use order_service::{MIGRATORS, Settings};
 
-/// It needs less processor time for an order than glibc's allocator.
+/// mimalloc needs less processor time for an order than glibc's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -22,7 +22,7 @@ enum Command {
         #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
     },
-    /// Exit with 0 if the process that listens on the address serves, otherwise with 1.
+    /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
         #[arg(long, env = "ORDER_SERVICE_LISTEN", default_value = "127.0.0.1:50051")]

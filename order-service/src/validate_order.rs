@@ -31,7 +31,8 @@ pub(crate) fn validate_order(request: CreateOrderRequest) -> Result<NewOrder, Ve
     if !(1..=ITEMS_MAX).contains(&request.items.len()) {
         fields.refuse("items", format!("must have 1 to {ITEMS_MAX} items, but has {}", request.items.len()));
     }
-    // A request of the largest size can hold very many items. The items past the limit are refused by their number alone.
+    // A request of the largest size can hold very many items. The items past the limit are refused by their number
+    // alone.
     for (line, item) in request.items.iter().take(ITEMS_MAX).enumerate() {
         fields.name(format!("items[{line}].sku"), &item.sku);
         fields.number(format!("items[{line}].quantity"), item.quantity, 1..=QUANTITY_MAX);

@@ -24,18 +24,18 @@ pub(crate) const CHANNEL: &str = "order_status";
 
 /// The poll interval, for notifications that are lost.
 const POLL: Duration = Duration::from_secs(1);
-/// One query returns at most so many settled orders. A backlog after a long outage is read in pieces, each of which fits into
-/// a unit of work.
+/// One query returns at most this many settled orders. A backlog after a long outage is read in pieces, each of which
+/// fits into a unit of work.
 const FOUND_MAX: u16 = 500;
-/// A process has at most so many watchers, since each query asks for the orders of all of them.
+/// A process has at most this many watchers, since each query asks for the orders of all of them.
 const WATCHERS_MAX: usize = 10_000;
 /// The shortest pause between two queries. Under load, one query finds all changes since the last one.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// The orders that are watched through this process, with the watchers of each. Clones share them.
 ///
-/// One task queries all of them at once, after a notification. So the number of queries depends neither on the number of
-/// watchers nor on the number of changes.
+/// One task queries all of them at once, after a notification. So the number of queries depends neither on the number
+/// of watchers nor on the number of changes.
 #[derive(Clone, Debug)]
 pub(crate) struct Watchers {
     watched: Arc<Mutex<Watched>>,
@@ -76,8 +76,8 @@ impl Watchers {
         watchers
     }
 
-    /// Call this before reading the order: a change after that read then reaches the watcher. `None` if there are already
-    /// too many watchers.
+    /// Call this before reading the order: a change after that read then reaches the watcher. `None` if there are
+    /// already too many watchers.
     pub(crate) fn register(&self, order_id: OrderId) -> Option<Watch> {
         let place = self.places.clone().try_acquire_owned().ok()?;
         let (sender, settled) = oneshot::channel();

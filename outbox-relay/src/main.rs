@@ -6,7 +6,7 @@ use chassis::serve_until_signal;
 use clap::Parser;
 use outbox_relay::{Settings, operate};
 
-/// It needs less processor time for an order than glibc's allocator.
+/// mimalloc needs less processor time for an order than glibc's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -20,7 +20,7 @@ enum Command {
     Serve(Box<Settings>),
     #[command(flatten)]
     Operate(Box<operate::Command>),
-    /// Exit with 0 if the process that listens on the address serves, otherwise with 1.
+    /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
         #[arg(long, env = "RELAY_LISTEN", default_value = "127.0.0.1:50053")]

@@ -24,15 +24,15 @@ const NOTIFY_PAUSE: Duration = Duration::from_millis(2);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Pause before a new connection, so that a database that is down is not flooded with attempts.
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
-/// A listening connection is replaced after so long without a notification. A connection can break unnoticed, since
+/// A listening connection is replaced after this long without a notification. A connection can break unnoticed, since
 /// sqlx sends no keepalives. This limits how long listeners then depend on polling.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// Notifies a channel after a commit. Clones share one connection.
 ///
-/// NOTIFY inside the writing transaction lost: at commit it takes a lock of the whole server, which serialises all
-/// commits. Here it runs after the commit, on a connection of its own. Requests that come while a notification is in
-/// flight become one more.
+/// NOTIFY inside the writing transaction was slower: at commit it takes a lock of the whole server, which serialises
+/// all commits. Here it runs after the commit, on a connection of its own. Requests that come while a notification is
+/// in flight become one more.
 ///
 /// A notification can be lost, with a crash or a broken connection. Listeners then find the change at their next poll.
 #[derive(Clone, Debug)]

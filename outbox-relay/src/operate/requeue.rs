@@ -65,7 +65,7 @@ pub(crate) async fn requeue(
     })
 }
 
-/// Locks the events in the order of their ids. So two operators who requeue the same events do not deadlock: the second
+/// Locks the events in the order of their ids. So two operators who requeue the same events do not deadlock. The second
 /// waits for the first, and then finds that the events are no longer dead.
 async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
