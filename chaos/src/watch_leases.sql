@@ -1,5 +1,6 @@
--- chaos: watch leases Checks the lease protocol in the database, independent of what relays log. The application name
--- of a session says which relay it belongs to, and to which of its starts.
+-- chaos: watch leases
+-- Checks the lease protocol in the database, independent of what relays log. The application name of a session says
+-- which relay it belongs to, and to which of its starts.
 CREATE TABLE chaos_leases (
     lease_token uuid CONSTRAINT chaos_leases_pkey PRIMARY KEY,
     holder      text NOT NULL
