@@ -106,16 +106,28 @@ impl Unit {
 
     /// Stops it with SIGTERM, and returns once it has restarted and is healthy.
     pub(super) async fn restart(&self, limit: Duration) -> Result<()> {
-        // A process that has just started after a crash does not handle SIGTERM yet, and would seem to fail.
-        self.wait_healthy(limit).await?;
-        let starts = self.starts();
-        self.signal(Signal::TERM);
+        let starts = self.terminate_healthy(limit).await?;
         let began = Instant::now();
         while self.starts() == starts {
             ensure!(began.elapsed() < limit, "{} did not restart within {limit:?}", self.name());
             sleep(Duration::from_millis(10)).await;
         }
         self.wait_healthy(limit).await
+    }
+
+    /// Sends SIGTERM to a healthy process, and returns its number of starts. A process that has just started after a
+    /// crash does not handle SIGTERM yet, and would seem to fail. So this begins again if a crash comes in between.
+    async fn terminate_healthy(&self, limit: Duration) -> Result<u32> {
+        let began = Instant::now();
+        loop {
+            let starts = self.starts();
+            self.wait_healthy(limit.saturating_sub(began.elapsed())).await?;
+            if self.starts() == starts && self.signal(Signal::TERM) {
+                return Ok(starts);
+            }
+            ensure!(began.elapsed() < limit, "{} kept crashing for {limit:?}, so it was not restarted", self.name());
+            sleep(Duration::from_millis(10)).await;
+        }
     }
 
     pub(super) async fn wait_healthy(&self, limit: Duration) -> Result<()> {
@@ -158,8 +170,9 @@ impl Unit {
         let environment = environment.iter().map(|(name, value)| (name.clone(), value.replace(START, &start)));
         let environment = environment.chain(extra);
         let mut process = Process::spawn(name, &binary(program)?, ["serve"], environment, log)?;
-        *self.0.pid.lock().unwrap_or_else(PoisonError::into_inner) = Pid::from_raw(process.pid().cast_signed());
+        // The count comes first: no process with an id is taken for the one before it.
         self.0.starts.fetch_add(1, Ordering::Relaxed);
+        *self.0.pid.lock().unwrap_or_else(PoisonError::into_inner) = Pid::from_raw(process.pid().cast_signed());
         let status = select! {
             status = process.wait() => status?,
             () = unwanted(wanted) => {
