@@ -9,6 +9,7 @@ use std::{
 
 use super::{
     check::Verdict,
+    crash::kinds_without_crash,
     faults::CLASSES,
     history::Known,
     observe::Observed,
@@ -24,6 +25,8 @@ const ACKNOWLEDGED_SHARE_MIN: f64 = 0.7;
 /// not recognize the statements any more.
 const REACHED_SHARE_MIN: f64 = 0.5;
 const REACHED_FROM_MINUTES: u64 = 4;
+/// A run of this many minutes reaches each of the common points.
+const COMMON_FROM_MINUTES: u64 = 8;
 
 pub(super) struct Report {
     lines: Vec<String>,
@@ -203,11 +206,7 @@ fn vacuous(
     }
     let without = tally.left().into_iter().map(|class| format!("class {class} had no effect: {}", CLASSES[class - 1]));
     vacuous.extend(without);
-    let reached = crashes.iter().filter(|(_, count)| *count > 0).count();
-    if lasted.as_secs() >= 60 * REACHED_FROM_MINUTES && share(reached as u64, crashes.len() as u64) < REACHED_SHARE_MIN
-    {
-        vacuous.push(format!("processes crashed at only {reached} of {} points", crashes.len()));
-    }
+    vacuous.extend(vacuous_crashes(crashes, lasted));
     let seen = [
         (duplicates, "no duplicate was suppressed"),
         (known.recovered, "no repeated call was answered with an order"),
@@ -215,6 +214,22 @@ fn vacuous(
         (observed.sessions, "sessions were never checked"),
     ];
     vacuous.extend(seen.into_iter().filter(|(count, _)| *count == 0).map(|(_, why)| why.to_owned()));
+    vacuous
+}
+
+/// Why the crashes show too little for a run of this length.
+fn vacuous_crashes(crashes: &[(CrashPoint, u32)], lasted: Duration) -> Vec<String> {
+    let without = kinds_without_crash(crashes).into_iter();
+    let mut vacuous: Vec<String> = without.map(|kind| format!("{} never crashed at a point", kind.name())).collect();
+    let lasted_minutes = |minutes: u64| lasted >= Duration::from_secs(60 * minutes);
+    let reached = crashes.iter().filter(|(_, count)| *count > 0).count();
+    if lasted_minutes(REACHED_FROM_MINUTES) && share(reached as u64, crashes.len() as u64) < REACHED_SHARE_MIN {
+        vacuous.push(format!("processes crashed at only {reached} of {} points", crashes.len()));
+    }
+    if lasted_minutes(COMMON_FROM_MINUTES) {
+        let missed = crashes.iter().filter(|(point, count)| point.is_common() && *count == 0);
+        vacuous.extend(missed.map(|(point, _)| format!("no process crashed at a common point: {point}")));
+    }
     vacuous
 }
 
@@ -226,12 +241,43 @@ fn share(part: u64, whole: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::describe;
-    use crate::points::Place;
+    use std::time::Duration;
+
+    use super::{describe, vacuous_crashes};
+    use crate::points::{CrashPoint, Kind, Place, points};
+
+    /// All points, each with a crash if it was reached, judged as those of a run of that many minutes.
+    fn judge(minutes: u64, is_reached: impl Fn(CrashPoint) -> bool) -> Vec<String> {
+        let crashes: Vec<_> = points().into_iter().map(|point| (point, u32::from(is_reached(point)))).collect();
+        vacuous_crashes(&crashes, Duration::from_secs(60 * minutes))
+    }
 
     #[test]
     fn missed_points_are_grouped_by_the_side_of_the_statement() {
         let missed = [Place::Before("a: b"), Place::After("a: b"), Place::After("c: d"), Place::AfterReply];
         assert_eq!(describe(&missed), "after `c: d`, the reply to a delivery; before and after `a: b`");
+    }
+
+    #[test]
+    fn a_run_of_any_length_crashes_each_kind_of_process() {
+        assert_eq!(judge(1, |point| point.kind != Kind::OrdersRelay), ["orders-relay never crashed at a point"]);
+        assert!(judge(1, |point| point.place == Place::After("COMMIT") || point.place == Place::AfterReply).is_empty());
+    }
+
+    #[test]
+    fn a_run_of_some_minutes_reaches_half_of_the_points() {
+        assert!(judge(3, CrashPoint::is_common).is_empty());
+        let vacuous = judge(4, CrashPoint::is_common);
+        assert_eq!(vacuous, [format!("processes crashed at only 27 of {} points", points().len())]);
+    }
+
+    #[test]
+    fn a_longer_run_reaches_each_common_point() {
+        let missed = CrashPoint { kind: Kind::InventoryService, place: Place::Before("COMMIT") };
+        assert!(judge(7, |point| point != missed).is_empty());
+        let vacuous = judge(8, |point| point != missed);
+        assert_eq!(vacuous, ["no process crashed at a common point: inventory-service before `COMMIT`"]);
+        let rare = CrashPoint { kind: Kind::InventoryService, place: Place::Before("inbox: prune") };
+        assert!(judge(8, |point| point != rare).is_empty());
     }
 }
