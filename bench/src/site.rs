@@ -11,7 +11,7 @@ use harness::{
     system::{Layout, Service, stop},
 };
 use testkit::{
-    bootstrap::{bootstrap, create_database},
+    bootstrap::{EMPTY, bootstrap, create_database},
     postgres::{self, Cluster, Installation, Options},
     processes::Process,
 };
@@ -80,8 +80,8 @@ impl Site {
     pub(super) async fn databases(&self, name: &str) -> Result<Layout> {
         let server = self.cluster.server();
         let (orders, inventory) = (format!("{name}_orders"), format!("{name}_inventory"));
-        create_database(server, &orders, "orders_owner").await?;
-        create_database(server, &inventory, "inventory_owner").await?;
+        create_database(server, &orders, EMPTY, "orders_owner").await?;
+        create_database(server, &inventory, EMPTY, "inventory_owner").await?;
         let logs = self.directory.join("logs").join(name);
         let layout = Layout::on_free_ports(server.clone(), &orders, &inventory, &logs)?;
         layout.prepare().await?;

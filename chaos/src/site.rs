@@ -20,7 +20,7 @@ use super::{
 };
 use harness::target::{Databases, Target};
 use testkit::{
-    bootstrap::{bootstrap, create_database},
+    bootstrap::{EMPTY, bootstrap, create_database},
     postgres::{self, Cluster, Installation, Options, Server},
     processes::{Process, binary, free_port},
 };
@@ -343,7 +343,7 @@ async fn start_cluster(directory: PathBuf) -> Result<Cluster> {
 async fn prepare(server: &Server, part: Part, logs: &Path) -> Result<()> {
     bootstrap(server).await?;
     let (database, owner) = (part.database(), format!("{}_owner", part.database()));
-    create_database(server, database, &owner).await?;
+    create_database(server, database, EMPTY, &owner).await?;
     let url = server.url_for(&owner, database);
     let commands: &[&str] = if part == Part::Inventory { &["migrate", "seed"] } else { &["migrate"] };
     for command in commands {

@@ -40,12 +40,14 @@ pub async fn create_databases(server: &Server) -> Result<()> {
     Ok(())
 }
 
-/// Creates a database of any name. Its owner is a role of [`bootstrap`].
-pub async fn create_database(server: &Server, name: &str, owner: &str) -> Result<()> {
+/// The template without connections: one that somebody is connected to cannot be copied.
+pub const EMPTY: &str = "template0";
+
+/// Creates a database of any name as a copy of `template`, such as [`EMPTY`]. Its owner is a role of [`bootstrap`].
+pub async fn create_database(server: &Server, name: &str, template: &str, owner: &str) -> Result<()> {
     let mut connection = server.connect().await?;
-    // From template0: a template with connections cannot be copied, and nobody can connect to this one.
     let mut statement = QueryBuilder::<sqlx::Postgres>::new("-- testkit: create database\nCREATE DATABASE ");
-    statement.push(name).push(" TEMPLATE template0 OWNER ").push(owner);
+    statement.push(name).push(" TEMPLATE ").push(template).push(" OWNER ").push(owner);
     connection.execute(statement.build().persistent(false)).await?;
     Ok(connection.close().await?)
 }

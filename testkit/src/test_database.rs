@@ -1,22 +1,24 @@
 //! A database of its own for every test.
 
 use std::{
+    collections::BTreeSet,
     env,
+    hash::{DefaultHasher, Hash, Hasher},
     io::Write,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use sqlx::{
     Connection, Executor, PgConnection, PgPool, Postgres, QueryBuilder, migrate::Migrator, postgres::PgPoolOptions,
 };
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 use uuid::Uuid;
 
 use crate::{
-    bootstrap::{bootstrap, create_database},
+    bootstrap::{EMPTY, bootstrap, create_database},
     postgres::Server,
 };
 
@@ -24,6 +26,8 @@ use crate::{
 const REMOVE_LIMIT: Duration = Duration::from_secs(2);
 
 static SERVER: OnceCell<Server> = OnceCell::const_new();
+/// Templates that are known to be complete.
+static TEMPLATES: Mutex<BTreeSet<String>> = Mutex::const_new(BTreeSet::new());
 
 /// A new database on the server of `POSTGRES_URL`. It is dropped with this value. If the test fails, it is kept, and its URL
 /// is printed.
@@ -34,7 +38,7 @@ pub struct TestDatabase {
 }
 
 impl TestDatabase {
-    /// Creates a database whose owner is a role of the bootstrap, and migrates it as that role.
+    /// Creates a database whose owner is a role of the bootstrap, with the schema of the migrations, run as that role.
     ///
     /// Without a server no test can run: then this prints one line and ends the whole process, instead of letting every test
     /// fail for the same reason.
@@ -43,9 +47,10 @@ impl TestDatabase {
     /// If the server refuses.
     pub async fn create(owner_role: &str, migrators: &[&Migrator]) -> TestDatabase {
         let server = SERVER.get_or_init(bootstrapped_server).await.clone();
+        let template = template(&server, owner_role, migrators).await.expect("the schema of the test's database");
         let database = TestDatabase { name: format!("outbox_test_{}", Uuid::new_v4().simple()), server };
-        database.make(owner_role).await.expect("a database for the test");
-        database.migrate(owner_role, migrators).await.expect("the schema of the test's database");
+        let created = create_database(&database.server, &database.name, &template, owner_role).await;
+        created.expect("a database for the test");
         database
     }
 
@@ -63,18 +68,6 @@ impl TestDatabase {
     pub async fn pool(&self) -> PgPool {
         let options = PgPoolOptions::new().max_connections(4);
         options.connect(&self.server.superuser_url(&self.name)).await.expect("a superuser's connection")
-    }
-
-    async fn make(&self, owner_role: &str) -> Result<()> {
-        create_database(&self.server, &self.name, owner_role).await
-    }
-
-    async fn migrate(&self, owner_role: &str, migrators: &[&Migrator]) -> Result<()> {
-        let mut connection = PgConnection::connect(&self.url_as(owner_role)).await?;
-        for migrator in migrators {
-            migrator.run(&mut connection).await?;
-        }
-        Ok(connection.close().await?)
     }
 
     /// Runs on a thread and runtime of its own: `drop` is not async, and the test's runtime may be calling it.
@@ -108,6 +101,62 @@ impl Drop for TestDatabase {
             eprintln!("cannot drop the test's database {}: {error:#}", self.name);
         }
     }
+}
+
+/// The name of a database with this schema, to be copied. To copy one is faster than to migrate, so the first test that needs
+/// a schema migrates a template, which stays on the server: a later run finds it by its name.
+async fn template(server: &Server, owner_role: &str, migrators: &[&Migrator]) -> Result<String> {
+    if migrators.is_empty() {
+        return Ok(EMPTY.to_owned());
+    }
+    let name = format!("outbox_template_{:016x}", hash(owner_role, migrators));
+    let mut known = TEMPLATES.lock().await;
+    if !known.contains(&name) {
+        if !exists(server, &name).await? {
+            create_template(server, &name, owner_role, migrators).await?;
+        }
+        known.insert(name.clone());
+    }
+    Ok(name)
+}
+
+/// Of all that makes the schema: another migration is another template.
+fn hash(owner_role: &str, migrators: &[&Migrator]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    owner_role.hash(&mut hasher);
+    for migration in migrators.iter().flat_map(|migrator| migrator.iter()) {
+        (migration.version, &migration.checksum).hash(&mut hasher);
+    }
+    hasher.finish()
+}
+
+async fn exists(server: &Server, name: &str) -> Result<bool> {
+    let mut connection = server.connect().await?;
+    let found = sqlx::query_scalar(
+        "-- testkit: find database
+        SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)",
+    );
+    Ok(found.bind(name).fetch_one(&mut connection).await?)
+}
+
+/// Under another name until it is complete. If another process is faster, its template is used, and this one dropped.
+async fn create_template(server: &Server, name: &str, owner_role: &str, migrators: &[&Migrator]) -> Result<()> {
+    let unfinished = format!("{name}_{}", Uuid::new_v4().simple());
+    create_database(server, &unfinished, EMPTY, owner_role).await?;
+    let mut connection = PgConnection::connect(&server.url_for(owner_role, &unfinished)).await?;
+    for migrator in migrators {
+        migrator.run(&mut connection).await?;
+    }
+    connection.close().await?;
+    let mut rename = QueryBuilder::new("-- testkit: rename template\nALTER DATABASE ");
+    rename.push(&unfinished).push(" RENAME TO ").push(name);
+    if let Err(error) = execute(server, rename).await {
+        let mut drop = QueryBuilder::new("-- testkit: drop template\nDROP DATABASE ");
+        drop.push(&unfinished).push(" WITH (FORCE)");
+        execute(server, drop).await?;
+        ensure!(exists(server, name).await?, "cannot rename the template: {error:#}");
+    }
+    Ok(())
 }
 
 async fn bootstrapped_server() -> Server {
