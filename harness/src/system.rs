@@ -32,6 +32,11 @@ pub struct ServerArguments {
 }
 
 impl ServerArguments {
+    /// Whether [`Self::provide`] starts a private server.
+    pub(crate) fn is_private(&self) -> bool {
+        self.postgres_url.as_deref().is_none_or(str::is_empty)
+    }
+
     /// A server with the roles and databases of this project. A private one is in `directory`, which is deleted at the end
     /// unless `keep` is set, and listens on `port`, or on any free one.
     ///

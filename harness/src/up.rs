@@ -1,13 +1,18 @@
 //! The subcommand `up`: the whole system in the foreground, until Ctrl-C.
 
-use std::{env, net::TcpListener, path::Path, process::ExitCode, time::Duration};
+use std::{
+    env,
+    net::TcpListener,
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, anyhow, bail};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
     time::sleep,
-    try_join,
 };
 
 use crate::{
@@ -54,10 +59,26 @@ impl Arguments {
     fn postgres_port(&self) -> u16 {
         self.port.or(self.ports_from.map(|first| first + 4)).unwrap_or(POSTGRES_PORT)
     }
+
+    /// A private server on a service's port would wait for this program, which holds that port for the service.
+    fn refuse_shared_port(&self) -> Result<()> {
+        if !self.server.is_private() {
+            return Ok(());
+        }
+        let (first, port) = (self.first_port(), self.postgres_port());
+        match Service::ALL.into_iter().find(|service| service.port_from(first) == port) {
+            Some(service) => bail!(
+                "--port {port} is also the port of {}: choose another with --port or POSTGRES_PORT",
+                service.name()
+            ),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
+    arguments.refuse_shared_port()?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let (cluster, mut processes) = select! {
         started = start(&arguments) => started?,
@@ -100,13 +121,20 @@ async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)>
 
 /// Claims the ports of [`Service::ALL`]. Holding them until each process starts keeps outgoing connections, such as those to
 /// PostgreSQL meanwhile, from getting one.
-async fn claim_ports(first: u16) -> Result<[TcpListener; 4]> {
-    let [one, two, three, four] = Service::ALL.map(async |service| {
-        let claimed = claim(service.port_from(first), service.name(), PORT_PATIENCE).await;
-        claimed.map_err(|error| anyhow!("{error}: stop that process, or choose other ports with --ports-from"))
-    });
-    let (one, two, three, four) = try_join!(one, two, three, four)?;
-    Ok([one, two, three, four])
+///
+/// Claims them in order. If all were claimed at once, two runs that start together could each hold ports that the other waits
+/// for. In order, the run that loses the first port waits there and holds none.
+async fn claim_ports(first: u16) -> Result<Vec<TcpListener>> {
+    let deadline = Instant::now() + PORT_PATIENCE;
+    let mut claims = Vec::new();
+    for service in Service::ALL {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let claimed = claim(service.port_from(first), service.name(), left).await;
+        claims.push(
+            claimed.map_err(|error| anyhow!("{error}: stop that process, or choose other ports with --ports-from"))?,
+        );
+    }
+    Ok(claims)
 }
 
 /// This program as a person types it in the current directory.
@@ -194,8 +222,12 @@ mod tests {
         arguments: Arguments,
     }
 
+    fn parse(flags: &[&str]) -> Arguments {
+        CommandLine::try_parse_from([&["up"], flags].concat()).expect("sound flags").arguments
+    }
+
     fn ports(flags: &[&str]) -> (u16, u16) {
-        let CommandLine { arguments } = CommandLine::try_parse_from([&["up"], flags].concat()).expect("sound flags");
+        let arguments = parse(flags);
         (arguments.first_port(), arguments.postgres_port())
     }
 
@@ -210,6 +242,18 @@ mod tests {
         assert_eq!(ports(&["--port", "7000"]), (50051, 7000));
         assert_eq!(ports(&["--ports-from", "60000", "--port", "7000"]), (60000, 7000));
         assert!(CommandLine::try_parse_from(["up", "--ports-from", "65532"]).is_err());
+    }
+
+    #[test]
+    fn a_private_server_on_the_port_of_a_service_is_refused() {
+        let checked = |flags: &[&str], url| parse(&[flags, &["--postgres-url", url]].concat()).refuse_shared_port();
+        let own = ["--port", "50052"];
+        let message = checked(&own, "").expect_err("a shared port").to_string();
+        assert!(message.starts_with("--port 50052 is also the port of inventory-service: choose another"), "{message}");
+        assert!(checked(&own, "postgres://elsewhere").is_ok(), "an existing server has a port already");
+        for (port, refused) in [("5999", false), ("6000", true), ("6003", true), ("6004", false)] {
+            assert_eq!(checked(&["--ports-from", "6000", "--port", port], "").is_err(), refused, "{port}");
+        }
     }
 
     fn layout_at(first: u16, postgres: u16) -> Layout {

@@ -38,7 +38,7 @@ pub async fn claim(port: u16, purpose: &str, limit: Duration) -> Result<TcpListe
             }
             Err(_) if !told => {
                 let holder = find_holder(port);
-                eprintln!("port {port} for {purpose} is taken by {holder}; waiting up to {} s", limit.as_secs());
+                eprintln!("port {port} for {purpose} is taken by {holder}; waiting up to {:.0} s", limit.as_secs_f64());
                 told = true;
             }
             Err(_) => {}
@@ -71,8 +71,8 @@ impl Display for Holder {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Self::Listener(owner) => owner.fmt(formatter),
-            Self::Connection(owner) => write!(formatter, "an outgoing connection of {owner}"),
-            Self::ClosedConnection => formatter.write_str("an outgoing connection that is closed and expires soon"),
+            Self::Connection(owner) => write!(formatter, "a connection of {owner}"),
+            Self::ClosedConnection => formatter.write_str("a connection that is closed and expires soon"),
             Self::Unknown => formatter.write_str("an unknown process"),
         }
     }
@@ -90,14 +90,20 @@ impl Display for Owner {
 /// Reads only /proc, so it finds nothing on systems without it.
 fn find_holder(port: u16) -> Holder {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
-    let sockets: Vec<Socket> = tables.iter().flat_map(|table| sockets_at(table, port)).collect();
-    // The connections that a listener has accepted have its port too.
-    match sockets.iter().max_by_key(|socket| (socket.listens, socket.inode)) {
+    match find_socket(&tables, port) {
         None => Holder::Unknown,
-        Some(socket) if socket.listens => Holder::Listener(find_owner(socket)),
+        Some(socket) if socket.listens => Holder::Listener(find_owner(&socket)),
         Some(Socket { inode: 0, .. }) => Holder::ClosedConnection,
-        Some(socket) => Holder::Connection(find_owner(socket)),
+        Some(socket) => Holder::Connection(find_owner(&socket)),
     }
+}
+
+/// The socket that holds the port, by the tables of IPv4 and IPv6. A socket of IPv4 comes first: one of IPv6 may accept no
+/// IPv4, which its table does not tell, and then it holds nothing of 127.0.0.1.
+fn find_socket(tables: &[impl AsRef<str>; 2], port: u16) -> Option<Socket> {
+    // The connections that a listener has accepted have its port too.
+    let held = |table: &str| sockets_at(table, port).max_by_key(|socket| (socket.listens, socket.inode));
+    tables.iter().find_map(|table| held(table.as_ref()))
 }
 
 /// A line of /proc/net/tcp.
@@ -154,7 +160,8 @@ mod tests {
     const TABLE_6: &str = "  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 00000000000000000000000000000000:C383 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     7        0 4713 1 0000000000000000 100 0 0 10 0
    1: 00000000000000000000000001000000:C383 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4714 1 0000000000000000 100 0 0 10 0
-   2: 0000000000000000FFFF00000100007F:C384 0000000000000000FFFF00000100007F:1539 01 00000000:00000000 00:00000000 00000000     0        0 4715 1 0000000000000000 100 0 0 10 0";
+   2: 0000000000000000FFFF00000100007F:C384 0000000000000000FFFF00000100007F:1539 01 00000000:00000000 00:00000000 00000000     0        0 4715 1 0000000000000000 100 0 0 10 0
+   3: 00000000000000000000000000000000:C385 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4716 1 0000000000000000 100 0 0 10 0";
 
     #[test]
     fn sockets_at_the_port_of_the_address_or_of_all_addresses() {
@@ -165,6 +172,15 @@ mod tests {
         assert_eq!(found(TABLE_6, 0xC383), [Socket { listens: true, uid: 7, inode: 4713 }], "not ::1");
         assert_eq!(found(TABLE_6, 0xC384), [Socket { listens: false, uid: 0, inode: 4715 }]);
         assert_eq!(found("", 0xC383), []);
+    }
+
+    #[test]
+    fn a_socket_of_ipv4_holds_a_port_rather_than_one_of_ipv6() {
+        let inode = |port| find_socket(&[TABLE, TABLE_6], port).map(|socket| socket.inode);
+        assert_eq!(inode(0xC383), Some(4711));
+        assert_eq!(inode(0xC384), Some(4715), "the only one");
+        assert_eq!(inode(0xC385), Some(0), "a closed connection, though a socket of IPv6 listens");
+        assert_eq!(inode(0xC386), None);
     }
 
     #[tokio::test]
@@ -191,7 +207,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_outgoing_connection_is_named_as_one_until_it_expires() {
+    async fn a_connection_is_named_as_one_until_it_expires() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let connection = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
         let (accepted, _) = listener.accept().expect("the connection");
@@ -199,14 +215,14 @@ mod tests {
         if Path::new("/proc/net/tcp").exists() {
             let message = claim(port, "a test", Duration::ZERO).await.expect_err("it is taken").to_string();
             let me = std::process::id();
-            assert!(message.contains(" is taken by an outgoing connection of "), "{message}");
+            assert!(message.contains(" is taken by a connection of "), "{message}");
             assert!(message.ends_with(&format!(" (pid {me})")), "{message}");
 
             // The side that closes first keeps the port for a while, without a process.
             drop(connection);
             drop(accepted);
             let message = claim(port, "a test", Duration::ZERO).await.expect_err("it is still taken").to_string();
-            assert!(message.ends_with("an outgoing connection that is closed and expires soon"), "{message}");
+            assert!(message.ends_with("a connection that is closed and expires soon"), "{message}");
         }
     }
 }
