@@ -14,7 +14,7 @@ mod home;
 
 mod cluster;
 
-use std::path::Path;
+use std::{env, path::Path};
 
 use anyhow::Result;
 
@@ -31,6 +31,13 @@ pub async fn provide(url: Option<&str>, options: Options) -> Result<(Server, Opt
     }
     let cluster = Cluster::start(options).await?;
     Ok((cluster.server().clone(), Some(cluster)))
+}
+
+/// Whether a test of a private cluster can run: this machine has the programs, and POSTGRES_URL is set. Without the variable
+/// [`TestDatabase::create`](crate::TestDatabase::create), called by another test, ends the whole process at any moment. That
+/// would leave the cluster behind.
+pub fn can_test_clusters() -> bool {
+    env::var_os("POSTGRES_URL").is_some_and(|url| !url.is_empty()) && find().is_ok()
 }
 
 /// Stops and deletes the clusters of killed runs in directories whose path begins with `prefix`. Leaves those in use.

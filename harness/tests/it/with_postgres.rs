@@ -7,11 +7,10 @@ use std::{
 
 use rustix::process::Signal;
 use testkit::{
-    postgres::{Cluster, Options},
+    Scratch,
+    postgres::{Cluster, Options, can_test_clusters},
     processes::Process,
 };
-
-use testkit::{Scratch, postgres::find};
 
 const EXISTING: &str = "postgres://nobody:nothing@127.0.0.1:1/postgres";
 
@@ -31,7 +30,7 @@ fn clusters(directory: &Path) -> usize {
 
 #[test]
 fn the_command_gets_a_server_and_its_exit_code_is_returned() {
-    if find().is_err() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -81,7 +80,7 @@ async fn endless(scratch: &Scratch) -> Process {
 
 #[tokio::test]
 async fn signals_reach_the_command() {
-    if find().is_err() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -96,7 +95,7 @@ async fn signals_reach_the_command() {
 
 #[tokio::test]
 async fn the_next_run_deletes_the_cluster_of_a_killed_run() {
-    if find().is_err() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -113,7 +112,7 @@ async fn the_next_run_deletes_the_cluster_of_a_killed_run() {
 
 #[tokio::test]
 async fn a_cluster_can_take_over_the_directory_of_a_killed_run() {
-    if find().is_err() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();

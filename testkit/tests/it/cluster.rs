@@ -1,7 +1,7 @@
 //! Private clusters.
 
 use std::{
-    env, fs,
+    fs,
     net::{Ipv4Addr, TcpListener},
     path::Path,
     time::Duration,
@@ -10,18 +10,12 @@ use std::{
 use sqlx::{Connection, PgConnection};
 use testkit::{
     bootstrap::{bootstrap, create_databases},
-    postgres::{Cluster, FixedPort, Options, find},
+    postgres::{Cluster, FixedPort, Options, can_test_clusters},
     processes::free_port,
 };
 use tokio::process::Command;
 
 use testkit::Scratch;
-
-/// Whether this machine has the programs: without them, the other tests can still use a server elsewhere. And without
-/// POSTGRES_URL, the other tests may end this process at any moment, which would leave a cluster behind.
-fn can_be_created() -> bool {
-    find().is_ok() && env::var_os("POSTGRES_URL").is_some()
-}
 
 fn options(directory: &Path, keep: bool) -> Options {
     Options { directory: directory.join("cluster"), port: None, keep, durable: true, settings: Vec::new() }
@@ -34,7 +28,7 @@ async fn number(url: &str, sql: &'static str) -> i64 {
 
 #[tokio::test]
 async fn a_cluster_recovers_from_a_crash_with_all_commits() {
-    if !can_be_created() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -54,7 +48,7 @@ async fn a_cluster_recovers_from_a_crash_with_all_commits() {
 
 #[tokio::test]
 async fn a_cluster_keeps_its_data_if_asked_to() {
-    if !can_be_created() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -81,7 +75,7 @@ async fn a_cluster_keeps_its_data_if_asked_to() {
 
 #[tokio::test]
 async fn a_dropped_cluster_leaves_nothing_behind() {
-    if !can_be_created() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -95,7 +89,7 @@ async fn a_dropped_cluster_leaves_nothing_behind() {
 
 #[tokio::test]
 async fn a_cluster_that_cannot_start_says_why() {
-    if !can_be_created() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
@@ -119,7 +113,7 @@ async fn a_cluster_that_cannot_start_says_why() {
 
 #[tokio::test]
 async fn a_directory_with_other_files_is_refused() {
-    if !can_be_created() {
+    if !can_test_clusters() {
         return;
     }
     let scratch = Scratch::new();
