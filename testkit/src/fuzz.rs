@@ -22,6 +22,7 @@ use std::{
         Arc, Mutex, Once,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -133,6 +134,7 @@ impl Host {
     #[track_caller]
     pub fn test_each<S: Strategy>(&self, strategy: &S, test: &impl AsyncFn(&S::Value)) {
         let time = setting("FUZZ_SECONDS").map_or(TEST_TIME, Duration::from_secs);
+        assert!(!time.is_zero(), "FUZZ_SECONDS must be at least 1, not 0: no case would be tested");
         let first = setting("FUZZ_SEED").unwrap_or_else(|| RandomState::new().hash_one("seed"));
         let started = Instant::now();
         let mut seed = first;
@@ -180,6 +182,17 @@ impl Host {
     }
 }
 
+/// Fails the target if its service has panicked after the last case, such as while it stopped.
+impl Drop for Host {
+    fn drop(&mut self) {
+        // A second panic would abort the process, and hide the first.
+        if !thread::panicking() {
+            let panics = self.panics.take();
+            assert!(panics.is_empty(), "the service panicked outside a case:\n{}", panics.join("\n"));
+        }
+    }
+}
+
 fn explain<T: Debug>(error: TestError<T>) -> String {
     match error {
         TestError::Fail(why, value) => format!("{why}\nthe smallest input found that fails: {value:?}"),
@@ -191,4 +204,18 @@ fn explain<T: Debug>(error: TestError<T>) -> String {
 fn setting(name: &str) -> Option<u64> {
     let value = env::var(name).ok().filter(|value| !value.is_empty())?;
     Some(value.parse().unwrap_or_else(|_| panic!("{name} must be a whole number, not {value:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "the service panicked outside a case:\n")]
+    fn a_panic_after_the_last_case_fails_the_target() {
+        let host = Host::start();
+        let late = async { tokio::spawn(async { panic!("late") }).await };
+        let ended: Result<(), _> = host.panics.quietly(|| host.block_on(late));
+        assert!(ended.is_err());
+    }
 }
