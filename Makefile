@@ -37,7 +37,7 @@ chaos: release
 
 # The tests bring all binaries with them, the harness that lends them a server among them. They wait (for leases to expire,
 # for back-offs) more than they work, so more of them run at once than there are cores.
-test: export RUST_TEST_THREADS ?= 4
+test: export RUST_TEST_THREADS ?= 6
 test:
 	cargo test --workspace --locked --no-run
 	target/debug/harness with-postgres -- cargo test --workspace --locked
