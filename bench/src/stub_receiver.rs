@@ -73,6 +73,6 @@ impl EventReceiver for Service {
 
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         let retention = RETENTION.try_into().map_err(|_| Status::internal("the retention is out of range"))?;
-        Ok(Response::new(DescribeResponse { retention: Some(retention) }))
+        Ok(Response::new(DescribeResponse { retention: Some(retention), ..DescribeResponse::default() }))
     }
 }

@@ -6,6 +6,7 @@ use clap::Args;
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{
+    codec::CompressionEncoding,
     service::Routes,
     transport::{Server, server::TcpIncoming},
 };
@@ -79,7 +80,12 @@ pub async fn serve(
     };
     // ghz asks for v1alpha.
     let (reflection, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
-    let routes = services.routes.add_service(health).add_service(reflection).add_service(reflection_v1alpha);
+    // A client that compresses does so in all of its calls.
+    let routes = services
+        .routes
+        .add_service(health.accept_compressed(CompressionEncoding::Gzip))
+        .add_service(reflection.accept_compressed(CompressionEncoding::Gzip))
+        .add_service(reflection_v1alpha.accept_compressed(CompressionEncoding::Gzip));
     let address = listener.local_addr()?;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
 

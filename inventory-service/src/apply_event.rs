@@ -1,6 +1,8 @@
 //! Applies events of orders: stock, reservations and answers change in the transaction that records the events.
 
 use outbox::{ApplyError, Envelope, Handler, Notifier, Refusal};
+use prost::Name;
+use proto::orders::v1::{OrderCancelled, OrderCreated};
 use sqlx::{Postgres, Transaction};
 
 use crate::{decide::decide, lock_batch::lock_batch, order_event::OrderEvent, write_batch::write_batch};
@@ -24,6 +26,10 @@ impl Handler for ApplyOrderEvents {
         let (mut reservations, mut stock) = lock_batch(tx, events).await?;
         let answers = decide(events, &mut reservations, &mut stock).map_err(ApplyError::Refused)?;
         write_batch(tx, &reservations, &stock, &answers).await
+    }
+
+    fn types(&self) -> Vec<String> {
+        vec![OrderCreated::full_name(), OrderCancelled::full_name()]
     }
 
     fn committed(&self) {

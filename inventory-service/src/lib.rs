@@ -28,7 +28,7 @@ pub use seed::seed;
 use sqlx::migrate::Migrator;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::info;
 
 use crate::apply_event::ApplyOrderEvents;
@@ -70,7 +70,8 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let relay = Notifier::start(settings.database_url.options(), outbox::CHANNEL);
     let receiver =
         Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, shutdown.clone());
-    let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() });
+    let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() })
+        .accept_compressed(CompressionEncoding::Gzip);
     let routes = Routes::new(receiver).add_service(inventory);
     let services = Services {
         routes,

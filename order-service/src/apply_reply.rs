@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use outbox::{AggregateId, ApplyError, Envelope, EventId, Handler, Notifier, Refusal};
+use prost::Name;
 use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockReleased, StockReserved};
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
@@ -120,6 +121,10 @@ impl Handler for ApplyReplies {
         let refusals: HashMap<EventId, Refusal> =
             of_unknown.map(|reply| (reply.event_id, unknown_order(reply))).collect();
         if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused(refusals)) }
+    }
+
+    fn types(&self) -> Vec<String> {
+        vec![StockReserved::full_name(), StockRejected::full_name(), StockReleased::full_name()]
     }
 
     fn committed(&self) {

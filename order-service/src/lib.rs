@@ -25,7 +25,7 @@ use proto::{
 use sqlx::migrate::Migrator;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::info;
 
 pub use crate::intake::IntakeSettings;
@@ -76,9 +76,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let relay = notifier(outbox::CHANNEL);
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
-    let orders = grpc::Orders { database: database.clone(), intake, relay, status, watchers };
+    let orders = OrderServiceServer::new(grpc::Orders { database: database.clone(), intake, relay, status, watchers })
+        .accept_compressed(CompressionEncoding::Gzip);
     let services = Services {
-        routes: Routes::new(receiver).add_service(OrderServiceServer::new(orders)),
+        routes: Routes::new(receiver).add_service(orders),
         names: &[event_receiver_server::SERVICE_NAME, order_service_server::SERVICE_NAME],
         descriptors: proto::DESCRIPTORS,
     };

@@ -16,7 +16,7 @@ use proto::events::v1::{
 use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
 use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, codec::CompressionEncoding};
 use tracing::{info, warn};
 
 use crate::{
@@ -28,6 +28,8 @@ use crate::{
 const EVENTS_MAX: usize = 1000;
 /// More than a full batch of the largest orders takes.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// A source that is not accepted is named with this many characters.
+const SOURCE_CHARS_MAX: usize = 100;
 /// How long a batch waits for a slot. By default, this wait, the wait for a connection and the work together are
 /// shorter than a call may take. A call that is cut off has no answer, and a relay may have to count that against an
 /// event.
@@ -56,6 +58,12 @@ pub trait Handler: Send + Sync + 'static {
         tx: &mut Transaction<'_, Postgres>,
         events: &[&Self::Event],
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
+
+    /// The full names of the event types that [`Handler::read`] knows, as `M::full_name()` gives them. Relays ask for
+    /// them. None says nothing about it.
+    fn types(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Runs after each commit of [`Handler::apply`], even if the caller has hung up. Send notifications here.
     fn committed(&self) {}
@@ -108,11 +116,21 @@ pub struct InboxSettings {
     /// same rows.
     #[arg(long, env = "BATCHES_AT_ONCE", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub batches_at_once: u16,
+    /// Services whose events are accepted, by the --source of their relays. Batches with events of others are refused.
+    /// Without it, events of any service are accepted.
+    #[arg(long, env = "ACCEPT_SOURCES", value_name = "SOURCE,…", value_delimiter = ',')]
+    pub accept_sources: Vec<String>,
 }
 
 impl InboxSettings {
     fn retention(&self) -> Duration {
         Duration::from_secs(3600) * self.retention_hours
+    }
+
+    /// A variable that is set to nothing means any source too, and not the one without a name.
+    fn sources(&self) -> Vec<String> {
+        let sources = self.accept_sources.iter().map(|source| source.trim());
+        sources.filter(|source| !source.is_empty()).map(str::to_owned).collect()
     }
 }
 
@@ -123,6 +141,8 @@ pub struct Receiver<H> {
     handler: Arc<H>,
     refuse: Refuse,
     retention: Duration,
+    /// The services whose events are accepted; any if it is empty.
+    sources: Vec<String>,
     /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
     /// connection, which other calls may need, nor processor time.
     slots: Arc<Semaphore>,
@@ -140,8 +160,29 @@ impl<H: Handler> Receiver<H> {
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
         let slots = Arc::new(Semaphore::new(settings.batches_at_once.into()));
-        let receiver = Self { database: database.clone(), handler: Arc::new(handler), refuse, retention, slots };
-        EventReceiverServer::new(receiver).max_decoding_message_size(BATCH_BYTES_MAX)
+        let (database, handler, sources) = (database.clone(), Arc::new(handler), settings.sources());
+        let receiver = Self { database, handler, refuse, retention, sources, slots };
+        // The limit holds for the size of a message as it comes, and for the size that it has when it is decompressed.
+        EventReceiverServer::new(receiver)
+            .max_decoding_message_size(BATCH_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+    }
+
+    /// Refuses a batch whole if one of its events is of a source that is not accepted. An outbox has one source, so the
+    /// relay has a wrong name or a wrong receiver, and no other event of it would fare better.
+    fn check_sources(&self, events: &[Event]) -> Result<(), Status> {
+        let accepted = &self.sources;
+        let Some(event) = events.iter().find(|event| !accepted.is_empty() && !accepted.contains(&event.source)) else {
+            return Ok(());
+        };
+        // The sender decides how long the name is.
+        let source: String = event.source.chars().take(SOURCE_CHARS_MAX).collect();
+        let message = format!(
+            "events of {source:?} are not accepted here, only those of {}: correct the relay's route or its --source, or \
+             add the source to --accept-sources (ACCEPT_SOURCES) of this service",
+            accepted.join(", ")
+        );
+        Err(self.refuse.with(Code::PermissionDenied, "SOURCE_NOT_ACCEPTED", message))
     }
 }
 
@@ -154,6 +195,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             fields.refuse("events", format!("must be at most {EVENTS_MAX}, and are {}", events.len()));
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
+        self.check_sources(&events)?;
         let (handler, retention) = (self.handler.clone(), self.retention);
         // The caller waits for the slot, and may give up. Then the work holds it, even after its caller is gone: at
         // most until a connection is made and the work is done.
@@ -177,7 +219,11 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         let answers = self.database.run(|connection| Box::pin(connection.ping()));
         answers.await.map_err(|error| self.refuse.database(&error))?;
         let seconds = self.retention.as_secs().cast_signed();
-        Ok(Response::new(DescribeResponse { retention: Some(prost_types::Duration { seconds, nanos: 0 }) }))
+        Ok(Response::new(DescribeResponse {
+            retention: Some(prost_types::Duration { seconds, nanos: 0 }),
+            types: self.handler.types(),
+            sources: self.sources.clone(),
+        }))
     }
 }
 

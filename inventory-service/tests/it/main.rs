@@ -11,6 +11,10 @@ mod orders;
 
 mod deliver;
 
+mod describe;
+
+mod compressed;
+
 mod reserve_stock;
 
 mod release_stock;

@@ -37,3 +37,5 @@ mod serve;
 mod migrate;
 
 mod command_line;
+
+mod describe;

@@ -182,7 +182,8 @@ impl EventReceiver for Service {
         self.0.log.send_modify(|log| log.described += 1);
         let described = (self.0.description.lock().unwrap())();
         let retention = described.map_err(|code| Status::new(code, "as the test wants it"))?;
-        Ok(Response::new(DescribeResponse { retention: retention.map(|retention| retention.try_into().unwrap()) }))
+        let retention = retention.map(|retention| retention.try_into().unwrap());
+        Ok(Response::new(DescribeResponse { retention, ..DescribeResponse::default() }))
     }
 }
 
