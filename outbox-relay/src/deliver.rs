@@ -1,22 +1,35 @@
-//! Delivers leased events to a receiver, and turns the reply into a verdict on each.
+//! Delivers leased events to a receiver, and reads what it says of each, or how the call failed.
 
 use std::{collections::HashMap, error::Error, time::Duration};
 
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, DescribeRequest, Event, EventResult, Outcome,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
     event_receiver_client::EventReceiverClient,
 };
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::{
     Code, ConnectError, Request, Status,
-    transport::{Channel, Endpoint, Uri},
+    codec::CompressionEncoding,
+    transport::{Endpoint, Uri},
 };
 use tonic_types::StatusExt;
 
-use crate::lease::LeasedRow;
+use crate::{
+    http_answer::{GrpcAnswers, HttpAnswer},
+    lease::LeasedRow,
+};
 
 /// How long a receiver may take to describe itself.
 const DESCRIBE_LIMIT: Duration = Duration::from_secs(2);
+/// How many bytes of headers or trailers an answer may have. Errors are sent there, and some receivers send whole stack
+/// traces. A longer answer would look like a broken connection. hyper's own limit is 16 KiB.
+const HEADER_BYTES_MAX: u32 = 1024 * 1024;
+/// A reason is cut to this many characters. A receiver decides how long its errors are.
+const REASON_CHARS_MAX: usize = 1000;
+/// Pings are at least this far apart. The receiver usually answers within it.
+const PING_INTERVAL_MIN: Duration = Duration::from_secs(10);
+/// How long a receiver may take to answer a ping.
+const PING_LIMIT: Duration = Duration::from_secs(5);
 
 /// How to settle one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,27 +53,78 @@ pub(crate) enum Verdict {
 /// The result of a delivery.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Delivery {
-    /// One verdict per event, in order.
-    Answered(Vec<Verdict>),
-    /// The receiver is up and refused the batch as a whole.
-    Refused { reason: String, retry_after: Duration },
-    /// The receiver was not reached, or cannot work now. This says nothing about the events.
-    Outage { reason: String, retry_after: Duration },
-    /// The receiver got the events and did not answer. They may have been applied, and one of them may be the cause.
-    Silent { reason: String },
-    /// The receiver does not allow this relay to deliver.
-    Barred { reason: String },
+    /// One answer per event, in order.
+    Answered(Vec<Answer>),
+    /// The receiver has answered for none of the events.
+    Failed(Failed),
+}
+
+/// What the receiver says of one event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It is applied, now or earlier.
+    Taken,
+    /// It can never be applied, for this reason.
+    Rejected(String),
+    /// It failed, for a reason of its own.
+    Retry(String),
+}
+
+/// A delivery without an answer to its events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Failed {
+    pub(crate) failure: Failure,
+    /// In words, for people.
+    pub(crate) reason: String,
+    /// The time that the receiver, or a proxy before it, has asked for.
+    pub(crate) retry_after: Duration,
+}
+
+/// How a delivery failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The connection was never made, so no event can be the cause.
+    Unreachable,
+    /// The receiver, or a proxy before it, says that it cannot work now. One event may be the cause: a proxy says the
+    /// same of a receiver that crashed over it, or took too long.
+    Unavailable,
+    /// The events were sent and no reply came. They may have been applied, and one may be the cause.
+    Silent,
+    /// The receiver refused the call.
+    Refused,
+    /// The call is perhaps larger than the receiver, or a proxy, accepts.
+    TooLarge,
+    /// The receiver does not allow this relay to call it, or does not implement the call.
+    Barred,
+    /// The answer is not one to this batch: none of its results names one of its events. The receiver has a fault.
+    Unmatched,
+}
+
+impl Failure {
+    /// The value of the metric's label.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::Unavailable => "unavailable",
+            Self::Silent => "silent",
+            Self::Refused => "refused",
+            Self::TooLarge => "too_large",
+            Self::Barred => "barred",
+            Self::Unmatched => "unmatched",
+        }
+    }
 }
 
 impl Delivery {
+    /// All values of the metric's label.
+    pub(crate) const LABELS: [&str; 8] =
+        ["answered", "unreachable", "unavailable", "silent", "refused", "too_large", "barred", "unmatched"];
+
     /// The value of the metric's label.
     pub(crate) fn as_str(&self) -> &'static str {
         match self {
             Self::Answered(_) => "answered",
-            Self::Refused { .. } => "refused",
-            Self::Outage { .. } => "outage",
-            Self::Silent { .. } => "silent",
-            Self::Barred { .. } => "barred",
+            Self::Failed(failed) => failed.failure.as_str(),
         }
     }
 }
@@ -68,8 +132,15 @@ impl Delivery {
 /// A receiver's answer to Describe.
 #[derive(Debug)]
 pub(crate) enum Description {
-    /// It is up, and remembers applied events for this long.
-    Retention(Duration),
+    /// It is up.
+    Ready {
+        /// How long it remembers applied events.
+        retention: Duration,
+        /// The types of events that it handles; none if it does not say.
+        types: Vec<String>,
+        /// The services whose events it accepts; none if it accepts any.
+        sources: Vec<String>,
+    },
     /// It is up, and does not say how long it remembers applied events. The text says what to do.
     Unknown(&'static str),
     /// It did not answer.
@@ -81,27 +152,29 @@ pub(crate) enum Description {
 /// A connection to the service that receives the events.
 #[derive(Clone, Debug)]
 pub(crate) struct Receiver {
-    client: EventReceiverClient<Channel>,
+    client: EventReceiverClient<GrpcAnswers>,
     source: String,
 }
 
 impl Receiver {
     /// Connects at the first call, and again after a break.
     ///
-    /// Pings detect a connection whose other end has vanished. Without them, only the deadlines of one call after
-    /// another would. They are sent only while a delivery waits. They are rare, since some gRPC servers count pings as
-    /// abuse and close the connection; by default these tolerate two within a call.
-    pub(crate) fn connect_lazily(receiver: Uri, source: String) -> Self {
+    /// It accepts compressed answers: a grpcio server that compresses does so for every client, whatever that accepts.
+    pub(crate) fn connect_lazily(receiver: Uri, source: String, lease: Duration) -> Self {
         let channel = Endpoint::from(receiver)
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(5))
+            .http2_max_header_list_size(HEADER_BYTES_MAX)
+            .http2_keep_alive_interval(ping_interval(lease))
+            .keep_alive_timeout(PING_LIMIT)
             .connect_lazy();
-        Self { client: EventReceiverClient::new(channel), source }
+        let client = EventReceiverClient::new(GrpcAnswers::of(channel))
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Deflate);
+        Self { client, source }
     }
 
-    /// Asks the receiver whether it is up, and for how long it remembers applied events.
+    /// Asks the receiver whether it is up, and what it accepts.
     pub(crate) async fn describe(&mut self) -> Description {
         let mut request = Request::new(DescribeRequest {});
         request.set_timeout(DESCRIBE_LIMIT);
@@ -109,28 +182,23 @@ impl Receiver {
             return Description::Unavailable { reason: "no answer to Describe".into(), retry_after: Duration::ZERO };
         };
         match answer {
-            Ok(response) => {
-                // The conversion fails for a negative duration.
-                let retention = response.into_inner().retention.and_then(|retention| retention.try_into().ok());
-                retention.map_or(
-                    Description::Unknown(
-                        "does not say how long it remembers applied events: make its Describe answer a retention",
-                    ),
-                    Description::Retention,
-                )
-            }
+            Ok(response) => read_description(response.into_inner()),
             Err(status) if status.code() == Code::Unimplemented => Description::Unknown(
                 "does not implement events.v1.EventReceiver.Describe: deploy one that does, or correct the route",
             ),
-            Err(status) => match read_status(&status) {
-                Delivery::Barred { reason } => Description::Barred { reason },
-                Delivery::Outage { reason, retry_after } | Delivery::Refused { reason, retry_after } => {
-                    Description::Unavailable { reason, retry_after }
+            Err(status) => {
+                let Failed { failure, reason, retry_after } = read_status(&status);
+                match failure {
+                    Failure::Barred => Description::Barred { reason },
+                    // Describe carries no event, so whatever is wrong lies in the receiver, or on the way to it.
+                    Failure::Unreachable
+                    | Failure::Unavailable
+                    | Failure::Silent
+                    | Failure::Refused
+                    | Failure::TooLarge
+                    | Failure::Unmatched => Description::Unavailable { reason, retry_after },
                 }
-                Delivery::Silent { reason } => Description::Unavailable { reason, retry_after: Duration::ZERO },
-                // `read_status` never makes this of a status.
-                Delivery::Answered(_) => Description::Unknown("answers Describe with a status that is no error"),
-            },
+            }
         }
     }
 
@@ -141,9 +209,9 @@ impl Receiver {
         // The receiver learns the deadline too, so that it can stop when this relay no longer waits.
         request.set_timeout(deadline.saturating_duration_since(Instant::now()));
         match timeout_at(deadline, self.client.deliver(request)).await {
-            Ok(Ok(response)) => Delivery::Answered(read_verdicts(rows, response.into_inner())),
-            Ok(Err(status)) => read_status(&status),
-            Err(_) => Delivery::Silent { reason: "no reply within the lease".into() },
+            Ok(Ok(response)) => read_answers(rows, response.into_inner()),
+            Ok(Err(status)) => Delivery::Failed(read_status(&status)),
+            Err(_) => Delivery::Failed(failed(Failure::Silent, "no reply within the lease")),
         }
     }
 }
@@ -162,58 +230,105 @@ fn event(row: &LeasedRow, source: &str) -> Event {
     }
 }
 
+/// How long a receiver may say nothing during a delivery before it is pinged.
+///
+/// Pings detect a connection whose other end has vanished. Without them, only the deadlines of one call after another
+/// would. They are sent only while a call waits.
+///
+/// But servers count them. By default grpc-java hangs up at the third ping within a call, and others at the fourth. On
+/// a connection that was idle, hyper sends the first one as the call begins. So only one more may fit into a delivery,
+/// which takes up to three quarters of the lease. A second is added, since a call does not end on time to the instant.
+fn ping_interval(lease: Duration) -> Duration {
+    PING_INTERVAL_MIN.max(lease * 3 / 4 / 2 + Duration::from_secs(1))
+}
+
+fn read_description(description: DescribeResponse) -> Description {
+    let DescribeResponse { retention, types, sources } = description;
+    // The conversion fails for a negative duration.
+    match retention.and_then(|retention| retention.try_into().ok()) {
+        Some(retention) => Description::Ready { retention, types, sources },
+        None => Description::Unknown(
+            "does not say how long it remembers applied events: make its Describe answer a retention",
+        ),
+    }
+}
+
 /// Matches results by id, not by position: if a receiver leaves one out, no other event takes its place.
-fn read_verdicts(rows: &[LeasedRow], response: DeliverResponse) -> Vec<Verdict> {
+fn read_answers(rows: &[LeasedRow], response: DeliverResponse) -> Delivery {
+    let (count, first) = (response.results.len(), response.results.first().map(|result| result.event_id.clone()));
     let mut results: HashMap<String, EventResult> =
         response.results.into_iter().map(|result| (result.event_id.clone(), result)).collect();
-    rows.iter()
-        .map(|row| match results.remove(&row.event_id.to_string()) {
-            None => retry("NO_RESULT: the receiver answered without a result for this event".into()),
-            Some(result) => read_result(&result),
-        })
-        .collect()
+    let answers: Vec<_> = rows.iter().map(|row| results.remove(&row.event_id.to_string())).collect();
+    if !answers.is_empty() && answers.iter().all(Option::is_none) {
+        let reason = first.map_or("NO_RESULT: the answer has no results".into(), |first| {
+            format!("NO_RESULT: none of the {count} results names an event of the batch; the first names \"{first}\"")
+        });
+        return Delivery::Failed(failed(Failure::Unmatched, reason));
+    }
+    let missing = || Answer::Retry("NO_RESULT: the receiver answered without a result for this event".into());
+    Delivery::Answered(answers.into_iter().map(|result| result.as_ref().map_or_else(missing, read_result)).collect())
 }
 
-fn read_result(result: &EventResult) -> Verdict {
+fn read_result(result: &EventResult) -> Answer {
     let code = if result.reason.is_empty() { result.outcome().as_str_name() } else { &result.reason };
-    let reason = || format!("{code}: {}", result.detail);
+    let reason = || cut(format!("{code}: {}", result.detail));
     match result.outcome() {
-        Outcome::Applied | Outcome::Duplicate => Verdict::Handled,
-        Outcome::Rejected => Verdict::Dead(reason()),
-        Outcome::Retry | Outcome::Unspecified => retry(reason()),
+        Outcome::Applied | Outcome::Duplicate => Answer::Taken,
+        Outcome::Rejected => Answer::Rejected(reason()),
+        Outcome::Retry | Outcome::Unspecified => Answer::Retry(reason()),
     }
 }
 
-fn retry(reason: String) -> Verdict {
-    Verdict::Retry { reason, after: Duration::ZERO }
+fn failed(failure: Failure, reason: impl Into<String>) -> Failed {
+    Failed { failure, reason: cut(reason.into()), retry_after: Duration::ZERO }
 }
 
-/// Distinguishes an outage, a refusal and silence. An outage says nothing about the events and must cost them no
-/// attempt. After silence, only another delivery can tell whether the events were applied.
-fn read_status(status: &Status) -> Delivery {
+fn cut(mut reason: String) -> String {
+    if let Some((end, _)) = reason.char_indices().nth(REASON_CHARS_MAX) {
+        reason.truncate(end);
+    }
+    reason
+}
+
+/// Reads what made a call fail. Only after some failures can one of the events be the cause.
+fn read_status(status: &Status) -> Failed {
+    // A status that was made here has a source, whatever its code: a broken connection, or an HTTP response that is no
+    // gRPC answer. A status from the receiver has none.
+    let mut causes = std::iter::successors(status.source(), |&cause| cause.source());
+    if let Some(answer) = causes.find_map(<dyn Error>::downcast_ref::<HttpAnswer>) {
+        return Failed { retry_after: answer.retry_after, ..failed(answer.failure(), answer.to_string()) };
+    }
     let reason = format!("{:?}: {}", status.code(), status.message());
-    let retry_after = status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
-    // A status that tonic made from a broken connection has a source, whatever its code. A status from the receiver has
-    // none.
-    if let Some(source) = status.source() {
-        return match is_connect_error(source) {
-            true => Delivery::Outage { reason, retry_after },
-            false => Delivery::Silent { reason },
-        };
+    match status.source() {
+        Some(cause) if is_connect_error(cause) => failed(Failure::Unreachable, reason),
+        Some(_) => failed(Failure::Silent, reason),
+        None => {
+            let retry_info = status.get_details_retry_info();
+            let failure = read_code(status.code(), retry_info.is_some());
+            let retry_after = retry_info.and_then(|info| info.retry_delay).unwrap_or_default();
+            Failed { retry_after, ..failed(failure, reason) }
+        }
     }
-    match status.code() {
-        Code::ResourceExhausted | Code::Aborted | Code::Unavailable => Delivery::Outage { reason, retry_after },
+}
+
+/// What a status means that the receiver, or a proxy that speaks gRPC, has sent.
+fn read_code(code: Code, has_retry_info: bool) -> Failure {
+    match code {
+        Code::Aborted | Code::Unavailable => Failure::Unavailable,
+        // A receiver that is overloaded says when to come again. Without that, it may mean the size of the message:
+        // most servers report a message over their limit so, and tonic as OUT_OF_RANGE.
+        Code::ResourceExhausted if has_retry_info => Failure::Unavailable,
+        Code::ResourceExhausted | Code::OutOfRange => Failure::TooLarge,
         // Tonic servers report a missed deadline as CANCELLED. An error of code OK is a reply that was cut short.
-        Code::Ok | Code::Cancelled | Code::DeadlineExceeded => Delivery::Silent { reason },
-        Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => Delivery::Barred { reason },
+        Code::Ok | Code::Cancelled | Code::DeadlineExceeded => Failure::Silent,
+        Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => Failure::Barred,
         Code::Unknown
         | Code::InvalidArgument
         | Code::NotFound
         | Code::AlreadyExists
         | Code::FailedPrecondition
-        | Code::OutOfRange
         | Code::Internal
-        | Code::DataLoss => Delivery::Refused { reason, retry_after },
+        | Code::DataLoss => Failure::Refused,
     }
 }
 
@@ -225,57 +340,75 @@ fn is_connect_error(error: &(dyn Error + 'static)) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::read_status;
+    use super::{Failed, Failure, PING_LIMIT, ping_interval, read_code, read_status};
     use std::time::Duration;
     use tonic::{Code, ConnectError, Status};
     use tonic_types::{ErrorDetails, StatusExt};
 
     #[test]
-    fn each_status_code_is_an_outage_a_refusal_silence_or_a_bar() {
-        let results = (0..=16).map(|number| {
-            let code = Code::from(number);
-            (code, read_status(&Status::new(code, "as the test wants it")).as_str())
-        });
+    fn each_status_code_has_its_meaning() {
+        let read = |number| (Code::from(number), read_code(Code::from(number), false));
         assert_eq!(
-            results.collect::<Vec<_>>(),
+            (0..=16).map(read).collect::<Vec<_>>(),
             [
-                (Code::Ok, "silent"),
-                (Code::Cancelled, "silent"),
-                (Code::Unknown, "refused"),
-                (Code::InvalidArgument, "refused"),
-                (Code::DeadlineExceeded, "silent"),
-                (Code::NotFound, "refused"),
-                (Code::AlreadyExists, "refused"),
-                (Code::PermissionDenied, "barred"),
-                (Code::ResourceExhausted, "outage"),
-                (Code::FailedPrecondition, "refused"),
-                (Code::Aborted, "outage"),
-                (Code::OutOfRange, "refused"),
-                (Code::Unimplemented, "barred"),
-                (Code::Internal, "refused"),
-                (Code::Unavailable, "outage"),
-                (Code::DataLoss, "refused"),
-                (Code::Unauthenticated, "barred"),
+                (Code::Ok, Failure::Silent),
+                (Code::Cancelled, Failure::Silent),
+                (Code::Unknown, Failure::Refused),
+                (Code::InvalidArgument, Failure::Refused),
+                (Code::DeadlineExceeded, Failure::Silent),
+                (Code::NotFound, Failure::Refused),
+                (Code::AlreadyExists, Failure::Refused),
+                (Code::PermissionDenied, Failure::Barred),
+                (Code::ResourceExhausted, Failure::TooLarge),
+                (Code::FailedPrecondition, Failure::Refused),
+                (Code::Aborted, Failure::Unavailable),
+                (Code::OutOfRange, Failure::TooLarge),
+                (Code::Unimplemented, Failure::Barred),
+                (Code::Internal, Failure::Refused),
+                (Code::Unavailable, Failure::Unavailable),
+                (Code::DataLoss, Failure::Refused),
+                (Code::Unauthenticated, Failure::Barred),
             ]
         );
     }
 
     #[test]
+    fn a_time_to_retry_changes_the_meaning_of_one_code_only() {
+        for code in (0..=16).map(Code::from) {
+            let changed = read_code(code, true) != read_code(code, false);
+            assert_eq!(changed, code == Code::ResourceExhausted, "{code:?}");
+        }
+        assert_eq!(read_code(Code::ResourceExhausted, true), Failure::Unavailable);
+    }
+
+    #[test]
     fn a_connection_never_made_is_an_outage_and_one_that_broke_is_silence() {
         let never_made = Status::from_error(Box::new(ConnectError("refused".into())));
-        assert_eq!(read_status(&never_made).as_str(), "outage");
+        assert_eq!(read_status(&never_made).failure, Failure::Unreachable);
         let broken = Status::from_error(Box::new(std::io::Error::other("broken pipe")));
-        assert_eq!(read_status(&broken).as_str(), "silent");
+        assert_eq!(read_status(&broken).failure, Failure::Silent);
     }
 
     #[test]
     fn the_retry_delay_of_a_receiver_is_read() {
         let status = Status::with_error_details(
-            Code::Unavailable,
+            Code::ResourceExhausted,
             "busy",
             ErrorDetails::with_retry_info(Some(Duration::from_secs(7))),
         );
-        let super::Delivery::Outage { retry_after, .. } = read_status(&status) else { panic!("an outage") };
-        assert_eq!(retry_after, Duration::from_secs(7));
+        let Failed { failure, retry_after, .. } = read_status(&status);
+        assert_eq!((failure, retry_after), (Failure::Unavailable, Duration::from_secs(7)));
+    }
+
+    /// grpc-java hangs up at the third ping within a call. The first one may come as the call begins.
+    #[test]
+    fn two_pings_at_most_fit_into_a_delivery_and_notice_a_vanished_receiver_before_its_end() {
+        for seconds in 1..=3600 {
+            let lease = Duration::from_secs(seconds);
+            let (delivery, interval) = (lease * 3 / 4, ping_interval(lease));
+            assert!(2 * interval > delivery, "{seconds} s: {interval:?}");
+            assert!(interval >= Duration::from_secs(10), "{seconds} s: {interval:?}");
+            assert!(seconds < 30 || interval + PING_LIMIT < delivery, "{seconds} s: {interval:?}");
+        }
     }
 }

@@ -4,9 +4,12 @@
 //! implements `events.v1.EventReceiver`.
 
 mod announce;
+#[cfg(test)]
+mod answer_tests;
 mod deliver;
 mod floor;
 mod grpc;
+mod http_answer;
 mod lease;
 #[cfg(test)]
 mod lease_time;
@@ -28,7 +31,7 @@ use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::{info, warn};
 
 use crate::{
@@ -124,7 +127,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
     let admin =
         Admin { database: database.clone(), descriptors: settings.descriptors.clone(), max_age: settings.max_age };
-    let routes = Routes::new(RelayAdminServer::new(admin));
+    let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
     let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     let ended = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
@@ -171,7 +174,11 @@ fn start(
             let worker = Worker {
                 number,
                 database: database.clone(),
-                receiver: Receiver::connect_lazily(route.settings().receiver.clone(), settings.source.clone()),
+                receiver: Receiver::connect_lazily(
+                    route.settings().receiver.clone(),
+                    settings.source.clone(),
+                    Duration::from_secs(settings.lease_seconds.into()),
+                ),
                 settings: settings.clone(),
                 route: route.clone(),
                 lease_query: lease_query.clone(),

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use metrics::{counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 
-use crate::settle::Settled;
+use crate::{deliver::Delivery, settle::Settled};
 
 const EVENTS: &str = "outbox_relay_events_total";
 const DELIVERIES: &str = "outbox_relay_deliveries_total";
@@ -25,8 +25,9 @@ pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
     );
     describe_counter!(
         DELIVERIES,
-        "Deliveries by outcome: answered, refused (the whole batch), outage (receiver unavailable), silent (no reply), \
-         barred (this relay may not deliver)"
+        "Deliveries by outcome: answered, unreachable (no connection), unavailable (receiver or proxy), silent (no \
+         reply), refused (the whole batch), too_large (perhaps), barred (this relay may not deliver), unmatched (an \
+         answer to other events)"
     );
     describe_gauge!(
         ROUTE_OPEN,
@@ -38,7 +39,7 @@ pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
 /// Creates a route's metrics with zeros, since Prometheus can take no rate of a metric that does not exist yet.
 pub(crate) fn register(route: &str) {
     settled(route, &Settled::default());
-    for outcome in ["answered", "refused", "outage", "silent", "barred"] {
+    for outcome in Delivery::LABELS {
         counter!(DELIVERIES, "route" => route.to_owned(), "outcome" => outcome).increment(0);
     }
     route_open(route, false);

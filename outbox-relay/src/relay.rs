@@ -9,7 +9,7 @@ use tracing::{debug, error, warn};
 
 use crate::{
     Settings,
-    deliver::{Delivery, Receiver, Verdict},
+    deliver::{Answer, Delivery, Failed, Failure, Receiver, Verdict},
     floor::RESCAN_INTERVAL,
     lease::{Lease, LeaseQuery, lease},
     measure,
@@ -175,21 +175,27 @@ impl Worker {
                 batches.extend(batch.rev().map(|row| row..row + 1));
                 continue;
             }
-            match delivery {
+            let Failed { failure, reason, retry_after } = match delivery {
                 Delivery::Answered(answers) => {
-                    verdicts[batch].clone_from_slice(&answers);
+                    for (row, answer) in batch.zip(answers) {
+                        verdicts[row] = verdict(answer);
+                    }
                     accepted += 1;
                     outages_in_a_row = 0;
+                    continue;
                 }
-                Delivery::Refused { reason, retry_after } => {
+                Delivery::Failed(failed) => failed,
+            };
+            match failure {
+                Failure::Refused | Failure::TooLarge | Failure::Unmatched => {
                     verdicts[batch.start] = Verdict::Retry { reason, after: retry_after };
                 }
-                Delivery::Silent { reason } if alone => {
+                Failure::Silent if alone => {
                     verdicts[batch.start] =
                         Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
                     completed = false;
                 }
-                Delivery::Outage { retry_after, .. } if probe.is_some() && batch.len() == 1 => {
+                Failure::Unreachable | Failure::Unavailable if probe.is_some() && batch.len() == 1 => {
                     completed = false;
                     outages_in_a_row += 1;
                     match outages.insert(batch.start, accepted) {
@@ -203,11 +209,11 @@ impl Worker {
                         Some(_) => {}
                     }
                 }
-                Delivery::Silent { .. } | Delivery::Outage { .. } => {
+                Failure::Silent | Failure::Unreachable | Failure::Unavailable => {
                     verdicts[batch].fill(Verdict::Suspect);
                     return false;
                 }
-                Delivery::Barred { .. } => return false,
+                Failure::Barred => return false,
             }
         }
         completed
@@ -218,11 +224,16 @@ impl Worker {
         let calling = self.receiver.deliver(&lease.rows[batch], deadline);
         let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
         measure::delivered(self.route.pattern(), delivery.as_str());
-        match &delivery {
-            Delivery::Answered(_) | Delivery::Refused { .. } => self.route.answered(),
-            Delivery::Outage { reason, retry_after } => self.route.mark_down(reason, *retry_after),
-            Delivery::Silent { reason } => self.route.mark_down(reason, Duration::ZERO),
-            Delivery::Barred { reason } => self.route.bar(reason),
+        let Delivery::Failed(Failed { failure, reason, retry_after }) = &delivery else {
+            self.route.answered();
+            return Some(delivery);
+        };
+        match failure {
+            Failure::Refused | Failure::TooLarge | Failure::Unmatched => self.route.answered(),
+            Failure::Unreachable | Failure::Unavailable | Failure::Silent => {
+                self.route.mark_down(reason, *retry_after);
+            }
+            Failure::Barred => self.route.bar(reason),
         }
         Some(delivery)
     }
@@ -264,14 +275,24 @@ impl Worker {
     }
 }
 
+fn verdict(answer: Answer) -> Verdict {
+    match answer {
+        Answer::Taken => Verdict::Handled,
+        Answer::Rejected(reason) => Verdict::Dead(reason),
+        Answer::Retry(reason) => Verdict::Retry { reason, after: Duration::ZERO },
+    }
+}
+
 /// The reason to deliver the events of a failed batch one by one; `None` not to. A larger batch that met an outage in a
 /// probe is not split, since the receiver may be overloaded. The next probe begins with a small batch of the same
 /// events.
 fn reason_to_split(delivery: &Delivery, events: usize, in_probe: bool) -> Option<&str> {
-    match delivery {
-        Delivery::Refused { reason, .. } if events > 1 => Some(reason),
-        Delivery::Silent { reason } if events > 1 && in_probe => Some(reason),
-        Delivery::Outage { reason, .. } if events > 1 && events <= FIRST_BATCH as usize && in_probe => Some(reason),
-        _ => None,
-    }
+    let Delivery::Failed(Failed { failure, reason, .. }) = delivery else { return None };
+    let splits = match failure {
+        Failure::Refused | Failure::TooLarge | Failure::Unmatched => true,
+        Failure::Silent => in_probe,
+        Failure::Unreachable | Failure::Unavailable => in_probe && events <= FIRST_BATCH as usize,
+        Failure::Barred => false,
+    };
+    (splits && events > 1).then_some(reason)
 }

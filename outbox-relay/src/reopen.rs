@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chassis::RunError;
 use tokio::time::timeout_at;
-use tracing::error;
+use tracing::{debug, error};
 
 use crate::{
     deliver::Description,
@@ -98,8 +98,9 @@ impl Worker {
         while !probe.described {
             probe.back_off().await;
             match self.receiver.describe().await {
-                Description::Retention(retention) => {
-                    probe.described = self.check_retention(retention)?;
+                Description::Ready { retention, types, sources } => {
+                    debug!(route = self.route.pattern(), ?retention, ?types, ?sources, "receiver described");
+                    probe.described = self.check_source(&sources)? && self.check_retention(retention)?;
                 }
                 Description::Unknown(fault) => self.refuse_receiver(fault)?,
                 Description::Unavailable { reason, retry_after } => self.route.mark_down(&reason, retry_after),
@@ -107,6 +108,19 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    fn check_source(&self, accepted: &[String]) -> Result<bool, RunError> {
+        let source = &self.settings.source;
+        if accepted.is_empty() || accepted.contains(source) {
+            return Ok(true);
+        }
+        self.refuse_receiver(&format!(
+            "accepts events of {} only, and this relay delivers those of {source}: correct --source (RELAY_SOURCE), or add \
+             {source} to the receiver's --accept-sources (ACCEPT_SOURCES)",
+            accepted.join(", ")
+        ))?;
+        Ok(false)
     }
 
     fn check_retention(&self, retention: Duration) -> Result<bool, RunError> {

@@ -2,10 +2,11 @@
 //!
 //! There is a module per step of the relay. They share these fixtures: the outbox (`outbox`), the receiver
 //! (`receiver`), the relay in this process (`relay`) or in its own (`binary`), the operator's command line
-//! (`operator`), and a TCP line that can be cut (`line`).
+//! (`operator`), a TCP line that can be cut (`line`), and a server that sends any HTTP response (`http_stub`).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod binary;
+mod http_stub;
 mod line;
 mod operator;
 mod outbox;
@@ -19,6 +20,7 @@ mod deliver;
 mod describe;
 mod drain;
 mod floor;
+mod http_answers;
 mod lease;
 mod lease_protocol;
 mod outage;

@@ -97,7 +97,8 @@ async fn an_outage_status_costs_no_attempt() {
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &ONE_ATTEMPT).await;
     for code in [Code::Unavailable, Code::ResourceExhausted, Code::Aborted] {
-        receiver.follow(move |_| Reply::Refuse(code));
+        // RESOURCE_EXHAUSTED without a time to retry may mean the size of the message.
+        receiver.follow(move |_| Reply::Postpone(code, Duration::ZERO));
         let before = receiver.read(|log| log.deliveries.len());
         let ids = outbox.insert_unrelated(30).await;
         receiver.wait_for_deliveries(before + 3).await;

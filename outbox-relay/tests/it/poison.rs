@@ -199,7 +199,7 @@ async fn a_probe_that_waits_with_leased_events_releases_them_when_the_outbox_is_
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) > 0)));
 }
 
-/// Such as a message that is too large for this receiver, or an event whose work always takes too long there.
+/// Such as an event whose work always takes too long there, for a proxy before the receiver.
 #[tokio::test]
 async fn an_event_that_always_meets_an_outage_is_deferred_at_no_cost_and_all_others_arrive() {
     for (events, culprit) in [(30, 0), (30, 29), (300, 137)] {
@@ -207,7 +207,7 @@ async fn an_event_that_always_meets_an_outage_is_deferred_at_no_cost_and_all_oth
         let ids = outbox.insert_unrelated(events).await;
         let refused = ids[culprit];
         let receiver = Receiver::start(move |events| match events.iter().any(|event| id_of(event) == refused) {
-            true => Reply::Refuse(Code::ResourceExhausted),
+            true => Reply::Refuse(Code::Unavailable),
             false => Reply::apply(events),
         })
         .await;
