@@ -76,8 +76,7 @@ fn nth(world: &World, link: usize) -> Result<&Arc<Link>> {
 }
 
 /// Statements that have changed a database for good once they are executed.
-const WORK: [&str; 5] =
-    ["COMMIT", "orders: create orders", "relay: lease", "relay: delete handled", "relay: reschedule"];
+const WORK: [&str; 4] = ["COMMIT", "orders: create orders", "relay: lease", "relay: settle"];
 
 /// Drops the next reply to work that is committed, and resets its connection.
 async fn lose_reply(link: &Arc<Link>) -> bool {

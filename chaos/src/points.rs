@@ -121,8 +121,8 @@ const COMMON_IN_RELAYS: &[Place] = &[
     Place::BeforeDelivery,
     Place::AfterDelivery,
     Place::AfterReply,
-    Place::Before("relay: delete handled"),
-    Place::After("relay: delete handled"),
+    Place::Before("relay: settle"),
+    Place::After("relay: settle"),
 ];
 
 impl CrashPoint {

@@ -31,25 +31,6 @@ const PING_INTERVAL_MIN: Duration = Duration::from_secs(10);
 /// How long a receiver may take to answer a ping.
 const PING_LIMIT: Duration = Duration::from_secs(5);
 
-/// How to settle one event.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// Applied, now or earlier: delete it.
-    Handled,
-    /// It failed, for a reason of its own: retry it, no earlier than `after`. After its last attempt, mark it dead.
-    Retry { reason: String, after: Duration },
-    /// It can never be applied: mark it dead.
-    Dead(String),
-    /// Nothing is known about it: make it visible again. It spends no attempt.
-    Release,
-    /// Nothing is known about it, and it may be the cause of a failed delivery: make it visible before all others. It
-    /// spends no attempt. The next delivery, usually by a probe, finds out.
-    Suspect,
-    /// The receiver reports an outage for it alone, and takes others: make it visible later. It spends no attempt. The
-    /// delay is at least several times `after`, the time that the receiver has asked for, which counts up to a limit.
-    Defer { after: Duration },
-}
-
 /// The result of a delivery.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Delivery {

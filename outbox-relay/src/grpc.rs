@@ -139,22 +139,23 @@ fn refuse(error: &OperateError) -> Status {
 }
 
 fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
-    let ListDeadEventsRequest { page_size, page_token, r#type } = request;
+    let ListDeadEventsRequest { page_size, page_token, r#type, failing } = request;
     let mut fields = Fields::default();
     let size = fields.page_size("page_size", page_size);
     let event_type = read_type(&mut fields, &r#type);
-    let list = Page::list(event_type.as_deref());
+    let list = Page::list(event_type.as_deref(), failing);
     let before = match page_token.as_str() {
         "" => Uuid::max(),
         token => {
             let last = chassis::decode_page_token(&list, token).and_then(|id| Uuid::try_parse(&id).ok());
             last.unwrap_or_else(|| {
-                fields.refuse("page_token", "must be the next_page_token of an earlier answer for the same type");
+                fields.refuse("page_token", "must be the next_page_token of an earlier answer to the same request");
                 Uuid::max()
             })
         }
     };
-    fields.finish(Page { size, before: before.into(), event_type }).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
+    let page = Page { size, before: before.into(), event_type, failing };
+    fields.finish(page).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
 }
 
 fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status> {

@@ -11,12 +11,13 @@ use tokio::time::Instant;
 use crate::{
     Settings,
     floor::{Floor, Start},
+    isolate::Case,
     route::RouteSettings,
 };
 
 /// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
 /// delivered one by one.
-const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+pub(crate) const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 /// How long a lease is renewed for a receiver that stays away: longer than receivers take to start.
 const HELD_MAX: Duration = Duration::from_secs(600);
 
@@ -30,13 +31,14 @@ outbox::id! {
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub(crate) token: LeaseToken,
-    /// First the events that have never failed, then those that have, then those too old to be delivered.
+    /// First the events that have never failed alone, then those that have, then those that are set aside.
     pub(crate) rows: Vec<LeasedRow>,
     /// When the oldest of the events was created.
     pub(crate) oldest: OffsetDateTime,
     /// When it was last requested: by its own statement, or by its last renewal.
     requested_at: Instant,
     first_requested_at: Instant,
+    leased_at: Instant,
     length: Duration,
     max_age_hours: i32,
 }
@@ -51,14 +53,26 @@ pub(crate) struct LeasedRow {
     /// Shared by every delivery of the event.
     pub(crate) payload: Bytes,
     pub(crate) created_at: OffsetDateTime,
-    pub(crate) attempts: i32,
+    /// How often it failed alone, charged or not, since it was enqueued or requeued.
+    pub(crate) failures: i32,
+    /// How long ago it last failed alone, in seconds.
+    pub(crate) attempted_seconds: Option<f64>,
+    /// It is older than an hour, and was charged no attempt within the last hour.
+    pub(crate) quiet: bool,
     pub(crate) traceparent: Option<String>,
     pub(crate) tracestate: Option<String>,
     /// Whether it is too old to be delivered.
     pub(crate) expired: bool,
+    /// Whether its receiver does not know its type.
+    pub(crate) unknown: bool,
 }
 
 impl LeasedRow {
+    /// Whether it is not delivered.
+    fn is_set_aside(&self) -> bool {
+        self.expired || self.unknown
+    }
+
     /// Roughly what the event adds to a message. Ids, source, times and field tags are a few hundred bytes.
     fn message_bytes(&self) -> usize {
         let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
@@ -126,19 +140,19 @@ impl Lease {
         self.requested_at + self.length / 4 * quarters
     }
 
-    /// The events to deliver, as ranges of rows. Events that have never failed share a batch, as many as a message
-    /// holds. Each event that has failed is alone: it is likely to fail again, and must not fail others with it. No two
-    /// events are of the same aggregate, so any order is right.
-    pub(crate) fn batches(&self) -> Vec<Range<usize>> {
-        let fresh = self.rows.partition_point(|row| !row.expired && row.attempts == 0);
-        let live = self.rows.partition_point(|row| !row.expired);
+    /// The events to deliver, as ranges of rows. Events that have never failed alone share a batch, as many as a message
+    /// of `bytes_max` holds. Each event that has failed alone is alone again: it is likely to fail, and must not fail
+    /// others with it. No two events are of the same aggregate, so any order is right.
+    pub(crate) fn batches(&self, bytes_max: usize) -> Vec<Range<usize>> {
+        let fresh = self.rows.partition_point(|row| !row.is_set_aside() && row.failures == 0);
+        let live = self.rows.partition_point(|row| !row.is_set_aside());
         let mut batches: Vec<Range<usize>> = Vec::new();
         let mut bytes = 0;
         for row in 0..live {
             let size = self.rows[row].message_bytes();
             bytes += size;
             match batches.last_mut() {
-                Some(batch) if row < fresh && bytes <= MESSAGE_BYTES_MAX => batch.end = row + 1,
+                Some(batch) if row < fresh && bytes <= bytes_max => batch.end = row + 1,
                 _ => {
                     batches.push(row..row + 1);
                     bytes = size;
@@ -146,6 +160,30 @@ impl Lease {
             }
         }
         batches
+    }
+
+    /// Sets the events aside whose type the receiver does not know. Returns whether there are any.
+    pub(crate) fn set_unknown_aside(&mut self, knows: impl Fn(&str) -> bool) -> bool {
+        for row in &mut self.rows {
+            row.unknown = !knows(&row.event_type);
+        }
+        sort(&mut self.rows);
+        self.rows.iter().any(|row| row.unknown)
+    }
+
+    /// What is known of each event before it is delivered. A time of the database becomes one of this process's clock by
+    /// how long ago it was when the statement ran, which was before `leased_at`: so it is late rather than early.
+    pub(crate) fn cases(&self) -> Vec<Case> {
+        let case = |row: &LeasedRow| {
+            let age = row.attempted_seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
+            Case {
+                attempted: age.map(|age| self.leased_at.checked_sub(age).unwrap_or(self.leased_at)),
+                known: row.failures > 0,
+                quiet: row.quiet,
+                bytes: row.message_bytes(),
+            }
+        };
+        self.rows.iter().map(case).collect()
     }
 
     /// Starts the lease again from now. A worker needs this when it has learned something about its events, and has too
@@ -179,8 +217,16 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
     let rows = database.run(move |connection| Box::pin(lease_rows(connection, token, limit, owned, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
-    let max_age_hours = query.max_age_hours;
-    Ok(Some(Lease { token, rows, oldest, requested_at, first_requested_at: requested_at, length, max_age_hours }))
+    Ok(Some(Lease {
+        token,
+        rows,
+        oldest,
+        requested_at,
+        first_requested_at: requested_at,
+        leased_at: Instant::now(),
+        length,
+        max_age_hours: query.max_age_hours,
+    }))
 }
 
 /// Selects and marks the rows in one statement. Outside a transaction, `FOR UPDATE SKIP LOCKED` protects nothing beyond
@@ -226,8 +272,11 @@ async fn lease_rows(
             ORDER BY free.visible_at
             LIMIT $2
             FOR UPDATE OF free SKIP LOCKED))
-        RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, attempts, traceparent, tracestate,
-            created_at < now() - make_interval(hours => $6) AS "expired!""#,
+        RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, failures,
+            extract(epoch FROM now() - attempted_at)::double precision AS attempted_seconds,
+            greatest(created_at, charged_at) < now() - interval '1 hour' AS "quiet!",
+            traceparent, tracestate,
+            created_at < now() - make_interval(hours => $6) AS "expired!", false AS "unknown!""#,
         token as LeaseToken,
         i64::from(limit),
         f64::from(query.lease_seconds),
@@ -239,8 +288,12 @@ async fn lease_rows(
     .fetch_all(connection)
     .await?;
     // UPDATE returns rows in no promised order. Ids are UUID v7, and so in order of time.
-    rows.sort_unstable_by_key(|row| (row.expired, row.attempts > 0, row.event_id));
+    sort(&mut rows);
     Ok(rows)
+}
+
+fn sort(rows: &mut [LeasedRow]) {
+    rows.sort_unstable_by_key(|row| (row.is_set_aside(), row.failures > 0, row.event_id));
 }
 
 async fn renew_rows(

@@ -10,12 +10,15 @@ mod deliver;
 mod floor;
 mod grpc;
 mod http_answer;
+mod isolate;
 mod lease;
 #[cfg(test)]
 mod lease_time;
 mod maintain;
 mod measure;
 pub mod operate;
+#[cfg(test)]
+mod outage_model;
 mod park;
 mod relay;
 mod reopen;

@@ -1,6 +1,6 @@
 //! The loop: lease, deliver, settle.
 
-use std::{collections::HashMap, ops::Range, time::Duration};
+use std::{ops::Range, time::Duration};
 
 use chassis::{Database, RunError};
 use tokio::time::Instant;
@@ -9,13 +9,13 @@ use tracing::{debug, error, warn};
 
 use crate::{
     Settings,
-    deliver::{Answer, Delivery, Failed, Failure, Receiver, Verdict},
+    deliver::{Answer, Delivery, Receiver},
     floor::RESCAN_INTERVAL,
-    lease::{Lease, LeaseQuery, lease},
+    isolate::{Call, Conclusion, Isolation, Step},
+    lease::{Lease, LeaseQuery, LeasedRow, lease},
     measure,
-    reopen::FIRST_BATCH,
     route::{Admission, Probe, Route},
-    settle::{Policy, settle},
+    settle::{Fate, Policy, settle},
     wake::Wake,
 };
 
@@ -63,6 +63,9 @@ pub(crate) enum BatchOutcome {
 /// worker woke on every notification, a steady stream of single events would be delivered in many small batches. Each
 /// batch has a cost of its own.
 const NOTIFIED_WORKERS: u32 = 2;
+
+/// The receiver is asked for its types again when an event is of another type, but no more often than this.
+const TYPES_AGE_MAX: Duration = Duration::from_secs(1);
 
 /// Longest pause after the database failed. It is random, so that workers do not retry in step.
 const DATABASE_PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -117,133 +120,118 @@ impl Worker {
         if probe.is_none() && events == limit as usize {
             self.wake.wake_any();
         }
-        let mut verdicts = self.verdicts_by_age(&lease);
-        let completed = self.deliver(&mut lease, &mut verdicts, probe).await;
-        self.settle(lease, &verdicts).await;
-        if completed { BatchOutcome::Completed(events) } else { BatchOutcome::Interrupted }
+        self.set_unknown_aside(&mut lease).await;
+        let (fates, conclusion) = self.deliver(&mut lease, probe).await;
+        // First the route is closed, then the events are visible again. The other way round, other workers would
+        // deliver them once more.
+        let outcome = self.conclude(conclusion, events);
+        self.settle(lease, &fates).await;
+        outcome
     }
 
-    /// The verdicts before any delivery. An event that is too old is dead, undelivered: its receiver may have applied
-    /// it long ago, and forgotten that.
-    fn verdicts_by_age(&self, lease: &Lease) -> Vec<Verdict> {
-        let hours = self.settings.max_age.max_age_hours;
-        let too_old = || Verdict::Dead(format!("EXPIRED: older than {hours} h, the age limit for delivery"));
-        lease.rows.iter().map(|row| if row.expired { too_old() } else { Verdict::Release }).collect()
+    /// Sets events aside whose type the receiver does not know: it may be upgraded later. It is asked once more before
+    /// that, at most once a second.
+    async fn set_unknown_aside(&mut self, lease: &mut Lease) {
+        let route = self.route.clone();
+        let unknown = lease.set_unknown_aside(|event_type| route.knows(event_type));
+        if unknown && route.types_age() > TYPES_AGE_MAX && self.describes().await {
+            lease.set_unknown_aside(|event_type| route.knows(event_type));
+        }
     }
 
-    /// Delivers the lease's batches, and writes the results into `verdicts`. Returns whether it completed all of them.
-    /// An event that was not delivered keeps its verdict.
-    ///
-    /// One event can be the cause when a whole batch fails, so the events are then delivered one by one:
-    ///
-    /// - After a *refusal* the receiver is up, so this happens at once.
-    /// - After *silence* the receiver may have crashed, and with it every delivery in flight. So only a probe delivers
-    ///   one by one, and before each delivery it waits until the receiver is up.
-    ///
-    /// An event spends an attempt only on a failure that it alone can have caused. A refusal counts whenever the event
-    /// was alone. Silence counts only if it was alone in a probe, with no other delivery in flight. An *outage* never
-    /// counts. But a probe defers an event that alone meets an outage twice, if the receiver took others in between.
-    /// Otherwise the event would keep the route down.
-    async fn deliver(
+    /// Delivers the lease's events, and returns the fate of each. An event that was not delivered goes back.
+    async fn deliver(&mut self, lease: &mut Lease, mut probe: Option<&mut Probe<'_>>) -> (Vec<Fate>, Conclusion) {
+        let batches = lease.batches(self.route.message_bytes_max());
+        let mut isolation = Isolation::of(lease.cases(), batches, probe.is_some());
+        let conclusion = loop {
+            match isolation.next() {
+                Step::End(conclusion) => break conclusion,
+                Step::Describe => isolation.described(self.describes().await),
+                Step::Deliver(batch) => {
+                    let Some(deadline) = self.may_deliver(lease, batch.len(), probe.as_deref_mut()).await else {
+                        break Conclusion::Unknown;
+                    };
+                    let alone = probe.as_deref().is_some_and(Probe::is_alone);
+                    let Some((call, delivery)) = self.call(lease, batch.clone(), deadline, alone).await else {
+                        break Conclusion::Unknown;
+                    };
+                    if batch.len() > 1
+                        && let Delivery::Failed(failed) = &delivery
+                    {
+                        let reason = &failed.reason;
+                        warn!(worker = self.number, events = batch.len(), reason, "batch failed");
+                    }
+                    isolation.learn(batch, call, delivery);
+                }
+            }
+        };
+        if let Some(bytes) = isolation.message_bytes_max() {
+            self.route.limit_messages(bytes);
+        }
+        let fates = isolation.fates().into_iter().zip(&lease.rows);
+        (fates.map(|(fate, row)| self.fate_aside(row).unwrap_or(fate)).collect(), conclusion)
+    }
+
+    /// The deadline of the next delivery; `None` if there may be none. Deliveries one by one may take longer than the
+    /// lease. That must not look like silence of the receiver.
+    async fn may_deliver(
         &mut self,
         lease: &mut Lease,
-        verdicts: &mut [Verdict],
-        mut probe: Option<&mut Probe<'_>>,
-    ) -> bool {
-        let mut batches = lease.batches();
-        batches.reverse();
-        let mut completed = true;
-        // `accepted` counts the batches that the receiver took. `outages` maps each event that alone met an outage to
-        // that count at the time.
-        let (mut accepted, mut outages, mut outages_in_a_row) = (0, HashMap::new(), 0);
-        while let Some(batch) = batches.pop() {
-            // Deliveries one by one may take longer than the lease. That must not look like silence of the receiver.
-            if probe.is_none() && Instant::now() > lease.split_before() {
-                return false;
-            }
-            let (mut alone, mut deadline) = (false, lease.deliver_before());
-            if let Some(probe) = probe.as_deref_mut() {
-                if !self.is_ready(probe, lease).await {
-                    return false;
-                }
-                alone = probe.is_alone();
-                deadline = if batch.len() > 1 { lease.split_before() } else { lease.deliver_before() };
-            }
-            let Some(delivery) = self.call(lease, batch.clone(), deadline).await else { return false };
-            if let Some(reason) = reason_to_split(&delivery, batch.len(), probe.is_some()) {
-                warn!(worker = self.number, events = batch.len(), reason, "batch failed: delivering one by one");
-                batches.extend(batch.rev().map(|row| row..row + 1));
-                continue;
-            }
-            let Failed { failure, reason, retry_after } = match delivery {
-                Delivery::Answered(answers) => {
-                    for (row, answer) in batch.zip(answers) {
-                        verdicts[row] = verdict(answer);
-                    }
-                    accepted += 1;
-                    outages_in_a_row = 0;
-                    continue;
-                }
-                Delivery::Failed(failed) => failed,
-            };
-            match failure {
-                Failure::Refused | Failure::TooLarge | Failure::Unmatched => {
-                    verdicts[batch.start] = Verdict::Retry { reason, after: retry_after };
-                }
-                Failure::Silent if alone => {
-                    verdicts[batch.start] =
-                        Verdict::Retry { reason: format!("NO_REPLY: {reason}"), after: Duration::ZERO };
-                    completed = false;
-                }
-                Failure::Unreachable | Failure::Unavailable if probe.is_some() && batch.len() == 1 => {
-                    completed = false;
-                    outages_in_a_row += 1;
-                    match outages.insert(batch.start, accepted) {
-                        // So many in a row do not depend on single events. Released, they are leased after all others.
-                        _ if outages_in_a_row == FIRST_BATCH => return false,
-                        // Deliver it once more, after all others.
-                        None => batches.insert(0, batch),
-                        Some(before) if accepted > before => {
-                            verdicts[batch.start] = Verdict::Defer { after: retry_after };
-                        }
-                        Some(_) => {}
-                    }
-                }
-                Failure::Silent | Failure::Unreachable | Failure::Unavailable => {
-                    verdicts[batch].fill(Verdict::Suspect);
-                    return false;
-                }
-                Failure::Barred => return false,
-            }
-        }
-        completed
+        events: usize,
+        probe: Option<&mut Probe<'_>>,
+    ) -> Option<Instant> {
+        let Some(probe) = probe else {
+            return (Instant::now() <= lease.split_before()).then(|| lease.deliver_before());
+        };
+        let ready = self.is_ready(probe, lease).await;
+        ready.then(|| if events > 1 { lease.split_before() } else { lease.deliver_before() })
     }
 
     /// One call of the receiver; `None` if it was cancelled.
-    async fn call(&mut self, lease: &Lease, batch: Range<usize>, deadline: Instant) -> Option<Delivery> {
+    async fn call(
+        &mut self,
+        lease: &Lease,
+        batch: Range<usize>,
+        deadline: Instant,
+        alone: bool,
+    ) -> Option<(Call, Delivery)> {
+        let began = Instant::now();
         let calling = self.receiver.deliver(&lease.rows[batch], deadline);
         let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
         measure::delivered(self.route.pattern(), delivery.as_str());
-        let Delivery::Failed(Failed { failure, reason, retry_after }) = &delivery else {
-            self.route.answered();
-            return Some(delivery);
-        };
-        match failure {
-            Failure::Refused | Failure::TooLarge | Failure::Unmatched => self.route.answered(),
-            Failure::Unreachable | Failure::Unavailable | Failure::Silent => {
-                self.route.mark_down(reason, *retry_after);
-            }
-            Failure::Barred => self.route.bar(reason),
+        if took_an_event(&delivery) {
+            self.route.took(began);
         }
-        Some(delivery)
+        Some((Call { began, ended: Instant::now(), alone, taken: self.route.taken() }, delivery))
+    }
+
+    /// The fate of an event that is set aside. One that is too old is dead, undelivered: its receiver may have applied it
+    /// long ago, and forgotten that.
+    fn fate_aside(&self, row: &LeasedRow) -> Option<Fate> {
+        let hours = self.settings.max_age.max_age_hours;
+        if row.expired {
+            return Some(Fate::Dead(format!("EXPIRED: older than {hours} h, the age limit for delivery")));
+        }
+        row.unknown.then(|| Fate::Held(format!("UNKNOWN_TYPE: the receiver does not know {}", row.event_type)))
+    }
+
+    /// Closes the route if the receiver does not work.
+    fn conclude(&self, conclusion: Conclusion, events: usize) -> BatchOutcome {
+        match conclusion {
+            Conclusion::Works => return BatchOutcome::Completed(events),
+            Conclusion::Outage { reason, retry_after } => self.route.mark_down(&reason, retry_after),
+            Conclusion::Barred { reason } => self.route.bar(&reason),
+            Conclusion::Unknown => {}
+        }
+        BatchOutcome::Interrupted
     }
 
     /// A settlement that fails does no harm: the lease expires, the events are delivered again, and the receiver
     /// answers DUPLICATE for those it has applied.
-    async fn settle(&self, lease: Lease, verdicts: &[Verdict]) {
+    async fn settle(&self, lease: Lease, fates: &[Fate]) {
         let policy = Policy::of(&self.settings);
         let (events, oldest) = (lease.rows.len(), lease.oldest);
-        let settled = settle(&self.database, lease, verdicts, policy, &self.shutdown).await;
+        let settled = settle(&self.database, lease, fates, policy, &self.shutdown).await;
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.pattern(), &settled);
         debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
@@ -256,6 +244,13 @@ impl Worker {
                 events = settled.unsettled,
                 "events may not be settled: their lease will expire"
             );
+        }
+        if settled.retried > 0 {
+            let reason = fates.iter().find_map(|fate| match fate {
+                Fate::Failed { reason, .. } => Some(reason.as_str()),
+                Fate::Delete | Fate::Dead(_) | Fate::Held(_) | Fate::Back(_) => None,
+            });
+            warn!(worker = self.number, events = settled.retried, reason, "events failed, and are retried");
         }
         if settled.died > 0 {
             error!(worker = self.number, events = settled.died, "events are dead: kept in the outbox with the reason");
@@ -275,24 +270,6 @@ impl Worker {
     }
 }
 
-fn verdict(answer: Answer) -> Verdict {
-    match answer {
-        Answer::Taken => Verdict::Handled,
-        Answer::Rejected(reason) => Verdict::Dead(reason),
-        Answer::Retry(reason) => Verdict::Retry { reason, after: Duration::ZERO },
-    }
-}
-
-/// The reason to deliver the events of a failed batch one by one; `None` not to. A larger batch that met an outage in a
-/// probe is not split, since the receiver may be overloaded. The next probe begins with a small batch of the same
-/// events.
-fn reason_to_split(delivery: &Delivery, events: usize, in_probe: bool) -> Option<&str> {
-    let Delivery::Failed(Failed { failure, reason, .. }) = delivery else { return None };
-    let splits = match failure {
-        Failure::Refused | Failure::TooLarge | Failure::Unmatched => true,
-        Failure::Silent => in_probe,
-        Failure::Unreachable | Failure::Unavailable => in_probe && events <= FIRST_BATCH as usize,
-        Failure::Barred => false,
-    };
-    (splits && events > 1).then_some(reason)
+fn took_an_event(delivery: &Delivery) -> bool {
+    matches!(delivery, Delivery::Answered(answers) if answers.contains(&Answer::Taken))
 }

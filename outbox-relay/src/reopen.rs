@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chassis::RunError;
 use tokio::time::timeout_at;
-use tracing::{debug, error};
+use tracing::error;
 
 use crate::{
     deliver::Description,
@@ -97,17 +97,28 @@ impl Worker {
     async fn until_described(&mut self, probe: &mut Probe<'_>) -> Result<(), RunError> {
         while !probe.described {
             probe.back_off().await;
-            match self.receiver.describe().await {
-                Description::Ready { retention, types, sources } => {
-                    debug!(route = self.route.pattern(), ?retention, ?types, ?sources, "receiver described");
-                    probe.described = self.check_source(&sources)? && self.check_retention(retention)?;
-                }
-                Description::Unknown(fault) => self.refuse_receiver(fault)?,
-                Description::Unavailable { reason, retry_after } => self.route.mark_down(&reason, retry_after),
-                Description::Barred { reason } => self.route.bar(&reason),
-            }
+            probe.described = self.describe().await?;
         }
         Ok(())
+    }
+
+    /// Whether the receiver answers Describe now. If it does not, the route is closed.
+    pub(crate) async fn describes(&mut self) -> bool {
+        // If the receiver is unfit, the next probe finds that again, with nothing leased.
+        self.describe().await.unwrap_or(false)
+    }
+
+    async fn describe(&mut self) -> Result<bool, RunError> {
+        match self.receiver.describe().await {
+            Description::Ready { retention, types, sources } => {
+                self.route.set_types(types);
+                return Ok(self.check_source(&sources)? && self.check_retention(retention)?);
+            }
+            Description::Unknown(fault) => self.refuse_receiver(fault)?,
+            Description::Unavailable { reason, retry_after } => self.route.mark_down(&reason, retry_after),
+            Description::Barred { reason } => self.route.bar(&reason),
+        }
+        Ok(false)
     }
 
     fn check_source(&self, accepted: &[String]) -> Result<bool, RunError> {

@@ -9,7 +9,7 @@ use tokio::{
 use tonic::transport::Uri;
 use tracing::{debug, error, info, warn};
 
-use crate::measure;
+use crate::{lease::MESSAGE_BYTES_MAX, measure};
 
 /// Longest first back-off before a probe. It doubles with each further failure, up to the cap.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -17,6 +17,9 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_secs(1);
 /// Only people can repair a barred route. It is probed rarely, so that its errors do not flood the log.
 const BARRED_BACK_OFF: Duration = Duration::from_secs(5);
+/// How long the largest message that a receiver accepted bounds further ones. Then a larger one is tried, since the
+/// receiver may accept it by now.
+const MESSAGE_BYTES_KEPT: Duration = Duration::from_secs(600);
 /// A receiver that asks for more time than this is probed earlier: it may have been replaced in the meantime.
 pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
@@ -99,13 +102,19 @@ struct State {
     deliveries: RwLock<()>,
     /// The one worker that probes while the route is not open holds this.
     probing: Mutex<()>,
+    /// The largest message that the receiver has accepted, after it refused a larger one; and until when that counts.
+    message_bytes_max: watch::Sender<Option<(usize, Instant)>>,
+    /// The types of events that the receiver knows, and when it said so.
+    types: watch::Sender<(Vec<String>, Instant)>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Health {
     condition: Condition,
-    /// Failures in a row since the receiver last answered a delivery.
+    /// Failures in a row since the receiver last took an event.
     failures: u32,
+    /// The latest begin of a delivery of which the receiver took an event.
+    taken: Option<Instant>,
     /// Whether the route has ever been open.
     opened: bool,
     /// The receiver has asked for no call before this time.
@@ -130,13 +139,21 @@ pub(crate) struct Probe<'a> {
 
 impl Route {
     pub(crate) fn new(settings: RouteSettings) -> Self {
-        let health = Health { condition: Condition::Starting, failures: 0, opened: false, not_before: Instant::now() };
+        let health = Health {
+            condition: Condition::Starting,
+            failures: 0,
+            taken: None,
+            opened: false,
+            not_before: Instant::now(),
+        };
         measure::register(&settings.pattern);
         let state = State {
             settings,
             health: watch::Sender::new(health),
             deliveries: RwLock::default(),
             probing: Mutex::default(),
+            message_bytes_max: watch::Sender::new(None),
+            types: watch::Sender::new((Vec::new(), Instant::now())),
         };
         Self { state: Arc::new(state) }
     }
@@ -176,9 +193,46 @@ impl Route {
         (self.condition() == Condition::Open).then_some(Admission::Open { _delivering: delivering })
     }
 
-    /// The receiver has answered a delivery, with whatever result.
-    pub(crate) fn answered(&self) {
-        self.state.health.send_if_modified(|health| std::mem::take(&mut health.failures) > 0);
+    /// The receiver took an event of a delivery that `began` then. So it works, and is a witness against events that
+    /// fail meanwhile.
+    pub(crate) fn took(&self, began: Instant) {
+        self.state.health.send_modify(|health| {
+            health.taken = health.taken.max(Some(began));
+            health.failures = 0;
+        });
+    }
+
+    /// The latest begin of a delivery of which the receiver took an event.
+    pub(crate) fn taken(&self) -> Option<Instant> {
+        self.state.health.borrow().taken
+    }
+
+    /// The receiver knows these types of events; all, if there are none.
+    pub(crate) fn set_types(&self, types: Vec<String>) {
+        self.state.types.send_replace((types, Instant::now()));
+    }
+
+    /// Whether the receiver knows the type, as far as it has said.
+    pub(crate) fn knows(&self, event_type: &str) -> bool {
+        let (types, _) = &*self.state.types.borrow();
+        types.is_empty() || types.iter().any(|known| known == event_type)
+    }
+
+    /// How long ago the receiver said which types it knows.
+    pub(crate) fn types_age(&self) -> Duration {
+        self.state.types.borrow().1.elapsed()
+    }
+
+    /// The receiver refuses messages larger than this.
+    pub(crate) fn limit_messages(&self, bytes: usize) {
+        info!(route = self.pattern(), bytes, "smaller batches: the receiver refuses larger messages");
+        self.state.message_bytes_max.send_replace(Some((bytes, Instant::now() + MESSAGE_BYTES_KEPT)));
+    }
+
+    /// The largest message to send.
+    pub(crate) fn message_bytes_max(&self) -> usize {
+        let limit = self.state.message_bytes_max.borrow().filter(|(_, until)| *until > Instant::now());
+        limit.map_or(MESSAGE_BYTES_MAX, |(bytes, _)| bytes)
     }
 
     /// The receiver is unavailable: only a probe calls it, and not before `retry_after`.

@@ -1,9 +1,9 @@
-//! Settles the events of a lease, which ends it. Nothing else does so, and every statement names the lease's token.
+//! Settles the events of a lease, which ends it. Nothing else does so, and the statement names the lease's token.
 
 use std::{sync::Arc, time::Duration};
 
 use chassis::Database;
-use outbox::AggregateId;
+use outbox::{AggregateId, EventId};
 use sqlx::PgConnection;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -11,19 +11,45 @@ use tracing::warn;
 
 use crate::{
     Settings,
-    deliver::Verdict,
     lease::{Lease, LeaseToken, LeasedRow},
     route::RETRY_AFTER_MAX,
 };
 
 /// A reason is cut to this many characters.
 const REASON_CHARS_MAX: usize = 1000;
-/// Longest delay for an event that its receiver cannot take while it takes others, unless the receiver asks for time.
-const DEFER_MAX: Duration = Duration::from_secs(60);
-/// The delay is at least this many times the time that the receiver has asked for, up to a limit of that time.
-const DEFER_FACTOR: u32 = 8;
+/// Longest delay for an event that its receiver does not know yet. The receiver is asked again then.
+const HELD: Duration = Duration::from_secs(30);
 /// Longest pause before a failed settlement is repeated. It is random, so that workers do not retry in step.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// What becomes of one event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// It was applied, now or earlier.
+    Delete,
+    /// It can never be applied: it is dead, with this reason.
+    Dead(String),
+    /// It failed alone, and is delivered again after a back-off, or with its route. The reason is kept with the row,
+    /// whether an attempt is charged or not. If that is the last attempt, the event is dead.
+    Failed { charge: bool, wait: Wait, reason: String },
+    /// Its receiver cannot know it yet. It is delivered again after a while, and the reason is kept with the row.
+    Held(String),
+    /// Nothing was learned about it, and it is delivered again.
+    Back(Wait),
+}
+
+/// When an event is visible again, and so its position among the visible ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// At once, behind all that are visible now. The route's back-off protects a receiver that is down.
+    None,
+    /// At once, before all others. This is for suspects. Behind a backlog that never shrinks they would never be
+    /// delivered again, so the event that crashes the receiver would never be found.
+    BeforeAllOthers,
+    /// After a random time, of which the longest doubles with every failure. At least this long, such as the time that
+    /// the receiver has asked for.
+    BackOff { at_least: Duration },
+}
 
 /// How many attempts an event has, and how it backs off.
 #[derive(Clone, Copy, Debug)]
@@ -44,322 +70,254 @@ impl Policy {
 }
 
 /// Counts of the settled events, by how they were settled.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
     pub(crate) handled: usize,
+    /// Back, after they failed alone.
     pub(crate) retried: usize,
     pub(crate) died: usize,
+    /// Back, with nothing learned about them.
     pub(crate) released: usize,
     /// The lease had expired, and another relay has leased these events.
     pub(crate) lost: usize,
     /// The database failed, so nothing is known about these. Some may be settled; the lease of the others expires.
     pub(crate) unsettled: usize,
-    interrupted: bool,
 }
 
-impl Settled {
-    fn add(&mut self, other: &Self) {
-        self.handled += other.handled;
-        self.retried += other.retried;
-        self.died += other.died;
-        self.released += other.released;
-    }
-
-    /// Counts the rest of the `leased` events: as lost, or as unsettled if the database failed.
-    fn of(self, leased: usize) -> Self {
-        let missing = leased - (self.handled + self.retried + self.died + self.released);
-        let (lost, unsettled) = if self.interrupted { (0, missing) } else { (missing, 0) };
-        Self { lost, unsettled, ..self }
-    }
-}
-
-/// Applies one verdict per row of the lease.
+/// Carries out one fate per row of the lease.
 ///
-/// Every statement compares the token with a plain `=`, which never matches a row without a lease; `IS NOT DISTINCT
-/// FROM` could match one. A row keeps its token after the lease has expired, until another worker leases it. So a late
-/// settlement is right while no other worker has the row, and changes nothing once one has.
-///
-/// No transaction encloses the statements, since none depends on another. Whatever a crash leaves unsettled is
-/// delivered again.
+/// A row keeps its token after the lease has expired, until another worker leases it. So a late settlement is right
+/// while no other worker has the row, and changes nothing once one has.
 ///
 /// A settlement that fails is repeated until the lease expires, or until `shutdown`. After a restart of the database
-/// each connection in use fails once, and without the repetition the rows would stay hidden until the lease expires.
+/// each connection in use fails once, and without the repetition the rows would stay hidden until the lease expires. A
+/// repetition after a commit that was not confirmed finds no row with its token, so nothing is charged twice.
 pub(crate) async fn settle(
     database: &Database,
     lease: Lease,
-    verdicts: &[Verdict],
+    fates: &[Fate],
     policy: Policy,
     shutdown: &CancellationToken,
 ) -> Settled {
     let (token, leased) = (lease.token, lease.rows.len());
-    let groups = Arc::new(Groups::by_verdict(&lease.rows, verdicts));
-    let mut settled = Settled::default();
+    let rows = Arc::new(Rows::of(&lease.rows, fates));
+    let mut interrupted = false;
     loop {
-        let groups = groups.clone();
-        let settling = database.run(move |connection| Box::pin(settle_once(connection, token, groups, policy)));
-        let Err(Interrupted { before, cause }) = settling.await.map(|last| settled.add(&last)) else { break };
-        settled.add(&before);
-        settled.interrupted = true;
-        warn!(%cause, events = leased, "cannot settle");
+        let rows = rows.clone();
+        match database.run(move |connection| Box::pin(settle_rows(connection, token, rows, policy))).await {
+            Ok(settled) => return settled.of(leased, interrupted),
+            Err(cause) => warn!(%cause, events = leased, "cannot settle"),
+        }
+        interrupted = true;
         if lease.has_expired() || shutdown.is_cancelled() {
-            break;
+            return Settled::default().of(leased, interrupted);
         }
         shutdown.run_until_cancelled(sleep(PAUSE_MAX.mul_f64(fastrand::f64()))).await;
     }
-    settled.of(leased)
 }
 
-/// A settlement that the database interrupted, with the counts before that.
-struct Interrupted {
-    before: Settled,
-    cause: sqlx::Error,
-}
-
-impl From<sqlx::Error> for Interrupted {
-    fn from(cause: sqlx::Error) -> Self {
-        Self { before: Settled::default(), cause }
+impl Settled {
+    /// Counts the rest of the `leased` events. They are lost; or unsettled, if the database has failed meanwhile, since
+    /// then an unconfirmed settlement may have reached them.
+    fn of(self, leased: usize, interrupted: bool) -> Self {
+        let missing = leased.saturating_sub(self.handled + self.retried + self.died + self.released);
+        let (lost, unsettled) = if interrupted { (0, missing) } else { (missing, 0) };
+        Self { lost, unsettled, ..self }
     }
 }
 
-async fn settle_once(
-    connection: &mut PgConnection,
-    token: LeaseToken,
-    groups: Arc<Groups>,
-    policy: Policy,
-) -> Result<Settled, Interrupted> {
-    let mut settled = Settled::default();
-    match settle_groups(connection, token, &groups, policy, &mut settled).await {
-        Ok(()) => Ok(settled),
-        Err(cause) => Err(Interrupted { before: settled, cause }),
-    }
-}
-
-async fn settle_groups(
-    connection: &mut PgConnection,
-    token: LeaseToken,
-    groups: &Groups,
-    policy: Policy,
-    settled: &mut Settled,
-) -> Result<(), sqlx::Error> {
-    settled.handled = delete_handled(connection, token, &groups.handled).await?;
-    (settled.retried, settled.died) = reschedule(connection, token, &groups.failed, policy).await?;
-    settled.died += mark_dead(connection, token, &groups.dead).await?;
-    settled.released = release(connection, token, &groups.released, VisibleAt::After(Duration::ZERO)).await?;
-    settled.released += release(connection, token, &groups.suspects, VisibleAt::BeforeAllOthers).await?;
-    settled.released += release(connection, token, &groups.deferred, VisibleAt::After(groups.defer_time())).await?;
-    Ok(())
-}
-
-/// Rows that share a verdict, as the arrays a statement takes.
+/// The rows of a lease with their fates, as the arrays that the statement takes.
 #[derive(Debug, Default)]
 struct Rows {
+    handled: Keys,
+    back: Keys,
+    // One element per row of `back`:
+    event_ids: Vec<EventId>,
+    failed: Vec<bool>,
+    charged: Vec<bool>,
+    dead: Vec<bool>,
+    first: Vec<bool>,
+    reasons: Vec<Option<String>>,
+    /// The least seconds of a back-off; `None`: no back-off.
+    back_offs: Vec<Option<f64>>,
+}
+
+/// What a fate notes with a row.
+#[derive(Clone, Copy, Debug, Default)]
+struct Marks {
+    failed: bool,
+    charged: bool,
+    dead: bool,
+}
+
+/// Primary keys of rows.
+#[derive(Debug, Default)]
+struct Keys {
     aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
-    reasons: Vec<String>,
-    /// The seconds that the receiver has asked for, up to a limit.
-    delays: Vec<f64>,
+}
+
+impl Keys {
+    fn push(&mut self, row: &LeasedRow) {
+        self.aggregate_ids.push(row.aggregate_id);
+        self.sequences.push(row.sequence);
+    }
 }
 
 impl Rows {
-    fn push(&mut self, row: &LeasedRow, reason: &str, delay: Duration) {
-        self.aggregate_ids.push(row.aggregate_id);
-        self.sequences.push(row.sequence);
-        self.delays.push(delay.min(RETRY_AFTER_MAX).as_secs_f64());
-        // Reasons come from receivers. Postgres allows no NUL in text, and a NUL must not make the settlement fail.
-        self.reasons.push(reason.chars().filter(|char| *char != '\0').take(REASON_CHARS_MAX).collect());
-    }
-}
-
-#[derive(Debug, Default)]
-struct Groups {
-    handled: Rows,
-    failed: Rows,
-    dead: Rows,
-    released: Rows,
-    suspects: Rows,
-    deferred: Rows,
-}
-
-impl Groups {
-    fn by_verdict(rows: &[LeasedRow], verdicts: &[Verdict]) -> Self {
-        let mut groups = Self::default();
-        for (row, verdict) in rows.iter().zip(verdicts) {
-            match verdict {
-                Verdict::Handled => groups.handled.push(row, "", Duration::ZERO),
-                Verdict::Retry { reason, after } => groups.failed.push(row, reason, *after),
-                Verdict::Dead(reason) => groups.dead.push(row, reason, Duration::ZERO),
-                Verdict::Release => groups.released.push(row, "", Duration::ZERO),
-                Verdict::Suspect => groups.suspects.push(row, "", Duration::ZERO),
-                Verdict::Defer { after } => groups.deferred.push(row, "", *after),
+    fn of(rows: &[LeasedRow], fates: &[Fate]) -> Self {
+        let mut all = Self::default();
+        for (row, fate) in rows.iter().zip(fates) {
+            match fate {
+                Fate::Delete => all.handled.push(row),
+                Fate::Dead(reason) => {
+                    let marks = Marks { failed: true, charged: true, dead: true };
+                    all.push_back(row, marks, Wait::None, Some(reason));
+                }
+                Fate::Failed { charge, wait, reason } => {
+                    all.push_back(row, Marks { failed: true, charged: *charge, dead: false }, *wait, Some(reason));
+                }
+                Fate::Held(reason) => {
+                    let at_least = HELD.mul_f64(0.5 + fastrand::f64() / 2.0);
+                    all.push_back(row, Marks::default(), Wait::BackOff { at_least }, Some(reason));
+                }
+                Fate::Back(wait) => all.push_back(row, Marks::default(), *wait, None),
             }
         }
-        groups
+        all
     }
 
-    /// Delay for events that their receiver cannot take while it takes others. It is far longer than the time for which
-    /// they keep the route down.
-    fn defer_time(&self) -> Duration {
-        let asked_for = self.deferred.delays.iter().copied().fold(0.0, f64::max);
-        DEFER_MAX.mul_f64(0.5 + fastrand::f64() / 2.0).max(DEFER_FACTOR * Duration::from_secs_f64(asked_for))
+    fn push_back(&mut self, row: &LeasedRow, marks: Marks, wait: Wait, reason: Option<&str>) {
+        self.back.push(row);
+        self.event_ids.push(row.event_id);
+        self.failed.push(marks.failed);
+        self.charged.push(marks.charged);
+        self.dead.push(marks.dead);
+        self.first.push(wait == Wait::BeforeAllOthers);
+        // Reasons come from receivers. Postgres allows no NUL in text, and a NUL must not make the settlement fail.
+        let clean = |reason: &str| reason.chars().filter(|char| *char != '\0').take(REASON_CHARS_MAX).collect();
+        self.reasons.push(reason.map(clean));
+        self.back_offs.push(match wait {
+            Wait::BackOff { at_least } => Some(at_least.min(RETRY_AFTER_MAX).as_secs_f64()),
+            Wait::None | Wait::BeforeAllOthers => None,
+        });
     }
 }
 
-/// Finds each row by its key, in a subquery that no statistics can turn into a join. Planned as a join, the first
-/// executions on a connection would read the whole outbox. The other statements here do the same. They find a row's
-/// values in their arrays by its aggregate, since a lease has one row per aggregate.
+/// Deletes the handled rows, and puts the others back with what was learned of them.
 ///
-/// The token is compared outside the subquery, where Postgres checks it again if another lease has changed the row
+/// The token is compared with a plain `=`, which never matches a row without a lease; `IS NOT DISTINCT FROM` could match
+/// one. It is compared outside the subqueries, where Postgres checks it again if another lease has changed the row
 /// meanwhile.
-async fn delete_handled(connection: &mut PgConnection, token: LeaseToken, rows: &Rows) -> Result<usize, sqlx::Error> {
-    if rows.sequences.is_empty() {
-        return Ok(0);
-    }
-    let deleted = sqlx::query!(
-        "-- relay: delete handled
-        DELETE FROM outbox
-        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
-            SELECT (
-                SELECT leased.ctid
-                FROM outbox AS leased
-                WHERE leased.aggregate_id = handled.aggregate_id AND leased.sequence = handled.sequence)
-            FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))",
-        token as LeaseToken,
-        &rows.aggregate_ids as &[AggregateId],
-        &rows.sequences,
-    )
-    .execute(connection)
-    .await?;
-    Ok(count(deleted.rows_affected()))
-}
-
-/// Spends an attempt of each row. Returns how many are retried, and how many are dead after their last attempt.
 ///
-/// The longest back-off doubles with every attempt, up to its cap. The back-off is a random part of that, so that
-/// events that failed together are not retried together. It is never shorter than the time that the receiver has asked
-/// for, up to a limit of that time. Attempts before a requeue do not count.
-async fn reschedule(
+/// Each row is found by its key, in a subquery that no statistics can turn into a join. Planned as a join, the first
+/// executions on a connection would read the whole outbox.
+///
+/// The longest back-off doubles with every failure, charged or not, up to its cap. The back-off is a random part of
+/// that, so that events that failed together are not retried together. Attempts before a requeue do not count.
+async fn settle_rows(
     connection: &mut PgConnection,
     token: LeaseToken,
-    rows: &Rows,
+    rows: Arc<Rows>,
     policy: Policy,
-) -> Result<(usize, usize), sqlx::Error> {
-    if rows.sequences.is_empty() {
-        return Ok((0, 0));
-    }
-    let died = sqlx::query_scalar!(
-        r#"-- relay: reschedule
-        UPDATE outbox
-        SET attempts = attempts + 1,
-            lease_token = NULL,
-            last_error = ($4::text[])[array_position($2, aggregate_id)],
-            visible_at = CASE
-                WHEN attempts + 1 - attempts_before_requeue >= $5 THEN 'infinity'
-                -- The exponent is bounded, since 2^1024 is out of range. The cap is reached long before.
-                ELSE now() + make_interval(secs => greatest(
-                    ($8::double precision[])[array_position($2, aggregate_id)],
-                    random() * least($7, $6 * 2 ^ least(attempts - attempts_before_requeue, 40))))
-            END
-        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
-            SELECT (
-                SELECT leased.ctid
-                FROM outbox AS leased
-                WHERE leased.aggregate_id = failed.aggregate_id AND leased.sequence = failed.sequence)
-            FROM unnest($2::uuid[], $3::integer[]) AS failed (aggregate_id, sequence)))
-        RETURNING visible_at = 'infinity' AS "died!""#,
+) -> Result<Settled, sqlx::Error> {
+    let counts = sqlx::query_as!(
+        Counts,
+        r#"-- relay: settle
+        WITH deleted AS (
+            DELETE FROM outbox
+            WHERE lease_token = $1 AND ctid = ANY (ARRAY (
+                SELECT (
+                    SELECT leased.ctid
+                    FROM outbox AS leased
+                    WHERE leased.aggregate_id = handled.aggregate_id AND leased.sequence = handled.sequence)
+                FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))
+            RETURNING 1
+        ), returned AS (
+            UPDATE outbox
+            SET (lease_token, attempts, charged_at, failures, attempted_at, last_error, visible_at) = (
+                SELECT NULL::uuid,
+                    attempts + fate.charged::integer,
+                    CASE WHEN fate.charged THEN now() ELSE charged_at END,
+                    failures + fate.failed::integer,
+                    CASE WHEN fate.failed THEN now() ELSE attempted_at END,
+                    coalesce(fate.reason, last_error),
+                    CASE
+                        WHEN fate.dead OR (fate.charged AND attempts + 1 - attempts_before_requeue >= $13)
+                            THEN 'infinity'
+                        WHEN fate.first THEN created_at
+                        WHEN fate.back_off IS NULL THEN now()
+                        -- The exponent is bounded, since 2^1024 is out of range. The cap is reached long before.
+                        ELSE now() + make_interval(secs => greatest(
+                            fate.back_off,
+                            random() * least(
+                                $15, $14 * 2 ^ least(greatest(failures, attempts - attempts_before_requeue), 40))))
+                    END
+                FROM unnest($6::uuid[], $7::boolean[], $8::boolean[], $9::boolean[], $10::boolean[], $11::text[],
+                    $12::double precision[]) AS fate (event_id, failed, charged, dead, first, reason, back_off)
+                WHERE fate.event_id = outbox.event_id)
+            WHERE lease_token = $1 AND ctid = ANY (ARRAY (
+                SELECT (
+                    SELECT leased.ctid
+                    FROM outbox AS leased
+                    WHERE leased.aggregate_id = back.aggregate_id AND leased.sequence = back.sequence)
+                FROM unnest($4::uuid[], $5::integer[]) AS back (aggregate_id, sequence)))
+            RETURNING visible_at = 'infinity' AS died, attempted_at = now() AS failed
+        )
+        SELECT (SELECT count(*) FROM deleted) AS "handled!",
+            count(*) FILTER (WHERE died) AS "died!",
+            count(*) FILTER (WHERE failed AND NOT died) AS "retried!",
+            count(*) FILTER (WHERE NOT died AND failed IS NOT TRUE) AS "released!"
+        FROM returned"#,
         token as LeaseToken,
-        &rows.aggregate_ids as &[AggregateId],
-        &rows.sequences,
-        &rows.reasons,
+        &rows.handled.aggregate_ids as &[AggregateId],
+        &rows.handled.sequences,
+        &rows.back.aggregate_ids as &[AggregateId],
+        &rows.back.sequences,
+        &rows.event_ids as &[EventId],
+        &rows.failed,
+        &rows.charged,
+        &rows.dead,
+        &rows.first,
+        &rows.reasons as &[Option<String>],
+        &rows.back_offs as &[Option<f64>],
         policy.attempts_max,
         policy.back_off_seconds,
         policy.back_off_seconds_max,
-        &rows.delays,
     )
-    .fetch_all(connection)
+    .fetch_one(connection)
     .await?;
-    let dead = died.iter().filter(|died| **died).count();
-    Ok((died.len() - dead, dead))
+    Ok(counts.into())
 }
 
-async fn mark_dead(connection: &mut PgConnection, token: LeaseToken, rows: &Rows) -> Result<usize, sqlx::Error> {
-    if rows.sequences.is_empty() {
-        return Ok(0);
+/// The counts that the statement returns.
+struct Counts {
+    handled: i64,
+    died: i64,
+    retried: i64,
+    released: i64,
+}
+
+impl From<Counts> for Settled {
+    fn from(counts: Counts) -> Self {
+        Self {
+            handled: count(counts.handled),
+            retried: count(counts.retried),
+            died: count(counts.died),
+            released: count(counts.released),
+            ..Self::default()
+        }
     }
-    let marked = sqlx::query!(
-        "-- relay: mark dead
-        UPDATE outbox
-        SET attempts = attempts + 1,
-            lease_token = NULL,
-            last_error = ($4::text[])[array_position($2, aggregate_id)],
-            visible_at = 'infinity'
-        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
-            SELECT (
-                SELECT leased.ctid
-                FROM outbox AS leased
-                WHERE leased.aggregate_id = dead.aggregate_id AND leased.sequence = dead.sequence)
-            FROM unnest($2::uuid[], $3::integer[]) AS dead (aggregate_id, sequence)))",
-        token as LeaseToken,
-        &rows.aggregate_ids as &[AggregateId],
-        &rows.sequences,
-        &rows.reasons,
-    )
-    .execute(connection)
-    .await?;
-    Ok(count(marked.rows_affected()))
-}
-
-/// When a released row becomes visible, and so its position among the visible rows.
-#[derive(Clone, Copy, Debug)]
-enum VisibleAt {
-    /// At once, before all other rows. This is for suspects. Behind a backlog that never shrinks they would never be
-    /// delivered again, so the event that crashes the receiver would never be found.
-    BeforeAllOthers,
-    /// After a delay, behind the rows that are visible by then.
-    After(Duration),
-}
-
-/// Makes rows visible again. The route's back-off protects a receiver that is down from constant retries.
-async fn release(
-    connection: &mut PgConnection,
-    token: LeaseToken,
-    rows: &Rows,
-    visible_at: VisibleAt,
-) -> Result<usize, sqlx::Error> {
-    if rows.sequences.is_empty() {
-        return Ok(0);
-    }
-    let seconds = match visible_at {
-        VisibleAt::BeforeAllOthers => None,
-        VisibleAt::After(delay) => Some(delay.as_secs_f64()),
-    };
-    let released = sqlx::query!(
-        "-- relay: release
-        UPDATE outbox
-        SET lease_token = NULL, visible_at = coalesce(now() + make_interval(secs => $4), created_at)
-        WHERE lease_token = $1 AND ctid = ANY (ARRAY (
-            SELECT (
-                SELECT leased.ctid
-                FROM outbox AS leased
-                WHERE leased.aggregate_id = released.aggregate_id AND leased.sequence = released.sequence)
-            FROM unnest($2::uuid[], $3::integer[]) AS released (aggregate_id, sequence)))",
-        token as LeaseToken,
-        &rows.aggregate_ids as &[AggregateId],
-        &rows.sequences,
-        seconds,
-    )
-    .execute(connection)
-    .await?;
-    Ok(count(released.rows_affected()))
 }
 
 /// No more than the rows of one lease.
-fn count(rows: u64) -> usize {
-    usize::try_from(rows).unwrap_or(usize::MAX)
+fn count(rows: i64) -> usize {
+    usize::try_from(rows).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
 
     use outbox::{AggregateId, EventId};
     use proptest::{
@@ -371,11 +329,8 @@ mod tests {
     use testkit::TestDatabase;
     use tokio::runtime::Runtime;
 
-    use super::{Groups, Policy, RETRY_AFTER_MAX, reschedule};
-    use crate::{
-        deliver::Verdict,
-        lease::{LeaseToken, LeasedRow},
-    };
+    use super::{Fate, Policy, RETRY_AFTER_MAX, Rows, Settled, Wait, settle_rows};
+    use crate::lease::{LeaseToken, LeasedRow};
 
     /// An event that fails: its attempts before and since its requeue, and the time that its receiver asks for.
     #[derive(Clone, Debug)]
@@ -423,11 +378,11 @@ mod tests {
 
     /// Fails the events once more, each for a reason of its own. Returns their rows afterwards, in order, and the
     /// counts. `now()` is the same throughout.
-    async fn fail(connection: &mut PgConnection, events: &[Failing], policy: Policy) -> (Vec<Failed>, (usize, usize)) {
+    async fn fail(connection: &mut PgConnection, events: &[Failing], policy: Policy) -> (Vec<Failed>, Settled) {
         let token = LeaseToken::new();
-        let (mut rows, mut verdicts) = (Vec::new(), Vec::new());
+        let (mut rows, mut fates) = (Vec::new(), Vec::new());
         for event in events {
-            let row = leased(event.before_requeue + event.counted);
+            let row = leased();
             sqlx::query(
                 "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, attempts, attempts_before_requeue,
                     lease_token)
@@ -437,17 +392,17 @@ mod tests {
             .bind(row.sequence)
             .bind(row.event_id)
             .bind(&row.event_type)
-            .bind(row.attempts)
+            .bind(event.before_requeue + event.counted)
             .bind(event.before_requeue)
             .bind(token)
             .execute(&mut *connection)
             .await
             .unwrap();
-            verdicts.push(Verdict::Retry { reason: row.event_id.to_string(), after: event.after });
+            let wait = Wait::BackOff { at_least: event.after };
+            fates.push(Fate::Failed { charge: true, wait, reason: row.event_id.to_string() });
             rows.push(row);
         }
-        let groups = Groups::by_verdict(&rows, &verdicts);
-        let counts = reschedule(connection, token, &groups.failed, policy).await.unwrap();
+        let counts = settle_rows(connection, token, Arc::new(Rows::of(&rows, &fates)), policy).await.unwrap();
         let mut failed = Vec::new();
         for row in rows {
             let query = sqlx::query_as(
@@ -461,7 +416,7 @@ mod tests {
         (failed, counts)
     }
 
-    fn leased(attempts: i32) -> LeasedRow {
+    fn leased() -> LeasedRow {
         LeasedRow {
             aggregate_id: AggregateId::new(),
             sequence: 1,
@@ -469,10 +424,13 @@ mod tests {
             event_type: "test.v1.Happened".into(),
             payload: Bytes::new(),
             created_at: OffsetDateTime::UNIX_EPOCH,
-            attempts,
+            failures: 0,
+            attempted_seconds: None,
+            quiet: false,
             traceparent: None,
             tracestate: None,
             expired: false,
+            unknown: false,
         }
     }
 
@@ -503,13 +461,14 @@ mod tests {
         let outcome = runner.run(&cases, |(policy, events)| {
             runtime.block_on(async {
                 let mut tx = pool.begin().await.unwrap();
-                let (failed, (retried, died)) = fail(&mut tx, &events, policy).await;
+                let (failed, counts) = fail(&mut tx, &events, policy).await;
                 tx.rollback().await.unwrap();
                 for (event, failed) in events.iter().zip(&failed) {
                     check(event, failed, policy)?;
                 }
                 let dead = failed.iter().filter(|failed| failed.back_off_seconds.is_none()).count();
-                prop_assert_eq!((retried, died), (failed.len() - dead, dead));
+                let expected = Settled { retried: failed.len() - dead, died: dead, ..Settled::default() };
+                prop_assert_eq!(counts, expected);
                 Ok(())
             })
         });

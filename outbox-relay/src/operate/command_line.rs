@@ -46,6 +46,9 @@ pub enum Command {
   backing off  failed; will be retried
   dead         not retried until you requeue it
 
+FAILING shows why events failed that are not dead. A failure is charged to an event as an attempt only if its receiver
+took another event since the event's last failure. So an outage charges nothing.
+
 Examples:
   outbox-relay status
   outbox-relay status --watch
@@ -91,9 +94,11 @@ pub struct StatusArguments {
 pub enum DeadCommand {
     /// List dead events, newest first
     ///
-    /// Ordered by the time they were enqueued. HOLDS BACK counts the later events of the same aggregate, which wait.
+    /// Ordered by the time they were enqueued. ATTEMPTS counts the failures that were charged, FAILURES all in which the
+    /// event was alone. HOLDS BACK counts the later events of the same aggregate, which wait.
     #[command(after_long_help = "Examples:
   outbox-relay dead list
+  outbox-relay dead list --failing
   outbox-relay dead list --type orders.v1.OrderCreated --limit 500
   outbox-relay dead list --json | jq -r '.dead_events[].event_id'")]
     List(ListArguments),
@@ -135,6 +140,9 @@ pub struct ListArguments {
     /// Show only events of this type: a full protobuf name, such as orders.v1.OrderCreated.
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_name)]
     event_type: Option<String>,
+    /// Show the events that have failed and are not dead, instead of those that are.
+    #[arg(long)]
+    failing: bool,
     /// Print JSON: the events and their total number, as in relay.v1.ListDeadEventsResponse.
     #[arg(long)]
     json: bool,
@@ -358,11 +366,11 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
 }
 
 async fn list(arguments: ListArguments) -> Result<(), CommandError> {
-    let ListArguments { outbox, limit, event_type, json } = arguments;
-    let page = Page { size: limit, before: Uuid::max().into(), event_type };
+    let ListArguments { outbox, limit, event_type, failing, json } = arguments;
+    let page = Page { size: limit, before: Uuid::max().into(), event_type, failing };
     let list = outbox.ask(async |connection| list_dead(connection, &page).await).await?;
     if !json {
-        return say(&print::dead_events(&list));
+        return say(&print::events(&list, failing));
     }
     let mut shown = answer(&list)?;
     if let Some(fields) = shown.as_object_mut() {

@@ -1,4 +1,4 @@
-//! Lists dead events, page by page.
+//! Lists dead events, or those that fail and are not dead, page by page.
 
 use outbox::{AggregateId, EventId};
 use proto::relay::v1::{DeadEvent, ListDeadEventsResponse};
@@ -12,22 +12,25 @@ pub(crate) struct Page {
     pub(crate) before: EventId,
     /// If set, only events of this type.
     pub(crate) event_type: Option<String>,
+    /// The events that have failed and are not dead, instead of those that are.
+    pub(crate) failing: bool,
 }
 
 impl Page {
     /// The list that its page tokens are valid for.
-    pub(crate) fn list(event_type: Option<&str>) -> String {
-        format!("dead {}", event_type.unwrap_or_default())
+    pub(crate) fn list(event_type: Option<&str>, failing: bool) -> String {
+        format!("{} {}", if failing { "failing" } else { "dead" }, event_type.unwrap_or_default())
     }
 }
 
-/// A dead row, without its payload and trace context.
+/// A row that is dead or fails, without its payload and trace context.
 pub(super) struct DeadRow {
     pub(super) event_id: EventId,
     pub(super) event_type: String,
     pub(super) aggregate_id: AggregateId,
     pub(super) sequence: i32,
     pub(super) attempts: i32,
+    pub(super) failures: i32,
     pub(super) created_at: OffsetDateTime,
     pub(super) age_seconds: f64,
     pub(super) reason: String,
@@ -46,6 +49,7 @@ impl From<DeadRow> for DeadEvent {
             age_seconds: row.age_seconds,
             reason: row.reason,
             held_back: row.held_back,
+            failures: row.failures,
         }
     }
 }
@@ -58,10 +62,30 @@ pub(crate) async fn list_dead(
     connection: &mut PgConnection,
     page: &Page,
 ) -> Result<ListDeadEventsResponse, sqlx::Error> {
-    let mut rows = sqlx::query_as!(
+    let mut rows = if page.failing { read_failing(connection, page).await } else { read_dead(connection, page).await }?;
+    let more = rows.len() > usize::from(page.size);
+    if more {
+        rows.pop();
+    }
+    let event_type = page.event_type.as_deref();
+    let list = Page::list(event_type, page.failing);
+    let last = rows.last().filter(|_| more);
+    let next_page_token = last.map(|row| chassis::encode_page_token(&list, &row.event_id.to_string()));
+    Ok(ListDeadEventsResponse {
+        dead_events: rows.into_iter().map(DeadEvent::from).collect(),
+        next_page_token: next_page_token.unwrap_or_default(),
+        total_size: match page.failing {
+            true => count_failing(connection, event_type).await?,
+            false => count_dead(connection, event_type).await?,
+        },
+    })
+}
+
+async fn read_dead(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadRow>, sqlx::Error> {
+    sqlx::query_as!(
         DeadRow,
         r#"-- operate: list dead
-        SELECT event_id, event_type, aggregate_id, sequence, attempts, created_at,
+        SELECT event_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             coalesce(last_error, '') AS "reason!",
             (SELECT count(*) FROM outbox AS later
@@ -74,20 +98,41 @@ pub(crate) async fn list_dead(
         page.event_type,
         i64::from(page.size) + 1,
     )
-    .fetch_all(&mut *connection)
-    .await?;
-    let more = rows.len() > usize::from(page.size);
-    if more {
-        rows.pop();
-    }
-    let list = Page::list(page.event_type.as_deref());
-    let last = rows.last().filter(|_| more);
-    let next_page_token = last.map(|row| chassis::encode_page_token(&list, &row.event_id.to_string()));
-    Ok(ListDeadEventsResponse {
-        dead_events: rows.into_iter().map(DeadEvent::from).collect(),
-        next_page_token: next_page_token.unwrap_or_default(),
-        total_size: count_dead(connection, page.event_type.as_deref()).await?,
-    })
+    .fetch_all(connection)
+    .await
+}
+
+/// Reads the whole outbox, like the status: an index would cost every row that fails, and this is rarely asked.
+async fn read_failing(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadRow>, sqlx::Error> {
+    sqlx::query_as!(
+        DeadRow,
+        r#"-- operate: list failing
+        SELECT event_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
+            extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
+            coalesce(last_error, '') AS "reason!",
+            (SELECT count(*) FROM outbox AS later
+             WHERE later.aggregate_id = failing.aggregate_id AND later.sequence > failing.sequence) AS "held_back!"
+        FROM outbox AS failing
+        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity' AND event_id < $1 AND ($2::text IS NULL OR event_type = $2)
+        ORDER BY event_id DESC
+        LIMIT $3"#,
+        page.before as EventId,
+        page.event_type,
+        i64::from(page.size) + 1,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+async fn count_failing(connection: &mut PgConnection, event_type: Option<&str>) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- operate: count failing
+        SELECT count(*) AS "count!" FROM outbox
+        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity' AND ($1::text IS NULL OR event_type = $1)"#,
+        event_type,
+    )
+    .fetch_one(connection)
+    .await
 }
 
 /// The number of dead events, of one type if it is set.

@@ -28,7 +28,22 @@ pub(super) fn status(status: &OutboxStatus) -> String {
         page += "\n";
         page += &types(status);
     }
+    if !status.failing.is_empty() {
+        page += "\n";
+        page += &failing(status);
+    }
     page
+}
+
+fn failing(status: &OutboxStatus) -> String {
+    let mut rows = vec![line(["FAILING", "EVENTS", "FAILURES", "REASON"])];
+    rows.extend(
+        status
+            .failing
+            .iter()
+            .map(|of| line([&of.r#type, &of.events.to_string(), &of.failures.to_string(), &of.reason])),
+    );
+    table(&rows, &[1, 2])
 }
 
 fn routes(status: &OutboxStatus) -> String {
@@ -52,20 +67,22 @@ fn types(status: &OutboxStatus) -> String {
     table(&rows, &[1, 2, 3, 4])
 }
 
-/// A list of dead events, and the number of older ones.
-pub(super) fn dead_events(list: &ListDeadEventsResponse) -> String {
+/// A list of events that are dead or `failing`, and the number of older ones.
+pub(super) fn events(list: &ListDeadEventsResponse, failing: bool) -> String {
     if list.dead_events.is_empty() {
-        return "no dead events\n".into();
+        return if failing { "no event fails\n" } else { "no dead events\n" }.into();
     }
-    let mut rows = vec![line(["EVENT", "AGE", "ATTEMPTS", "HOLDS BACK", "TYPE", "AGGREGATE", "SEQUENCE", "REASON"])];
+    let heads = ["EVENT", "AGE", "ATTEMPTS", "FAILURES", "HOLDS BACK", "TYPE", "AGGREGATE", "SEQUENCE", "REASON"];
+    let mut rows = vec![line(heads)];
     rows.extend(list.dead_events.iter().map(|event| {
-        let DeadEvent { event_id, r#type, subject, sequence, attempts, age_seconds, reason, held_back, .. } = event;
-        let (attempts, held_back, sequence) = (attempts.to_string(), held_back.to_string(), sequence.to_string());
-        line([event_id, &age(*age_seconds), &attempts, &held_back, r#type, subject, &sequence, reason])
+        let DeadEvent { event_id, r#type, subject, sequence, age_seconds, reason, .. } = event;
+        let [attempts, failures] = [event.attempts, event.failures].map(|number| number.to_string());
+        let [held_back, sequence] = [event.held_back, *sequence].map(|number| number.to_string());
+        line([event_id, &age(*age_seconds), &attempts, &failures, &held_back, r#type, subject, &sequence, reason])
     }));
     let more = list.total_size - i64::try_from(list.dead_events.len()).unwrap_or(i64::MAX);
     let more = if more > 0 { format!("… and {more} older: raise --limit to see them\n") } else { String::new() };
-    table(&rows, &[1, 2, 3, 6]) + &more
+    table(&rows, &[1, 2, 3, 4, 7]) + &more
 }
 
 /// A dead event. `payload` is its payload as JSON, if it could be decoded.

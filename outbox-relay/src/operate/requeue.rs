@@ -121,7 +121,7 @@ async fn make_visible(tx: &mut Transaction<'_, Postgres>, event_ids: &[EventId])
         Position,
         "-- operate: requeue
         UPDATE outbox
-        SET visible_at = now(), attempts_before_requeue = attempts
+        SET visible_at = now(), attempts_before_requeue = attempts, failures = 0, attempted_at = NULL
         WHERE visible_at = 'infinity' AND event_id = ANY ($1)
         RETURNING aggregate_id, sequence",
         event_ids as &[EventId],

@@ -18,7 +18,7 @@ pub(crate) async fn show_dead(
 ) -> Result<DeadEventContent, OperateError> {
     let row = sqlx::query!(
         r#"-- operate: show dead
-        SELECT event_id, event_type, aggregate_id, sequence, attempts, created_at,
+        SELECT event_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             coalesce(last_error, '') AS "reason!",
             (SELECT count(*) FROM outbox AS later
@@ -43,6 +43,7 @@ pub(crate) async fn show_dead(
         aggregate_id: row.aggregate_id.into(),
         sequence: row.sequence,
         attempts: row.attempts,
+        failures: row.failures,
         created_at: row.created_at,
         age_seconds: row.age_seconds,
         reason: row.reason,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::relay::v1::{OutboxStatus, RelayRoute, TypeCount};
+use proto::relay::v1::{FailureCount, OutboxStatus, RelayRoute, TypeCount};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
 use super::pause::read_pause;
@@ -63,13 +63,14 @@ pub(crate) async fn read_status(
     let mut status = OutboxStatus { time, in_per_second, out_per_second, ..OutboxStatus::default() };
     count_events(connection, &mut status).await?;
     status.held_back = count_held_back(connection).await?;
+    status.failing = count_failures(connection).await?;
     status.pause = read_pause(connection).await?;
     status.routes = read_routes(connection).await?;
     Ok((status, totals))
 }
 
 /// One scan of the table, however many events there are. An event that is neither dead nor leased nor backing off is
-/// waiting. That includes parked events: they are not visible, but have no attempts, since none is delivered before its
+/// waiting. That includes parked events: they are not visible, but have not failed, since none is delivered before its
 /// predecessors.
 async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) -> Result<(), sqlx::Error> {
     let rows = sqlx::query!(
@@ -79,7 +80,7 @@ async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) 
             count(*) FILTER (WHERE visible_at > now() AND lease_token IS NOT NULL) AS "leased!",
             count(*) FILTER (
                 WHERE visible_at > now() AND visible_at < 'infinity' AND lease_token IS NULL
-                  AND attempts > attempts_before_requeue
+                  AND (failures > 0 OR attempts > attempts_before_requeue)
             ) AS "backing_off!",
             extract(epoch FROM now() - min(created_at) FILTER (WHERE visible_at < 'infinity'))::double precision
                 AS oldest_seconds
@@ -103,6 +104,28 @@ async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) 
         });
     }
     Ok(())
+}
+
+/// An event that fails may be visible, leased or backing off at the moment.
+async fn count_failures(connection: &mut PgConnection) -> Result<Vec<FailureCount>, sqlx::Error> {
+    let rows = sqlx::query!(
+        r#"-- operate: count failures
+        SELECT event_type, coalesce(last_error, '') AS "reason!", count(*) AS "events!", sum(failures) AS "failures!"
+        FROM outbox
+        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
+        GROUP BY event_type, last_error
+        ORDER BY count(*) DESC, event_type, last_error
+        LIMIT 10"#
+    )
+    .fetch_all(connection)
+    .await?;
+    let counts = rows.into_iter().map(|row| FailureCount {
+        r#type: row.event_type,
+        reason: row.reason,
+        events: row.events,
+        failures: row.failures,
+    });
+    Ok(counts.collect())
 }
 
 async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {

@@ -21,6 +21,7 @@ async fn assert_released(outbox: &Outbox, ids: &[Uuid]) {
     let released = |event_id: &Uuid| Row {
         event_id: *event_id,
         attempts: 0,
+        failures: 0,
         lease_token: None,
         last_error: None,
         visible: true,

@@ -37,3 +37,4 @@ mod start;
 mod status;
 mod stop;
 mod wake;
+mod witness;

@@ -33,6 +33,8 @@ impl NewEvent {
 pub(crate) struct Row {
     pub(crate) event_id: Uuid,
     pub(crate) attempts: i32,
+    /// How often it failed alone, charged or not.
+    pub(crate) failures: i32,
     pub(crate) lease_token: Option<Uuid>,
     pub(crate) last_error: Option<String>,
     pub(crate) visible: bool,
@@ -116,7 +118,7 @@ impl Outbox {
 
     pub(crate) async fn rows(&self) -> Vec<Row> {
         sqlx::query_as::<_, Row>(
-            "SELECT event_id, attempts, lease_token, last_error, visible_at <= now() AS visible,
+            "SELECT event_id, attempts, failures, lease_token, last_error, visible_at <= now() AS visible,
                 visible_at = 'infinity' AS dead
             FROM outbox ORDER BY event_id",
         )
@@ -149,6 +151,18 @@ impl Outbox {
     pub(crate) async fn wait_for_dead(&self, count: usize) -> Vec<Row> {
         let dead = async || self.rows().await.into_iter().filter(|row| row.dead).collect::<Vec<_>>();
         until("events are dead", async || dead().await.len() >= count).await;
+        dead().await
+    }
+
+    /// Waits for `count` dead rows while others are enqueued, and returns all dead rows. The receiver must take the
+    /// others: without a witness no event is charged.
+    pub(crate) async fn wait_for_dead_beside_others(&self, count: usize) -> Vec<Row> {
+        let dead = async || self.rows().await.into_iter().filter(|row| row.dead).collect::<Vec<_>>();
+        until("events are dead", async || {
+            self.insert_one().await;
+            dead().await.len() >= count
+        })
+        .await;
         dead().await
     }
 

@@ -42,7 +42,7 @@ async fn only_the_event_that_a_batch_is_refused_for_spends_attempts_and_dies_aft
         batch.insert(3, culprit);
         outbox.insert(&batch).await;
 
-        outbox.wait_for_dead(number).await;
+        outbox.wait_for_dead_beside_others(number).await;
         let dead = outbox.row(culprit.event_id).await.unwrap();
         assert_eq!((dead.dead, dead.attempts, dead.lease_token), (true, 2, None), "{code:?}");
         assert_eq!(dead.last_error, Some(format!("{code:?}: as the test wants it")));

@@ -86,7 +86,7 @@ async fn dead_events_are_listed_in_pages_newest_first() {
     let admin = Admin::start(outbox).await;
     let (mut listed, mut page_token) = (Vec::new(), String::new());
     loop {
-        let request = ListDeadEventsRequest { page_size: 2, page_token, r#type: String::new() };
+        let request = ListDeadEventsRequest { page_size: 2, page_token, ..ListDeadEventsRequest::default() };
         let page = admin.client().list_dead_events(request).await.unwrap().into_inner();
         assert_eq!(page.total_size, 5);
         listed.extend(page.dead_events.into_iter().map(|event| event.event_id));
@@ -94,8 +94,12 @@ async fn dead_events_are_listed_in_pages_newest_first() {
         if page_token.is_empty() {
             break;
         }
-        let of_another_type =
-            ListDeadEventsRequest { page_token: page_token.clone(), r#type: "a.B".into(), page_size: -1 };
+        let of_another_type = ListDeadEventsRequest {
+            page_token: page_token.clone(),
+            r#type: "a.B".into(),
+            page_size: -1,
+            failing: false,
+        };
         let refused = admin.client().list_dead_events(of_another_type).await;
         assert_refused(refused, Code::InvalidArgument, "INVALID_PAGE", &["page_size", "page_token"]);
     }

@@ -23,6 +23,7 @@ async fn a_requeued_event_keeps_its_id_and_its_history_and_is_delivered() {
     let expected = Row {
         event_id,
         attempts: 10,
+        failures: 0,
         lease_token: None,
         last_error: Some("UNDECODABLE: no such type".into()),
         visible: true,

@@ -1,0 +1,677 @@
+//! Decides which events of a lease to deliver together, and what the results say of each. No I/O happens here.
+//!
+//! A failed delivery has one of two causes: the receiver cannot work, or an event cannot be applied. Both may look the
+//! same, whatever the receiver's status says. So one rule tells them apart:
+//!
+//! > An event is charged an attempt only if it failed alone, and the same receiver took another event since that
+//! > event's last attempt.
+//!
+//! The event taken in between is the *witness*: it shows that the receiver worked. In an outage nothing is taken, so
+//! nobody is charged. An event at fault among sound ones fails again and again while others are taken.
+//!
+//! If there is nothing else to deliver, no witness can come. Such an event is charged at most once an hour, and only if
+//! the receiver answers Describe before and after it refuses the event.
+
+use std::{collections::VecDeque, ops::Range, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::{
+    deliver::{Answer, Delivery, Failed, Failure},
+    reopen::FIRST_BATCH,
+    settle::{Fate, Wait},
+};
+
+/// So many events in a row that fail alone, without a witness, do not depend on single events.
+const OUTAGE_AFTER: usize = FIRST_BATCH as usize;
+
+/// What is known of an event before it is delivered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Case {
+    /// When it last failed alone, at the latest.
+    pub(crate) attempted: Option<Instant>,
+    /// Whether it had failed alone before this lease.
+    pub(crate) known: bool,
+    /// It is older than an hour, and was charged no attempt within the last hour.
+    pub(crate) quiet: bool,
+    /// Its size in a message.
+    pub(crate) bytes: usize,
+}
+
+/// A delivery that has ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call {
+    pub(crate) began: Instant,
+    pub(crate) ended: Instant,
+    /// Whether no other delivery of this route was in flight.
+    pub(crate) alone: bool,
+    /// The latest begin of a delivery of which this route's receiver took an event, by any worker.
+    pub(crate) taken: Option<Instant>,
+}
+
+/// What to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Deliver these events, and tell [`Isolation::learn`].
+    Deliver(Range<usize>),
+    /// Ask the receiver to describe itself, and tell [`Isolation::described`].
+    Describe,
+    /// Settle.
+    End(Conclusion),
+}
+
+/// What the deliveries of a lease say of the receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Conclusion {
+    /// It works: every event was answered, or failed for a reason of its own.
+    Works,
+    /// It cannot work now.
+    Outage { reason: String, retry_after: Duration },
+    /// It does not allow this relay to deliver.
+    Barred { reason: String },
+    /// Unknown: the deliveries were cut short.
+    Unknown,
+}
+
+/// What was learned of an event.
+#[derive(Clone, Debug)]
+enum Finding {
+    /// Nothing. It was not delivered, or the call says nothing about it.
+    None,
+    /// A delivery with it met silence or an outage. It may be the cause.
+    Suspect,
+    Taken,
+    Rejected(String),
+    /// It failed alone.
+    Failed {
+        charge: bool,
+        failure: Failure,
+        reason: String,
+        retry_after: Duration,
+    },
+}
+
+/// What is done once all batches were delivered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Last {
+    /// The trial of an event that has no witness: Describe, one more delivery, Describe.
+    DescribeBefore,
+    Deliver,
+    DescribeAfter,
+    /// The last event may have crashed the receiver: Describe shows whether it is back.
+    DescribeAgain,
+}
+
+/// The deliveries of one lease: what to deliver next, and what was learned.
+#[derive(Debug)]
+pub(crate) struct Isolation {
+    cases: Vec<Case>,
+    findings: Vec<Finding>,
+    queue: VecDeque<Range<usize>>,
+    /// Whether this is a probe: only then silence can be laid to a single event that had not failed before.
+    probe: bool,
+    /// The latest begin of a delivery of which the receiver took an event.
+    taken: Option<Instant>,
+    failed_in_a_row: usize,
+    /// Events that were delivered a second time, after the others.
+    repeated: Vec<bool>,
+    /// Whether the last delivery ended like one over which the receiver crashed.
+    may_have_crashed: bool,
+    last: Option<Last>,
+    end: Option<Conclusion>,
+    sizes: Sizes,
+}
+
+/// What the batches so far say of the largest message that the receiver accepts.
+#[derive(Debug, Default)]
+struct Sizes {
+    /// The smallest batch of several events that was too large.
+    refused: Option<usize>,
+    /// The largest batch that was answered.
+    answered: usize,
+}
+
+impl Isolation {
+    /// Delivers the `batches` of the lease, which together are all `cases` but those that are not to be delivered.
+    pub(crate) fn of(cases: Vec<Case>, batches: Vec<Range<usize>>, probe: bool) -> Self {
+        Self {
+            findings: vec![Finding::None; cases.len()],
+            repeated: vec![false; cases.len()],
+            cases,
+            queue: batches.into(),
+            probe,
+            taken: None,
+            failed_in_a_row: 0,
+            may_have_crashed: false,
+            last: None,
+            end: None,
+            sizes: Sizes::default(),
+        }
+    }
+
+    /// What to do next. It stays the same until it is done.
+    pub(crate) fn next(&mut self) -> Step {
+        if let Some(end) = &self.end {
+            return Step::End(end.clone());
+        }
+        match self.last {
+            Some(Last::DescribeBefore | Last::DescribeAfter | Last::DescribeAgain) => return Step::Describe,
+            Some(Last::Deliver) => return Step::Deliver(0..1),
+            None => {}
+        }
+        while let Some(batch) = self.queue.front() {
+            // Without a witness since, a second delivery could show nothing.
+            if !self.repeated[batch.start] || self.has_witness(batch.start) {
+                return Step::Deliver(batch.clone());
+            }
+            self.queue.pop_front();
+        }
+        self.conclude()
+    }
+
+    /// All events were delivered.
+    fn conclude(&mut self) -> Step {
+        if let Some(Finding::Failed { charge: false, .. }) = self.findings.first()
+            && self.cases.len() == 1
+            && self.cases[0].quiet
+        {
+            self.last = Some(Last::DescribeBefore);
+            return Step::Describe;
+        }
+        let failed = self.without_witness().count();
+        let worked = self.findings.iter().any(|finding| matches!(finding, Finding::Taken | Finding::Rejected(_)));
+        let end = if failed > 0 && !worked && (failed > 1 || self.is_barred()) {
+            self.outage()
+        } else if self.probe && self.may_have_crashed {
+            self.last = Some(Last::DescribeAgain);
+            return Step::Describe;
+        } else {
+            Conclusion::Works
+        };
+        Step::End(self.end.insert(end).clone())
+    }
+
+    /// The failures of events alone, without a witness, and their reasons.
+    fn without_witness(&self) -> impl Iterator<Item = (Failure, &str)> {
+        self.findings.iter().filter_map(|finding| match finding {
+            Finding::Failed { charge: false, failure, reason, .. } => Some((*failure, reason.as_str())),
+            _ => None,
+        })
+    }
+
+    fn is_barred(&self) -> bool {
+        self.without_witness().all(|(failure, _)| failure == Failure::Barred)
+    }
+
+    /// Events failed alone, and nothing was taken: whatever their status says, the receiver does not work.
+    fn outage(&self) -> Conclusion {
+        let reason = self.without_witness().last().map(|(_, reason)| reason.to_owned()).unwrap_or_default();
+        let retry_after = self.findings.iter().filter_map(|finding| match finding {
+            Finding::Failed { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        });
+        let retry_after = retry_after.max().unwrap_or_default();
+        if self.is_barred() { Conclusion::Barred { reason } } else { Conclusion::Outage { reason, retry_after } }
+    }
+
+    /// The result of the delivery that [`Self::next`] asked for.
+    pub(crate) fn learn(&mut self, batch: Range<usize>, call: Call, delivery: Delivery) {
+        let in_trial = self.last.take().is_some();
+        if !in_trial {
+            self.queue.pop_front();
+        }
+        self.taken = self.taken.max(call.taken);
+        self.may_have_crashed =
+            matches!(&delivery, Delivery::Failed(Failed { failure: Failure::Silent | Failure::Unavailable, .. }));
+        match delivery {
+            Delivery::Answered(answers) => self.learn_answers(batch, call, answers),
+            Delivery::Failed(failed) => self.learn_failure(batch, call, failed),
+        }
+        if in_trial && self.end.is_none() && matches!(self.findings[0], Finding::Failed { .. }) {
+            self.last = Some(Last::DescribeAfter);
+        }
+    }
+
+    /// The result of Describe. The caller has closed the route if the receiver did not answer.
+    pub(crate) fn described(&mut self, answered: bool) {
+        match self.last.take() {
+            Some(Last::DescribeBefore) if answered => {
+                self.last = Some(Last::Deliver);
+                return;
+            }
+            Some(Last::DescribeAfter) if answered => {
+                if let Finding::Failed { charge, .. } = &mut self.findings[0] {
+                    *charge = true;
+                }
+            }
+            _ => {}
+        }
+        self.end = Some(if answered { Conclusion::Works } else { Conclusion::Unknown });
+    }
+
+    fn learn_answers(&mut self, batch: Range<usize>, call: Call, answers: Vec<Answer>) {
+        let took = answers.contains(&Answer::Taken);
+        if took {
+            self.taken = self.taken.max(Some(call.began));
+            self.failed_in_a_row = 0;
+        }
+        self.sizes.answered = self.sizes.answered.max(self.bytes(&batch));
+        for (event, answer) in batch.zip(answers) {
+            match answer {
+                Answer::Taken => self.findings[event] = Finding::Taken,
+                Answer::Rejected(reason) => self.findings[event] = Finding::Rejected(reason),
+                Answer::Retry(reason) => {
+                    let failed = Failed { failure: Failure::Refused, reason, retry_after: Duration::ZERO };
+                    self.fails_alone(event, call, took, failed);
+                }
+            }
+        }
+    }
+
+    fn learn_failure(&mut self, batch: Range<usize>, call: Call, failed: Failed) {
+        let events = batch.len();
+        match failed.failure {
+            Failure::Unreachable => {
+                self.end = Some(Conclusion::Outage { reason: failed.reason, retry_after: failed.retry_after });
+            }
+            failure if events == 1 && self.shows_the_event(failure, batch.start, call) => {
+                self.fails_alone(batch.start, call, false, failed);
+            }
+            Failure::Unmatched => self.end = Some(Conclusion::Barred { reason: failed.reason }),
+            Failure::Refused | Failure::TooLarge | Failure::Barred => {
+                if failed.failure == Failure::TooLarge {
+                    let bytes = self.bytes(&batch);
+                    self.sizes.refused = Some(self.sizes.refused.map_or(bytes, |before| before.min(bytes)));
+                }
+                let middle = batch.start + events / 2;
+                self.split(call, [batch.start..middle, middle..batch.end].into_iter());
+            }
+            // The events are delivered one by one. Halves of a batch over which the receiver hangs would each cost
+            // their own wait.
+            Failure::Silent if events > 1 && self.probe => self.split(call, batch.map(|event| event..event + 1)),
+            // A larger batch is not split, since the receiver may be overloaded. The next probe begins with a small
+            // batch of the same events.
+            Failure::Unavailable if events > 1 && events <= OUTAGE_AFTER && self.probe => {
+                self.split(call, batch.map(|event| event..event + 1));
+            }
+            Failure::Silent | Failure::Unavailable => {
+                self.findings[batch].fill(Finding::Suspect);
+                self.end = Some(Conclusion::Outage { reason: failed.reason, retry_after: failed.retry_after });
+            }
+        }
+    }
+
+    /// Whether the failure of an event that was alone in its call can be laid to it, if there is a witness.
+    ///
+    /// A refusal can. Silence, and a proxy's word that the receiver is away, may come from a crash over an event of
+    /// another call. So then nothing else may have been in flight, as in a probe. An event that has failed alone before
+    /// needs no second probe if there is a witness: each would close the route to all others meanwhile. The same holds
+    /// for an answer that leaves the event out, which may also be a fault of the receiver.
+    fn shows_the_event(&self, failure: Failure, event: usize, call: Call) -> bool {
+        match failure {
+            Failure::Refused | Failure::TooLarge | Failure::Barred => true,
+            Failure::Silent | Failure::Unavailable if self.probe => call.alone,
+            Failure::Silent | Failure::Unavailable | Failure::Unmatched => {
+                self.cases[event].known && self.has_witness(event)
+            }
+            Failure::Unreachable => false,
+        }
+    }
+
+    /// The event failed alone: alone in its call, or by a result of its own. The receiver `took` others in the same
+    /// call, or not.
+    fn fails_alone(&mut self, event: usize, call: Call, took: bool, failed: Failed) {
+        let charge = took || self.has_witness(event);
+        let Failed { failure, mut reason, retry_after } = failed;
+        if failure == Failure::Silent {
+            reason.insert_str(0, "NO_REPLY: ");
+        }
+        self.findings[event] = Finding::Failed { charge, failure, reason, retry_after };
+        self.cases[event].attempted = Some(call.ended);
+        if charge {
+            return;
+        }
+        if !std::mem::replace(&mut self.repeated[event], true) {
+            self.queue.push_back(event..event + 1);
+        }
+        self.failed_in_a_row += 1;
+        if self.failed_in_a_row >= OUTAGE_AFTER {
+            self.end = Some(self.outage());
+        }
+    }
+
+    /// Whether the receiver took an event in a call that began after this event's last attempt. The begin counts: what
+    /// a receiver took was committed after that, and perhaps before the attempt.
+    fn has_witness(&self, event: usize) -> bool {
+        self.cases[event].attempted.is_some_and(|attempted| self.taken.is_some_and(|taken| taken > attempted))
+    }
+
+    /// A call with several events failed: an attempt of each. They are delivered again, in these batches.
+    fn split(&mut self, call: Call, batches: impl DoubleEndedIterator<Item = Range<usize>>) {
+        for batch in batches.rev() {
+            for case in &mut self.cases[batch.clone()] {
+                case.attempted = Some(call.ended);
+            }
+            self.queue.push_front(batch);
+        }
+    }
+
+    fn bytes(&self, batch: &Range<usize>) -> usize {
+        self.cases[batch.clone()].iter().map(|case| case.bytes).sum()
+    }
+
+    /// The largest message that the receiver accepts, if this lease has shown one: batches up to it were answered, and
+    /// all larger ones were refused for their size. If a smaller batch was refused than was answered, the reason was
+    /// not the size.
+    pub(crate) fn message_bytes_max(&self) -> Option<usize> {
+        let Sizes { refused, answered } = self.sizes;
+        (answered > 0 && refused? > answered).then_some(answered)
+    }
+
+    /// The fate of each event.
+    pub(crate) fn fates(self) -> Vec<Fate> {
+        let down = matches!(self.end, Some(Conclusion::Outage { .. } | Conclusion::Barred { .. }));
+        let fate = |finding| match finding {
+            Finding::None => Fate::Back(Wait::None),
+            Finding::Suspect => Fate::Back(Wait::BeforeAllOthers),
+            Finding::Taken => Fate::Delete,
+            Finding::Rejected(reason) => Fate::Dead(reason),
+            Finding::Failed { charge, reason, retry_after, .. } => {
+                // In an outage the route's back-off holds, and the events come back with it.
+                let wait = if down && !charge { Wait::None } else { Wait::BackOff { at_least: retry_after } };
+                Fate::Failed { charge, wait, reason }
+            }
+        };
+        self.findings.into_iter().map(fate).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ops::Range, time::Duration};
+
+    use proptest::prelude::*;
+    use tokio::time::Instant;
+
+    use super::{Call, Case, Conclusion, Isolation, OUTAGE_AFTER, Step};
+    use crate::{
+        deliver::{Answer, Delivery, Failed, Failure},
+        settle::{Fate, Wait},
+    };
+
+    const SILENT_OR_REFUSED: [Failure; 5] =
+        [Failure::Silent, Failure::Unavailable, Failure::Refused, Failure::TooLarge, Failure::Barred];
+
+    fn fresh(events: usize) -> Vec<Case> {
+        vec![Case { attempted: None, known: false, quiet: false, bytes: 100 }; events]
+    }
+
+    fn fails(failure: Failure) -> Delivery {
+        Delivery::Failed(Failed { failure, reason: format!("{failure:?}"), retry_after: Duration::ZERO })
+    }
+
+    fn takes(batch: &Range<usize>) -> Delivery {
+        Delivery::Answered(batch.clone().map(|_| Answer::Taken).collect())
+    }
+
+    /// Fails every batch with an event at fault, and takes all others.
+    fn receiver(faults: &[Option<Failure>]) -> impl Fn(&Range<usize>) -> Delivery {
+        move |batch| match faults[batch.clone()].iter().flatten().next() {
+            Some(failure) => fails(*failure),
+            None => takes(batch),
+        }
+    }
+
+    /// How a lease ended.
+    struct Ended {
+        fates: Vec<Fate>,
+        conclusion: Conclusion,
+        calls: Vec<Range<usize>>,
+        message_bytes_max: Option<usize>,
+    }
+
+    impl Ended {
+        fn charged(&self) -> Vec<usize> {
+            let charged = |fate: &Fate| matches!(fate, Fate::Failed { charge: true, .. });
+            self.fates.iter().enumerate().filter(|(_, fate)| charged(fate)).map(|(event, _)| event).collect()
+        }
+
+        fn taken(&self) -> usize {
+            self.fates.iter().filter(|fate| **fate == Fate::Delete).count()
+        }
+    }
+
+    /// Delivers a lease to the receiver, a second per call.
+    fn deliver(cases: Vec<Case>, probe: bool, receiver: impl Fn(&Range<usize>) -> Delivery) -> Ended {
+        let whole = std::iter::once(0..cases.len()).collect();
+        deliver_batches(cases, whole, probe, receiver)
+    }
+
+    fn deliver_batches(
+        cases: Vec<Case>,
+        batches: Vec<Range<usize>>,
+        probe: bool,
+        receiver: impl Fn(&Range<usize>) -> Delivery,
+    ) -> Ended {
+        let mut isolation = Isolation::of(cases, batches, probe);
+        let (mut calls, mut now, mut taken) = (Vec::new(), Instant::now() + Duration::from_secs(3600), None);
+        let conclusion = loop {
+            assert!(calls.len() < 5000, "it does not end");
+            match isolation.next() {
+                Step::End(conclusion) => break conclusion,
+                Step::Describe => isolation.described(true),
+                Step::Deliver(batch) => {
+                    let began = now;
+                    now += Duration::from_secs(1);
+                    calls.push(batch.clone());
+                    let delivery = receiver(&batch);
+                    if matches!(&delivery, Delivery::Answered(answers) if answers.contains(&Answer::Taken)) {
+                        taken = Some(began);
+                    }
+                    isolation.learn(batch, Call { began, ended: now, alone: probe, taken }, delivery);
+                    now += Duration::from_secs(1);
+                }
+            }
+        };
+        let message_bytes_max = isolation.message_bytes_max();
+        Ended { fates: isolation.fates(), conclusion, calls, message_bytes_max }
+    }
+
+    #[test]
+    fn an_outage_charges_no_event_whatever_its_code() {
+        for failure in SILENT_OR_REFUSED {
+            for probe in [false, true] {
+                for events in [2, 3, 8, 50, 500] {
+                    let ended = deliver(fresh(events), probe, |_| fails(failure));
+                    assert_eq!(ended.charged(), Vec::<usize>::new(), "{failure:?}, {events} events");
+                    let closed = match failure {
+                        Failure::Barred => matches!(ended.conclusion, Conclusion::Barred { .. }),
+                        _ => matches!(ended.conclusion, Conclusion::Outage { .. }),
+                    };
+                    assert!(closed, "{failure:?}, {events} events: {:?}", ended.conclusion);
+                    // So few that a receiver in trouble is not flooded.
+                    assert!(ended.calls.len() <= 32, "{failure:?}, {events} events: {} calls", ended.calls.len());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_receiver_that_retries_every_event_does_not_work() {
+        let ended = deliver(fresh(20), false, |batch| {
+            Delivery::Answered(batch.clone().map(|_| Answer::Retry("BUSY".into())).collect())
+        });
+        assert_eq!(ended.charged(), Vec::<usize>::new());
+        assert!(matches!(ended.conclusion, Conclusion::Outage { .. }), "{:?}", ended.conclusion);
+        let kept = |fate: &Fate| matches!(fate, Fate::Failed { reason, wait: Wait::None, .. } if reason == "BUSY");
+        assert!(ended.fates.iter().all(kept), "{:?}", ended.fates);
+    }
+
+    #[test]
+    fn an_event_that_is_retried_beside_others_that_are_taken_is_charged() {
+        let ended = deliver(fresh(3), false, |batch| {
+            let answer = |event| if event == 1 { Answer::Retry("BUSY".into()) } else { Answer::Taken };
+            Delivery::Answered(batch.clone().map(answer).collect())
+        });
+        assert_eq!((ended.charged(), ended.taken(), ended.calls.len()), (vec![1], 2, 1));
+        assert_eq!(ended.conclusion, Conclusion::Works);
+    }
+
+    #[test]
+    fn a_single_event_without_a_witness_is_put_off_with_its_reason_and_not_charged() {
+        let ended = deliver(fresh(1), false, |_| fails(Failure::Refused));
+        let wait = Wait::BackOff { at_least: Duration::ZERO };
+        let back = Fate::Failed { charge: false, wait, reason: "Refused".into() };
+        assert_eq!((ended.fates, ended.conclusion), (vec![back], Conclusion::Works));
+    }
+
+    #[test]
+    fn a_single_event_is_charged_after_a_quiet_hour_if_describe_answers_before_and_after() {
+        let quiet = Case { quiet: true, ..fresh(1)[0] };
+        for (probe, failure) in [(false, Failure::Refused), (true, Failure::Silent), (true, Failure::Barred)] {
+            let ended = deliver(vec![quiet], probe, |_| fails(failure));
+            assert_eq!((ended.charged(), ended.calls.len()), (vec![0], 2), "{failure:?}");
+        }
+        let mut isolation = Isolation::of(vec![quiet], std::iter::once(0..1).collect(), false);
+        let now = Instant::now();
+        let call = Call { began: now, ended: now, alone: false, taken: None };
+        assert_eq!(isolation.next(), Step::Deliver(0..1));
+        isolation.learn(0..1, call, fails(Failure::Refused));
+        assert_eq!(isolation.next(), Step::Describe);
+        isolation.described(true);
+        assert_eq!(isolation.next(), Step::Deliver(0..1));
+        isolation.learn(0..1, call, fails(Failure::Refused));
+        assert_eq!(isolation.next(), Step::Describe);
+        isolation.described(false);
+        assert_eq!(isolation.next(), Step::End(Conclusion::Unknown));
+        assert!(matches!(isolation.fates()[..], [Fate::Failed { charge: false, .. }]));
+    }
+
+    #[test]
+    fn an_event_that_failed_alone_before_is_charged_if_others_were_taken_since_and_only_then() {
+        let now = Instant::now();
+        let known = Case { attempted: Some(now), known: true, ..fresh(1)[0] };
+        let later = Some(now + Duration::from_secs(1));
+        for (taken, charged) in [(None, false), (Some(now), false), (later, true)] {
+            for failure in SILENT_OR_REFUSED {
+                let mut isolation = Isolation::of(vec![known], std::iter::once(0..1).collect(), false);
+                let began = now + Duration::from_secs(2);
+                isolation.learn(0..1, Call { began, ended: began, alone: false, taken }, fails(failure));
+                let end = isolation.next();
+                // The route stays open to the others.
+                let closed = matches!(end, Step::End(Conclusion::Outage { .. } | Conclusion::Barred { .. }));
+                assert!(!charged || !closed, "{failure:?}: {end:?}");
+                let is_charged = matches!(isolation.fates()[..], [Fate::Failed { charge: true, .. }]);
+                assert_eq!(is_charged, charged, "{failure:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn silence_over_an_event_that_never_failed_alone_charges_it_only_in_a_probe_with_nothing_else_in_flight() {
+        for failure in [Failure::Silent, Failure::Unavailable] {
+            let now = Instant::now();
+            let mut isolation = Isolation::of(fresh(2), vec![0..1, 1..2], true);
+            let call = Call { began: now, ended: now, alone: false, taken: Some(now + Duration::from_secs(1)) };
+            isolation.learn(0..1, call, fails(failure));
+            assert!(matches!(isolation.next(), Step::End(Conclusion::Outage { .. })));
+            assert_eq!(isolation.fates(), [Fate::Back(Wait::BeforeAllOthers), Fate::Back(Wait::None)]);
+        }
+    }
+
+    #[test]
+    fn batches_are_halved_to_the_size_that_the_receiver_accepts() {
+        for limit in [150, 500, 6_400, 9_999] {
+            let ended = deliver(fresh(300), false, |batch| match batch.len() * 100 > limit {
+                true => fails(Failure::TooLarge),
+                false => takes(batch),
+            });
+            assert_eq!((ended.taken(), ended.conclusion), (300, Conclusion::Works));
+            let learned = ended.message_bytes_max.unwrap();
+            assert!(learned <= limit && 4 * learned >= limit.min(30_000), "{learned} of {limit}");
+        }
+    }
+
+    #[test]
+    fn an_event_that_is_refused_as_too_large_whatever_its_batch_says_nothing_of_the_size() {
+        let mut faults = vec![None; 100];
+        faults[37] = Some(Failure::TooLarge);
+        let ended = deliver(fresh(100), false, receiver(&faults));
+        assert_eq!((ended.charged(), ended.taken(), ended.message_bytes_max), (vec![37], 99, None));
+    }
+
+    #[test]
+    fn an_answer_to_another_batch_bars_the_route_and_charges_nothing() {
+        let ended = deliver(fresh(5), false, |_| fails(Failure::Unmatched));
+        assert!(matches!(ended.conclusion, Conclusion::Barred { .. }));
+        assert_eq!((ended.charged().len(), ended.calls.len()), (0, 1));
+    }
+
+    prop_compose! {
+        /// Up to 60 events, of which fewer than an outage needs are at fault.
+        fn faults()(events in 2..=60_usize)(
+            places in prop::collection::btree_set(0..events, 0..OUTAGE_AFTER.min(events)),
+            failures in prop::collection::vec(prop::sample::select(&SILENT_OR_REFUSED[2..]), OUTAGE_AFTER),
+            events in Just(events),
+        ) -> Vec<Option<Failure>> {
+            let mut faults = vec![None; events];
+            for (place, failure) in places.into_iter().zip(failures) {
+                faults[place] = Some(failure);
+            }
+            faults
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn every_sound_event_is_taken_and_every_one_at_fault_is_charged_at_its_second_lease_at_the_latest(
+            faults in faults()
+        ) {
+            let at_fault: Vec<_> = faults.iter().copied().filter(Option::is_some).collect();
+            let sound = faults.len() - at_fault.len();
+            prop_assume!(sound > 0);
+            let first = deliver(fresh(faults.len()), false, receiver(&faults));
+            prop_assert_eq!(first.taken(), sound);
+            prop_assert_eq!(&first.conclusion, &Conclusion::Works);
+            prop_assert!(first.charged().iter().all(|event| faults[*event].is_some()));
+            let failed = |fate: &&Fate| matches!(fate, Fate::Failed { .. });
+            prop_assert_eq!(first.fates.iter().filter(failed).count(), at_fault.len());
+
+            // They come back one by one, after a new event.
+            let known = Case { attempted: Some(Instant::now()), known: true, ..fresh(1)[0] };
+            let cases = [fresh(1), vec![known; at_fault.len()]].concat();
+            let batches = (0..cases.len()).map(|event| event..event + 1).collect();
+            let faults = [vec![None], at_fault].concat();
+            let second = deliver_batches(cases, batches, false, receiver(&faults));
+            prop_assert_eq!(second.charged(), (1..faults.len()).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn in_a_probe_silence_is_laid_to_the_events_at_fault_and_to_no_other(
+            events in 2..=8_usize, place in 0..8_usize, failure in prop::sample::select(&SILENT_OR_REFUSED[..2])
+        ) {
+            let mut faults = vec![None; events];
+            faults[place % events] = Some(failure);
+            let ended = deliver(fresh(events), true, receiver(&faults));
+            prop_assert_eq!((ended.charged(), ended.taken()), (vec![place % events], events - 1));
+        }
+
+        /// The receiver goes away at some call, and stays away.
+        #[test]
+        fn an_outage_that_begins_in_a_lease_charges_no_event_that_is_sound(
+            faults in faults(), from in 0..40_usize, failure in prop::sample::select(&SILENT_OR_REFUSED[..])
+        ) {
+            let sound = receiver(&faults);
+            let calls = std::cell::Cell::new(0);
+            let ended = deliver(fresh(faults.len()), false, |batch| {
+                calls.set(calls.get() + 1);
+                if calls.get() > from { fails(failure) } else { sound(batch) }
+            });
+            for event in ended.charged() {
+                prop_assert!(faults[event].is_some(), "event {} is sound", event);
+            }
+        }
+    }
+}
