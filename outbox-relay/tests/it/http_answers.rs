@@ -3,7 +3,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -40,6 +43,8 @@ struct Proxied {
     address: SocketAddr,
     description: Arc<Mutex<DescribeResponse>>,
     script: Arc<Mutex<Script>>,
+    /// Number of calls of Describe.
+    described: Arc<AtomicUsize>,
     _stub: HttpStub,
 }
 
@@ -50,15 +55,17 @@ impl Proxied {
     ) -> Self {
         let description = Arc::new(Mutex::new(description));
         let script: Arc<Mutex<Script>> = Arc::new(Mutex::new(Box::new(script)));
-        let (described, scripted) = (description.clone(), script.clone());
+        let described = Arc::new(AtomicUsize::new(0));
+        let (described_as, scripted, count) = (description.clone(), script.clone(), described.clone());
         let stub = HttpStub::start(true, move |path, message| {
             if path.ends_with("/Describe") {
-                return answer(&*described.lock().unwrap());
+                count.fetch_add(1, Ordering::Relaxed);
+                return answer(&*described_as.lock().unwrap());
             }
             (scripted.lock().unwrap())(DeliverRequest::decode(message).unwrap())
         })
         .await;
-        Self { address: stub.address, description, script, _stub: stub }
+        Self { address: stub.address, description, script, described, _stub: stub }
     }
 
     /// Replies by this script from the next delivery on.
@@ -99,13 +106,16 @@ async fn an_error_of_64_kib_leaves_the_route_open() {
     let proxied = Proxied::start(description(&[]), apply).await;
     let relay = Relay::start(&outbox, proxied.address, &ONE_ATTEMPT).await;
     outbox.wait_for_a_later_event().await;
+    let described = proxied.described.load(Ordering::Relaxed);
     let long = "x".repeat(64 * 1024);
     proxied.follow(move |_| HttpReply::grpc(&[("grpc-status", "13"), ("grpc-message", &long)]));
     let event_id = outbox.insert_one().await;
     until("it has failed", async || outbox.row(event_id).await.unwrap().failures > 0).await;
     let row = outbox.row(event_id).await.unwrap();
     assert!(row.last_error.as_ref().unwrap().starts_with("Internal: xxx"), "{row:?}");
-    assert_eq!(outbox.route_states().await, [("*".into(), "OPEN".into())]);
+    proxied.follow(apply);
+    outbox.wait_for_a_later_event().await;
+    assert_eq!(proxied.described.load(Ordering::Relaxed), described, "a route that is down is probed");
     relay.stop().await;
 }
 
