@@ -4,20 +4,21 @@ use chassis::Database;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::route::Route;
+use crate::{live::RelayId, route::Route};
 
 /// Writes the condition of each route, and removes the rows of relays that have not reported for a minute.
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn announce(database: &Database, relay_id: Uuid, routes: &[Route]) -> Result<(), sqlx::Error> {
+pub(crate) async fn announce(database: &Database, relay: &RelayId, routes: &[Route]) -> Result<(), sqlx::Error> {
+    let (relay_id, holds_lock) = (relay.uuid(), relay.holds_lock());
     let patterns: Vec<_> = routes.iter().map(|route| route.pattern().to_owned()).collect();
     let receivers: Vec<_> = routes.iter().map(|route| route.settings().receiver.to_string()).collect();
     let states: Vec<_> = routes.iter().map(|route| route.condition().as_str().to_owned()).collect();
     database
         .run(move |connection| {
             Box::pin(async move {
-                upsert(connection, relay_id, &patterns, &receivers, &states).await?;
+                upsert(connection, relay_id, holds_lock, &patterns, &receivers, &states).await?;
                 sweep(connection).await
             })
         })
@@ -35,23 +36,26 @@ pub(crate) async fn withdraw(database: &Database, relay_id: Uuid) -> Result<(), 
 async fn upsert(
     connection: &mut PgConnection,
     relay_id: Uuid,
+    holds_lock: bool,
     patterns: &[String],
     receivers: &[String],
     states: &[String],
 ) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "-- relay: announce
-        INSERT INTO outbox_routes (relay_id, route, receiver, state)
-        SELECT $1::uuid, route, receiver, state
+        INSERT INTO outbox_routes (relay_id, route, receiver, state, holds_lock)
+        SELECT $1::uuid, route, receiver, state, $5
         FROM unnest($2::text[], $3::text[], $4::text[]) AS routes (route, receiver, state)
         ON CONFLICT (relay_id, route) DO UPDATE
         SET state = excluded.state,
+            holds_lock = excluded.holds_lock,
             since = CASE WHEN outbox_routes.state = excluded.state THEN outbox_routes.since ELSE now() END,
             seen_at = now()",
         relay_id,
         patterns,
         receivers,
         states,
+        holds_lock,
     )
     .execute(connection)
     .await?;

@@ -12,6 +12,7 @@ use crate::{
     Settings,
     floor::{Floor, Start},
     isolate::Case,
+    live::RelayId,
     route::RouteSettings,
 };
 
@@ -90,17 +91,19 @@ pub(crate) struct LeaseQuery {
     lease_seconds: u32,
     max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
+    relay: RelayId,
 }
 
 impl LeaseQuery {
     /// For the route that comes after the `earlier` ones.
-    pub(crate) fn of(settings: &Settings, route: &RouteSettings, earlier: &[RouteSettings]) -> Self {
+    pub(crate) fn of(settings: &Settings, relay: &RelayId, route: &RouteSettings, earlier: &[RouteSettings]) -> Self {
         Self {
             like: route.like(),
             unlike: earlier.iter().map(RouteSettings::like).collect(),
             lease_seconds: settings.lease_seconds,
             max_age_hours: settings.max_age.max_age_hours.cast_signed(),
             floor: Arc::new(Floor::new()),
+            relay: relay.clone(),
         }
     }
 }
@@ -209,7 +212,7 @@ impl Lease {
 
 /// Leases up to `limit` events; `None` when no event is free, or the outbox is paused.
 pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
-    let token = LeaseToken::new();
+    let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
     let requested_at = Instant::now();
     let start = query.floor.start(requested_at);

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Settings,
     lease::{LeaseQuery, lease},
+    live::RelayId,
     park::park,
 };
 
@@ -43,7 +44,7 @@ impl Outbox {
         let never = CancellationToken::new();
         let database =
             Database::connect(&settings.database_url, &settings.database, &[], &never).await.unwrap().unwrap();
-        let lease_query = LeaseQuery::of(&settings, &settings.routes[0], &[]);
+        let lease_query = LeaseQuery::of(&settings, &RelayId::new(), &settings.routes[0], &[]);
         Self { pool: test.pool().await, database, lease_query, _test: test }
     }
 

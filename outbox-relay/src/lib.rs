@@ -14,6 +14,7 @@ mod isolate;
 mod lease;
 #[cfg(test)]
 mod lease_time;
+mod live;
 mod maintain;
 mod measure;
 pub mod operate;
@@ -41,6 +42,7 @@ use crate::{
     deliver::Receiver,
     grpc::Admin,
     lease::LeaseQuery,
+    live::{RelayId, hold_lock},
     maintain::Maintenance,
     operate::{Descriptors, MaxAge},
     relay::Worker,
@@ -168,9 +170,11 @@ fn start(
     let poll = Duration::from_millis(settings.poll_ms);
     let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
     let wakes = Wake::listen(settings.database_url.options(), shutdown, routes.len());
+    let relay = RelayId::new();
+    tokio::spawn(hold_lock(relay.clone(), settings.database_url.options(), shutdown.clone()));
     let mut tasks = JoinSet::new();
     for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
-        let lease_query = LeaseQuery::of(settings, route.settings(), &settings.routes[..index]);
+        let lease_query = LeaseQuery::of(settings, &relay, route.settings(), &settings.routes[..index]);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
             // load.
@@ -192,7 +196,7 @@ fn start(
             tasks.spawn(worker.run());
         }
     }
-    let maintenance = Maintenance { database: database.clone(), routes, poll, shutdown: shutdown.clone() };
+    let maintenance = Maintenance { database: database.clone(), relay, routes, poll, shutdown: shutdown.clone() };
     tasks.spawn(async move {
         maintenance.run().await;
         Ok(())

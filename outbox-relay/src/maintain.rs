@@ -7,10 +7,10 @@ use sqlx::PgConnection;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
-use uuid::Uuid;
 
 use crate::{
     announce::{announce, withdraw},
+    live::{RelayId, free_rows_of_the_dead},
     park::park,
     route::Route,
 };
@@ -22,6 +22,7 @@ const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
 /// The maintenance of one process.
 pub(crate) struct Maintenance {
     pub(crate) database: Database,
+    pub(crate) relay: RelayId,
     pub(crate) routes: Vec<Route>,
     pub(crate) poll: Duration,
     pub(crate) shutdown: CancellationToken,
@@ -30,19 +31,19 @@ pub(crate) struct Maintenance {
 impl Maintenance {
     /// Runs until shutdown. A task that fails is repeated when it is due again.
     pub(crate) async fn run(self) {
-        let relay_id = Uuid::new_v4();
-        self.shutdown.run_until_cancelled(self.maintain(relay_id)).await;
-        report("withdraw from outbox_routes", withdraw(&self.database, relay_id).await);
+        self.shutdown.run_until_cancelled(self.maintain()).await;
+        report("withdraw from outbox_routes", withdraw(&self.database, self.relay.uuid()).await);
     }
 
-    async fn maintain(&self, relay_id: Uuid) {
+    async fn maintain(&self) {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
         let mut checking = every(UNROUTED_INTERVAL);
         loop {
             tokio::select! {
                 _ = parking.tick() => report("park successors", park(&self.database).await),
                 _ = announcing.tick() => {
-                    report("announce routes", announce(&self.database, relay_id, &self.routes).await);
+                    report("announce routes", announce(&self.database, &self.relay, &self.routes).await);
+                    report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
                 }
                 _ = checking.tick() => report("look for events without a route", self.warn_of_unrouted().await),
             }

@@ -330,7 +330,7 @@ mod tests {
     use tokio::runtime::Runtime;
 
     use super::{Fate, Policy, RETRY_AFTER_MAX, Rows, Settled, Wait, settle_rows};
-    use crate::lease::{LeaseToken, LeasedRow};
+    use crate::{lease::LeasedRow, live::RelayId};
 
     /// An event that fails: its attempts before and since its requeue, and the time that its receiver asks for.
     #[derive(Clone, Debug)]
@@ -379,7 +379,7 @@ mod tests {
     /// Fails the events once more, each for a reason of its own. Returns their rows afterwards, in order, and the
     /// counts. `now()` is the same throughout.
     async fn fail(connection: &mut PgConnection, events: &[Failing], policy: Policy) -> (Vec<Failed>, Settled) {
-        let token = LeaseToken::new();
+        let token = RelayId::new().lease_token();
         let (mut rows, mut fates) = (Vec::new(), Vec::new());
         for event in events {
             let row = leased();

@@ -8,6 +8,7 @@
 mod binary;
 mod http_stub;
 mod line;
+mod live;
 mod operator;
 mod outbox;
 mod receiver;
