@@ -348,13 +348,11 @@ mod tests {
         let mut outbox = Outbox::with_dead(1000).await;
         let walk = outbox.begin(None).await.unwrap();
         let walk = outbox.piece(walk, 300).await.rest.unwrap();
-        // The piece locks most of its rows, and waits for this one.
+        // The piece has made its events visible when it waits for this successor.
         let mut other = outbox.pool.begin().await.unwrap();
-        sqlx::query("SELECT FROM outbox WHERE event_id = $1 FOR UPDATE")
-            .bind(id(550))
-            .execute(&mut *other)
-            .await
-            .unwrap();
+        let successor = "SELECT FROM outbox WHERE sequence = 2
+            AND aggregate_id = (SELECT aggregate_id FROM outbox WHERE event_id = $1) FOR UPDATE";
+        sqlx::query(successor).bind(id(550)).execute(&mut *other).await.unwrap();
         let mut operator = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
         let cut = async {
             outbox.operator_waits().await;

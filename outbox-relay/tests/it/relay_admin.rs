@@ -17,8 +17,8 @@ use uuid::Uuid;
 
 use crate::{
     operator::{
-        Operator, count_dead, count_discarded, insert_dead, insert_dead_with_successors, insert_many_dead,
-        kill_requeued, make_older,
+        Operator, count_discarded, insert_dead, insert_dead_with_successors, insert_many_dead, kill_requeued,
+        make_older,
     },
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
@@ -196,7 +196,7 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
 #[tokio::test]
 async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_one_ended() {
     let outbox = Outbox::create().await;
-    let dead = 70_001;
+    let dead = 50_001;
     insert_many_dead(&outbox, dead).await;
     let admin = Admin::start(outbox).await;
     admin.client().pause(PauseRequest { paused_by: "ann".into(), reason: "a test".into() }).await.unwrap();
@@ -221,15 +221,10 @@ async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_on
     }
     assert!(calls >= 2 && requeued == dead, "{requeued} in {calls} calls");
 
-    // A caller that ignores the token ends as well, if it repeats the call while events are left.
-    kill_requeued(&admin.outbox).await;
-    for _ in 0..30 {
-        let request = RequeueDeadEventsRequest { all: true, ..Default::default() };
-        if admin.client().requeue_dead_events(request).await.unwrap().into_inner().remaining == 0 {
-            break;
-        }
-    }
-    assert_eq!(count_dead(&admin.outbox).await, 0);
+    // Without the token a call starts from the beginning, with the events that have died again.
+    let request = RequeueDeadEventsRequest { all: true, ..Default::default() };
+    let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
+    assert!(done.requeued > 0, "{done:?}");
     admin.stop().await;
 }
 
