@@ -18,6 +18,7 @@ mod relay;
 mod reopen;
 mod route;
 mod settle;
+mod unhide;
 mod wake;
 
 use std::{net::SocketAddr, time::Duration};
@@ -39,6 +40,7 @@ use crate::{
     operate::{Descriptors, MaxAge},
     relay::Worker,
     route::Route,
+    unhide::longest_hidden,
     wake::Wake,
 };
 
@@ -182,7 +184,9 @@ fn start(
             tasks.spawn(worker.run());
         }
     }
-    let maintenance = Maintenance { database: database.clone(), routes, poll, shutdown: shutdown.clone() };
+    let longest_hidden = longest_hidden(settings);
+    let maintenance =
+        Maintenance { database: database.clone(), routes, poll, longest_hidden, shutdown: shutdown.clone() };
     tasks.spawn(async move {
         maintenance.run().await;
         Ok(())

@@ -34,4 +34,5 @@ mod settle;
 mod start;
 mod status;
 mod stop;
+mod unhide;
 mod wake;
