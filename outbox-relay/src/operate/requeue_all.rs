@@ -220,22 +220,25 @@ mod tests {
             let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
             let operator = PgConnection::connect(&test.url_as("outbox_relay")).await.unwrap();
             let outbox = Self { pool: test.pool().await, operator, test };
+            outbox.insert_dead(events).await;
+            outbox
+        }
+
+        async fn insert_dead(&self, events: i64) {
             let dead =
                 "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, attempts, last_error,
                     visible_at)
                 SELECT gen_random_uuid(), 1, lpad(to_hex(n), 32, '0')::uuid, 'test.v1.Happened', '', 10, 'BUSY: later',
                     'infinity'
                 FROM generate_series(1, $1) AS n";
-            sqlx::query(dead).bind(events).execute(&outbox.pool).await.unwrap();
-            outbox
-                .run(
-                    "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at)
-                    SELECT aggregate_id, 2, gen_random_uuid(), event_type, '', now() + interval '5 min'
-                    FROM (SELECT aggregate_id, event_type, row_number() OVER (ORDER BY event_id) AS n FROM outbox) AS dead
-                    WHERE n % 10 = 0",
-                )
-                .await;
-            outbox
+            sqlx::query(dead).bind(events).execute(&self.pool).await.unwrap();
+            self.run(
+                "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at)
+                SELECT aggregate_id, 2, gen_random_uuid(), event_type, '', now() + interval '5 min'
+                FROM (SELECT aggregate_id, event_type, row_number() OVER (ORDER BY event_id) AS n FROM outbox) AS dead
+                WHERE n % 10 = 0",
+            )
+            .await;
         }
 
         async fn run(&self, sql: &'static str) {
@@ -395,6 +398,26 @@ mod tests {
         assert_eq!((pieces, requeued), (10, 1000));
         assert_eq!(outbox.count("SELECT count(*) FROM outbox WHERE last_error = 'new'").await, 10);
         assert_eq!(outbox.count("SELECT count(*) FROM outbox WHERE visible_at <= now()").await, 0);
+    }
+
+    /// The planner knows nothing of the dead rows, and takes them for few.
+    #[tokio::test]
+    async fn a_piece_reads_only_its_own_rows_however_many_are_dead() {
+        let mut outbox = Outbox::with_dead(0).await;
+        outbox.run("ALTER TABLE outbox SET (autovacuum_enabled = false)").await;
+        outbox.insert_dead(200_000).await;
+        let walk = outbox.begin(None).await.unwrap();
+        let mut operator = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
+        requeue_piece(&mut operator, walk, 100, MAX_AGE).await.unwrap();
+        // A session reports its statistics when it ends.
+        operator.close().await.unwrap();
+        let read = "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'outbox'";
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while outbox.count(read).await < 200 {
+            assert!(Instant::now() < deadline, "the session has reported nothing");
+            sleep(Duration::from_millis(10)).await;
+        }
+        assert!(outbox.count(read).await < 2000, "{}", outbox.count(read).await);
     }
 
     /// The row is at another place when the piece gets its lock.
