@@ -160,6 +160,8 @@ async fn measure(site: &Site, prepared: &mut Prepared) -> Result<Latencies> {
     let mut layout = prepared.layout.clone();
     layout.settings.push(("RELAY_WORKERS".into(), "1".into()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));
+    // Otherwise the relay would free the backed-off events: no back-off could have hidden them for so long.
+    layout.settings.push(("RELAY_BACK_OFF_MAX_MS".into(), "7200000".into()));
     let relay = layout.start(Service::OrdersRelay).await?;
     // If the leases are too slow for the target, fewer of them are measured.
     let target = prepared.delivered + LEASES + u64::try_from(WARM_UP)?;

@@ -36,6 +36,7 @@ fn row(payload_bytes: usize) -> LeasedRow {
         created_at: OffsetDateTime::UNIX_EPOCH,
         failures: 0,
         attempted_seconds: None,
+        age_seconds: 0.0,
         quiet: false,
         unknown: false,
         traceparent: None,

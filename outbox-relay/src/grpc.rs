@@ -10,19 +10,24 @@ use proto::relay::v1::{
     RequeueDeadEventsResponse, ResumeRequest, relay_admin_server::RelayAdmin,
 };
 use sqlx::PgConnection;
-use tokio::time::sleep;
+use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
 use crate::operate::{
-    self, Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, Reason, SAMPLE, Selection, check_text,
-    list_dead, read_status, read_totals, show_dead,
+    self, Descriptors, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk, check_text,
+    list_dead, read_status, read_totals, requeue_piece, show_dead,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
 
 /// Events that one request may name.
 const EVENT_IDS_MAX: usize = 1000;
+/// A call that requeues all begins no further piece after this time. A piece may take as long as any database work, and
+/// that is still within the limit of a call.
+const REQUEUE_LIMIT: Duration = Duration::from_secs(2);
+/// Pieces of one call, so that a caller on a fast server also learns how far it is.
+const PIECES_MAX: usize = 10;
 /// Bytes of an error message. It travels in the headers, and clients accept at most 16 KiB of these.
 const MESSAGE_BYTES_MAX: usize = 2 * 1024;
 
@@ -71,10 +76,15 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<RequeueDeadEventsRequest>,
     ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
-        let (selection, max_age) = (read_selection(request.into_inner())?, self.max_age);
-        self.run(move |connection| Box::pin(async move { operate::requeue(connection, &selection, max_age).await }))
-            .await
-            .map(Response::new)
+        let max_age = self.max_age;
+        let answer = match read_selection(request.into_inner())? {
+            Selection::All { event_type, from } => self.requeue_all(event_type, from).await,
+            Selection::Named(ids) => {
+                self.run(move |connection| Box::pin(async move { operate::requeue(connection, &ids, max_age).await }))
+                    .await
+            }
+        };
+        answer.map(Response::new)
     }
 
     async fn discard_dead_event(
@@ -115,6 +125,48 @@ impl Admin {
         W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, OperateError> + Send + 'static,
     {
         self.database.run(work).await.map_err(|error| refuse(&error))
+    }
+
+    /// Requeues some pieces of a walk over all dead events. Each piece is a unit of work of its own, so none comes near
+    /// its time limit, however many events are dead.
+    ///
+    /// If a piece fails, the earlier ones stay requeued. A caller that repeats the call goes on with the events that are
+    /// still dead, with the token or without it.
+    async fn requeue_all(
+        &self,
+        event_type: Option<String>,
+        from: Option<Walk>,
+    ) -> Result<RequeueDeadEventsResponse, Status> {
+        let (began, max_age) = (Instant::now(), self.max_age);
+        let mut rest = match from {
+            Some(walk) => Some(walk),
+            None => {
+                self.run(|connection| Box::pin(async move { Ok(Walk::begin(connection, event_type).await?) })).await?
+            }
+        };
+        let mut answer = RequeueDeadEventsResponse::default();
+        for _ in 0..PIECES_MAX {
+            let Some(walk) = rest.take() else { break };
+            let piece = self
+                .run(move |connection| {
+                    Box::pin(async move { Ok(requeue_piece(connection, walk, PIECE, max_age).await?) })
+                })
+                .await?;
+            answer.requeued += piece.requeued.events;
+            answer.freed += piece.requeued.freed;
+            answer.too_old += piece.too_old;
+            rest = piece.rest;
+            if began.elapsed() > REQUEUE_LIMIT {
+                break;
+            }
+        }
+        if let Some(walk) = rest {
+            answer.next_token = walk.token();
+            let counted =
+                self.run(move |connection| Box::pin(async move { Ok(walk.count_remaining(connection).await?) }));
+            answer.remaining = counted.await?;
+        }
+        Ok(answer)
     }
 }
 
@@ -158,8 +210,17 @@ fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
     fields.finish(page).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
 }
 
+/// The dead events that a request names.
+enum Selection {
+    /// All of these events, or none.
+    Named(Vec<EventId>),
+    /// All events that are not too old, of one type if it is set. They are visited from the beginning, or from where an
+    /// earlier call has ended.
+    All { event_type: Option<String>, from: Option<Walk> },
+}
+
 fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status> {
-    let RequeueDeadEventsRequest { event_ids, all, r#type } = request;
+    let RequeueDeadEventsRequest { event_ids, all, r#type, token } = request;
     let mut fields = Fields::default();
     if all != event_ids.is_empty() {
         fields.refuse("event_ids", "must name events unless `all` is set, and must be empty if it is");
@@ -170,12 +231,19 @@ fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status
     if !all && !r#type.is_empty() {
         fields.refuse("type", "must be empty unless `all` is set");
     }
+    if !all && !token.is_empty() {
+        fields.refuse("token", "must be empty unless `all` is set");
+    }
     let event_type = read_type(&mut fields, &r#type);
     let numbered = event_ids.iter().take(EVENT_IDS_MAX).enumerate();
     // In a set, so that an event that is named twice counts once.
     let ids: BTreeSet<_> =
         numbered.map(|(index, id)| EventId::from(fields.uuid(format!("event_ids[{index}]"), id))).collect();
-    let selection = if all { Selection::All { event_type } } else { Selection::Named(ids.into_iter().collect()) };
+    let from = if all && !token.is_empty() { Walk::resume(&token, event_type.clone()) } else { None };
+    if all && !token.is_empty() && from.is_none() {
+        fields.refuse("token", "must be the next_token of an earlier answer for the same type");
+    }
+    let selection = if all { Selection::All { event_type, from } } else { Selection::Named(ids.into_iter().collect()) };
     fields.finish(selection).map_err(|bad| REFUSE.invalid("INVALID_REQUEUE", bad))
 }
 

@@ -25,6 +25,18 @@ use crate::{
 /// So many events in a row that fail alone, without a witness, do not depend on single events.
 const OUTAGE_AFTER: usize = FIRST_BATCH as usize;
 
+/// What a worker knows of the receiver before it delivers a lease.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Before {
+    /// Whether it probes the route. Only then silence can be laid to a single event that had not failed before.
+    pub(crate) probe: bool,
+    /// The latest begin of a delivery on its own connection of which the receiver took an event. Another connection may
+    /// lead to another replica, which shows nothing about this one.
+    pub(crate) taken: Option<Instant>,
+    /// Whether an event that is not of this lease has failed without a witness since the receiver last took one.
+    pub(crate) others_fail: bool,
+}
+
 /// What is known of an event before it is delivered.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Case {
@@ -45,8 +57,6 @@ pub(crate) struct Call {
     pub(crate) ended: Instant,
     /// Whether no other delivery of this route was in flight.
     pub(crate) alone: bool,
-    /// The latest begin of a delivery of which this route's receiver took an event, by any worker.
-    pub(crate) taken: Option<Instant>,
 }
 
 /// What to do next.
@@ -91,6 +101,9 @@ enum Finding {
     },
 }
 
+/// No receiver is taken to accept only messages that are smaller.
+const MESSAGE_BYTES_LEAST: usize = 8 * 1024;
+
 /// What is done once all batches were delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Last {
@@ -108,10 +121,13 @@ pub(crate) struct Isolation {
     cases: Vec<Case>,
     findings: Vec<Finding>,
     queue: VecDeque<Range<usize>>,
-    /// Whether this is a probe: only then silence can be laid to a single event that had not failed before.
     probe: bool,
-    /// The latest begin of a delivery of which the receiver took an event.
+    /// The latest begin of a delivery on this connection of which the receiver took an event.
     taken: Option<Instant>,
+    /// Whether the receiver took an event of this lease.
+    took: bool,
+    /// Whether another event has failed without a witness since the receiver last took one.
+    others_fail: bool,
     failed_in_a_row: usize,
     /// Events that were delivered a second time, after the others.
     repeated: Vec<bool>,
@@ -133,14 +149,16 @@ struct Sizes {
 
 impl Isolation {
     /// Delivers the `batches` of the lease, which together are all `cases` but those that are not to be delivered.
-    pub(crate) fn of(cases: Vec<Case>, batches: Vec<Range<usize>>, probe: bool) -> Self {
+    pub(crate) fn of(cases: Vec<Case>, batches: Vec<Range<usize>>, before: Before) -> Self {
         Self {
             findings: vec![Finding::None; cases.len()],
             repeated: vec![false; cases.len()],
             cases,
             queue: batches.into(),
-            probe,
-            taken: None,
+            probe: before.probe,
+            taken: before.taken,
+            took: false,
+            others_fail: before.others_fail,
             failed_in_a_row: 0,
             may_have_crashed: false,
             last: None,
@@ -171,17 +189,13 @@ impl Isolation {
 
     /// All events were delivered.
     fn conclude(&mut self) -> Step {
-        if let Some(Finding::Failed { charge: false, .. }) = self.findings.first()
-            && self.cases.len() == 1
-            && self.cases[0].quiet
-        {
-            self.last = Some(Last::DescribeBefore);
-            return Step::Describe;
-        }
         let failed = self.without_witness().count();
         let worked = self.findings.iter().any(|finding| matches!(finding, Finding::Taken | Finding::Rejected(_)));
-        let end = if failed > 0 && !worked && (failed > 1 || self.is_barred()) {
+        let end = if failed > 0 && !worked && (failed > 1 || self.others_fail || self.is_barred()) {
             self.outage()
+        } else if failed == 1 && self.cases.len() == 1 && self.cases[0].quiet {
+            self.last = Some(Last::DescribeBefore);
+            return Step::Describe;
         } else if self.probe && self.may_have_crashed {
             self.last = Some(Last::DescribeAgain);
             return Step::Describe;
@@ -200,14 +214,15 @@ impl Isolation {
     }
 
     fn is_barred(&self) -> bool {
-        self.without_witness().all(|(failure, _)| failure == Failure::Barred)
+        self.without_witness().all(|(failure, _)| matches!(failure, Failure::Barred | Failure::Unmatched))
     }
 
     /// Events failed alone, and nothing was taken: whatever their status says, the receiver does not work.
     fn outage(&self) -> Conclusion {
         let reason = self.without_witness().last().map(|(_, reason)| reason.to_owned()).unwrap_or_default();
+        // After a refusal, the time that was asked for is the event's.
         let retry_after = self.findings.iter().filter_map(|finding| match finding {
-            Finding::Failed { retry_after, .. } => Some(*retry_after),
+            Finding::Failed { failure: Failure::Unavailable, retry_after, .. } => Some(*retry_after),
             _ => None,
         });
         let retry_after = retry_after.max().unwrap_or_default();
@@ -220,7 +235,6 @@ impl Isolation {
         if !in_trial {
             self.queue.pop_front();
         }
-        self.taken = self.taken.max(call.taken);
         self.may_have_crashed =
             matches!(&delivery, Delivery::Failed(Failed { failure: Failure::Silent | Failure::Unavailable, .. }));
         match delivery {
@@ -252,6 +266,7 @@ impl Isolation {
     fn learn_answers(&mut self, batch: Range<usize>, call: Call, answers: Vec<Answer>) {
         let took = answers.contains(&Answer::Taken);
         if took {
+            self.took = true;
             self.taken = self.taken.max(Some(call.began));
             self.failed_in_a_row = 0;
         }
@@ -274,11 +289,10 @@ impl Isolation {
             Failure::Unreachable => {
                 self.end = Some(Conclusion::Outage { reason: failed.reason, retry_after: failed.retry_after });
             }
-            failure if events == 1 && self.shows_the_event(failure, batch.start, call) => {
+            _ if events == 1 && self.shows_the_event(&failed, batch.start, call) => {
                 self.fails_alone(batch.start, call, false, failed);
             }
-            Failure::Unmatched => self.end = Some(Conclusion::Barred { reason: failed.reason }),
-            Failure::Refused | Failure::TooLarge | Failure::Barred => {
+            Failure::Refused | Failure::TooLarge | Failure::Barred | Failure::Unmatched => {
                 if failed.failure == Failure::TooLarge {
                     let bytes = self.bytes(&batch);
                     self.sizes.refused = Some(self.sizes.refused.map_or(bytes, |before| before.min(bytes)));
@@ -305,14 +319,14 @@ impl Isolation {
     ///
     /// A refusal can. Silence, and a proxy's word that the receiver is away, may come from a crash over an event of
     /// another call. So then nothing else may have been in flight, as in a probe. An event that has failed alone before
-    /// needs no second probe if there is a witness: each would close the route to all others meanwhile. The same holds
-    /// for an answer that leaves the event out, which may also be a fault of the receiver.
-    fn shows_the_event(&self, failure: Failure, event: usize, call: Call) -> bool {
-        match failure {
-            Failure::Refused | Failure::TooLarge | Failure::Barred => true,
+    /// needs no second probe if there is a witness: each would close the route to all others meanwhile. But a receiver
+    /// that asks for time has too much to do, and no event is the cause of that.
+    fn shows_the_event(&self, failed: &Failed, event: usize, call: Call) -> bool {
+        match failed.failure {
+            Failure::Refused | Failure::TooLarge | Failure::Barred | Failure::Unmatched => true,
             Failure::Silent | Failure::Unavailable if self.probe => call.alone,
-            Failure::Silent | Failure::Unavailable | Failure::Unmatched => {
-                self.cases[event].known && self.has_witness(event)
+            Failure::Silent | Failure::Unavailable => {
+                self.cases[event].known && self.has_witness(event) && failed.retry_after.is_zero()
             }
             Failure::Unreachable => false,
         }
@@ -360,12 +374,28 @@ impl Isolation {
         self.cases[batch.clone()].iter().map(|case| case.bytes).sum()
     }
 
+    /// The latest begin of a delivery on this connection of which the receiver took an event.
+    pub(crate) fn taken(&self) -> Option<Instant> {
+        self.taken
+    }
+
+    /// Whether the receiver took an event of this lease.
+    pub(crate) fn took(&self) -> bool {
+        self.took
+    }
+
+    /// The event that failed without a witness, if the others of the lease are no evidence that the receiver works.
+    pub(crate) fn failed_without_witness(&self) -> Option<usize> {
+        let failed = |finding: &Finding| matches!(finding, Finding::Failed { charge: false, .. });
+        self.findings.iter().position(failed).filter(|_| !self.took)
+    }
+
     /// The largest message that the receiver accepts, if this lease has shown one: batches up to it were answered, and
     /// all larger ones were refused for their size. If a smaller batch was refused than was answered, the reason was
-    /// not the size.
+    /// not the size. Nor if it is very small: then the receiver limits something else, such as calls at once.
     pub(crate) fn message_bytes_max(&self) -> Option<usize> {
         let Sizes { refused, answered } = self.sizes;
-        (answered > 0 && refused? > answered).then_some(answered)
+        (answered >= MESSAGE_BYTES_LEAST && refused? > answered).then_some(answered)
     }
 
     /// The fate of each event.
@@ -377,7 +407,8 @@ impl Isolation {
             Finding::Taken => Fate::Delete,
             Finding::Rejected(reason) => Fate::Dead(reason),
             Finding::Failed { charge, reason, retry_after, .. } => {
-                // In an outage the route's back-off holds, and the events come back with it.
+                // In an outage the route's back-off holds, and the events come back with it. They do not count as
+                // having failed before: sound ones would be delivered alone from then on.
                 let wait = if down && !charge { Wait::None } else { Wait::BackOff { at_least: retry_after } };
                 Fate::Failed { charge, wait, reason }
             }
@@ -393,14 +424,26 @@ mod tests {
     use proptest::prelude::*;
     use tokio::time::Instant;
 
-    use super::{Call, Case, Conclusion, Isolation, OUTAGE_AFTER, Step};
+    use super::{Before, Call, Case, Conclusion, Isolation, OUTAGE_AFTER, Step};
     use crate::{
         deliver::{Answer, Delivery, Failed, Failure},
         settle::{Fate, Wait},
     };
 
-    const SILENT_OR_REFUSED: [Failure; 5] =
-        [Failure::Silent, Failure::Unavailable, Failure::Refused, Failure::TooLarge, Failure::Barred];
+    const SILENT_OR_REFUSED: [Failure; 6] = [
+        Failure::Silent,
+        Failure::Unavailable,
+        Failure::Refused,
+        Failure::TooLarge,
+        Failure::Barred,
+        Failure::Unmatched,
+    ];
+    const PROBE: Before = Before { probe: true, taken: None, others_fail: false };
+    const OPEN: Before = Before { probe: false, ..PROBE };
+
+    fn one() -> Vec<Range<usize>> {
+        std::iter::once(0..1).collect()
+    }
 
     fn fresh(events: usize) -> Vec<Case> {
         vec![Case { attempted: None, known: false, quiet: false, bytes: 100 }; events]
@@ -453,8 +496,8 @@ mod tests {
         probe: bool,
         receiver: impl Fn(&Range<usize>) -> Delivery,
     ) -> Ended {
-        let mut isolation = Isolation::of(cases, batches, probe);
-        let (mut calls, mut now, mut taken) = (Vec::new(), Instant::now() + Duration::from_secs(3600), None);
+        let mut isolation = Isolation::of(cases, batches, if probe { PROBE } else { OPEN });
+        let (mut calls, mut now) = (Vec::new(), Instant::now() + Duration::from_secs(3600));
         let conclusion = loop {
             assert!(calls.len() < 5000, "it does not end");
             match isolation.next() {
@@ -465,10 +508,7 @@ mod tests {
                     now += Duration::from_secs(1);
                     calls.push(batch.clone());
                     let delivery = receiver(&batch);
-                    if matches!(&delivery, Delivery::Answered(answers) if answers.contains(&Answer::Taken)) {
-                        taken = Some(began);
-                    }
-                    isolation.learn(batch, Call { began, ended: now, alone: probe, taken }, delivery);
+                    isolation.learn(batch, Call { began, ended: now, alone: probe }, delivery);
                     now += Duration::from_secs(1);
                 }
             }
@@ -485,7 +525,7 @@ mod tests {
                     let ended = deliver(fresh(events), probe, |_| fails(failure));
                     assert_eq!(ended.charged(), Vec::<usize>::new(), "{failure:?}, {events} events");
                     let closed = match failure {
-                        Failure::Barred => matches!(ended.conclusion, Conclusion::Barred { .. }),
+                        Failure::Barred | Failure::Unmatched => matches!(ended.conclusion, Conclusion::Barred { .. }),
                         _ => matches!(ended.conclusion, Conclusion::Outage { .. }),
                     };
                     assert!(closed, "{failure:?}, {events} events: {:?}", ended.conclusion);
@@ -528,13 +568,13 @@ mod tests {
     #[test]
     fn a_single_event_is_charged_after_a_quiet_hour_if_describe_answers_before_and_after() {
         let quiet = Case { quiet: true, ..fresh(1)[0] };
-        for (probe, failure) in [(false, Failure::Refused), (true, Failure::Silent), (true, Failure::Barred)] {
+        for (probe, failure) in [(false, Failure::Refused), (true, Failure::Silent), (true, Failure::Unavailable)] {
             let ended = deliver(vec![quiet], probe, |_| fails(failure));
             assert_eq!((ended.charged(), ended.calls.len()), (vec![0], 2), "{failure:?}");
         }
-        let mut isolation = Isolation::of(vec![quiet], std::iter::once(0..1).collect(), false);
+        let mut isolation = Isolation::of(vec![quiet], one(), OPEN);
         let now = Instant::now();
-        let call = Call { began: now, ended: now, alone: false, taken: None };
+        let call = Call { began: now, ended: now, alone: false };
         assert_eq!(isolation.next(), Step::Deliver(0..1));
         isolation.learn(0..1, call, fails(Failure::Refused));
         assert_eq!(isolation.next(), Step::Describe);
@@ -554,9 +594,9 @@ mod tests {
         let later = Some(now + Duration::from_secs(1));
         for (taken, charged) in [(None, false), (Some(now), false), (later, true)] {
             for failure in SILENT_OR_REFUSED {
-                let mut isolation = Isolation::of(vec![known], std::iter::once(0..1).collect(), false);
+                let mut isolation = Isolation::of(vec![known], one(), Before { taken, ..OPEN });
                 let began = now + Duration::from_secs(2);
-                isolation.learn(0..1, Call { began, ended: began, alone: false, taken }, fails(failure));
+                isolation.learn(0..1, Call { began, ended: began, alone: false }, fails(failure));
                 let end = isolation.next();
                 // The route stays open to the others.
                 let closed = matches!(end, Step::End(Conclusion::Outage { .. } | Conclusion::Barred { .. }));
@@ -571,8 +611,9 @@ mod tests {
     fn silence_over_an_event_that_never_failed_alone_charges_it_only_in_a_probe_with_nothing_else_in_flight() {
         for failure in [Failure::Silent, Failure::Unavailable] {
             let now = Instant::now();
-            let mut isolation = Isolation::of(fresh(2), vec![0..1, 1..2], true);
-            let call = Call { began: now, ended: now, alone: false, taken: Some(now + Duration::from_secs(1)) };
+            let taken = Some(now + Duration::from_secs(1));
+            let mut isolation = Isolation::of(fresh(2), vec![0..1, 1..2], Before { taken, ..PROBE });
+            let call = Call { began: now, ended: now, alone: false };
             isolation.learn(0..1, call, fails(failure));
             assert!(matches!(isolation.next(), Step::End(Conclusion::Outage { .. })));
             assert_eq!(isolation.fates(), [Fate::Back(Wait::BeforeAllOthers), Fate::Back(Wait::None)]);
@@ -581,14 +622,15 @@ mod tests {
 
     #[test]
     fn batches_are_halved_to_the_size_that_the_receiver_accepts() {
-        for limit in [150, 500, 6_400, 9_999] {
-            let ended = deliver(fresh(300), false, |batch| match batch.len() * 100 > limit {
+        for limit in [40_000, 64_000, 999_999] {
+            let large = vec![Case { bytes: 4_000, ..fresh(1)[0] }; 300];
+            let ended = deliver(large, false, |batch| match batch.len() * 4_000 > limit {
                 true => fails(Failure::TooLarge),
                 false => takes(batch),
             });
             assert_eq!((ended.taken(), ended.conclusion), (300, Conclusion::Works));
             let learned = ended.message_bytes_max.unwrap();
-            assert!(learned <= limit && 4 * learned >= limit.min(30_000), "{learned} of {limit}");
+            assert!(learned <= limit && 4 * learned >= limit, "{learned} of {limit}");
         }
     }
 
@@ -601,10 +643,38 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_to_another_batch_bars_the_route_and_charges_nothing() {
-        let ended = deliver(fresh(5), false, |_| fails(Failure::Unmatched));
-        assert!(matches!(ended.conclusion, Conclusion::Barred { .. }));
-        assert_eq!((ended.charged().len(), ended.calls.len()), (0, 1));
+    fn a_receiver_that_limits_calls_says_nothing_of_the_size() {
+        let ended = deliver(fresh(100), false, |batch| match batch.len() > 50 {
+            true => fails(Failure::TooLarge),
+            false => takes(batch),
+        });
+        assert_eq!((ended.taken(), ended.message_bytes_max), (100, None));
+    }
+
+    #[test]
+    fn a_receiver_that_asks_for_time_charges_nobody_on_an_open_route() {
+        let now = Instant::now();
+        let known = Case { attempted: Some(now), known: true, ..fresh(1)[0] };
+        let taken = Some(now + Duration::from_secs(1));
+        let mut isolation = Isolation::of(vec![known], one(), Before { taken, ..OPEN });
+        let (failure, retry_after) = (Failure::Unavailable, Duration::from_secs(5));
+        let failed = Failed { failure, reason: "busy".into(), retry_after };
+        let began = now + Duration::from_secs(2);
+        isolation.learn(0..1, Call { began, ended: began, alone: false }, Delivery::Failed(failed));
+        assert_eq!(isolation.next(), Step::End(Conclusion::Outage { reason: "busy".into(), retry_after }));
+        assert_eq!(isolation.fates(), [Fate::Back(Wait::BeforeAllOthers)]);
+    }
+
+    #[test]
+    fn a_second_event_that_fails_without_a_witness_is_an_outage_though_each_came_alone() {
+        let quiet = Case { quiet: true, ..fresh(1)[0] };
+        let mut isolation = Isolation::of(vec![quiet], one(), Before { others_fail: true, ..OPEN });
+        let now = Instant::now();
+        isolation.learn(0..1, Call { began: now, ended: now, alone: false }, fails(Failure::Refused));
+        assert!(matches!(isolation.next(), Step::End(Conclusion::Outage { .. })));
+        assert_eq!(isolation.failed_without_witness(), Some(0));
+        let released = Fate::Failed { charge: false, wait: Wait::None, reason: "Refused".into() };
+        assert_eq!(isolation.fates(), [released]);
     }
 
     prop_compose! {

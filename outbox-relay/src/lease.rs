@@ -58,6 +58,8 @@ pub(crate) struct LeasedRow {
     pub(crate) failures: i32,
     /// How long ago it last failed alone, in seconds.
     pub(crate) attempted_seconds: Option<f64>,
+    /// How long ago it was enqueued, in seconds.
+    pub(crate) age_seconds: f64,
     /// It is older than an hour, and was charged no attempt within the last hour.
     pub(crate) quiet: bool,
     pub(crate) traceparent: Option<String>,
@@ -277,6 +279,7 @@ async fn lease_rows(
             FOR UPDATE OF free SKIP LOCKED))
         RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, failures,
             extract(epoch FROM now() - attempted_at)::double precision AS attempted_seconds,
+            extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             greatest(created_at, charged_at) < now() - interval '1 hour' AS "quiet!",
             traceparent, tracestate,
             created_at < now() - make_interval(hours => $6) AS "expired!", false AS "unknown!""#,

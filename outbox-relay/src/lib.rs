@@ -25,6 +25,7 @@ mod relay;
 mod reopen;
 mod route;
 mod settle;
+mod unhide;
 mod wake;
 
 use std::{net::SocketAddr, time::Duration};
@@ -47,6 +48,7 @@ use crate::{
     operate::{Descriptors, MaxAge},
     relay::Worker,
     route::Route,
+    unhide::longest_hidden,
     wake::Wake,
 };
 
@@ -83,7 +85,7 @@ pub struct Settings {
     /// Milliseconds between two polls of the outbox while no notification comes.
     #[arg(long, env = "RELAY_POLL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub poll_ms: u64,
-    /// Failed deliveries after which an event is dead. Outages of the receiver do not count.
+    /// Failures after which an event is dead. One counts only if the receiver took another event since the last.
     #[arg(long, env = "RELAY_ATTEMPTS", default_value_t = 10, value_parser = clap::value_parser!(i32).range(1..=1000))]
     pub attempts: i32,
     /// Back off for at most this many milliseconds after an event's first failure. The limit doubles with each further
@@ -190,13 +192,16 @@ fn start(
                 route: route.clone(),
                 lease_query: lease_query.clone(),
                 wake: wake.clone(),
+                taken: None,
                 shutdown: shutdown.clone(),
                 cancel_deliveries: cancel_deliveries.clone(),
             };
             tasks.spawn(worker.run());
         }
     }
-    let maintenance = Maintenance { database: database.clone(), relay, routes, poll, shutdown: shutdown.clone() };
+    let longest_hidden = longest_hidden(settings);
+    let maintenance =
+        Maintenance { database: database.clone(), relay, routes, poll, longest_hidden, shutdown: shutdown.clone() };
     tasks.spawn(async move {
         maintenance.run().await;
         Ok(())

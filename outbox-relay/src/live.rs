@@ -112,11 +112,9 @@ pub(crate) async fn free_rows_of_the_dead(database: &Database, relay: &RelayId) 
     for other in database.run(move |connection| Box::pin(find_others(connection, own))).await? {
         let freed = database.run(move |connection| Box::pin(free_if_dead(connection, other))).await?;
         match freed {
-            Some(rows) if rows > 0 => {
-                warn!(relay = %other, rows, "a relay died: its leased events are delivered at once")
-            }
-            Some(_) => debug!(relay = %other, "a relay died with nothing leased"),
             None => {}
+            Some(0) => debug!(relay = %other, "a relay died with nothing leased"),
+            Some(rows) => warn!(relay = %other, rows, "a relay died: its leased events are delivered at once"),
         }
     }
     Ok(())

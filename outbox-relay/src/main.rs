@@ -1,6 +1,9 @@
 //! The command line of outbox-relay.
 
-use std::{net::SocketAddr, process::ExitCode};
+use std::{
+    net::SocketAddr,
+    process::{self, ExitCode},
+};
 
 use chassis::serve_until_signal;
 use clap::Parser;
@@ -36,7 +39,14 @@ fn main() -> ExitCode {
                 serve_until_signal(settings.listen, *settings, outbox_relay::run).await?;
             }
             // No logs: stdout is for the command's output.
-            Command::Operate(command) => operate::run(*command).await?,
+            Command::Operate(command) => match operate::run(*command).await {
+                Err(interrupted @ operate::CommandError::Interrupted { .. }) => {
+                    eprintln!("error: {interrupted}");
+                    // As of a process that SIGINT has ended.
+                    process::exit(130);
+                }
+                ended => ended?,
+            },
             Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
         }
         anyhow::Ok(())

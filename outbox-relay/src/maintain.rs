@@ -13,11 +13,14 @@ use crate::{
     live::{RelayId, free_rows_of_the_dead},
     park::park,
     route::Route,
+    unhide::unhide,
 };
 
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
 /// Rare, since the search for events without a route reads the whole outbox.
 const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
+/// Rare, since clocks are set right rarely.
+const UNHIDE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The maintenance of one process.
 pub(crate) struct Maintenance {
@@ -25,6 +28,8 @@ pub(crate) struct Maintenance {
     pub(crate) relay: RelayId,
     pub(crate) routes: Vec<Route>,
     pub(crate) poll: Duration,
+    /// The longest time for which this relay hides a row.
+    pub(crate) longest_hidden: Duration,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -37,15 +42,28 @@ impl Maintenance {
 
     async fn maintain(&self) {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
-        let mut checking = every(UNROUTED_INTERVAL);
+        let (mut checking, mut unhiding) = (every(UNROUTED_INTERVAL), every(UNHIDE_INTERVAL));
         loop {
             tokio::select! {
                 _ = parking.tick() => report("park successors", park(&self.database).await),
                 _ = announcing.tick() => {
-                    report("announce routes", announce(&self.database, &self.relay, &self.routes).await);
+                    let announced = announce(&self.database, &self.relay, &self.routes, self.longest_hidden).await;
+                    report("announce routes", announced);
                     report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
                 }
                 _ = checking.tick() => report("look for events without a route", self.warn_of_unrouted().await),
+                _ = unhiding.tick() => match unhide(&self.database, self.longest_hidden).await {
+                    Ok(0) => {}
+                    Ok(events) => {
+                        warn!(
+                            events,
+                            "freed events that were hidden until far in the future: has the database's clock been set back?"
+                        );
+                        // There may be more.
+                        unhiding.reset_immediately();
+                    }
+                    Err(cause) => report("free events that a wrong clock has hidden", Err(cause)),
+                },
             }
         }
     }

@@ -19,7 +19,7 @@ pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
     PrometheusBuilder::new().with_http_listener(address).install()?;
     describe_counter!(
         EVENTS,
-        "Leased events by outcome: handled (deleted), retried (an attempt spent), died (kept as dead), released (visible \
+        "Leased events by outcome: handled (deleted), retried (failed alone, charged or not), died (kept as dead), released (visible \
          again, no attempt spent), lost (the lease expired and another relay has them), unsettled (the database failed; the \
          lease expires)"
     );

@@ -7,8 +7,10 @@ mod discard;
 mod list_dead;
 mod pause;
 mod print;
+mod progress;
 mod refuse;
 mod requeue;
+mod requeue_all;
 mod show_dead;
 mod status;
 
@@ -25,7 +27,8 @@ pub(crate) use discard::discard;
 pub(crate) use list_dead::{Page, list_dead};
 pub(crate) use pause::{pause, resume};
 pub(crate) use refuse::{OperateError, Reason};
-pub(crate) use requeue::{Selection, requeue};
+pub(crate) use requeue::requeue;
+pub(crate) use requeue_all::{PIECE, Walk, requeue_piece};
 pub(crate) use show_dead::show_dead;
 pub(crate) use status::{SAMPLE, read_status, read_totals};
 
@@ -35,6 +38,10 @@ struct Position {
     aggregate_id: AggregateId,
     sequence: i32,
 }
+
+/// Positions whose successors one statement frees. For each row it looks through the positions, so its time grows with
+/// the square of their number.
+const POSITIONS_MAX: usize = 500;
 
 /// Begins a transaction whose commit is durable. By default the commits of the relay's role are not, since a lost lease
 /// only causes another delivery. But a change that was reported to an operator must survive a crash.
@@ -55,24 +62,28 @@ async fn begin_durable(connection: &mut PgConnection) -> Result<Transaction<'_, 
 /// It also writes rows that are already visible. A relay parks the successors of an event that is dead in *its*
 /// snapshot. If it is parking a row now, this statement waits for it. If it is about to, the row is no longer at the
 /// `ctid` in its snapshot, so it leaves the row alone. Without the write, such a row would stay hidden for minutes.
+///
+/// The conditions are written so that only the primary key can find the rows. As a join, or by an index on
+/// `visible_at`, a plan that was made over a small outbox would read all of a large one.
 async fn free_successors(connection: &mut PgConnection, positions: &[Position]) -> Result<u64, sqlx::Error> {
-    let aggregate_ids: Vec<_> = positions.iter().map(|position| position.aggregate_id).collect();
-    let sequences: Vec<_> = positions.iter().map(|position| position.sequence).collect();
-    let freed = sqlx::query!(
-        "-- operate: free successors
-        UPDATE outbox
-        SET visible_at = now()
-        FROM unnest($1::uuid[], $2::integer[]) AS freeing (aggregate_id, sequence)
-        WHERE outbox.aggregate_id = freeing.aggregate_id
-          AND outbox.sequence > freeing.sequence
-          AND lease_token IS NULL
-          AND visible_at < 'infinity'",
-        &aggregate_ids as &[AggregateId],
-        &sequences,
-    )
-    .execute(connection)
-    .await?;
-    Ok(freed.rows_affected())
+    let mut freed = 0;
+    for positions in positions.chunks(POSITIONS_MAX) {
+        let aggregate_ids: Vec<_> = positions.iter().map(|position| position.aggregate_id).collect();
+        let sequences: Vec<_> = positions.iter().map(|position| position.sequence).collect();
+        let chunk = sqlx::query!(
+            "-- operate: free successors
+            UPDATE outbox
+            SET visible_at = now()
+            WHERE aggregate_id = ANY ($1)
+              AND sequence > ($2::integer[])[array_position($1, aggregate_id)]
+              AND lease_token IS NULL
+              AND visible_at <> 'infinity'",
+            &aggregate_ids as &[AggregateId],
+            &sequences,
+        );
+        freed += chunk.execute(&mut *connection).await?.rows_affected();
+    }
+    Ok(freed)
 }
 
 /// Call this after the commit. A successor may have been committed after [`free_successors`] ran, and been parked by a

@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use crate::{
     deliver::{Answer, Delivery, Failed, Failure},
-    isolate::{Call, Case, Isolation, Step},
-    settle::Fate,
+    isolate::{Before, Call, Case, Isolation, Step},
+    settle::{Fate, Wait},
 };
 
 const EVENTS: usize = 3;
@@ -40,6 +40,7 @@ struct Rule {
 struct Row {
     attempts: u8,
     dead: bool,
+    attempted: bool,
     known: bool,
     /// Whether the receiver took another event since this one's last attempt.
     witness: bool,
@@ -76,23 +77,23 @@ impl System {
     }
 
     fn case(&self, event: usize, now: Instant) -> Case {
-        let Row { known, witness, .. } = self.rows[event];
+        let Row { attempted, known, witness, .. } = self.rows[event];
         // The witness of the calls below was taken a second ago.
         let age = Duration::from_secs(if witness { 2 } else { 0 });
-        Case { attempted: known.then(|| now - age), known, quiet: false, bytes: 100 }
+        Case { attempted: attempted.then(|| now - age), known, quiet: false, bytes: 100 }
     }
 
     /// Delivers and settles the lease. `None` if its calls are fewer than that its change could come.
     fn deliver(&mut self, rule: Rule, lease: &Lease) -> Option<()> {
         let mut now = Instant::now() + Duration::from_secs(3600);
-        let mut taken = self.rows.iter().any(|row| row.witness).then(|| now - Duration::from_secs(1));
+        let taken = self.rows.iter().any(|row| row.witness).then(|| now - Duration::from_secs(1));
         let cases: Vec<_> = lease.events.iter().map(|event| self.case(*event, now)).collect();
         // As in `lease.rs`: events that have failed alone before are delivered alone, after the others.
         let fresh = cases.iter().take_while(|case| !case.known).count();
         let mut batches: Vec<Range<usize>> = (fresh > 0).then_some(0..fresh).into_iter().collect();
         batches.extend((fresh..cases.len()).map(|place| place..place + 1));
-        let mut isolation = Isolation::of(cases, batches, lease.probe);
-        let (mut calls, mut took) = (0, false);
+        let mut isolation = Isolation::of(cases, batches, Before { probe: lease.probe, taken, others_fail: false });
+        let mut calls = 0;
         loop {
             match isolation.next() {
                 Step::End(_) => break,
@@ -105,10 +106,7 @@ impl System {
                     now += Duration::from_secs(1);
                     let (began, delivery) = (now, self.answer(rule, &lease.events[batch.clone()]));
                     now += Duration::from_secs(1);
-                    if matches!(delivery, Delivery::Answered(_)) {
-                        (taken, took) = (Some(began), true);
-                    }
-                    isolation.learn(batch, Call { began, ended: now, alone: lease.probe, taken }, delivery);
+                    isolation.learn(batch, Call { began, ended: now, alone: lease.probe }, delivery);
                 }
             }
         }
@@ -116,7 +114,8 @@ impl System {
             return None;
         }
         // Whatever was taken, the others have a witness; those that failed in this lease have none yet.
-        self.rows.iter_mut().filter(|row| row.known).for_each(|row| row.witness |= took);
+        let took = isolation.took();
+        self.rows.iter_mut().filter(|row| row.attempted).for_each(|row| row.witness |= took);
         for (event, fate) in lease.events.iter().zip(isolation.fates()) {
             self.settle(rule, *event, &fate);
         }
@@ -128,12 +127,13 @@ impl System {
         match fate {
             Fate::Delete => *row = Row::default(),
             Fate::Dead(_) => row.dead = true,
-            Fate::Failed { charge, .. } => {
+            Fate::Failed { charge, wait, .. } => {
                 row.attempts += u8::from(*charge || !rule.witnessed);
                 row.dead = row.attempts >= ATTEMPTS;
-                (row.known, row.witness) = (true, false);
+                (row.attempted, row.witness) = (true, false);
+                row.known |= *wait != Wait::None;
             }
-            Fate::Held(_) | Fate::Back(_) => {}
+            Fate::Held { .. } | Fate::Back(_) => {}
         }
     }
 
@@ -210,7 +210,7 @@ impl Model for Rule {
 #[test]
 fn in_every_state_no_event_dies_of_an_outage_and_an_event_at_fault_dies() {
     for away in [Failure::Refused, Failure::Unavailable, Failure::Silent, Failure::Barred, Failure::Unreachable] {
-        for fault in [Failure::Refused, Failure::Silent, Failure::TooLarge] {
+        for fault in [Failure::Refused, Failure::Silent, Failure::TooLarge, Failure::Barred, Failure::Unmatched] {
             let checked = Rule { witnessed: true, away, fault }.checker().threads(2).spawn_bfs().join();
             checked.assert_properties();
             println!("away: {away:?}, at fault: {fault:?}: {} different states", checked.unique_state_count());

@@ -9,9 +9,9 @@ use tracing::{debug, error, warn};
 
 use crate::{
     Settings,
-    deliver::{Answer, Delivery, Receiver},
+    deliver::{Delivery, Failed, Receiver},
     floor::RESCAN_INTERVAL,
-    isolate::{Call, Conclusion, Isolation, Step},
+    isolate::{Before, Call, Conclusion, Isolation, Step},
     lease::{Lease, LeaseQuery, LeasedRow, lease},
     measure,
     route::{Admission, Probe, Route},
@@ -29,6 +29,8 @@ pub(crate) struct Worker {
     pub(crate) route: Route,
     pub(crate) lease_query: LeaseQuery,
     pub(crate) wake: Wake,
+    /// The latest begin of a delivery on its connection of which the receiver took an event.
+    pub(crate) taken: Option<Instant>,
     /// Stops leasing.
     pub(crate) shutdown: CancellationToken,
     /// Cancels the deliveries in flight.
@@ -134,46 +136,91 @@ impl Worker {
     async fn set_unknown_aside(&mut self, lease: &mut Lease) {
         let route = self.route.clone();
         let unknown = lease.set_unknown_aside(|event_type| route.knows(event_type));
-        if unknown && route.types_age() > TYPES_AGE_MAX && self.describes().await {
-            lease.set_unknown_aside(|event_type| route.knows(event_type));
+        if !unknown {
+            return;
+        }
+        let asked = route.types_age() > TYPES_AGE_MAX && self.describes().await;
+        let still_unknown = !asked || lease.set_unknown_aside(|event_type| route.knows(event_type));
+        if let Some(row) = lease.rows.iter().find(|row| still_unknown && row.unknown)
+            && route.may_warn_of_types()
+        {
+            let (route, event_type) = (route.pattern(), &row.event_type);
+            warn!(
+                route,
+                event_type, "events wait: the receiver does not know their type; upgrade it, or correct the route"
+            );
         }
     }
 
     /// Delivers the lease's events, and returns the fate of each. An event that was not delivered goes back.
     async fn deliver(&mut self, lease: &mut Lease, mut probe: Option<&mut Probe<'_>>) -> (Vec<Fate>, Conclusion) {
+        let unwitnessed = self.route.unwitnessed();
+        let before = Before {
+            probe: probe.is_some(),
+            taken: self.taken,
+            others_fail: unwitnessed.is_some_and(|event_id| lease.rows.iter().all(|row| row.event_id != event_id)),
+        };
         let batches = lease.batches(self.route.message_bytes_max());
-        let mut isolation = Isolation::of(lease.cases(), batches, probe.is_some());
+        let mut isolation = Isolation::of(lease.cases(), batches, before);
         let conclusion = loop {
             match isolation.next() {
                 Step::End(conclusion) => break conclusion,
-                Step::Describe => isolation.described(self.describes().await),
+                Step::Describe => {
+                    let answered = match probe.as_deref_mut() {
+                        // It may be about to start again.
+                        Some(probe) => self.is_ready(probe, lease).await,
+                        None => self.describes().await,
+                    };
+                    isolation.described(answered);
+                }
                 Step::Deliver(batch) => {
-                    let Some(deadline) = self.may_deliver(lease, batch.len(), probe.as_deref_mut()).await else {
+                    let Some((call, delivery)) = self.call(lease, batch.clone(), probe.as_deref_mut()).await else {
                         break Conclusion::Unknown;
                     };
-                    let alone = probe.as_deref().is_some_and(Probe::is_alone);
-                    let Some((call, delivery)) = self.call(lease, batch.clone(), deadline, alone).await else {
-                        break Conclusion::Unknown;
-                    };
-                    if batch.len() > 1
-                        && let Delivery::Failed(failed) = &delivery
-                    {
-                        let reason = &failed.reason;
-                        warn!(worker = self.number, events = batch.len(), reason, "batch failed");
-                    }
                     isolation.learn(batch, call, delivery);
                 }
             }
         };
-        if let Some(bytes) = isolation.message_bytes_max() {
-            self.route.limit_messages(bytes);
-        }
+        self.note(lease, &isolation);
         let fates = isolation.fates().into_iter().zip(&lease.rows);
         (fates.map(|(fate, row)| self.fate_aside(row).unwrap_or(fate)).collect(), conclusion)
     }
 
-    /// The deadline of the next delivery; `None` if there may be none. Deliveries one by one may take longer than the
-    /// lease. That must not look like silence of the receiver.
+    /// Keeps what a lease has shown of the receiver.
+    fn note(&mut self, lease: &Lease, isolation: &Isolation) {
+        self.taken = isolation.taken();
+        if isolation.took() {
+            self.route.took();
+        }
+        if let Some(event) = isolation.failed_without_witness() {
+            self.route.failed_without_witness(lease.rows[event].event_id);
+        }
+        if let Some(bytes) = isolation.message_bytes_max() {
+            self.route.limit_messages(bytes);
+        }
+    }
+
+    /// One call of the receiver; `None` if there may be none, or if it was cancelled.
+    async fn call(
+        &mut self,
+        lease: &mut Lease,
+        batch: Range<usize>,
+        mut probe: Option<&mut Probe<'_>>,
+    ) -> Option<(Call, Delivery)> {
+        let deadline = self.may_deliver(lease, batch.len(), probe.as_deref_mut()).await?;
+        let alone = probe.is_some_and(|probe| probe.is_alone());
+        let (events, began) = (batch.len(), Instant::now());
+        let calling = self.receiver.deliver(&lease.rows[batch], deadline);
+        let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
+        measure::delivered(self.route.pattern(), delivery.as_str());
+        if let Delivery::Failed(Failed { reason, .. }) = &delivery {
+            warn!(worker = self.number, events, reason, "delivery failed");
+        }
+        Some((Call { began, ended: Instant::now(), alone }, delivery))
+    }
+
+    /// The deadline of the next delivery; `None` if there may be none. Deliveries in parts may take longer than the
+    /// lease. That must not look like silence of the receiver, so the lease is renewed.
     async fn may_deliver(
         &mut self,
         lease: &mut Lease,
@@ -181,28 +228,11 @@ impl Worker {
         probe: Option<&mut Probe<'_>>,
     ) -> Option<Instant> {
         let Some(probe) = probe else {
-            return (Instant::now() <= lease.split_before()).then(|| lease.deliver_before());
+            let may = Instant::now() <= lease.split_before() || (!lease.is_overlong() && self.renew(lease).await);
+            return may.then(|| lease.deliver_before());
         };
         let ready = self.is_ready(probe, lease).await;
         ready.then(|| if events > 1 { lease.split_before() } else { lease.deliver_before() })
-    }
-
-    /// One call of the receiver; `None` if it was cancelled.
-    async fn call(
-        &mut self,
-        lease: &Lease,
-        batch: Range<usize>,
-        deadline: Instant,
-        alone: bool,
-    ) -> Option<(Call, Delivery)> {
-        let began = Instant::now();
-        let calling = self.receiver.deliver(&lease.rows[batch], deadline);
-        let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
-        measure::delivered(self.route.pattern(), delivery.as_str());
-        if took_an_event(&delivery) {
-            self.route.took(began);
-        }
-        Some((Call { began, ended: Instant::now(), alone, taken: self.route.taken() }, delivery))
     }
 
     /// The fate of an event that is set aside. One that is too old is dead, undelivered: its receiver may have applied it
@@ -212,7 +242,10 @@ impl Worker {
         if row.expired {
             return Some(Fate::Dead(format!("EXPIRED: older than {hours} h, the age limit for delivery")));
         }
-        row.unknown.then(|| Fate::Held(format!("UNKNOWN_TYPE: the receiver does not know {}", row.event_type)))
+        row.unknown.then(|| Fate::Held {
+            wait: hold_time(row.age_seconds),
+            reason: format!("UNKNOWN_TYPE: the receiver does not know {}", row.event_type),
+        })
     }
 
     /// Closes the route if the receiver does not work.
@@ -248,7 +281,7 @@ impl Worker {
         if settled.retried > 0 {
             let reason = fates.iter().find_map(|fate| match fate {
                 Fate::Failed { reason, .. } => Some(reason.as_str()),
-                Fate::Delete | Fate::Dead(_) | Fate::Held(_) | Fate::Back(_) => None,
+                Fate::Delete | Fate::Dead(_) | Fate::Held { .. } | Fate::Back(_) => None,
             });
             warn!(worker = self.number, events = settled.retried, reason, "events failed, and are retried");
         }
@@ -270,6 +303,8 @@ impl Worker {
     }
 }
 
-fn took_an_event(delivery: &Delivery) -> bool {
-    matches!(delivery, Delivery::Answered(answers) if answers.contains(&Answer::Taken))
+/// How long to hold an event that its receiver does not know: a part of its age, so that many of them cost little. With
+/// jitter, since those that were enqueued together should not come back together.
+fn hold_time(age_seconds: f64) -> Duration {
+    Duration::from_secs_f64((age_seconds / 4.0).clamp(15.0, 300.0)).mul_f64(0.5 + fastrand::f64() / 2.0)
 }

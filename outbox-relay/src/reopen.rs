@@ -85,7 +85,7 @@ impl Worker {
         !lease.has_little_left() || self.renew(lease).await
     }
 
-    async fn renew(&self, lease: &mut Lease) -> bool {
+    pub(crate) async fn renew(&self, lease: &mut Lease) -> bool {
         lease.renew(&self.database).await.unwrap_or_else(|cause| {
             error!(%cause, "cannot renew a lease");
             false
@@ -98,6 +98,7 @@ impl Worker {
         while !probe.described {
             probe.back_off().await;
             probe.described = self.describe().await?;
+            probe.is_up = probe.described;
         }
         Ok(())
     }

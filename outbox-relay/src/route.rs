@@ -2,6 +2,7 @@
 
 use std::{str::FromStr, sync::Arc, time::Duration};
 
+use outbox::EventId;
 use tokio::{
     sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, watch},
     time::{Instant, sleep_until},
@@ -20,6 +21,8 @@ const BARRED_BACK_OFF: Duration = Duration::from_secs(5);
 /// How long the largest message that a receiver accepted bounds further ones. Then a larger one is tried, since the
 /// receiver may accept it by now.
 const MESSAGE_BYTES_KEPT: Duration = Duration::from_secs(600);
+/// Time between two lines of the log about types that the receiver does not know.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 /// A receiver that asks for more time than this is probed earlier: it may have been replaced in the meantime.
 pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
@@ -106,6 +109,8 @@ struct State {
     message_bytes_max: watch::Sender<Option<(usize, Instant)>>,
     /// The types of events that the receiver knows, and when it said so.
     types: watch::Sender<(Vec<String>, Instant)>,
+    /// When the log last said that the receiver does not know a type.
+    warned: watch::Sender<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,8 +118,8 @@ struct Health {
     condition: Condition,
     /// Failures in a row since the receiver last took an event.
     failures: u32,
-    /// The latest begin of a delivery of which the receiver took an event.
-    taken: Option<Instant>,
+    /// The event that failed last without a witness, if the receiver took none since.
+    unwitnessed: Option<EventId>,
     /// Whether the route has ever been open.
     opened: bool,
     /// The receiver has asked for no call before this time.
@@ -134,6 +139,8 @@ pub(crate) struct Probe<'a> {
     route: &'a Route,
     /// Whether the receiver has answered Describe since the last delivery.
     pub(crate) described: bool,
+    /// Whether the last Describe of this probe was answered. Then the next need not wait.
+    pub(crate) is_up: bool,
     _probing: MutexGuard<'a, ()>,
 }
 
@@ -142,7 +149,7 @@ impl Route {
         let health = Health {
             condition: Condition::Starting,
             failures: 0,
-            taken: None,
+            unwitnessed: None,
             opened: false,
             not_before: Instant::now(),
         };
@@ -154,6 +161,7 @@ impl Route {
             probing: Mutex::default(),
             message_bytes_max: watch::Sender::new(None),
             types: watch::Sender::new((Vec::new(), Instant::now())),
+            warned: watch::Sender::new(None),
         };
         Self { state: Arc::new(state) }
     }
@@ -182,7 +190,12 @@ impl Route {
             return open;
         }
         let probing = self.state.probing.lock().await;
-        self.enter().unwrap_or(Admission::Probe(Probe { route: self, described: false, _probing: probing }))
+        self.enter().unwrap_or(Admission::Probe(Probe {
+            route: self,
+            described: false,
+            is_up: false,
+            _probing: probing,
+        }))
     }
 
     /// Takes the read lock before it checks the condition. The other way round, `is_alone` could miss a delivery that
@@ -193,18 +206,22 @@ impl Route {
         (self.condition() == Condition::Open).then_some(Admission::Open { _delivering: delivering })
     }
 
-    /// The receiver took an event of a delivery that `began` then. So it works, and is a witness against events that
-    /// fail meanwhile.
-    pub(crate) fn took(&self, began: Instant) {
-        self.state.health.send_modify(|health| {
-            health.taken = health.taken.max(Some(began));
-            health.failures = 0;
+    /// The receiver took an event, so it works.
+    pub(crate) fn took(&self) {
+        self.state.health.send_if_modified(|health| {
+            health.unwitnessed = None;
+            std::mem::take(&mut health.failures) > 0
         });
     }
 
-    /// The latest begin of a delivery of which the receiver took an event.
-    pub(crate) fn taken(&self) -> Option<Instant> {
-        self.state.health.borrow().taken
+    /// The event failed alone, and nothing shows that the receiver works.
+    pub(crate) fn failed_without_witness(&self, event_id: EventId) {
+        self.state.health.send_modify(|health| health.unwitnessed = Some(event_id));
+    }
+
+    /// The event that failed last without a witness, if the receiver took none since.
+    pub(crate) fn unwitnessed(&self) -> Option<EventId> {
+        self.state.health.borrow().unwitnessed
     }
 
     /// The receiver knows these types of events; all, if there are none.
@@ -221,6 +238,17 @@ impl Route {
     /// How long ago the receiver said which types it knows.
     pub(crate) fn types_age(&self) -> Duration {
         self.state.types.borrow().1.elapsed()
+    }
+
+    /// Whether the log may say again that the receiver does not know a type.
+    pub(crate) fn may_warn_of_types(&self) -> bool {
+        self.state.warned.send_if_modified(|warned| {
+            let due = warned.is_none_or(|at| at.elapsed() > WARNING_INTERVAL);
+            if due {
+                *warned = Some(Instant::now());
+            }
+            due
+        })
     }
 
     /// The receiver refuses messages larger than this.
@@ -270,7 +298,7 @@ impl Probe<'_> {
     /// jitter. Without jitter, relays that lost the receiver together would return together.
     pub(crate) async fn back_off(&self) {
         let Health { condition, failures, not_before, .. } = *self.route.state.health.borrow();
-        if failures == 0 && not_before <= Instant::now() {
+        if (failures == 0 || self.is_up) && not_before <= Instant::now() {
             return;
         }
         let back_off = match condition {

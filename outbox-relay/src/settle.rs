@@ -15,10 +15,6 @@ use crate::{
     route::RETRY_AFTER_MAX,
 };
 
-/// A reason is cut to this many characters.
-const REASON_CHARS_MAX: usize = 1000;
-/// Longest delay for an event that its receiver does not know yet. The receiver is asked again then.
-const HELD: Duration = Duration::from_secs(30);
 /// Longest pause before a failed settlement is repeated. It is random, so that workers do not retry in step.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -32,8 +28,8 @@ pub(crate) enum Fate {
     /// It failed alone, and is delivered again after a back-off, or with its route. The reason is kept with the row,
     /// whether an attempt is charged or not. If that is the last attempt, the event is dead.
     Failed { charge: bool, wait: Wait, reason: String },
-    /// Its receiver cannot know it yet. It is delivered again after a while, and the reason is kept with the row.
-    Held(String),
+    /// Its receiver does not know its type yet. It is tried again after this time, and the reason is kept with the row.
+    Held { wait: Duration, reason: String },
     /// Nothing was learned about it, and it is delivered again.
     Back(Wait),
 }
@@ -49,6 +45,8 @@ pub(crate) enum Wait {
     /// After a random time, of which the longest doubles with every failure. At least this long, such as the time that
     /// the receiver has asked for.
     BackOff { at_least: Duration },
+    /// After this time.
+    For(Duration),
 }
 
 /// How many attempts an event has, and how it backs off.
@@ -140,6 +138,8 @@ struct Rows {
     reasons: Vec<Option<String>>,
     /// The least seconds of a back-off; `None`: no back-off.
     back_offs: Vec<Option<f64>>,
+    /// Exactly these seconds.
+    waits: Vec<Option<f64>>,
 }
 
 /// What a fate notes with a row.
@@ -177,9 +177,8 @@ impl Rows {
                 Fate::Failed { charge, wait, reason } => {
                     all.push_back(row, Marks { failed: true, charged: *charge, dead: false }, *wait, Some(reason));
                 }
-                Fate::Held(reason) => {
-                    let at_least = HELD.mul_f64(0.5 + fastrand::f64() / 2.0);
-                    all.push_back(row, Marks::default(), Wait::BackOff { at_least }, Some(reason));
+                Fate::Held { wait, reason } => {
+                    all.push_back(row, Marks::default(), Wait::For(*wait), Some(reason));
                 }
                 Fate::Back(wait) => all.push_back(row, Marks::default(), *wait, None),
             }
@@ -195,12 +194,14 @@ impl Rows {
         self.dead.push(marks.dead);
         self.first.push(wait == Wait::BeforeAllOthers);
         // Reasons come from receivers. Postgres allows no NUL in text, and a NUL must not make the settlement fail.
-        let clean = |reason: &str| reason.chars().filter(|char| *char != '\0').take(REASON_CHARS_MAX).collect();
-        self.reasons.push(reason.map(clean));
-        self.back_offs.push(match wait {
-            Wait::BackOff { at_least } => Some(at_least.min(RETRY_AFTER_MAX).as_secs_f64()),
-            Wait::None | Wait::BeforeAllOthers => None,
-        });
+        self.reasons.push(reason.map(|reason| reason.replace('\0', "")));
+        let (back_off, exactly) = match wait {
+            Wait::BackOff { at_least } => (Some(at_least.min(RETRY_AFTER_MAX)), None),
+            Wait::For(time) => (None, Some(time)),
+            Wait::None | Wait::BeforeAllOthers => (None, None),
+        };
+        self.back_offs.push(back_off.map(|time| time.as_secs_f64()));
+        self.waits.push(exactly.map(|time| time.as_secs_f64()));
     }
 }
 
@@ -214,7 +215,11 @@ impl Rows {
 /// executions on a connection would read the whole outbox.
 ///
 /// The longest back-off doubles with every failure, charged or not, up to its cap. The back-off is a random part of
-/// that, so that events that failed together are not retried together. Attempts before a requeue do not count.
+/// that, so that events that failed together are not retried together. Attempts before a requeue do not count. An event
+/// that comes back with its route, without a back-off, does not count as having failed.
+///
+/// `n` is the row's place in the arrays: of failed flags ($7), charged ($8), dead ($9), first ($10), reasons ($11),
+/// least back-offs ($12) and exact waits ($13).
 async fn settle_rows(
     connection: &mut PgConnection,
     token: LeaseToken,
@@ -237,25 +242,24 @@ async fn settle_rows(
             UPDATE outbox
             SET (lease_token, attempts, charged_at, failures, attempted_at, last_error, visible_at) = (
                 SELECT NULL::uuid,
-                    attempts + fate.charged::integer,
-                    CASE WHEN fate.charged THEN now() ELSE charged_at END,
-                    failures + fate.failed::integer,
-                    CASE WHEN fate.failed THEN now() ELSE attempted_at END,
-                    coalesce(fate.reason, last_error),
+                    attempts + ($8::boolean[])[n]::integer,
+                    CASE WHEN ($8::boolean[])[n] THEN now() ELSE charged_at END,
+                    failures + (($7::boolean[])[n] AND ($12::double precision[])[n] IS NOT NULL)::integer,
+                    CASE WHEN ($7::boolean[])[n] THEN now() ELSE attempted_at END,
+                    coalesce(($11::text[])[n], last_error),
                     CASE
-                        WHEN fate.dead OR (fate.charged AND attempts + 1 - attempts_before_requeue >= $13)
+                        WHEN ($9::boolean[])[n] OR (($8::boolean[])[n] AND attempts + 1 - attempts_before_requeue >= $14)
                             THEN 'infinity'
-                        WHEN fate.first THEN created_at
-                        WHEN fate.back_off IS NULL THEN now()
+                        WHEN ($10::boolean[])[n] THEN created_at
+                        WHEN ($12::double precision[])[n] IS NULL
+                            THEN now() + make_interval(secs => coalesce(($13::double precision[])[n], 0))
                         -- The exponent is bounded, since 2^1024 is out of range. The cap is reached long before.
                         ELSE now() + make_interval(secs => greatest(
-                            fate.back_off,
+                            ($12::double precision[])[n],
                             random() * least(
-                                $15, $14 * 2 ^ least(greatest(failures, attempts - attempts_before_requeue), 40))))
+                                $16, $15 * 2 ^ least(greatest(failures, attempts - attempts_before_requeue), 40))))
                     END
-                FROM unnest($6::uuid[], $7::boolean[], $8::boolean[], $9::boolean[], $10::boolean[], $11::text[],
-                    $12::double precision[]) AS fate (event_id, failed, charged, dead, first, reason, back_off)
-                WHERE fate.event_id = outbox.event_id)
+                FROM (SELECT array_position($6, event_id)) AS place (n))
             WHERE lease_token = $1 AND ctid = ANY (ARRAY (
                 SELECT (
                     SELECT leased.ctid
@@ -281,6 +285,7 @@ async fn settle_rows(
         &rows.first,
         &rows.reasons as &[Option<String>],
         &rows.back_offs as &[Option<f64>],
+        &rows.waits as &[Option<f64>],
         policy.attempts_max,
         policy.back_off_seconds,
         policy.back_off_seconds_max,
@@ -426,6 +431,7 @@ mod tests {
             created_at: OffsetDateTime::UNIX_EPOCH,
             failures: 0,
             attempted_seconds: None,
+            age_seconds: 0.0,
             quiet: false,
             traceparent: None,
             tracestate: None,

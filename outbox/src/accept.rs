@@ -33,7 +33,8 @@ struct Arrived {
 ///
 /// The age of an event is measured by this database's clock, as for pruning. So the record of an event that is not
 /// stale cannot be pruned yet (see `prune`). If the retention is made longer, events that were pruned before stay
-/// stale.
+/// stale. An `until` in the future was left by a clock that ran ahead. Every event would be stale until then, so it does
+/// not count; `prune` corrects it, and says why that is right.
 pub(crate) async fn accept(
     tx: &mut Transaction<'_, Postgres>,
     events: &[(EventId, OffsetDateTime)],
@@ -46,7 +47,7 @@ pub(crate) async fn accept(
         WITH arrived AS (
             SELECT id, max(time) > greatest(
                 now() - make_interval(secs => $3),
-                (SELECT until + make_interval(secs => $4) FROM inbox_pruned)) AS young
+                (SELECT until + make_interval(secs => $4) FROM inbox_pruned WHERE until <= now())) AS young
             FROM unnest($1::uuid[], $2::timestamptz[]) AS event (id, time)
             GROUP BY id
         ), recorded AS (

@@ -41,6 +41,8 @@ pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration
 /// Prunes a batch of ids that are older than the retention by the database's clock, oldest first. Returns how many.
 ///
 /// One process prunes at a time. Two would delete the same rows, and wait for each other.
+///
+/// Before that it corrects a time of `inbox_pruned` that a wrong clock has left.
 pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) -> Result<i64, sqlx::Error> {
     let mut tx = connection.begin().await?;
     let alone = sqlx::query_scalar!(
@@ -54,6 +56,7 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
         tx.rollback().await?;
         return Ok(0);
     }
+    correct(&mut tx, retention).await?;
     let pruned = sqlx::query_scalar!(
         r#"-- inbox: prune
         WITH forgotten AS (
@@ -75,4 +78,34 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
     .await?;
     tx.commit().await?;
     Ok(pruned)
+}
+
+/// Sets `until` back if it lies in the future. Such a time is the `processed_at` of an id that was recorded and pruned
+/// while the clock ran ahead, before it was set right. [`accept`](crate::accept::accept) ignores it from the first
+/// moment; here it is replaced, so that it does not count once its time has come.
+///
+/// A clock that is ahead by a constant time prunes ids at their true age, and only its times are wrong. So no event that
+/// is younger than the retention was forgotten, and the right time is that of pruning by a right clock until now.
+/// Ids from before the clock went ahead are all pruned at once, but they carry right times. `until` is then such a time,
+/// and not in the future. It stays, and what the inbox may have forgotten is rejected as stale.
+///
+/// One case remains: a clock that jumps ahead again and again, each time by more than the retention, prunes young ids
+/// that were recorded between two jumps. They could be applied twice if a relay still has their events. Without knowing
+/// the true times, the inbox would have to reject every event that was enqueued before the correction, and none of them
+/// could be requeued. That loses many events for certain, so it is not done; the warning says what to check.
+async fn correct(tx: &mut PgConnection, retention: Duration) -> Result<(), sqlx::Error> {
+    let corrected = sqlx::query!(
+        "-- inbox: correct pruned
+        UPDATE inbox_pruned SET until = now() - make_interval(secs => $1) WHERE until > now()",
+        (retention + CLOCK_MARGIN).as_secs_f64(),
+    )
+    .execute(tx)
+    .await?;
+    if corrected.rows_affected() > 0 {
+        warn!(
+            "the database's clock was ahead and has been set back: the inbox may have forgotten events that were applied \
+             meanwhile, and accepts events again that it rejected as STALE because of it"
+        );
+    }
+    Ok(())
 }

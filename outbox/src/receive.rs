@@ -60,7 +60,7 @@ pub trait Handler: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
     /// The full names of the event types that [`Handler::read`] knows, as `M::full_name()` gives them. Relays ask for
-    /// them. None says nothing about it.
+    /// them. An empty list says nothing.
     fn types(&self) -> Vec<String> {
         Vec::new()
     }
@@ -319,8 +319,8 @@ fn refuse<E>(
             found = true;
         }
     }
-    // Without this the batch would be tried again here for ever. The error must not look like an outage, since relays
-    // retry without limit after one. After INTERNAL they retry too, but each failure spends an attempt.
+    // Without this the batch would be tried again here for ever. The error is no outage: after INTERNAL a relay looks for
+    // the event at fault at once, and its route stays open.
     let none = || sqlx::Error::InvalidArgument("the handler refused no event that it was given".into());
     found.then_some(()).ok_or_else(none)
 }

@@ -78,6 +78,33 @@ async fn an_event_pruned_under_a_shorter_retention_is_stale_under_a_longer_one()
     inventory.stop().await;
 }
 
+/// As a clock leaves it that ran a year ahead for long, and was set right.
+#[tokio::test]
+async fn a_time_in_the_future_until_which_ids_were_pruned_rejects_nothing_and_is_corrected() {
+    let inventory = Inventory::serve(&DAY).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    // Another process's pruner, so that this one corrects nothing yet.
+    let mut other = inventory.pool.begin().await.unwrap();
+    sqlx::query("SELECT pg_advisory_xact_lock(122550254464888)").execute(&mut *other).await.unwrap();
+    sqlx::query("INSERT INTO inbox_pruned (until) VALUES (now() + interval '1 year')")
+        .execute(&inventory.pool)
+        .await
+        .unwrap();
+    let (first, second, third) =
+        (order(&[("MUG", 1)]), hours_ago(&order(&[("MUG", 1)]), 23), hours_ago(&order(&[("MUG", 1)]), 23));
+    let old = hours_ago(&order(&[("MUG", 1)]), 25);
+    let outcomes = inventory.client.deliver([&first, &second, &old]).await.unwrap();
+    assert_eq!(outcomes, ["APPLIED", "APPLIED", "REJECTED STALE"]);
+
+    other.rollback().await.unwrap();
+    let corrected = "SELECT count(*) FROM inbox_pruned WHERE until < now() - interval '24.9 hours'";
+    eventually("the time is corrected", async || inventory.count(corrected).await == 1).await;
+    let outcomes = inventory.client.deliver([&first, &third, &old]).await.unwrap();
+    assert_eq!(outcomes, ["DUPLICATE", "APPLIED", "REJECTED STALE"]);
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 7);
+    inventory.stop().await;
+}
+
 #[tokio::test]
 async fn one_pruner_works_at_a_time() {
     let inventory = Inventory::serve(&DAY).await;

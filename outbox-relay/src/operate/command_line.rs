@@ -16,9 +16,9 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, MaxAge, NAME_CHARS, OperateError, Page, REASON_CHARS, SAMPLE, Selection, check_text, decode::answer,
-    discard, list_dead, list_dead::count_dead, pause, print, read_status, read_totals, refuse::describe, requeue,
-    resume, show_dead,
+    Descriptors, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_text, decode::answer,
+    discard, list_dead, list_dead::count_dead, pause, print, progress::Progress, read_status, read_totals,
+    refuse::describe, requeue, requeue::Requeued, requeue_piece, resume, show_dead,
 };
 
 /// How long connecting may take.
@@ -46,8 +46,8 @@ pub enum Command {
   backing off  failed; will be retried
   dead         not retried until you requeue it
 
-FAILING shows why events failed that are not dead. A failure is charged to an event as an attempt only if its receiver
-took another event since the event's last failure. So an outage charges nothing.
+FAILING shows the reasons of events that failed and are not dead. A failure is charged to an event as an attempt only if
+its receiver took another event since the event's last failure. So an outage charges next to nothing.
 
 Examples:
   outbox-relay status
@@ -94,8 +94,8 @@ pub struct StatusArguments {
 pub enum DeadCommand {
     /// List dead events, newest first
     ///
-    /// Ordered by the time they were enqueued. ATTEMPTS counts the failures that were charged, FAILURES all in which the
-    /// event was alone. HOLDS BACK counts the later events of the same aggregate, which wait.
+    /// Ordered by the time they were enqueued. ATTEMPTS counts the failures that were charged, FAILURES all after
+    /// which the event backed off. HOLDS BACK counts the later events of the same aggregate, which wait.
     #[command(after_long_help = "Examples:
   outbox-relay dead list
   outbox-relay dead list --failing
@@ -116,6 +116,9 @@ pub enum DeadCommand {
     /// The events keep their ids, so a receiver that has already applied one drops it. They also keep their past
     /// attempts and reasons, but have all attempts again. If one of the named events cannot be requeued, none is.
     /// Events older than --max-age-hours stay dead: their receivers may not remember whether they applied them.
+    ///
+    /// --all requeues the oldest first, in pieces of some thousand events. Ctrl-C stops it between two pieces, with exit
+    /// code 130. Repeat the command to go on with the events that are still dead.
     #[command(after_long_help = "Examples:
   outbox-relay dead requeue 0192f0c1-2345-7abc-8def-0123456789ab
   outbox-relay dead requeue --all --type orders.v1.OrderCreated
@@ -244,6 +247,20 @@ pub enum CommandError {
          it"
     )]
     NoAnswer,
+    /// A signal came between two pieces of a requeue of all.
+    #[error("interrupted: {} requeued; repeat the command to requeue the rest", were(*.requeued))]
+    Interrupted {
+        /// Events that were requeued.
+        requeued: i64,
+    },
+    /// A requeue of all failed after some of its pieces.
+    #[error("{} requeued, then: {cause}; repeat the command to requeue the rest", were(*.requeued))]
+    Unfinished {
+        /// Events that were requeued.
+        requeued: i64,
+        /// Why the next piece failed.
+        cause: Box<CommandError>,
+    },
     /// The terminal, or a pipe in its place, failed.
     #[error("cannot use the terminal: {0}")]
     Terminal(#[from] io::Error),
@@ -279,7 +296,7 @@ fn explain(cause: &sqlx::Error) -> String {
         // Not allowed.
         Some("42501") => format!("this role lacks a right: connect as outbox_relay ({cause})"),
         // Cancelled by the limit.
-        Some("57014") => format!("a statement took longer than {STATEMENT_LIMIT}; nothing was changed ({cause})"),
+        Some("57014") => format!("a statement took longer than {STATEMENT_LIMIT}, and was undone ({cause})"),
         _ => format!("the database failed: {cause}"),
     }
 }
@@ -312,10 +329,10 @@ impl Outbox {
         CommandError: From<E>,
     {
         let mut connection = self.connect().await?;
-        let answer = timeout(ANSWER_LIMIT, work(&mut connection)).await;
+        let answer = in_time(work(&mut connection)).await;
         // Not needed, but it avoids a warning in the server's log.
         drop(timeout(CONNECT_LIMIT, connection.close()).await);
-        Ok(answer.map_err(|_| CommandError::NoAnswer)??)
+        answer
     }
 
     async fn connect(&self) -> Result<PgConnection, CommandError> {
@@ -328,6 +345,14 @@ impl Outbox {
             Err(_) => Err(failed(format!("no answer within {CONNECT_LIMIT:?}"))),
         }
     }
+}
+
+/// Does one piece of work on a connection.
+async fn in_time<T, E>(work: impl Future<Output = Result<T, E>>) -> Result<T, CommandError>
+where
+    CommandError: From<E>,
+{
+    Ok(timeout(ANSWER_LIMIT, work).await.map_err(|_| CommandError::NoAnswer)??)
 }
 
 async fn show_status(arguments: StatusArguments) -> Result<(), CommandError> {
@@ -402,31 +427,67 @@ async fn show(arguments: ShowArguments) -> Result<(), CommandError> {
 
 async fn requeue_dead(arguments: RequeueArguments) -> Result<(), CommandError> {
     let RequeueArguments { outbox, event_ids, all, event_type, yes, max_age } = arguments;
-    let selection = if all { Selection::All { event_type } } else { Selection::Named(parse_ids(&event_ids)?) };
-    if let Selection::All { event_type } = &selection {
-        confirm(&outbox, event_type.as_deref(), yes).await?;
-    }
-    let done = outbox.ask(async |connection| requeue(connection, &selection, max_age).await).await?;
-    say(&format!("requeued {}, and freed {} that waited for them\n", events(done.requeued), done.freed))?;
-    if done.too_old > 0 {
+    let (done, too_old) = if all {
+        let dead = confirm(&outbox, event_type.as_deref(), yes).await?;
+        requeue_all(&outbox, event_type, max_age, dead).await?
+    } else {
+        let event_ids = parse_ids(&event_ids)?;
+        let done = outbox.ask(async |connection| requeue(connection, &event_ids, max_age).await).await?;
+        (Requeued { events: done.requeued, freed: done.freed }, 0)
+    };
+    say(&format!("requeued {}, and freed {} that waited for them\n", events(done.events), done.freed))?;
+    if too_old > 0 {
         let hours = max_age.max_age_hours;
         say(&format!(
             "{} older than {hours} hours (--max-age-hours) stay dead: receivers may not remember whether they applied them\n",
-            events(done.too_old)
+            events(too_old)
         ))?;
     }
     Ok(())
 }
 
-/// Asks the operator to confirm the number of events, unless `yes` is set.
-async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result<(), CommandError> {
+/// Walks over the dead events, of which there were `dead` when it was asked for. Returns what it has requeued, and how
+/// many events stay dead because they are too old.
+async fn requeue_all(
+    outbox: &Outbox,
+    event_type: Option<String>,
+    max_age: MaxAge,
+    dead: i64,
+) -> Result<(Requeued, i64), CommandError> {
+    let shutdown = chassis::shutdown_signal()?;
+    let mut connection = outbox.connect().await?;
+    let mut progress = Progress::of(dead);
+    let (mut done, mut too_old) = (Requeued::default(), 0);
+    let mut rest = in_time(Walk::begin(&mut connection, event_type)).await?;
+    while let Some(walk) = rest {
+        if shutdown.is_cancelled() {
+            return Err(CommandError::Interrupted { requeued: done.events });
+        }
+        let piece = in_time(requeue_piece(&mut connection, walk, PIECE, max_age)).await;
+        let piece = piece.map_err(|cause| unfinished(cause, done.events))?;
+        done.events += piece.requeued.events;
+        done.freed += piece.requeued.freed;
+        too_old += piece.too_old;
+        rest = piece.rest;
+        progress.show(done.events);
+    }
+    drop(timeout(CONNECT_LIMIT, connection.close()).await);
+    Ok((done, too_old))
+}
+
+fn unfinished(cause: CommandError, requeued: i64) -> CommandError {
+    if requeued == 0 { cause } else { CommandError::Unfinished { requeued, cause: Box::new(cause) } }
+}
+
+/// Asks the operator to confirm the number of events, unless `yes` is set. Returns the number.
+async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result<i64, CommandError> {
     let dead = outbox.ask(async |connection| count_dead(connection, event_type).await).await?;
     let of_type = event_type.map(|event_type| format!(" of type {event_type}")).unwrap_or_default();
     if dead == 0 {
         return Err(CommandError::Refused(format!("there are no dead events{of_type}")));
     }
     if yes {
-        return Ok(());
+        return Ok(dead);
     }
     let what = format!("requeue {}{of_type}", events(dead));
     if !io::stdin().is_terminal() {
@@ -436,7 +497,7 @@ async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result
     let mut line = String::new();
     io::stdin().read_line(&mut line)?;
     match line.trim() {
-        "y" | "Y" | "yes" => Ok(()),
+        "y" | "Y" | "yes" => Ok(dead),
         _ => Err(CommandError::Refused("nothing was requeued".into())),
     }
 }
@@ -457,6 +518,10 @@ async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {
 async fn resume_outbox(outbox: Outbox) -> Result<(), CommandError> {
     let ended = outbox.ask(resume).await?;
     say(&format!("resumed; it was paused {}\n", describe(&ended)))
+}
+
+fn were(number: i64) -> String {
+    format!("{} {}", events(number), if number == 1 { "was" } else { "were" })
 }
 
 fn events(number: i64) -> String {

@@ -20,76 +20,79 @@ pub struct MaxAge {
     pub max_age_hours: u32,
 }
 
-/// The dead events to requeue.
-#[derive(Clone, Debug)]
-pub(crate) enum Selection {
-    /// All of these events, or none.
-    Named(Vec<EventId>),
-    /// All events that are not too old, of one type if it is set.
-    All { event_type: Option<String> },
-}
-
 /// A dead event, locked by this transaction.
 struct Dead {
+    row: String,
     event_id: EventId,
     age_hours: f64,
     too_old: bool,
 }
 
-/// Makes the events visible at once, and frees their successors. They keep their ids, attempts and reasons. Attempts
-/// before a requeue do not count towards death, so each event has all its attempts again.
+/// What a requeue has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Requeued {
+    /// Events that are visible now.
+    pub(crate) events: i64,
+    /// Later events of their aggregates that are visible now.
+    pub(crate) freed: i64,
+}
+
+/// Makes the named events visible at once, and frees their successors. They keep their ids, attempts and reasons.
+/// Attempts before a requeue do not count towards death, so each event has all its attempts again.
 ///
 /// # Errors
-/// [`OperateError::NotApplicable`] if a named event cannot be requeued; then none was. And those of the database.
+/// [`OperateError::NotApplicable`] if an event cannot be requeued; then none was. And those of the database.
 pub(crate) async fn requeue(
     connection: &mut PgConnection,
-    selection: &Selection,
+    event_ids: &[EventId],
     max_age: MaxAge,
 ) -> Result<RequeueDeadEventsResponse, OperateError> {
     let mut tx = begin_durable(connection).await?;
     let (old, young): (Vec<_>, Vec<_>) =
-        lock_dead(&mut tx, selection, max_age).await?.into_iter().partition(|dead| dead.too_old);
-    let young: Vec<_> = young.into_iter().map(|dead| dead.event_id).collect();
-    if let Selection::Named(event_ids) = selection {
-        refuse_unless_all(&mut tx, event_ids, &young, &old, max_age).await?;
-    }
-    let requeued = make_visible(&mut tx, &young).await?;
-    let freed = free_successors(&mut tx, &requeued).await?;
+        lock_dead(&mut tx, event_ids, max_age).await?.into_iter().partition(|dead| dead.too_old);
+    let (rows, young): (Vec<_>, Vec<_>) = young.into_iter().map(|dead| (dead.row, dead.event_id)).unzip();
+    refuse_unless_all(&mut tx, event_ids, &young, &old, max_age).await?;
+    let (positions, Requeued { events, freed }) = commit_requeue(tx, &rows).await?;
+    tell_of_requeue(connection, &positions).await;
+    Ok(RequeueDeadEventsResponse { requeued: events, freed, ..RequeueDeadEventsResponse::default() })
+}
+
+/// Requeues dead rows that the transaction has locked, and commits it. The rows are given by their `ctid`.
+pub(super) async fn commit_requeue(
+    mut tx: Transaction<'_, Postgres>,
+    rows: &[String],
+) -> Result<(Vec<Position>, Requeued), sqlx::Error> {
+    let positions = make_visible(&mut tx, rows).await?;
+    let freed = free_successors(&mut tx, &positions).await?;
     tx.commit().await?;
-    free_late_successors(connection, &requeued).await;
+    let events = count(positions.len() as u64);
+    Ok((positions, Requeued { events, freed: count(freed) }))
+}
+
+/// Call this after the commit.
+pub(super) async fn tell_of_requeue(connection: &mut PgConnection, positions: &[Position]) {
+    free_late_successors(connection, positions).await;
     wake_relays(connection).await;
-    Ok(RequeueDeadEventsResponse {
-        requeued: count(requeued.len() as u64),
-        freed: count(freed),
-        too_old: count(old.len() as u64),
-    })
 }
 
 /// Locks the events in the order of their ids. So two operators who requeue the same events do not deadlock. The second
 /// waits for the first, and then finds that the events are no longer dead.
 async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
-    selection: &Selection,
+    event_ids: &[EventId],
     max_age: MaxAge,
 ) -> Result<Vec<Dead>, sqlx::Error> {
-    let (event_ids, event_type) = match selection {
-        Selection::Named(event_ids) => (Some(event_ids.as_slice()), None),
-        Selection::All { event_type } => (None, event_type.as_deref()),
-    };
     sqlx::query_as!(
         Dead,
         r#"-- operate: lock dead
-        SELECT event_id,
+        SELECT ctid::text AS "row!", event_id,
             (extract(epoch FROM now() - created_at) / 3600)::double precision AS "age_hours!",
-            created_at < now() - make_interval(hours => $3) AS "too_old!"
+            created_at < now() - make_interval(hours => $2) AS "too_old!"
         FROM outbox
-        WHERE visible_at = 'infinity'
-          AND ($1::uuid[] IS NULL OR event_id = ANY ($1))
-          AND ($2::text IS NULL OR event_type = $2)
+        WHERE visible_at = 'infinity' AND event_id = ANY ($1)
         ORDER BY event_id
         FOR UPDATE"#,
-        event_ids as Option<&[EventId]>,
-        event_type,
+        event_ids as &[EventId],
         max_age.max_age_hours.cast_signed(),
     )
     .fetch_all(&mut **tx)
@@ -116,15 +119,16 @@ async fn refuse_unless_all(
     if refused.is_empty() { Ok(()) } else { Err(OperateError::NotApplicable(refused)) }
 }
 
-async fn make_visible(tx: &mut Transaction<'_, Postgres>, event_ids: &[EventId]) -> Result<Vec<Position>, sqlx::Error> {
+/// By `ctid`. The rows are locked, so they cannot move. And no statistics can make the plan read all dead rows.
+async fn make_visible(tx: &mut Transaction<'_, Postgres>, rows: &[String]) -> Result<Vec<Position>, sqlx::Error> {
     sqlx::query_as!(
         Position,
         "-- operate: requeue
         UPDATE outbox
         SET visible_at = now(), attempts_before_requeue = attempts, failures = 0, attempted_at = NULL
-        WHERE visible_at = 'infinity' AND event_id = ANY ($1)
+        WHERE ctid = ANY ($1::text[]::tid[])
         RETURNING aggregate_id, sequence",
-        event_ids as &[EventId],
+        rows,
     )
     .fetch_all(&mut **tx)
     .await

@@ -106,15 +106,16 @@ async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) 
     Ok(())
 }
 
-/// An event that fails may be visible, leased or backing off at the moment.
+/// An event that fails may be visible, leased or backing off at the moment. Reasons that begin with the same code count
+/// as one, since many name ids.
 async fn count_failures(connection: &mut PgConnection) -> Result<Vec<FailureCount>, sqlx::Error> {
     let rows = sqlx::query!(
         r#"-- operate: count failures
-        SELECT event_type, coalesce(last_error, '') AS "reason!", count(*) AS "events!", sum(failures) AS "failures!"
+        SELECT event_type, coalesce(min(last_error), '') AS "reason!", count(*) AS "events!", sum(failures) AS "failures!"
         FROM outbox
         WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
-        GROUP BY event_type, last_error
-        ORDER BY count(*) DESC, event_type, last_error
+        GROUP BY event_type, split_part(last_error, ':', 1)
+        ORDER BY count(*) DESC, event_type, min(last_error)
         LIMIT 10"#
     )
     .fetch_all(connection)

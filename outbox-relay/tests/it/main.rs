@@ -37,5 +37,6 @@ mod settle;
 mod start;
 mod status;
 mod stop;
+mod unhide;
 mod wake;
 mod witness;

@@ -84,9 +84,35 @@ pub(crate) async fn mark_dead(outbox: &Outbox, event_id: Uuid, reason: &str) {
 /// A dead event without successors.
 pub(crate) async fn insert_dead(outbox: &Outbox) -> Uuid {
     // Hidden from the start. A running relay would deliver it otherwise.
-    let event_id = outbox.insert_hidden(None, Duration::from_secs(3600)).await;
+    let event_id = outbox.insert_hidden(None, Duration::from_secs(600)).await;
     mark_dead(outbox, event_id, "UNDECODABLE: no such type").await;
     event_id
+}
+
+/// Dead events of different aggregates.
+pub(crate) async fn insert_many_dead(outbox: &Outbox, events: i64) {
+    sqlx::query(
+        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, attempts, last_error, visible_at)
+        SELECT gen_random_uuid(), 1, lpad(to_hex(n), 32, '0')::uuid, 'test.v1.Happened', '', 10, 'BUSY: later', 'infinity'
+        FROM generate_series(1, $1) AS n",
+    )
+    .bind(events)
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+}
+
+/// Marks all visible events dead.
+pub(crate) async fn kill_requeued(outbox: &Outbox) {
+    sqlx::query("UPDATE outbox SET visible_at = 'infinity', last_error = 'BUSY: later' WHERE visible_at <= now()")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+}
+
+pub(crate) async fn count_dead(outbox: &Outbox) -> i64 {
+    let dead = "SELECT count(*) FROM outbox WHERE visible_at = 'infinity'";
+    sqlx::query_scalar::<_, i64>(dead).fetch_one(&outbox.pool).await.unwrap()
 }
 
 /// A dead event and two successors: one visible, one parked for five minutes.

@@ -10,15 +10,15 @@ use crate::{
     wait::until,
 };
 
-/// Hides an event: dead, leased, or until a minute or an hour from now.
+/// Hides an event: dead, leased, or until a minute or ten from now.
 async fn hide(outbox: &Outbox, event_id: Uuid, when: &str) {
     let hide = match when {
         "infinity" => "UPDATE outbox SET visible_at = 'infinity', last_error = 'dead' WHERE event_id = $1",
         "leased" => {
-            "UPDATE outbox SET visible_at = now() + interval '1 hour', lease_token = gen_random_uuid() WHERE event_id = $1"
+            "UPDATE outbox SET visible_at = now() + interval '10 minutes', lease_token = gen_random_uuid() WHERE event_id = $1"
         }
         "minute" => "UPDATE outbox SET visible_at = now() + interval '1 minute' WHERE event_id = $1",
-        "hour" => "UPDATE outbox SET visible_at = now() + interval '1 hour' WHERE event_id = $1",
+        "minutes" => "UPDATE outbox SET visible_at = now() + interval '10 minutes' WHERE event_id = $1",
         other => panic!("{other}"),
     };
     sqlx::query(hide).bind(event_id).execute(&outbox.pool).await.unwrap();
@@ -46,7 +46,7 @@ fn chain(length: i32) -> Vec<NewEvent> {
 #[tokio::test]
 async fn successors_of_dead_events_and_of_events_that_back_off_are_parked_but_not_those_of_leased_ones() {
     let outbox = Outbox::create().await;
-    let chains: Vec<_> = ["minute", "hour", "infinity", "leased"].into_iter().map(|when| (when, chain(3))).collect();
+    let chains: Vec<_> = ["minute", "minutes", "infinity", "leased"].into_iter().map(|when| (when, chain(3))).collect();
     for (when, events) in &chains {
         outbox.insert(events).await;
         hide(&outbox, events[0].event_id, when).await;

@@ -16,7 +16,10 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    operator::{Operator, count_discarded, insert_dead, insert_dead_with_successors, make_older},
+    operator::{
+        Operator, count_discarded, insert_dead, insert_dead_with_successors, insert_many_dead, kill_requeued,
+        make_older,
+    },
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -134,7 +137,7 @@ async fn requeued_events_and_their_successors_are_delivered_at_once() {
     let line = insert_dead_with_successors(&outbox).await;
     let admin = Admin::start(outbox).await;
     let event_ids = vec![line[0].event_id.to_string(); 2];
-    let request = RequeueDeadEventsRequest { event_ids, all: false, r#type: String::new() };
+    let request = RequeueDeadEventsRequest { event_ids, ..RequeueDeadEventsRequest::default() };
     let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
     assert_eq!((done.requeued, done.freed, done.too_old), (1, 2, 0));
     admin.outbox.wait_until_empty().await;
@@ -143,9 +146,10 @@ async fn requeued_events_and_their_successors_are_delivered_at_once() {
     let old = insert_dead(&admin.outbox).await;
     make_older(&admin.outbox, old, 200).await;
     insert_dead(&admin.outbox).await;
-    let all = RequeueDeadEventsRequest { event_ids: vec![], all: true, r#type: "test.v1.Happened".into() };
+    let all = RequeueDeadEventsRequest { all: true, r#type: "test.v1.Happened".into(), ..Default::default() };
     let done = admin.client().requeue_dead_events(all).await.unwrap().into_inner();
     assert_eq!((done.requeued, done.freed, done.too_old), (1, 0, 1));
+    assert_eq!((done.remaining, done.next_token.as_str()), (0, ""));
     until("only the old one is left", async || admin.outbox.count().await == 1).await;
     admin.stop().await;
 }
@@ -155,7 +159,7 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
     let outbox = Outbox::create().await;
     let (dead, old) = (insert_dead(&outbox).await, insert_dead(&outbox).await);
     make_older(&outbox, old, 200).await;
-    let backing_off = outbox.insert_hidden(None, std::time::Duration::from_secs(3600)).await;
+    let backing_off = outbox.insert_hidden(None, std::time::Duration::from_secs(600)).await;
     sqlx::query("UPDATE outbox SET attempts = 1 WHERE event_id = $1")
         .bind(backing_off)
         .execute(&outbox.pool)
@@ -164,7 +168,7 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
     let admin = Admin::start(outbox).await;
     let requeue = async |other: Uuid| {
         let event_ids = vec![dead.to_string(), other.to_string()];
-        let request = RequeueDeadEventsRequest { event_ids, all: false, r#type: String::new() };
+        let request = RequeueDeadEventsRequest { event_ids, ..RequeueDeadEventsRequest::default() };
         admin.client().requeue_dead_events(request).await
     };
     let message = assert_refused(requeue(Uuid::now_v7()).await, Code::NotFound, "EVENT_NOT_FOUND", &[]);
@@ -173,17 +177,58 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
     assert!(message.contains("it is backing off"), "{message}");
     assert_refused(requeue(old).await, Code::FailedPrecondition, "EVENT_TOO_OLD", &[]);
 
-    let request = RequeueDeadEventsRequest { event_ids: vec!["1".into()], all: true, r#type: "\n".into() };
+    let request =
+        RequeueDeadEventsRequest { event_ids: vec!["1".into()], all: true, r#type: "\n".into(), token: "x".into() };
     let refused = admin.client().requeue_dead_events(request).await;
-    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids", "type", "event_ids[0]"]);
+    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids", "type", "event_ids[0]", "token"]);
+    let request =
+        RequeueDeadEventsRequest { event_ids: vec![dead.to_string()], token: "x".into(), ..Default::default() };
+    let refused = admin.client().requeue_dead_events(request).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["token"]);
     let refused = admin.client().requeue_dead_events(RequeueDeadEventsRequest::default()).await;
     assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids"]);
     let unknown = (0..1000).map(|_| Uuid::now_v7().to_string()).collect();
-    let request = RequeueDeadEventsRequest { event_ids: unknown, all: false, r#type: String::new() };
+    let request = RequeueDeadEventsRequest { event_ids: unknown, ..RequeueDeadEventsRequest::default() };
     let message =
         assert_refused(admin.client().requeue_dead_events(request).await, Code::NotFound, "EVENT_NOT_FOUND", &[]);
     assert!(message.ends_with('…'), "{message}");
     assert!(admin.outbox.row(dead).await.unwrap().dead, "none was requeued");
+    admin.stop().await;
+}
+
+/// More than one call requeues. The outbox is paused, so that no event is delivered meanwhile.
+#[tokio::test]
+async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_one_ended() {
+    let outbox = Outbox::create().await;
+    let dead = 50_001;
+    insert_many_dead(&outbox, dead).await;
+    let admin = Admin::start(outbox).await;
+    admin.client().pause(PauseRequest { paused_by: "ann".into(), reason: "a test".into() }).await.unwrap();
+    let (mut requeued, mut calls, mut token) = (0, 0, String::new());
+    loop {
+        let request = RequeueDeadEventsRequest { all: true, token, ..Default::default() };
+        let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
+        assert!(done.requeued > 0 && done.requeued <= 50_000, "{done:?}");
+        requeued += done.requeued;
+        calls += 1;
+        assert_eq!(requeued + done.remaining, dead);
+        token = done.next_token;
+        if token.is_empty() {
+            break;
+        }
+        let of_another_type =
+            RequeueDeadEventsRequest { all: true, token: token.clone(), r#type: "a.B".into(), ..Default::default() };
+        let refused = admin.client().requeue_dead_events(of_another_type).await;
+        assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["token"]);
+        // The events die again behind the walk, and are not requeued again.
+        kill_requeued(&admin.outbox).await;
+    }
+    assert!(calls >= 2 && requeued == dead, "{requeued} in {calls} calls");
+
+    // Without the token a call starts from the beginning, with the events that have died again.
+    let request = RequeueDeadEventsRequest { all: true, ..Default::default() };
+    let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
+    assert!(done.requeued > 0, "{done:?}");
     admin.stop().await;
 }
 

@@ -1,17 +1,21 @@
 //! Requeueing dead events.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, process::Stdio, time::Duration};
 
+use rustix::process::{Pid, Signal, kill_process};
 use testkit::processes::free_port;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
-    operator::{Listening, Operator, attempts_before_requeue, insert_dead, insert_dead_with_successors, make_older},
+    operator::{
+        Listening, Operator, attempts_before_requeue, count_dead, insert_dead, insert_dead_with_successors,
+        insert_many_dead, make_older, text,
+    },
     outbox::{NewEvent, Outbox, Row},
     receiver::{Log, Receiver, Reply},
     relay::Relay,
-    wait::until,
+    wait::{AMPLE, until},
 };
 
 #[tokio::test]
@@ -157,7 +161,7 @@ async fn a_requeue_of_all_skips_events_that_are_too_old_and_needs_confirmation()
     assert!(line.contains("there are no dead events"), "{line}");
     let (young, old, leased) = (insert_dead(&outbox).await, insert_dead(&outbox).await, Uuid::new_v4());
     make_older(&outbox, old, 200).await;
-    outbox.insert_hidden(Some(leased), Duration::from_secs(3600)).await;
+    outbox.insert_hidden(Some(leased), Duration::from_secs(600)).await;
     let before = outbox.rows().await;
 
     let line = operator.is_refused(&["dead", "requeue", "--all"]).await;
@@ -167,6 +171,62 @@ async fn a_requeue_of_all_skips_events_that_are_too_old_and_needs_confirmation()
     assert!(said.contains("requeued 1 event,") && said.contains("1 event older than 144 hours"), "{said}");
     assert!(outbox.row(young).await.unwrap().visible && outbox.row(old).await.unwrap().dead);
     assert!(outbox.rows().await.iter().any(|row| row.lease_token == Some(leased)));
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_a_requeue_of_all_between_two_pieces_and_the_next_one_goes_on() {
+    let outbox = Outbox::create().await;
+    insert_many_dead(&outbox, 12_000).await;
+    // In the second of three pieces.
+    let mut other = outbox.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM outbox WHERE event_id = '00000000-0000-0000-0000-000000001b58' FOR UPDATE")
+        .execute(&mut *other)
+        .await
+        .unwrap();
+    let operator = Operator::of(&outbox);
+    let mut command = operator.command(&["dead", "requeue", "--all", "--yes"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+        AND usename = 'outbox_relay' AND wait_event_type = 'Lock' AND query_start < now() - interval '1 s'";
+    let waiting = async || sqlx::query_scalar::<_, i64>(waits).fetch_one(&outbox.pool).await.unwrap() == 1;
+    until("the second piece has waited for a second", waiting).await;
+    assert_eq!(count_dead(&outbox).await, 7000, "the first piece is committed");
+    let pid = Pid::from_raw(child.id().unwrap().cast_signed()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+    other.rollback().await.unwrap();
+
+    let output = timeout(AMPLE, child.wait_with_output()).await.expect("the command ends").unwrap();
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(130), &b""[..]), "{said}");
+    let lines: Vec<_> = said.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "requeued 10,000 of 12,000",
+            "error: interrupted: 10000 events were requeued; repeat the command to requeue the rest"
+        ]
+    );
+    assert_eq!(count_dead(&outbox).await, 2000);
+    let said = operator.does(&["dead", "requeue", "--all", "--yes"]).await;
+    assert!(said.contains("requeued 2000 events"), "{said}");
+    assert_eq!(count_dead(&outbox).await, 0);
+}
+
+#[tokio::test]
+async fn a_requeue_of_all_that_fails_says_how_many_events_were_requeued_before() {
+    let outbox = Outbox::create().await;
+    insert_many_dead(&outbox, 6000).await;
+    sqlx::raw_sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'as the test wants it'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON outbox FOR EACH ROW
+            WHEN (NEW.event_id = '00000000-0000-0000-0000-000000001770') EXECUTE FUNCTION refuse()",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+    let line = Operator::of(&outbox).is_refused(&["dead", "requeue", "--all", "--yes"]).await;
+    assert!(line.contains("5000 events were requeued, then:") && line.contains("as the test wants it"), "{line}");
+    assert_eq!(count_dead(&outbox).await, 1000);
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ async fn take_over_during_a_delivery(answer: fn(&[Event]) -> Reply) {
     receiver.wait_for_deliveries(1).await;
 
     let other = Uuid::new_v4();
-    sqlx::query("UPDATE outbox SET lease_token = $1, visible_at = now() + interval '1 hour'")
+    sqlx::query("UPDATE outbox SET lease_token = $1, visible_at = now() + interval '15 minutes'")
         .bind(other)
         .execute(&outbox.pool)
         .await
@@ -72,7 +72,7 @@ async fn a_probe_that_has_lost_its_lease_renews_nothing_and_delivers_no_more_of_
     let relay = Relay::start(&outbox, receiver.address, &["--workers", "1", "--lease-seconds", "8"]).await;
     // Once while the route was open, and once in the probe that follows. From then on it delivers one by one.
     receiver.wait_for_deliveries(2).await;
-    sqlx::query("UPDATE outbox SET lease_token = gen_random_uuid(), visible_at = now() + interval '1 hour'")
+    sqlx::query("UPDATE outbox SET lease_token = gen_random_uuid(), visible_at = now() + interval '15 minutes'")
         .execute(&outbox.pool)
         .await
         .unwrap();
@@ -83,7 +83,7 @@ async fn a_probe_that_has_lost_its_lease_renews_nothing_and_delivers_no_more_of_
     relay.stop().await;
 
     assert_eq!(outbox.rows().await, leased, "the holder of the lost lease has changed something");
-    let renewed = "SELECT count(*) FROM outbox WHERE visible_at < now() + interval '30 minutes'";
+    let renewed = "SELECT count(*) FROM outbox WHERE visible_at < now() + interval '10 minutes'";
     assert_eq!(sqlx::query_scalar::<_, i64>(renewed).fetch_one(&outbox.pool).await.unwrap(), 0);
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)), "delivered no more");
 }
