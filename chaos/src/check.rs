@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use tokio::{process::Command, time::sleep};
 use uuid::Uuid;
 
-use super::{history::Known, site::Part, world::World};
+use super::{history::Known, poison::UNHEARD, site::Part, world::World};
 use harness::{audit::audit, stress::wait_until_delivered, system::operate};
 
 /// How long the system may take to deliver all events once the faults are undone.
@@ -54,6 +54,7 @@ impl Verdict {
 pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let mut orders = connect_patiently(world, Part::Orders).await?;
     let mut inventory = connect_patiently(world, Part::Inventory).await?;
+    give_up_unheard(&mut orders, verdict).await?;
     match wait_until_delivered(&world.target.databases, DELIVERED_LIMIT).await {
         Ok(drained) => verdict.drained = drained,
         Err(error) => verdict.others.push(format!("after all faults were undone: {error:#}")),
@@ -90,6 +91,44 @@ async fn check_breaches(connection: &mut PgConnection, verdict: &mut Verdict) ->
     .fetch_all(connection)
     .await?;
     verdict.others.extend(rows.into_iter().map(|(breach, by, events)| format!("{events} events {breach}, by {by}")));
+    Ok(())
+}
+
+/// Events of a type that the receiver does not list wait with that reason, and none is dead. Then they are given up, so
+/// that they are among the dead poison events below.
+async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let (waiting, dead): (i64, i64) = sqlx::query_as(
+            "-- chaos: count unheard
+            SELECT count(*) FILTER (WHERE coalesce(last_error, '') NOT LIKE 'UNKNOWN_TYPE:%'),
+                count(*) FILTER (WHERE visible_at = 'infinity')
+            FROM outbox WHERE event_type = $1",
+        )
+        .bind(UNHEARD)
+        .fetch_one(&mut *orders)
+        .await?;
+        if dead > 0 {
+            verdict.others.push(format!("{dead} events are dead whose type the receiver did not know"));
+        }
+        if waiting == 0 {
+            break;
+        }
+        if began.elapsed() > DELIVERED_LIMIT {
+            verdict.others.push(format!("{waiting} events of an unknown type do not say that they wait for it"));
+            break;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    sqlx::query(
+        "-- chaos: give up unheard
+        UPDATE outbox
+        SET visible_at = 'infinity', lease_token = NULL, last_error = coalesce(last_error, 'never leased')
+        WHERE event_type = $1",
+    )
+    .bind(UNHEARD)
+    .execute(orders)
+    .await?;
     Ok(())
 }
 

@@ -28,13 +28,15 @@ use super::{
     world::World,
 };
 
+/// A type of events that no receiver knows.
+pub(super) const UNHEARD: &str = "orders.v1.Unheard";
 /// How long the relays may take to dead-letter an event that crashes its receiver.
 const DEADLY_LIMIT: Duration = Duration::from_secs(110);
 /// Longer than any fault keeps a database down.
 const ENQUEUE_LIMIT: Duration = Duration::from_secs(100);
 
-/// Enqueues an event that nobody can apply, as a service with a bug would. It must become a dead letter, and no other
-/// event.
+/// Enqueues an event that nobody can apply, as a service with a bug would. It must become a dead letter, or wait if
+/// its type is unknown, and no other event may.
 pub(super) async fn poison(world: &Arc<World>, poison: Poison) -> Result<bool> {
     if poison == Poison::Deadly {
         return crash_until_dead(world).await;
@@ -42,7 +44,7 @@ pub(super) async fn poison(world: &Arc<World>, poison: Poison) -> Result<bool> {
     let aggregate = Uuid::now_v7();
     let (part, event_type, payload) = match poison {
         Poison::Undecodable => (Part::Orders, OrderCreated::full_name(), vec![0xff; 64]),
-        Poison::UnknownType => (Part::Orders, "orders.v1.Unheard".into(), Vec::new()),
+        Poison::UnknownType => (Part::Orders, UNHEARD.into(), Vec::new()),
         _ => {
             let reserved = StockReserved { order_id: aggregate.into() };
             (Part::Inventory, StockReserved::full_name(), reserved.encode_to_vec())

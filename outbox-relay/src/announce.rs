@@ -79,7 +79,8 @@ async fn sweep(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "-- relay: sweep routes
         DELETE FROM outbox_routes
-        WHERE seen_at < now() - interval '1 minute' OR seen_at > now() + interval '1 minute'"
+        WHERE seen_at < now() - CASE WHEN holds_lock THEN interval '1 hour' ELSE interval '1 minute' END
+           OR (seen_at > now() + interval '1 minute' AND NOT holds_lock)"
     )
     .execute(connection)
     .await?;

@@ -4,7 +4,7 @@
 //! same, whatever the receiver's status says. So one rule tells them apart:
 //!
 //! > An event is charged an attempt only if it failed alone, and the same receiver took another event since that
-//! > event's last attempt.
+//! > event's last attempt. (The same receiver: on the same worker's connection, since others may lead to replicas.)
 //!
 //! The event taken in between is the *witness*: it shows that the receiver worked. In an outage nothing is taken, so
 //! nobody is charged. An event at fault among sound ones fails again and again while others are taken.

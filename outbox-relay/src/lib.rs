@@ -35,7 +35,7 @@ use clap::Args;
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{net::TcpListener, task::JoinSet, time::timeout};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::{info, warn};
 
@@ -146,7 +146,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
 /// take longer are cancelled, and their events released. A worker that ends early shuts the process down.
 async fn run_workers(database: Database, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     let cancel_deliveries = CancellationToken::new();
-    let mut tasks = start(&database, &settings, &shutdown, &cancel_deliveries);
+    let relay = RelayId::new();
+    // Held until the last lease is settled.
+    let _lock = AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), settings.database_url.options())));
+    let mut tasks = start(&database, &settings, &relay, &shutdown, &cancel_deliveries);
     let ended = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         Some(ended) = tasks.join_next() => ended.unwrap_or(Err(RunError::Panicked("a worker"))),
@@ -166,17 +169,16 @@ async fn run_workers(database: Database, settings: Settings, shutdown: Cancellat
 fn start(
     database: &Database,
     settings: &Settings,
+    relay: &RelayId,
     shutdown: &CancellationToken,
     cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
     let poll = Duration::from_millis(settings.poll_ms);
     let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
     let wakes = Wake::listen(settings.database_url.options(), shutdown, routes.len());
-    let relay = RelayId::new();
-    tokio::spawn(hold_lock(relay.clone(), settings.database_url.options(), shutdown.clone()));
     let mut tasks = JoinSet::new();
     for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
-        let lease_query = LeaseQuery::of(settings, &relay, route.settings(), &settings.routes[..index]);
+        let lease_query = LeaseQuery::of(settings, relay, route.settings(), &settings.routes[..index]);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
             // load.
@@ -200,8 +202,14 @@ fn start(
         }
     }
     let longest_hidden = longest_hidden(settings);
-    let maintenance =
-        Maintenance { database: database.clone(), relay, routes, poll, longest_hidden, shutdown: shutdown.clone() };
+    let maintenance = Maintenance {
+        database: database.clone(),
+        relay: relay.clone(),
+        routes,
+        poll,
+        longest_hidden,
+        shutdown: shutdown.clone(),
+    };
     tasks.spawn(async move {
         maintenance.run().await;
         Ok(())

@@ -1,15 +1,17 @@
 //! Shows that this relay lives, and frees the rows of relays that died.
 //!
 //! A relay that is killed leaves leased rows, which would stay hidden until their leases expire. So each relay holds an
-//! advisory lock, in a session of its own. The lock ends with the session, and the session with the process. Whoever
-//! finds the lock of a relay free makes the rows visible that it had leased.
+//! advisory lock, in a session of its own. The lock ends with the session, and the session with the process. A relay is
+//! dead if its lock is free and it has not reported for some seconds. Whoever finds that makes the rows visible that it
+//! had leased.
 //!
-//! The lock may be free though the relay lives: its session broke, or the database was restarted. Then its rows are
-//! leased and delivered once more. That is as if its lease had expired early, which is always safe. Its settlement
-//! names a token that the rows no longer have, and the inbox of the receiver knows the events that were applied.
+//! It may be wrong: a relay that was cut off from the database, or stopped, may go on. Then its rows are leased and
+//! delivered once more. That is as if its leases had expired early, which is always safe. Its settlement names a token
+//! that the rows no longer have, and the inbox of the receiver knows the events that were applied.
 //!
-//! A relay without such a lock, of an older version or behind a pooler that never ends its session, is never taken for
-//! dead. Its leases expire.
+//! A relay without such a lock is never taken for dead, and its leases expire: one of an earlier version, or one whose
+//! session is not its own because a pooler shares it. A machine that vanishes is noticed by the keepalives of its
+//! session, within half a minute.
 
 use std::{
     sync::{
@@ -22,7 +24,6 @@ use std::{
 use chassis::Database;
 use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::time::{sleep, timeout};
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -30,8 +31,13 @@ use crate::lease::LeaseToken;
 
 /// How long connecting, or an answer, may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// Time between two signs of life of the session, and before a new connection.
+/// Time between two looks whether the lock is held, and before a new connection.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// The server ends a session whose client has vanished after about 20 s.
+const KEEPALIVE: [(&str, &str); 3] =
+    [("tcp_keepalives_idle", "5"), ("tcp_keepalives_interval", "5"), ("tcp_keepalives_count", "3")];
+/// Rows that one statement frees.
+const ROWS_MAX: i64 = 10_000;
 
 /// This relay, and whether it holds its lock. Clones share it.
 #[derive(Clone, Debug)]
@@ -71,27 +77,29 @@ fn key(relay_id: Uuid) -> i64 {
     relay_id.as_u64_pair().0.cast_signed()
 }
 
-/// Holds the lock until `shutdown`, in a new session whenever one has ended.
-pub(crate) async fn hold_lock(relay: RelayId, database: PgConnectOptions, shutdown: CancellationToken) {
-    while !shutdown.is_cancelled() {
-        let ended = shutdown.run_until_cancelled(hold_once(&relay, &database)).await;
+/// Holds the lock, in a new session whenever one has ended. It never returns. Drop it once the rows are settled: a relay
+/// that drains still lives.
+pub(crate) async fn hold_lock(relay: RelayId, database: PgConnectOptions) {
+    let database = database.options(KEEPALIVE);
+    loop {
+        let ended = hold_once(&relay, &database).await;
         relay.holds_lock.store(false, Ordering::Relaxed);
-        if let Some(Err(cause)) = ended {
+        if let Err(cause) = ended {
             warn!(%cause, "no session shows that this relay lives: if it dies, its leases must expire");
         }
-        shutdown.run_until_cancelled(sleep(INTERVAL)).await;
+        sleep(INTERVAL).await;
     }
 }
 
-/// Returns when the session has ended, or does not answer: then others may find the lock free.
+/// Returns when the session has ended, does not answer, or no longer has the lock.
 async fn hold_once(relay: &RelayId, database: &PgConnectOptions) -> Result<(), sqlx::Error> {
     let mut session = answered(database.connect()).await?;
     answered(lock(&mut session, key(relay.id))).await?;
-    relay.holds_lock.store(true, Ordering::Relaxed);
-    loop {
+    while answered(has_lock(&mut session, key(relay.id))).await? {
+        relay.holds_lock.store(true, Ordering::Relaxed);
         sleep(INTERVAL).await;
-        answered(session.ping()).await?;
     }
+    Err(sqlx::Error::InvalidArgument("a pooler shares this session: connect the relay to the database itself".into()))
 }
 
 async fn answered<T>(answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
@@ -103,27 +111,47 @@ async fn lock(session: &mut PgConnection, key: i64) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
+/// Whether this very session holds the lock. Behind a pooler, statements may run in any session.
+async fn has_lock(session: &mut PgConnection, key: i64) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- relay: check that it holds its lock
+        SELECT EXISTS (
+            SELECT FROM pg_locks
+            WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()
+              AND classid::bigint << 32 | objid::bigint = $1) AS "held!""#,
+        key,
+    )
+    .fetch_one(session)
+    .await
+}
+
 /// Makes the rows visible that dead relays had leased, and forgets these relays.
 ///
 /// # Errors
 /// Those of the database.
 pub(crate) async fn free_rows_of_the_dead(database: &Database, relay: &RelayId) -> Result<(), sqlx::Error> {
     let own = relay.id;
-    for other in database.run(move |connection| Box::pin(find_others(connection, own))).await? {
-        let freed = database.run(move |connection| Box::pin(free_if_dead(connection, other))).await?;
-        match freed {
-            None => {}
-            Some(0) => debug!(relay = %other, "a relay died with nothing leased"),
-            Some(rows) => warn!(relay = %other, rows, "a relay died: its leased events are delivered at once"),
+    for other in database.run(move |connection| Box::pin(find_silent(connection, own))).await? {
+        // One after the other: a relay whose rows cannot be freed now does not keep those of others waiting.
+        match database.run(move |connection| Box::pin(free_if_dead(connection, other))).await {
+            Ok(None) => {}
+            Ok(Some(0)) => debug!(relay = %other, "a relay died with nothing leased"),
+            Ok(Some(rows)) => warn!(relay = %other, rows, "a relay died: its leased events are delivered at once"),
+            Err(cause) => warn!(relay = %other, %cause, "cannot free the rows of a relay that may be dead"),
         }
     }
     Ok(())
 }
 
-async fn find_others(connection: &mut PgConnection, own: Uuid) -> Result<Vec<Uuid>, sqlx::Error> {
+/// The relays that have a lock and have not reported for some seconds. Right after a restart of the database, the locks
+/// of living relays are free too.
+async fn find_silent(connection: &mut PgConnection, own: Uuid) -> Result<Vec<Uuid>, sqlx::Error> {
     sqlx::query_scalar!(
-        "-- relay: find other relays
-        SELECT DISTINCT relay_id FROM outbox_routes WHERE holds_lock AND relay_id <> $1",
+        "-- relay: find silent relays
+        SELECT DISTINCT relay_id
+        FROM outbox_routes
+        WHERE holds_lock AND relay_id <> $1
+          AND (seen_at < now() - interval '3 s' OR seen_at > now() + interval '1 minute')",
         own,
     )
     .fetch_all(connection)
@@ -131,7 +159,10 @@ async fn find_others(connection: &mut PgConnection, own: Uuid) -> Result<Vec<Uui
 }
 
 /// Frees the rows of the relay if its lock is free, and returns how many. The lock is held meanwhile, so that no two
-/// relays do this at once. A relay that comes back waits for it, and announces itself only then.
+/// relays do this at once. A relay that comes back waits for it.
+///
+/// A row that is locked is about to be settled, so it is left to that. If there are more rows than one statement frees,
+/// the relay is not forgotten yet, and the rest comes with the next look.
 async fn free_if_dead(connection: &mut PgConnection, relay_id: Uuid) -> Result<Option<u64>, sqlx::Error> {
     let mut tx = connection.begin().await?;
     let is_dead = sqlx::query_scalar!(
@@ -145,22 +176,41 @@ async fn free_if_dead(connection: &mut PgConnection, relay_id: Uuid) -> Result<O
         tx.rollback().await?;
         return Ok(None);
     }
+    let freed = free_rows(&mut tx, relay_id).await?;
+    if freed < ROWS_MAX.unsigned_abs() {
+        sqlx::query!(
+            "-- relay: forget the dead
+            DELETE FROM outbox_routes WHERE relay_id = $1",
+            relay_id
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    if freed > 0 {
+        outbox::notify(connection, outbox::CHANNEL).await?;
+    }
+    Ok(Some(freed))
+}
+
+/// Leases last for an hour at most, so rows that are hidden for longer are none of them.
+async fn free_rows(connection: &mut PgConnection, relay_id: Uuid) -> Result<u64, sqlx::Error> {
     let freed = sqlx::query!(
         "-- relay: free rows of the dead
-        UPDATE outbox SET visible_at = now()
-        WHERE visible_at > now() AND visible_at < 'infinity' AND lease_token BETWEEN $1 AND $2",
+        UPDATE outbox
+        SET visible_at = now()
+        WHERE ctid = ANY (ARRAY (
+            SELECT leased.ctid
+            FROM outbox AS leased
+            WHERE leased.visible_at > now() AND leased.visible_at < now() + interval '61 minutes'
+              AND leased.lease_token BETWEEN $1 AND $2
+            LIMIT $3
+            FOR UPDATE OF leased SKIP LOCKED))",
         token(relay_id, 0) as LeaseToken,
         token(relay_id, u64::MAX) as LeaseToken,
+        ROWS_MAX,
     )
-    .execute(&mut *tx)
+    .execute(connection)
     .await?;
-    sqlx::query!(
-        "-- relay: forget the dead
-        DELETE FROM outbox_routes WHERE relay_id = $1",
-        relay_id
-    )
-    .execute(&mut *tx)
-    .await?;
-    tx.commit().await?;
-    Ok(Some(freed.rows_affected()))
+    Ok(freed.rows_affected())
 }

@@ -14,10 +14,10 @@
 //!
 //! A row that shows neither sign becomes visible by time alone, within minutes under the default settings.
 //!
-//! A relay that ended is forgotten after a minute. If its settings were longer than those of the others, its leases and
+//! A relay that ended is forgotten. If its settings were longer than those of the others, its leases and
 //! back-offs may end early: the event is delivered again, or sooner, once. That is safe. The row keeps its token, as
 //! after any expired lease: a settlement by the old holder counts until another worker leases the row, and changes
-//! nothing afterwards. Receivers drop what they have applied.
+//! nothing afterwards. Receivers drop what they have applied, as long as they remember it.
 //!
 //! A freed row that is dated ahead gets the present as its date. Otherwise it would count as young until that date, long
 //! after its receiver may have forgotten it. Dead rows stay as they are: they wait for an operator, not for a time.

@@ -89,10 +89,10 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
 /// Ids from before the clock went ahead are all pruned at once, but they carry right times. `until` is then such a time,
 /// and not in the future. It stays, and what the inbox may have forgotten is rejected as stale.
 ///
-/// One case remains: a clock that jumps ahead again and again, each time by more than the retention, prunes young ids
-/// that were recorded between two jumps. They could be applied twice if a relay still has their events. Without knowing
-/// the true times, the inbox would have to reject every event that was enqueued before the correction, and none of them
-/// could be requeued. That loses many events for certain, so it is not done; the warning says what to check.
+/// One case remains: the clock jumps ahead twice. If the two leads differ by more than the retention less a relay's
+/// maximum age, ids recorded in between are pruned while they are young. Such an event is applied twice if a relay still
+/// has it. To exclude that, the inbox would have to reject every event from before the correction, for good. That loses
+/// many events for certain, so it is not done. The operator's documentation says what to check.
 async fn correct(tx: &mut PgConnection, retention: Duration) -> Result<(), sqlx::Error> {
     let corrected = sqlx::query!(
         "-- inbox: correct pruned

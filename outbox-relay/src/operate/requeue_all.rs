@@ -12,8 +12,8 @@
 //! requeued along with the others: once.
 //!
 //! Each piece costs the same. The index of dead rows keeps an entry for each row that was requeued until VACUUM removes
-//! it, which it cannot do while an old transaction is open. These entries lie behind the walk as well, and no piece
-//! passes over them.
+//! it, which it cannot do while an old transaction is open. These entries lie behind the walk as well, so only a later
+//! walk passes over them.
 
 use outbox::EventId;
 use sqlx::{PgConnection, Postgres, Transaction};
@@ -136,7 +136,9 @@ pub(crate) async fn requeue_piece(
         lock(&mut tx, &piece, max_age).await?.into_iter().partition(|dead| dead.too_old);
     let young: Vec<_> = young.into_iter().map(|dead| dead.row).collect();
     let (positions, requeued) = commit_requeue(tx, &young).await?;
-    tell_of_requeue(connection, &positions).await;
+    if !positions.is_empty() {
+        tell_of_requeue(connection, &positions).await;
+    }
     let rest = (piece.until < walk.until).then_some(Walk { after: piece.until, ..walk });
     Ok(Piece { requeued, too_old: count(old.len() as u64), rest })
 }

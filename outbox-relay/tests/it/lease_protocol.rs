@@ -6,7 +6,7 @@
 //! its inbox forgets nothing.
 //!
 //! Time is not modelled: any step may be arbitrarily late. So a relay that is stopped beyond its lease is one that
-//! takes no step, and no property depends on a deadline. The model does not show that an event is delivered in the end.
+//! takes no step, and no property depends on a deadline. A row that another relay frees is one that expired. The model does not show that an event is delivered in the end.
 //! It shows that no event is deleted before it was.
 
 use std::collections::BTreeSet;

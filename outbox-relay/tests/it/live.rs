@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Far below the lease, which lasts for 30 s.
-const AT_ONCE: Duration = Duration::from_secs(5);
+const AT_ONCE: Duration = Duration::from_secs(8);
 
 /// Starts a relay over a receiver that never answers. Returns both once the relay has leased all of 20 events, and has
 /// announced that it holds its lock.
@@ -79,7 +79,7 @@ async fn a_relay_that_is_stopped_keeps_its_rows_until_they_expire() {
     let receiver = Receiver::start(Reply::apply).await;
     let relay = Relay::start(&outbox, receiver.address, &[]).await;
     // Each announcement comes with a look for dead relays.
-    let announced = "SELECT count(*) FROM outbox_routes WHERE seen_at > since + interval '2 s' AND state = 'OPEN'";
+    let announced = "SELECT count(*) FROM outbox_routes WHERE seen_at > since + interval '5 s' AND state = 'OPEN'";
     let announced = async || sqlx::query_scalar::<_, i64>(announced).fetch_one(&outbox.pool).await.unwrap();
     until("the other has looked twice", async || announced().await > 0).await;
     assert_eq!(count_leased(&outbox).await, 20);
