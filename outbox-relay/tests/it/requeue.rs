@@ -198,7 +198,8 @@ async fn ctrl_c_ends_a_requeue_of_all_between_two_pieces_and_the_next_one_goes_o
     let output = timeout(AMPLE, child.wait_with_output()).await.expect("the command ends").unwrap();
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(130), &b""[..]), "{said}");
-    let lines: Vec<_> = said.lines().collect();
+    // On a slow machine the first piece has a line of progress as well.
+    let lines: Vec<_> = said.lines().filter(|line| *line != "requeued 5,000 of 12,000").collect();
     assert_eq!(
         lines,
         [
