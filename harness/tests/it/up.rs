@@ -58,8 +58,8 @@ async fn up_waits_for_a_taken_port_and_says_where_it_is() {
     let mut script = log.lines().filter(|line| line.contains("export ")).collect::<Vec<_>>().join("\n");
     script += &format!("\n{}\n{}", printed(" stress ").replace("5000", "50"), printed("harness audit"));
     let commands = Command::new("sh").args(["-ec", &script]).current_dir(&*scratch).output().await.unwrap();
-    let output = String::from_utf8(commands.stdout).unwrap();
-    assert!(commands.status.success() && output.contains("audit: 50 orders"), "{script}: {output}");
+    let [output, errors] = [commands.stdout, commands.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    assert!(commands.status.success() && output.contains("audit: 50 orders"), "{script}: {output}{errors}");
 
     let exit = up.stop(Signal::INT, LIMIT).await.unwrap();
     assert!(exit.status.success() && !exit.killed, "{}", up.log().unwrap());
