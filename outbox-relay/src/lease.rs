@@ -169,10 +169,15 @@ impl Lease {
 
     /// Sets the events aside whose type the receiver does not know. Returns whether there are any.
     pub(crate) fn set_unknown_aside(&mut self, knows: impl Fn(&str) -> bool) -> bool {
+        let mut changed = false;
         for row in &mut self.rows {
-            row.unknown = !knows(&row.event_type);
+            let unknown = !knows(&row.event_type);
+            changed |= std::mem::replace(&mut row.unknown, unknown) != unknown;
         }
-        sort(&mut self.rows);
+        // The rows are in order already, unless one of them was set aside or is so no more.
+        if changed {
+            sort(&mut self.rows);
+        }
         self.rows.iter().any(|row| row.unknown)
     }
 
