@@ -17,7 +17,7 @@ help:
 
 # What runs the system on this machine. It is built without optimisation, which takes most of a first build:
 # `make up PROFILE=release` is what to put load on.
-system := -p order-service -p inventory-service -p outbox-relay -p harness
+system := -p order-service -p inventory-service -p loyalty-service -p outbox-relay -p harness
 PROFILE ?= local
 
 demo: system

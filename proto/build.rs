@@ -4,10 +4,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const PROTOS: [&str; 6] = [
+const PROTOS: [&str; 7] = [
     "events/v1/event_receiver.proto",
     "inventory/v1/inventory_service.proto",
     "inventory/v1/stock_events.proto",
+    "loyalty/v1/loyalty_service.proto",
     "orders/v1/order_events.proto",
     "orders/v1/order_service.proto",
     "relay/v1/relay_admin.proto",

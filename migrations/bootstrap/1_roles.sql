@@ -4,14 +4,17 @@ DO $$
 DECLARE
     name text;
 BEGIN
-    FOREACH name IN ARRAY ARRAY['orders_owner', 'order_service', 'inventory_owner', 'inventory_service', 'outbox_relay'] LOOP
+    FOREACH name IN ARRAY ARRAY[
+        'orders_owner', 'order_service', 'inventory_owner', 'inventory_service', 'loyalty_owner', 'loyalty_service',
+        'outbox_relay'
+    ] LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN
             EXECUTE format('CREATE ROLE %I LOGIN PASSWORD %L', name, name);
         END IF;
     END LOOP;
     -- A session that stops inside a transaction would hold its locks, and the horizon of VACUUM, for ever. Processes
     -- bound their own work at 5 s; these ends are for the day a process or its network cannot.
-    FOREACH name IN ARRAY ARRAY['order_service', 'inventory_service', 'outbox_relay'] LOOP
+    FOREACH name IN ARRAY ARRAY['order_service', 'inventory_service', 'loyalty_service', 'outbox_relay'] LOOP
         EXECUTE format('ALTER ROLE %I SET idle_in_transaction_session_timeout = ''10s''', name);
         EXECUTE format('ALTER ROLE %I SET statement_timeout = ''10s''', name);
         -- Sessions keep the plans of their statements. One made while a table is nearly empty, as an outbox is on most
@@ -25,8 +28,9 @@ BEGIN
     -- long as executing a small one. Operators come in as the relay, and theirs have: all dead events, or these.
     ALTER ROLE order_service SET plan_cache_mode = force_generic_plan;
     ALTER ROLE inventory_service SET plan_cache_mode = force_generic_plan;
+    ALTER ROLE loyalty_service SET plan_cache_mode = force_generic_plan;
     -- Losing a lease or a delete in a crash only delivers an event again, and the receiver drops what it has had.
-    -- Orders and stock never run like this.
+    -- Orders, stock and points never run like this.
     ALTER ROLE outbox_relay SET synchronous_commit = off;
 END
 $$;

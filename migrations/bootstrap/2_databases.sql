@@ -1,3 +1,4 @@
--- The two databases. They may be on two servers: nothing joins them but events.
+-- One database per service. They may be on servers of their own: nothing joins them but events.
 CREATE DATABASE orders OWNER orders_owner;
 CREATE DATABASE inventory OWNER inventory_owner;
+CREATE DATABASE loyalty OWNER loyalty_owner;

@@ -28,7 +28,7 @@
 //! }
 //! ```
 //!
-//! `outbox/examples/loyalty_service.rs` is the whole receiving service, in fewer than sixty lines of code.
+//! The crate `loyalty-service` is such a receiving service, and does nothing else.
 //!
 //! [`MIGRATOR`] creates the tables, the same in every database. Run it before the service's own migrations. It grants
 //! privileges to the relay's role `outbox_relay`, so that role must exist.

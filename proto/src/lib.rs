@@ -17,6 +17,14 @@ pub mod inventory {
     }
 }
 
+/// Points of customers.
+pub mod loyalty {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("loyalty.v1");
+    }
+}
+
 /// Orders.
 pub mod orders {
     /// Version 1.

@@ -1,4 +1,4 @@
-//! Creates, once per server and as the superuser, the roles and the two databases.
+//! Creates, once per server and as the superuser, the roles and the databases.
 
 use anyhow::{Context, Result};
 use sqlx::{Connection, Executor, QueryBuilder};

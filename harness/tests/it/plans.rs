@@ -6,10 +6,11 @@ use std::{fs, path::Path};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection, Postgres, QueryBuilder, Row};
 
-use crate::site::Site;
+use crate::{site::Site, third_service};
 
 /// Tables that grow with the load. (Stock does not: there are few SKUs.)
-const GROWING: [&str; 6] = ["orders", "order_items", "outbox", "processed_messages", "reservations", "stock_ledger"];
+const GROWING: [&str; 7] =
+    ["orders", "order_items", "outbox", "processed_messages", "reservations", "stock_ledger", "points"];
 /// Rows in each while the plan is made. An UPDATE that can be planned as a join gets one plan for few rows, another for many.
 const FEW: [i32; 2] = [3, 500];
 /// Statements that read a whole table on purpose, once a minute.
@@ -21,7 +22,9 @@ const FILL_ORDERS: &str = "INSERT INTO orders (order_id, customer_id, currency_c
 const FILL_INVENTORY: &str = "INSERT INTO reservations (order_id, event_id, status)
     SELECT gen_random_uuid(), gen_random_uuid(), 'RESERVED' FROM generate_series(1, $1);
     INSERT INTO stock_ledger SELECT order_id, 'RESERVATION', 'MUG', -1 FROM reservations ON CONFLICT DO NOTHING";
-const FILL_BOTH: &str = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+const FILL_LOYALTY: &str = "INSERT INTO points (order_id, customer_id, points, event_id, awarded_at)
+    SELECT gen_random_uuid(), 'ann', 1, gen_random_uuid(), now() FROM generate_series(1, $1)";
+const FILL_EACH: &str = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '' FROM generate_series(1, $1);
     INSERT INTO processed_messages SELECT gen_random_uuid() FROM generate_series(1, $1);
     ANALYZE";
@@ -78,11 +81,12 @@ fn find_whole_scans(node: &Value, found: &mut Vec<String>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_statement_of_a_service_reads_a_whole_table_though_its_plan_was_made_over_few_rows() {
-    let Site { orders, inventory, .. } = &Site::prepare(&[]).await;
+    let Site { orders, inventory, scratch, .. } = &Site::prepare(&[]).await;
+    let loyalty = &third_service::migrated(scratch).await;
     let mut whole = Vec::new();
     for few in FEW {
-        for (database, fill) in [(orders, FILL_ORDERS), (inventory, FILL_INVENTORY)] {
-            for statements in [fill, FILL_BOTH] {
+        for (database, fill) in [(orders, FILL_ORDERS), (inventory, FILL_INVENTORY), (loyalty, FILL_LOYALTY)] {
+            for statements in [fill, FILL_EACH] {
                 for statement in statements.replace("$1", &few.to_string()).split(';') {
                     let statement = QueryBuilder::<Postgres>::new(statement).into_sql();
                     sqlx::raw_sql(statement).execute(&database.pool().await).await.unwrap();
@@ -92,6 +96,8 @@ async fn no_statement_of_a_service_reads_a_whole_table_though_its_plan_was_made_
         for (database, role, of_crate, names) in [
             (orders, "order_service", "order-service", ""),
             (inventory, "inventory_service", "inventory-service", ""),
+            (loyalty, "loyalty_service", "loyalty-service", "loyalty: "),
+            (loyalty, "loyalty_service", "loyalty-service", "inbox: "),
             (orders, "outbox_relay", "outbox-relay", "relay: "),
         ] {
             let mut session = PgConnection::connect(&database.url_as(role)).await.unwrap();

@@ -1,4 +1,4 @@
-//! The example of the outbox library, instead of inventory-service, behind a real relay.
+//! loyalty-service, instead of inventory-service, behind a real relay.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use harness::{
 };
 use sqlx::PgPool;
 use testkit::{
-    TestDatabase,
+    Scratch, TestDatabase,
     processes::{Process, binary},
 };
 
@@ -17,22 +17,27 @@ use crate::site::Site;
 const LIMIT: Duration = Duration::from_secs(20);
 const LOAD: Load = Load { orders: 50, concurrency: 10, retry_for: LIMIT };
 
-#[test]
-fn the_example_has_fewer_than_sixty_lines() {
-    let example = include_str!("../../../outbox/examples/loyalty_service.rs");
-    let code = example.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
-    assert!(code.count() < 60);
+/// Starts a subcommand of loyalty-service on the database, as one of its roles.
+fn spawn(scratch: &Scratch, command: &str, database: &TestDatabase, role: &str, more: &[&str]) -> Process {
+    let url = database.url_as(role);
+    let arguments = [command, "--database-url", &url].into_iter().chain(more.iter().copied());
+    let program = binary("loyalty-service").unwrap();
+    Process::spawn("loyalty-service", &program, arguments, [("", ""); 0], &scratch.join("loyalty-service.log")).unwrap()
+}
+
+/// A database with the schema of loyalty-service.
+pub(crate) async fn migrated(scratch: &Scratch) -> TestDatabase {
+    let database = TestDatabase::create("loyalty_owner", &[]).await;
+    spawn(scratch, "migrate", &database, "loyalty_owner", &[]).finish("migrate").await.unwrap();
+    database
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_example_applies_each_event_once() {
+async fn a_third_service_applies_each_event_once() {
     let Site { layout, orders, scratch, .. } = &Site::prepare(&[]).await;
-    let loyalty = TestDatabase::create("inventory_owner", &[]).await;
-    let (address, url) = (layout.inventory_service.to_string(), loyalty.url_as("inventory_owner"));
-    let arguments = ["--listen", &address, "--database-url", &url];
-    let program = binary("examples/loyalty_service").unwrap();
-    let log = scratch.join("loyalty-service.log");
-    let mut service = Process::spawn("loyalty-service", &program, arguments, [("", ""); 0], &log).unwrap();
+    let loyalty = migrated(scratch).await;
+    let listen = ["--listen", &layout.inventory_service.to_string()];
+    let mut service = spawn(scratch, "serve", &loyalty, "loyalty_service", &listen);
     service.wait_healthy(layout.inventory_service, LIMIT).await.unwrap();
     let order_service = layout.start(Service::Orders).await.unwrap();
 
@@ -42,14 +47,14 @@ async fn the_example_applies_each_event_once() {
     execute(&orders, "CREATE TABLE sent AS SELECT * FROM outbox").await;
     let relay = layout.start(Service::OrdersRelay).await.unwrap();
     wait_until_delivered(&target.databases, LIMIT).await.unwrap();
-    let ordered = number(&orders, "SELECT sum(total_minor)::bigint FROM orders").await;
-    assert!(ordered > 0);
-    assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, ordered);
+    let earned = number(&orders, "SELECT sum(total_minor / 100)::bigint FROM orders").await;
+    assert!(earned > 0);
+    assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, earned);
 
     // As if the relay had died before it deleted the rows.
     execute(&orders, "INSERT INTO outbox SELECT * FROM sent").await;
     wait_until_delivered(&target.databases, LIMIT).await.unwrap();
-    assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, ordered);
+    assert_eq!(number(&loyalty, "SELECT sum(points)::bigint FROM points").await, earned);
     let log = service.log().unwrap();
     assert_eq!(log.matches("duplicate skipped").count(), LOAD.orders as usize, "{log}");
     stop([service, order_service, relay]).await.unwrap();

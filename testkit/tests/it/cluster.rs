@@ -65,7 +65,9 @@ async fn a_cluster_keeps_its_data_if_asked_to() {
 
     let cluster = Cluster::start(options(&scratch, false)).await.unwrap();
     assert!(bystander.try_wait().unwrap().is_none());
-    for (role, database) in [("order_service", "orders"), ("inventory_service", "inventory")] {
+    for (role, database) in
+        [("order_service", "orders"), ("inventory_service", "inventory"), ("loyalty_service", "loyalty")]
+    {
         let url = cluster.server().url_for(role, database);
         assert_eq!(number(&url, "SELECT 1::bigint").await, 1);
     }

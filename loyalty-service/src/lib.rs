@@ -1,0 +1,70 @@
+//! loyalty-service: gives customers points for their orders, and takes them back if the order is cancelled. It only
+//! receives events, each of which it applies once.
+
+mod apply_event;
+mod get_balance;
+mod grpc;
+
+use std::net::SocketAddr;
+
+use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
+use clap::Args;
+use outbox::{InboxSettings, Receiver};
+use proto::{
+    events::v1::event_receiver_server,
+    loyalty::v1::loyalty_service_server::{self, LoyaltyServiceServer},
+};
+use sqlx::migrate::Migrator;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::{codec::CompressionEncoding, service::Routes};
+use tracing::info;
+
+use crate::apply_event::AwardPoints;
+
+/// Creates the table of points. Runs after [`outbox::MIGRATOR`].
+static MIGRATOR: Migrator = sqlx::migrate!();
+
+/// All migrations of this service's database, in the order they run.
+pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
+
+/// Settings of the serving process.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Address to serve gRPC on.
+    #[arg(long, env = "LOYALTY_SERVICE_LISTEN", default_value = "127.0.0.1:50055")]
+    pub listen: SocketAddr,
+    /// The loyalty database, as the role loyalty_service: postgres://user:password@host:5432/database.
+    #[arg(long, env = "LOYALTY_DATABASE_URL", hide_env_values = true)]
+    pub database_url: DatabaseUrl,
+    /// The inbox.
+    #[command(flatten)]
+    pub inbox: InboxSettings,
+    /// Use of the database.
+    #[command(flatten)]
+    pub database: DatabaseSettings,
+    /// Limits of the server.
+    #[command(flatten)]
+    pub serve: ServeSettings,
+}
+
+/// Serves on `listener` until `shutdown`.
+///
+/// # Errors
+/// [`RunError`].
+pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+    info!(?settings, "loyalty-service starts");
+    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let Some(database) = connecting.await? else { return Ok(()) };
+    let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let loyalty = LoyaltyServiceServer::new(grpc::Loyalty { database: database.clone() })
+        .accept_compressed(CompressionEncoding::Gzip);
+    let services = Services {
+        routes: Routes::new(receiver).add_service(loyalty),
+        names: &[event_receiver_server::SERVICE_NAME, loyalty_service_server::SERVICE_NAME],
+        descriptors: proto::DESCRIPTORS,
+    };
+    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
+    info!("loyalty-service ended");
+    Ok(())
+}
