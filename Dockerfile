@@ -1,4 +1,4 @@
-# One image per service: `docker build --target order-service .`; docker-compose.yml builds all three.
+# One image per service: `docker build --target order-service .`; docker-compose.yml builds all four.
 # Nothing here needs BuildKit, so that docker-compose 1.29 and older engines build it too.
 
 # The workspace with its sources emptied. This stage runs after every change, but what it leaves in /skeleton changes
@@ -12,10 +12,10 @@ RUN for member in bench chaos harness testkit; do mkdir -p "$member/src" && touc
     && cd /skeleton \
     && for source in */build.rs */src/*.rs; do echo 'fn main() {}' >"$source"; done
 
-# All three binaries come from one build, so that they share their dependencies and no target compiles them again.
+# All four binaries come from one build, so that they share their dependencies and no target compiles them again.
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /workspace
-ENV BUILD="cargo build --locked --release -p order-service -p outbox-relay -p inventory-service"
+ENV BUILD="cargo build --locked --release -p order-service -p outbox-relay -p inventory-service -p loyalty-service"
 COPY --from=skeleton /skeleton .
 # The dependencies, in a layer of their own. What became of the empty crates is removed: a checkout's files are often
 # older than this layer, and cargo, which goes by time, would take the empty crates for up to date.
@@ -50,3 +50,11 @@ COPY --from=build /workspace/target/release/inventory-service /usr/local/bin/
 ENTRYPOINT ["/usr/local/bin/inventory-service"]
 CMD ["serve"]
 EXPOSE 50052
+
+FROM runtime AS loyalty-service
+LABEL org.opencontainers.image.title="loyalty-service" \
+      org.opencontainers.image.description="Gives customers points for their orders: applies each order event once"
+COPY --from=build /workspace/target/release/loyalty-service /usr/local/bin/
+ENTRYPOINT ["/usr/local/bin/loyalty-service"]
+CMD ["serve"]
+EXPOSE 50055
