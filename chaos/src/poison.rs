@@ -73,8 +73,8 @@ async fn enqueue(
 ) -> Result<()> {
     sqlx::query(
         "-- chaos: enqueue poison
-        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload) VALUES ($1, 1, $2, $3, $4)
-        ON CONFLICT DO NOTHING",
+        SELECT outbox_enqueue(ARRAY[$1], ARRAY[1], ARRAY[$2], ARRAY[$3], ARRAY[$4], ARRAY[NULL], ARRAY[NULL])
+        WHERE NOT EXISTS (SELECT FROM outbox WHERE aggregate_id = $1)",
     )
     .bind(aggregate)
     .bind(event_id)

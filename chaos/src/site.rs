@@ -18,7 +18,10 @@ use super::{
     unit::{Plan, START, Unit},
     wire::Protocol,
 };
-use harness::target::{Databases, Target};
+use harness::{
+    system::operate,
+    target::{Databases, Target},
+};
 use testkit::{
     bootstrap::{EMPTY, bootstrap, create_database},
     postgres::{self, Cluster, Installation, Options, Server},
@@ -239,8 +242,8 @@ impl Site {
         if !part.is_relay() {
             set("DATABASE_CONNECTIONS", POOL.to_string());
         } else {
-            let events = if part.side() == Part::Orders { "orders.v1.*" } else { "inventory.v1.*" };
-            set("RELAY_ROUTES", format!("{events}=http://{}", self.to_receiver(part).address));
+            let subscription = if part.side() == Part::Orders { "inventory" } else { "orders" };
+            set("RELAY_ROUTES", format!("{subscription}=http://{}", self.to_receiver(part).address));
             set("RELAY_SOURCE", part.side().name().into());
         }
         environment
@@ -352,6 +355,9 @@ async fn prepare(server: &Server, part: Part, logs: &Path) -> Result<()> {
         let mut process = Process::spawn(part.name(), &binary(part.name())?, [command], environment, &log)?;
         process.finish(command).await?;
     }
+    let (name, pattern) =
+        if part == Part::Orders { ("inventory", "orders.v1.*") } else { ("orders", "inventory.v1.*") };
+    operate(&server.url_for("outbox_relay", database), &["subscribe", name, pattern, "--by", "chaos"]).await?;
     let mut connection = PgConnection::connect(&server.superuser_url(database)).await?;
     sqlx::raw_sql(include_str!("watch_leases.sql"))
         .execute(&mut connection)

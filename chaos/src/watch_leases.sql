@@ -23,7 +23,10 @@ BEGIN
             INSERT INTO chaos_breaches (breach, event_id, session)
             VALUES ('leased before it was visible', NEW.event_id, session);
         END IF;
-        IF EXISTS (SELECT FROM outbox WHERE aggregate_id = NEW.aggregate_id AND sequence < NEW.sequence) THEN
+        IF EXISTS (
+            SELECT FROM outbox
+            WHERE aggregate_id = NEW.aggregate_id AND subscription_id = NEW.subscription_id AND sequence < NEW.sequence)
+        THEN
             INSERT INTO chaos_breaches (breach, event_id, session)
             VALUES ('leased before its predecessor was settled', NEW.event_id, session);
         END IF;

@@ -23,6 +23,9 @@ pub enum RunError {
     /// A setting names something that cannot be used. The text says what, why, and what to do.
     #[error("{0}")]
     Unusable(String),
+    /// The command line names something that does not exist. The text says what there is.
+    #[error("{0}")]
+    Arguments(String),
     /// A task that must run until shutdown panicked. The process ends, to be restarted, because without the task it
     /// would only look healthy.
     #[error("{0} panicked")]

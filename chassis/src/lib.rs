@@ -22,7 +22,7 @@ pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, may_pass};
-pub use schema::{MigrateError, SchemaError, migrate};
+pub use schema::{MigrateArguments, MigrateError, SchemaError, migrate};
 pub use serve::{ServeError, ServeSettings, Services, serve};
 pub use shutdown::shutdown_signal;
 pub use telemetry::log_to_stdout;

@@ -1,12 +1,19 @@
 //! Migrates a database, and checks that it has the schema a process needs.
 
+use std::{collections::HashSet, time::Duration};
+
+use clap::Args;
 use sqlx::{
-    Connection, PgConnection,
-    migrate::{self, Migrate, Migrator},
+    Connection, Executor, PgConnection, Postgres, QueryBuilder,
+    migrate::{self, Migrate, Migration, Migrator},
 };
-use tracing::info;
+use tokio::time::sleep;
+use tracing::{info, warn};
 
 use crate::DatabaseUrl;
+
+/// Between two attempts to lock the database for a migration.
+const LOCK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Why a process cannot use a database.
 #[derive(Debug, thiserror::Error)]
@@ -32,30 +39,114 @@ pub struct MigrateError {
     source: migrate::MigrateError,
 }
 
+/// The database to migrate, and how far.
+#[derive(Args, Clone, Debug)]
+pub struct MigrateArguments {
+    /// Also take away what earlier versions need. Run it when none of their processes runs any more.
+    #[arg(long)]
+    pub contract: bool,
+}
+
 /// Runs the migrators one after the other, as the owner of the database.
 ///
-/// It is safe to repeat and to run twice at once: each migrator takes an advisory lock, and the second run finds
-/// nothing to do.
+/// Migrations whose name begins with "contract" take away what processes of the version before need. They run only if
+/// they are asked for, or if the database is new.
+///
+/// It is safe to repeat and to run twice at once: the second run waits for the first, and finds nothing to do.
 ///
 /// # Errors
 /// Those of the database, and of migrations that were changed after they were run.
-pub async fn migrate(url: &DatabaseUrl, migrators: &[&Migrator]) -> Result<(), MigrateError> {
-    run_all(url, migrators).await.map_err(|source| MigrateError { url: url.clone(), source })?;
-    info!("schema of {url} is current");
+pub async fn migrate(url: &DatabaseUrl, migrators: &[&Migrator], contract: bool) -> Result<(), MigrateError> {
+    let left = run_all(url, migrators, contract).await.map_err(|source| MigrateError { url: url.clone(), source })?;
+    if left {
+        warn!(
+            "schema of {url} is current, and still serves the version before: when no process of it runs, use --contract"
+        );
+    } else {
+        info!("schema of {url} is current");
+    }
     Ok(())
 }
 
-async fn run_all(url: &DatabaseUrl, migrators: &[&Migrator]) -> Result<(), migrate::MigrateError> {
+/// Returns whether contracting migrations are left.
+async fn run_all(url: &DatabaseUrl, migrators: &[&Migrator], contract: bool) -> Result<bool, migrate::MigrateError> {
     let mut connection = PgConnection::connect_with(&url.options()).await?;
+    lock(&mut connection).await?;
+    let mut left = false;
     for migrator in migrators {
-        migrator.run_direct(None, &mut connection, false).await?;
+        let applied = applied(&mut connection, migrator).await?;
+        let runs = |migration: &Migration| {
+            contract || applied.is_empty() || applied.contains(&migration.version) || !is_contracting(migration)
+        };
+        let (now, later): (Vec<_>, Vec<_>) = migrator.iter().cloned().partition(runs);
+        left |= !later.is_empty();
+        drop_unfinished_indexes(&mut connection, now.iter().filter(|next| !applied.contains(&next.version))).await?;
+        let table_name = migrator.table_name.clone();
+        let chosen = Migrator { migrations: now.into(), locking: false, table_name, ..Migrator::DEFAULT };
+        chosen.run_direct(None, &mut connection, false).await?;
     }
     connection.close().await?;
+    Ok(left)
+}
+
+fn is_contracting(migration: &Migration) -> bool {
+    migration.description.starts_with("contract")
+}
+
+/// The versions that were run; none in a new database.
+async fn applied(connection: &mut PgConnection, migrator: &Migrator) -> Result<HashSet<i64>, migrate::MigrateError> {
+    connection.ensure_migrations_table(&migrator.table_name).await?;
+    let applied = connection.list_applied_migrations(&migrator.table_name).await?;
+    Ok(applied.into_iter().map(|migration| migration.version).collect())
+}
+
+/// Keeps others from migrating at the same time, until the session ends. It asks again and again. A session that waits
+/// for the lock has a snapshot, and an index that is built concurrently waits for all older snapshots: the migrations of
+/// two processes would deadlock.
+async fn lock(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let mut said = false;
+    loop {
+        let locked = sqlx::query_scalar::<_, bool>(
+            "-- migrate: try to lock
+            SELECT pg_try_advisory_lock(hashtextextended('migrate ' || current_database(), 0))",
+        );
+        if locked.fetch_one(&mut *connection).await? {
+            return Ok(());
+        }
+        if !said {
+            info!("another process migrates this database: waiting for it");
+            said = true;
+        }
+        sleep(LOCK_INTERVAL).await;
+    }
+}
+
+/// An index that was being built concurrently when its process ended stays behind, unusable. The migration that builds
+/// it has not been recorded, and runs again. Only its own index goes: somebody else may be building another one.
+async fn drop_unfinished_indexes(
+    connection: &mut PgConnection,
+    next: impl Iterator<Item = &Migration>,
+) -> Result<(), sqlx::Error> {
+    let next: Vec<_> = next.map(|migration| migration.sql.as_str()).collect();
+    let unfinished = sqlx::query_scalar::<_, String>(
+        "-- migrate: find unfinished indexes
+        SELECT relname
+        FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+        WHERE NOT indisvalid AND relnamespace = current_schema()::regnamespace",
+    );
+    let unfinished = unfinished.fetch_all(&mut *connection).await?;
+    let of_next = |index: &String| next.iter().any(|sql| sql.contains(&format!(" CONCURRENTLY {index} ")));
+    for index in unfinished.into_iter().filter(of_next) {
+        warn!(index, "an earlier migration was interrupted: its index is dropped, and built again");
+        let mut drop = QueryBuilder::<Postgres>::new("-- migrate: drop an unfinished index\nDROP INDEX ");
+        drop.push(index);
+        connection.execute(drop.build().persistent(false)).await?;
+    }
     Ok(())
 }
 
-/// Checks that all migrations of `migrators` were run. Later ones are no error: a new schema is deployed before the
-/// processes that need it.
+/// Checks that all migrations of `migrators` were run, but for contracting ones. Later ones are no error: a new schema is
+/// deployed before the processes that need it.
 pub(crate) async fn check_schema(connection: &mut PgConnection, migrators: &[&Migrator]) -> Result<(), SchemaError> {
     for migrator in migrators {
         check(connection, migrator).await?;
@@ -76,8 +167,12 @@ async fn check(connection: &mut PgConnection, migrator: &Migrator) -> Result<(),
         Err(other) => return Err(sqlx::Error::from(other).into()),
     };
     for expected in migrator.iter() {
+        let found = applied.iter().find(|migration| migration.version == expected.version);
+        if is_contracting(expected) && found.is_none() {
+            continue;
+        }
         let name = || format!("{} ({})", expected.version, expected.description);
-        match applied.iter().find(|migration| migration.version == expected.version) {
+        match found {
             None => return Err(SchemaError::Missing(name())),
             Some(found) if found.checksum != expected.checksum => return Err(SchemaError::Different(name())),
             Some(_) => {}

@@ -223,7 +223,8 @@ async fn enqueue_poison(target: &Target) -> Result<Uuid> {
     };
     sqlx::query!(
         "-- demo: enqueue poison
-        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload) VALUES ($1, 1, $2, $3, $4)",
+        INSERT INTO outbox (subscription_id, aggregate_id, sequence, event_id, event_type, payload)
+        SELECT subscription_id, $1, 1, $2, $3, $4 FROM outbox_subscriptions WHERE name = 'inventory'",
         order_id,
         event_id,
         OrderCreated::full_name(),

@@ -264,7 +264,8 @@ async fn count_waiting(database: &mut PgConnection) -> Result<u64> {
         SELECT count(*) AS "waiting!" FROM outbox AS waiting
         WHERE visible_at < 'infinity' AND (sequence = 1 OR NOT EXISTS (
             SELECT FROM outbox AS earlier
-            WHERE earlier.aggregate_id = waiting.aggregate_id AND earlier.sequence < waiting.sequence
+            WHERE earlier.aggregate_id = waiting.aggregate_id
+                AND earlier.subscription_id = waiting.subscription_id AND earlier.sequence < waiting.sequence
                 AND earlier.visible_at = 'infinity'))"#
     )
     .fetch_one(database)

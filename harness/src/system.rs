@@ -183,7 +183,8 @@ impl Layout {
         ]
     }
 
-    /// Migrates both databases, and adds the demo stock if it is not there yet.
+    /// Migrates both databases, subscribes each service to the events of the other, and adds the demo stock. What is
+    /// there already stays.
     ///
     /// # Errors
     /// If one of the commands fails; the error shows its output.
@@ -192,7 +193,13 @@ impl Layout {
         let inventory = self.server.url_for("inventory_owner", &self.inventory);
         self.run_once(Service::Orders, "migrate", &orders).await?;
         self.run_once(Service::Inventory, "migrate", &inventory).await?;
+        self.subscribe(Service::OrdersRelay, "inventory", "orders.v1.*").await?;
+        self.subscribe(Service::InventoryRelay, "orders", "inventory.v1.*").await?;
         self.run_once(Service::Inventory, "seed", &inventory).await
+    }
+
+    async fn subscribe(&self, relay: Service, name: &str, pattern: &str) -> Result<()> {
+        self.operate(relay, &["subscribe", name, pattern, "--by", "harness"]).await.map(drop)
     }
 
     async fn run_once(&self, service: Service, command: &str, url: &str) -> Result<()> {
@@ -214,11 +221,11 @@ impl Layout {
         };
         let url = self.server.url_for(role, database);
         let listen = self.address(service).to_string();
-        let (source, events, receiver) = match service {
-            Service::InventoryRelay => (Service::Inventory, "inventory.v1.*", self.order_service),
-            _ => (Service::Orders, "orders.v1.*", self.inventory_service),
+        let (source, subscription, receiver) = match service {
+            Service::InventoryRelay => (Service::Inventory, "orders", self.order_service),
+            _ => (Service::Orders, "inventory", self.inventory_service),
         };
-        let routes = format!("{events}=http://{receiver}");
+        let routes = format!("{subscription}=http://{receiver}");
         let environment = [
             ("ORDERS_DATABASE_URL", url.as_str()),
             ("INVENTORY_DATABASE_URL", &url),

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, process::ExitCode};
 
 use anyhow::Context;
-use chassis::{DatabaseUrl, serve_until_signal};
+use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal};
 use clap::Parser;
 use inventory_service::{MIGRATORS, Settings};
 
@@ -22,6 +22,8 @@ enum Command {
         /// The inventory database, as the role that owns it: postgres://user:password@host:5432/database.
         #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
+        #[command(flatten)]
+        how: MigrateArguments,
     },
     /// Add demo stock. SKUs that exist stay unchanged.
     Seed {
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
         chassis::log_to_stdout();
         match command {
             Command::Serve(settings) => serve_until_signal(settings.listen, settings, inventory_service::run).await?,
-            Command::Migrate { database_url: url } => chassis::migrate(&url, &MIGRATORS).await?,
+            Command::Migrate { database_url: url, how } => chassis::migrate(&url, &MIGRATORS, how.contract).await?,
             Command::Seed { database_url: url } => {
                 let added = inventory_service::seed(&url).await.with_context(|| format!("cannot seed {url}"))?;
                 tracing::info!("{added} SKUs added to {url}");

@@ -18,6 +18,9 @@ use crate::{
 /// for the other. Movements and answers are inserted only for orders that this batch decides. So a conflict always
 /// shows as a reservation that was not inserted, never as a violated key of the ledger or the outbox.
 ///
+/// The answers are enqueued by a subquery of the only row. As a part of `WITH` they would be enqueued only if something
+/// read that part, and as one of two tables in `FROM` not if the other is empty.
+///
 /// The reservations to cancel are looked up one by one, by id. Sessions keep their plans: a join that is right for few
 /// reservations would read the whole table once there are many, with stock under lock. Going by `ctid` is safe, since
 /// these rows are under lock and cannot move.
@@ -36,8 +39,8 @@ pub(crate) async fn write_batch(
     let (new, cancelled) = (NewRows::of(reservations), CancelledRows::of(reservations));
     let (ledger, totals) = (stock.ledger(), stock.totals());
     let answers = outbox::Rows::of(answers);
-    let inserted = sqlx::query_scalar!(
-        "-- inventory: write batch
+    let written = sqlx::query!(
+        r#"-- inventory: write batch
         WITH inserted AS (
             INSERT INTO reservations (order_id, event_id, status, rejection, cancelled_by, cancelled_at)
             SELECT order_id, event_id, status, rejection, cancelled_by, CASE WHEN cancelled_by IS NOT NULL THEN now() END
@@ -66,14 +69,13 @@ pub(crate) async fn write_batch(
             UPDATE stock SET available = available + moved.delta
             FROM unnest($13::text[], $14::bigint[]) AS moved (sku, delta)
             WHERE stock.sku = moved.sku
-        ), answered AS (
-            INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-            SELECT answer.*
+        )
+        SELECT ARRAY (SELECT order_id FROM inserted) AS "inserted!: Vec<OrderId>", (
+            SELECT outbox_enqueue(array_agg(aggregate_id), array_agg(sequence), array_agg(event_id),
+                array_agg(event_type), array_agg(payload), array_agg(traceparent), array_agg(tracestate))
             FROM unnest($15::uuid[], $16::integer[], $17::uuid[], $18::text[], $19::bytea[], $20::text[], $21::text[])
                 AS answer (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-            JOIN decided ON decided.order_id = answer.aggregate_id
-        )
-        SELECT order_id FROM inserted",
+            JOIN decided ON decided.order_id = answer.aggregate_id) AS "enqueued!""#,
         &new.order_ids as &[OrderId],
         &new.event_ids as &[Option<EventId>],
         &new.statuses as &[&str],
@@ -96,9 +98,9 @@ pub(crate) async fn write_batch(
         &answers.traceparents as &[Option<&str>],
         &answers.tracestates as &[Option<&str>],
     )
-    .fetch_all(&mut **tx)
+    .fetch_one(&mut **tx)
     .await?;
-    let inserted: HashSet<OrderId> = inserted.into_iter().map(OrderId::from).collect();
+    let inserted: HashSet<OrderId> = written.inserted.into_iter().collect();
     let refusals = reservations.refuse_all_but(&inserted);
     if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused(refusals)) }
 }

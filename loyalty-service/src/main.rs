@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{DatabaseUrl, serve_until_signal};
+use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal};
 use clap::Parser;
 use loyalty_service::{MIGRATORS, Settings};
 
@@ -17,6 +17,8 @@ enum Command {
         /// The loyalty database, as the role that owns it: postgres://user:password@host:5432/database.
         #[arg(long, env = "LOYALTY_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
+        #[command(flatten)]
+        how: MigrateArguments,
     },
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
@@ -31,7 +33,7 @@ fn main() -> ExitCode {
         chassis::log_to_stdout();
         match command {
             Command::Serve(settings) => serve_until_signal(settings.listen, settings, loyalty_service::run).await?,
-            Command::Migrate { database_url: url } => chassis::migrate(&url, &MIGRATORS).await?,
+            Command::Migrate { database_url: url, how } => chassis::migrate(&url, &MIGRATORS, how.contract).await?,
             Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
         }
         anyhow::Ok(())

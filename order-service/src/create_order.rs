@@ -165,7 +165,8 @@ struct Inserted {
 /// places an order with the same id, and fails if that one commits. (`ON CONFLICT` would decide row by row in one step.
 /// Items and events would then have to be joined with the orders that it let through, which costs more.)
 ///
-/// All three inserts ask the same question of one snapshot, so no order lacks its items or its event. `now()` is the
+/// All three parts ask the same question of one snapshot, so no order lacks its items or its event. The last subquery
+/// calls `outbox_enqueue`: a part of `WITH` that inserts nothing itself runs only if something reads it. `now()` is the
 /// start of the transaction, and the default of `orders.created_at`.
 ///
 /// Orders are inserted by request id. Two statements that share several ids therefore cannot deadlock: one of them
@@ -176,8 +177,7 @@ async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Resu
     let orders = OrderRows::of(drafts);
     let items = ItemRows::of(drafts);
     let events = outbox::Rows::of(drafts.iter().map(|draft| &draft.event));
-    let inserted = sqlx::query_as!(
-        Inserted,
+    let inserted = sqlx::query!(
         r#"-- orders: create orders
         WITH repeated AS MATERIALIZED (
             SELECT request_id FROM orders WHERE request_id = ANY ($2)
@@ -193,12 +193,10 @@ async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Resu
                 unnest($10::bigint[])
             WHERE NOT EXISTS (SELECT FROM repeated)
         ), events AS (
-            INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-            SELECT unnest($11::uuid[]), unnest($12::integer[]), unnest($13::uuid[]), unnest($14::text[]),
-                unnest($15::bytea[]), unnest($16::text[]), unnest($17::text[])
-            WHERE NOT EXISTS (SELECT FROM repeated)
+            SELECT outbox_enqueue($11, $12, $13, $14, $15, $16, $17) WHERE NOT EXISTS (SELECT FROM repeated)
         )
-        SELECT now() AS "created_at!", ARRAY (SELECT request_id FROM repeated) AS "repeated!: Vec<RequestId>""#,
+        SELECT now() AS "created_at!", ARRAY (SELECT request_id FROM repeated) AS "repeated!: Vec<RequestId>",
+            (SELECT count(*) FROM events) AS "enqueued!""#,
         &orders.order_ids as &[OrderId],
         &orders.request_ids as &[Option<RequestId>],
         &orders.customer_ids as &[&str],
@@ -219,7 +217,8 @@ async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Resu
     )
     .fetch_all(connection)
     .await?;
-    inserted.into_iter().next().ok_or(sqlx::Error::RowNotFound)
+    let inserted = inserted.into_iter().next().ok_or(sqlx::Error::RowNotFound)?;
+    Ok(Inserted { created_at: inserted.created_at, repeated: inserted.repeated })
 }
 
 /// Orders as the arrays that the statement takes.

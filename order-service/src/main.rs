@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{DatabaseUrl, serve_until_signal};
+use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal};
 use clap::Parser;
 use order_service::{MIGRATORS, Settings};
 
@@ -21,6 +21,8 @@ enum Command {
         /// The orders database, as the role that owns it: postgres://user:password@host:5432/database.
         #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
+        #[command(flatten)]
+        how: MigrateArguments,
     },
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
@@ -35,7 +37,7 @@ fn main() -> ExitCode {
         chassis::log_to_stdout();
         match command {
             Command::Serve(settings) => serve_until_signal(settings.listen, settings, order_service::run).await?,
-            Command::Migrate { database_url } => chassis::migrate(&database_url, &MIGRATORS).await?,
+            Command::Migrate { database_url, how } => chassis::migrate(&database_url, &MIGRATORS, how.contract).await?,
             Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
         }
         anyhow::Ok(())

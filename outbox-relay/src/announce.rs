@@ -3,10 +3,13 @@
 use std::time::Duration;
 
 use chassis::Database;
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::{live::RelayId, route::Route};
+use crate::{
+    live::{RelayId, is_dead},
+    route::{Condition, Route, RouteSettings},
+};
 
 /// Writes the condition of each route, and how long this relay hides rows at most. Removes the rows of relays that have
 /// not reported for a minute.
@@ -20,19 +23,100 @@ pub(crate) async fn announce(
     longest_hidden: Duration,
 ) -> Result<(), sqlx::Error> {
     let (relay_id, holds_lock) = (relay.uuid(), relay.holds_lock());
-    // Rounded up. The settings allow a day at most.
-    let hidden_seconds = i32::try_from(longest_hidden.as_secs() + 1).unwrap_or(i32::MAX);
-    let patterns: Vec<_> = routes.iter().map(|route| route.pattern().to_owned()).collect();
+    let hidden_seconds = whole_seconds(longest_hidden);
+    let subscriptions: Vec<_> = routes.iter().map(|route| route.name().to_owned()).collect();
     let receivers: Vec<_> = routes.iter().map(|route| route.settings().receiver.to_string()).collect();
     let states: Vec<_> = routes.iter().map(|route| route.condition().as_str().to_owned()).collect();
     database
         .run(move |connection| {
             Box::pin(async move {
-                upsert(connection, relay_id, holds_lock, hidden_seconds, &patterns, &receivers, &states).await?;
+                upsert(connection, relay_id, holds_lock, hidden_seconds, &subscriptions, &receivers, &states).await?;
                 sweep(connection).await
             })
         })
         .await
+}
+
+/// Rounded up. The settings allow a day at most.
+fn whole_seconds(longest_hidden: Duration) -> i32 {
+    i32::try_from(longest_hidden.as_secs() + 1).unwrap_or(i32::MAX)
+}
+
+/// Another relay that delivers one of the same subscriptions to another receiver.
+#[derive(Debug)]
+pub(crate) struct OtherReceiver {
+    pub(crate) relay_id: Uuid,
+    pub(crate) subscription: String,
+    pub(crate) receiver: String,
+}
+
+/// Announces this relay's routes for the first time, unless a relay that lives delivers one of these subscriptions to
+/// another receiver. Two receivers of one subscription would share its events, and neither would get all of them.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn claim(
+    connection: &mut PgConnection,
+    relay_id: Uuid,
+    routes: &[RouteSettings],
+    longest_hidden: Duration,
+) -> Result<Option<OtherReceiver>, sqlx::Error> {
+    let subscriptions: Vec<_> = routes.iter().map(|route| route.subscription.clone()).collect();
+    let receivers: Vec<_> = routes.iter().map(|route| route.receiver.to_string()).collect();
+    let states = vec![Condition::Starting.as_str().to_owned(); routes.len()];
+    let mut tx = connection.begin().await?;
+    lock_claims(&mut tx).await?;
+    for other in find_others(&mut tx, relay_id, &subscriptions, &receivers).await? {
+        if !other.holds_lock || !is_dead(&mut tx, other.relay_id).await? {
+            let OtherRow { relay_id, subscription, receiver, .. } = other;
+            return Ok(Some(OtherReceiver { relay_id, subscription, receiver }));
+        }
+    }
+    upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), &subscriptions, &receivers, &states).await?;
+    tx.commit().await?;
+    Ok(None)
+}
+
+struct OtherRow {
+    relay_id: Uuid,
+    subscription: String,
+    receiver: String,
+    holds_lock: bool,
+}
+
+/// Only one relay looks and announces at a time. Otherwise two that start together would not see each other.
+async fn lock_claims(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: claim one at a time
+        SELECT pg_advisory_xact_lock('outbox_routes'::regclass::oid::bigint)"
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Relays report every second. A relay without a lock is taken for gone after ten.
+async fn find_others(
+    connection: &mut PgConnection,
+    relay_id: Uuid,
+    subscriptions: &[String],
+    receivers: &[String],
+) -> Result<Vec<OtherRow>, sqlx::Error> {
+    sqlx::query_as!(
+        OtherRow,
+        r#"-- relay: find other receivers
+        SELECT other.relay_id, other.route AS subscription, other.receiver, other.holds_lock
+        FROM outbox_routes AS other
+        JOIN unnest($2::text[], $3::text[]) AS own (subscription, receiver)
+            ON own.subscription = other.route AND own.receiver <> other.receiver
+        WHERE other.relay_id <> $1 AND other.seen_at > now() - interval '10 s'
+        ORDER BY other.seen_at DESC"#,
+        relay_id,
+        subscriptions,
+        receivers,
+    )
+    .fetch_all(connection)
+    .await
 }
 
 /// Removes this relay's rows, before it ends.
@@ -48,7 +132,7 @@ async fn upsert(
     relay_id: Uuid,
     holds_lock: bool,
     hidden_seconds: i32,
-    patterns: &[String],
+    subscriptions: &[String],
     receivers: &[String],
     states: &[String],
 ) -> Result<(), sqlx::Error> {
@@ -63,7 +147,7 @@ async fn upsert(
             since = CASE WHEN outbox_routes.state = excluded.state THEN outbox_routes.since ELSE now() END,
             seen_at = now()",
         relay_id,
-        patterns,
+        subscriptions,
         receivers,
         states,
         holds_lock,

@@ -12,11 +12,10 @@ use proto::relay::v1::{
 use sqlx::PgConnection;
 use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
-use uuid::Uuid;
 
 use crate::operate::{
-    self, Descriptors, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk, check_text,
-    list_dead, read_status, read_totals, requeue_piece, show_dead,
+    self, Descriptors, Filter, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
+    check_subscription, check_text, list_dead, read_status, read_totals, requeue_piece, show_dead,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
@@ -54,9 +53,7 @@ impl RelayAdmin for Admin {
         request: Request<ListDeadEventsRequest>,
     ) -> Result<Response<ListDeadEventsResponse>, Status> {
         let page = read_page(request.into_inner())?;
-        self.run(move |connection| Box::pin(async move { Ok(list_dead(connection, &page).await?) }))
-            .await
-            .map(Response::new)
+        self.run(move |connection| Box::pin(async move { list_dead(connection, &page).await })).await.map(Response::new)
     }
 
     async fn get_dead_event(
@@ -78,10 +75,12 @@ impl RelayAdmin for Admin {
     ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
         let max_age = self.max_age;
         let answer = match read_selection(request.into_inner())? {
-            Selection::All { event_type, from } => self.requeue_all(event_type, from).await,
-            Selection::Named(ids) => {
-                self.run(move |connection| Box::pin(async move { operate::requeue(connection, &ids, max_age).await }))
-                    .await
+            Selection::All { filter, from } => self.requeue_all(filter, from).await,
+            Selection::Named { ids, subscription } => {
+                self.run(move |connection| {
+                    Box::pin(async move { operate::requeue(connection, &ids, subscription.as_deref(), max_age).await })
+                })
+                .await
             }
         };
         answer.map(Response::new)
@@ -91,30 +90,41 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<DiscardDeadEventRequest>,
     ) -> Result<Response<DiscardDeadEventResponse>, Status> {
-        let DiscardDeadEventRequest { event_id, discarded_by, reason } = request.into_inner();
+        let DiscardDeadEventRequest { event_id, discarded_by, reason, subscription } = request.into_inner();
         let mut fields = Fields::default();
         let event_id = EventId::from(fields.uuid("event_id", &event_id));
         let by = read_text(&mut fields, "discarded_by", &discarded_by, NAME_CHARS);
         let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
+        let subscription = read_subscription(&mut fields, &subscription);
         fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_DISCARD", bad))?;
-        self.run(move |connection| Box::pin(async move { operate::discard(connection, event_id, &by, &reason).await }))
-            .await
-            .map(Response::new)
+        self.run(move |connection| {
+            Box::pin(async move { operate::discard(connection, event_id, subscription.as_deref(), &by, &reason).await })
+        })
+        .await
+        .map(Response::new)
     }
 
     async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<OutboxPause>, Status> {
-        let PauseRequest { paused_by, reason } = request.into_inner();
+        let PauseRequest { paused_by, reason, subscription } = request.into_inner();
         let mut fields = Fields::default();
         let by = read_text(&mut fields, "paused_by", &paused_by, NAME_CHARS);
         let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
+        let subscription = read_subscription(&mut fields, &subscription);
         fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_PAUSE", bad))?;
-        self.run(move |connection| Box::pin(async move { operate::pause(connection, &by, &reason).await }))
-            .await
-            .map(Response::new)
+        self.run(move |connection| {
+            Box::pin(async move { operate::pause(connection, subscription.as_deref(), &by, &reason).await })
+        })
+        .await
+        .map(Response::new)
     }
 
-    async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<OutboxPause>, Status> {
-        self.run(|connection| Box::pin(operate::resume(connection))).await.map(Response::new)
+    async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<OutboxPause>, Status> {
+        let mut fields = Fields::default();
+        let subscription = read_subscription(&mut fields, &request.into_inner().subscription);
+        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_RESUME", bad))?;
+        self.run(move |connection| Box::pin(async move { operate::resume(connection, subscription.as_deref()).await }))
+            .await
+            .map(Response::new)
     }
 }
 
@@ -132,16 +142,18 @@ impl Admin {
     ///
     /// If a piece fails, the earlier ones stay requeued. A caller that repeats the call goes on with the events that are
     /// still dead, with the token or without it.
-    async fn requeue_all(
-        &self,
-        event_type: Option<String>,
-        from: Option<Walk>,
-    ) -> Result<RequeueDeadEventsResponse, Status> {
+    async fn requeue_all(&self, filter: Filter, from: Option<Walk>) -> Result<RequeueDeadEventsResponse, Status> {
         let (began, max_age) = (Instant::now(), self.max_age);
         let mut rest = match from {
             Some(walk) => Some(walk),
             None => {
-                self.run(|connection| Box::pin(async move { Ok(Walk::begin(connection, event_type).await?) })).await?
+                self.run(|connection| {
+                    Box::pin(async move {
+                        check_subscription(connection, filter.subscription.as_deref()).await?;
+                        Ok(Walk::begin(connection, filter).await?)
+                    })
+                })
+                .await?
             }
         };
         let mut answer = RequeueDeadEventsResponse::default();
@@ -175,6 +187,9 @@ fn refuse(error: &OperateError) -> Status {
         OperateError::Database(cause) => return REFUSE.database(cause),
         OperateError::AlreadyPaused(_) => (Code::FailedPrecondition, "ALREADY_PAUSED"),
         OperateError::NotPaused => (Code::FailedPrecondition, "NOT_PAUSED"),
+        OperateError::NoSubscription { .. } => (Code::NotFound, "SUBSCRIPTION_NOT_FOUND"),
+        OperateError::OtherPattern { .. } => (Code::AlreadyExists, "OTHER_PATTERN"),
+        OperateError::OlderVersion => (Code::FailedPrecondition, "OLDER_VERSION"),
         // The reason is that of the first event. The message gives the reason of each.
         OperateError::NotApplicable(events) => match events.first().map(|event| &event.reason) {
             Some(Reason::TooOld { .. }) => (Code::FailedPrecondition, "EVENT_TOO_OLD"),
@@ -191,36 +206,36 @@ fn refuse(error: &OperateError) -> Status {
 }
 
 fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
-    let ListDeadEventsRequest { page_size, page_token, r#type, failing } = request;
+    let ListDeadEventsRequest { page_size, page_token, r#type, failing, subscription } = request;
     let mut fields = Fields::default();
     let size = fields.page_size("page_size", page_size);
-    let event_type = read_type(&mut fields, &r#type);
-    let list = Page::list(event_type.as_deref(), failing);
+    let filter = read_filter(&mut fields, &r#type, &subscription);
+    let list = Page::list(&filter, failing);
     let before = match page_token.as_str() {
-        "" => Uuid::max(),
+        "" => Page::first(),
         token => {
-            let last = chassis::decode_page_token(&list, token).and_then(|id| Uuid::try_parse(&id).ok());
+            let last = chassis::decode_page_token(&list, token).and_then(|last| Page::read_position(&last));
             last.unwrap_or_else(|| {
                 fields.refuse("page_token", "must be the next_page_token of an earlier answer to the same request");
-                Uuid::max()
+                Page::first()
             })
         }
     };
-    let page = Page { size, before: before.into(), event_type, failing };
+    let page = Page { size, before, filter, failing };
     fields.finish(page).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
 }
 
 /// The dead events that a request names.
 enum Selection {
     /// All of these events, or none.
-    Named(Vec<EventId>),
-    /// All events that are not too old, of one type if it is set. They are visited from the beginning, or from where an
-    /// earlier call has ended.
-    All { event_type: Option<String>, from: Option<Walk> },
+    Named { ids: Vec<EventId>, subscription: Option<String> },
+    /// All of these events that are not too old. They are visited from the beginning, or from where an earlier call has
+    /// ended.
+    All { filter: Filter, from: Option<Walk> },
 }
 
 fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status> {
-    let RequeueDeadEventsRequest { event_ids, all, r#type, token } = request;
+    let RequeueDeadEventsRequest { event_ids, all, r#type, token, subscription } = request;
     let mut fields = Fields::default();
     if all != event_ids.is_empty() {
         fields.refuse("event_ids", "must name events unless `all` is set, and must be empty if it is");
@@ -234,21 +249,30 @@ fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status
     if !all && !token.is_empty() {
         fields.refuse("token", "must be empty unless `all` is set");
     }
-    let event_type = read_type(&mut fields, &r#type);
+    let filter = read_filter(&mut fields, &r#type, &subscription);
     let numbered = event_ids.iter().take(EVENT_IDS_MAX).enumerate();
     // In a set, so that an event that is named twice counts once.
     let ids: BTreeSet<_> =
         numbered.map(|(index, id)| EventId::from(fields.uuid(format!("event_ids[{index}]"), id))).collect();
-    let from = if all && !token.is_empty() { Walk::resume(&token, event_type.clone()) } else { None };
+    let from = if all && !token.is_empty() { Walk::resume(&token, filter.clone()) } else { None };
     if all && !token.is_empty() && from.is_none() {
-        fields.refuse("token", "must be the next_token of an earlier answer for the same type");
+        fields.refuse("token", "must be the next_token of an earlier answer for the same filters");
     }
-    let selection = if all { Selection::All { event_type, from } } else { Selection::Named(ids.into_iter().collect()) };
+    let selection = if all {
+        Selection::All { filter, from }
+    } else {
+        Selection::Named { ids: ids.into_iter().collect(), subscription: filter.subscription }
+    };
     fields.finish(selection).map_err(|bad| REFUSE.invalid("INVALID_REQUEUE", bad))
 }
 
-fn read_type(fields: &mut Fields, text: &str) -> Option<String> {
-    (!text.is_empty()).then(|| read_text(fields, "type", text, NAME_CHARS))
+fn read_filter(fields: &mut Fields, event_type: &str, subscription: &str) -> Filter {
+    let event_type = (!event_type.is_empty()).then(|| read_text(fields, "type", event_type, NAME_CHARS));
+    Filter { event_type, subscription: read_subscription(fields, subscription) }
+}
+
+fn read_subscription(fields: &mut Fields, name: &str) -> Option<String> {
+    (!name.is_empty()).then(|| read_text(fields, "subscription", name, NAME_CHARS))
 }
 
 fn read_text(fields: &mut Fields, name: &str, text: &str, chars: std::ops::RangeInclusive<usize>) -> String {

@@ -13,7 +13,7 @@ use crate::{
     floor::{Floor, Start},
     isolate::Case,
     live::RelayId,
-    route::RouteSettings,
+    subscription::Subscription,
 };
 
 /// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
@@ -32,6 +32,7 @@ outbox::id! {
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub(crate) token: LeaseToken,
+    pub(crate) subscription_id: i16,
     /// First the events that have never failed alone, then those that have, then those that are set aside.
     pub(crate) rows: Vec<LeasedRow>,
     /// When the oldest of the events was created.
@@ -86,10 +87,7 @@ impl LeasedRow {
 /// Which events a worker leases, and for how long. Clones share the floor.
 #[derive(Clone, Debug)]
 pub(crate) struct LeaseQuery {
-    /// The route's pattern.
-    like: String,
-    /// The patterns of the routes that come before it.
-    unlike: Vec<String>,
+    subscription: Subscription,
     lease_seconds: u32,
     max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
@@ -97,11 +95,9 @@ pub(crate) struct LeaseQuery {
 }
 
 impl LeaseQuery {
-    /// For the route that comes after the `earlier` ones.
-    pub(crate) fn of(settings: &Settings, relay: &RelayId, route: &RouteSettings, earlier: &[RouteSettings]) -> Self {
+    pub(crate) fn of(settings: &Settings, relay: &RelayId, subscription: &Subscription) -> Self {
         Self {
-            like: route.like(),
-            unlike: earlier.iter().map(RouteSettings::like).collect(),
+            subscription: subscription.clone(),
             lease_seconds: settings.lease_seconds,
             max_age_hours: settings.max_age.max_age_hours.cast_signed(),
             floor: Arc::new(Floor::new()),
@@ -203,14 +199,17 @@ impl Lease {
     /// until another worker takes one of the rows. The answer is false while the outbox is paused, and once one of the
     /// events has become too old.
     pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
-        let (token, seconds, max_age_hours) = (self.token, self.length.as_secs_f64(), self.max_age_hours);
+        let (token, subscription_id) = (self.token, self.subscription_id);
+        let (seconds, max_age_hours) = (self.length.as_secs_f64(), self.max_age_hours);
         let live = self.rows.iter().filter(|row| !row.expired).count();
         let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
             self.rows.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
         self.requested_at = Instant::now();
         let renewed = database
             .run(move |connection| {
-                Box::pin(renew_rows(connection, token, aggregate_ids, sequences, seconds, max_age_hours))
+                let renewing =
+                    renew_rows(connection, token, subscription_id, aggregate_ids, sequences, seconds, max_age_hours);
+                Box::pin(renewing)
             })
             .await?;
         Ok(renewed.len() == self.rows.len() && renewed.into_iter().filter(|expired| !expired).count() == live)
@@ -229,6 +228,7 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
     query.floor.took(start, oldest);
     Ok(Some(Lease {
         token,
+        subscription_id: query.subscription.id,
         rows,
         oldest,
         requested_at,
@@ -242,18 +242,18 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
 /// Selects and marks the rows in one statement. Outside a transaction, `FOR UPDATE SKIP LOCKED` protects nothing beyond
 /// its own statement, so the rows must be marked before their locks end.
 ///
-/// A row is free when it is visible and its aggregate has no earlier event in the outbox. A first event needs no such
-/// check. A later event is committed after its predecessor, so a snapshot that shows it shows the predecessor too,
+/// A row is free when it is visible and its aggregate has no earlier event in the subscription. A first event needs no
+/// such check. A later event is committed after its predecessor, so a snapshot that shows it shows the predecessor too,
 /// unless that one is settled. Predecessors only ever disappear, so an answer that is slightly old errs on the side of
-/// waiting.
+/// waiting. An earlier event may also be unrouted, of a type that the subscription takes: it was being enqueued while the
+/// subscription was made, and joins it within a second.
 ///
 /// The update finds the rows by `ctid`. They are locked, so they cannot move before it does; and no statistics can turn
 /// the plan into a join over a large outbox.
 ///
 /// The scan begins one second below the floor. So it sees events that were committed up to a second after others of the
-/// same time. Without a floor it begins at the start of the index. The bound is an element of an array because of the
-/// plan. The planner takes a plain range between unknown times for a narrow one, and without statistics would read and
-/// sort all of it.
+/// same time. Without a floor it begins at the start of the index. The index serves it: the
+/// rows of one subscription, in the order of `visible_at`.
 ///
 /// The pause is checked here, and in the renewal. So no relay begins a lease after a pause is committed.
 async fn lease_rows(
@@ -271,14 +271,20 @@ async fn lease_rows(
         WHERE ctid = ANY (ARRAY (
             SELECT free.ctid
             FROM outbox AS free
-            WHERE free.visible_at <= now()
-              AND free.visible_at >= ANY (ARRAY[coalesce($7::timestamptz - interval '1 s', '-infinity')])
-              AND free.event_type LIKE $4
-              AND free.event_type NOT LIKE ALL ($5::text[])
-              AND NOT EXISTS (SELECT FROM outbox_pause)
-              AND (free.sequence = 1 OR NOT EXISTS (
-                  SELECT FROM outbox AS earlier
-                  WHERE earlier.aggregate_id = free.aggregate_id AND earlier.sequence < free.sequence))
+            WHERE free.subscription_id = $4
+              AND free.visible_at <= now()
+              AND free.visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
+              AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))
+              AND (free.sequence = 1
+                   OR NOT EXISTS (
+                       SELECT FROM outbox AS earlier
+                       WHERE earlier.aggregate_id = free.aggregate_id
+                         AND earlier.subscription_id = $4 AND earlier.sequence < free.sequence)
+                   AND NOT EXISTS (
+                       SELECT FROM outbox AS unrouted
+                       WHERE unrouted.aggregate_id = free.aggregate_id
+                         AND unrouted.subscription_id = 0 AND unrouted.sequence < free.sequence
+                         AND unrouted.event_type LIKE $5))
             ORDER BY free.visible_at
             LIMIT $2
             FOR UPDATE OF free SKIP LOCKED))
@@ -291,8 +297,8 @@ async fn lease_rows(
         token as LeaseToken,
         i64::from(limit),
         f64::from(query.lease_seconds),
-        query.like,
-        &query.unlike,
+        query.subscription.id,
+        query.subscription.type_like,
         query.max_age_hours,
         start.floor,
     )
@@ -310,6 +316,7 @@ fn sort(rows: &mut [LeasedRow]) {
 async fn renew_rows(
     connection: &mut PgConnection,
     token: LeaseToken,
+    subscription_id: i16,
     aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
     seconds: f64,
@@ -320,11 +327,12 @@ async fn renew_rows(
         r#"-- relay: renew
         UPDATE outbox
         SET visible_at = now() + make_interval(secs => $4)
-        WHERE lease_token = $1 AND NOT EXISTS (SELECT FROM outbox_pause) AND ctid = ANY (ARRAY (
+        WHERE lease_token = $1 AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $6::smallint)) AND ctid = ANY (ARRAY (
             SELECT (
                 SELECT leased.ctid
                 FROM outbox AS leased
-                WHERE leased.aggregate_id = renewed.aggregate_id AND leased.sequence = renewed.sequence)
+                WHERE leased.aggregate_id = renewed.aggregate_id AND leased.subscription_id = $6
+                  AND leased.sequence = renewed.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS renewed (aggregate_id, sequence)))
         RETURNING created_at < now() - make_interval(hours => $5) AS "expired!""#,
         token as LeaseToken,
@@ -332,6 +340,7 @@ async fn renew_rows(
         &sequences,
         seconds,
         max_age_hours,
+        subscription_id,
     )
     .fetch_all(connection)
     .await

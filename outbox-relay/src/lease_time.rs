@@ -15,6 +15,7 @@ use crate::{
     lease::{LeaseQuery, lease},
     live::RelayId,
     park::park,
+    subscription::Subscription,
 };
 
 const BATCH: u32 = 100;
@@ -26,6 +27,11 @@ struct Cli {
     #[command(flatten)]
     settings: Settings,
 }
+
+/// The first subscription has id 1, and gets the rows that are inserted directly.
+const SUBSCRIBE_ALL: &str =
+    "INSERT INTO outbox_subscriptions (name, pattern, created_by) VALUES ('all', '*', 'a test');
+    ALTER TABLE outbox ALTER subscription_id SET DEFAULT 1";
 
 /// An outbox, and the relay's access to it.
 struct Outbox {
@@ -39,13 +45,16 @@ impl Outbox {
     async fn create() -> Self {
         let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
         let url = test.url_as("outbox_relay");
-        let arguments = ["relay", "--database-url", &url, "--route", "*=http://localhost:1", "--source", "orders"];
+        let arguments = ["relay", "--database-url", &url, "--route", "all=http://localhost:1", "--source", "orders"];
         let settings = Cli::try_parse_from(arguments).unwrap().settings;
         let never = CancellationToken::new();
         let database =
             Database::connect(&settings.database_url, &settings.database, &[], &never).await.unwrap().unwrap();
-        let lease_query = LeaseQuery::of(&settings, &RelayId::new(), &settings.routes[0], &[]);
-        Self { pool: test.pool().await, database, lease_query, _test: test }
+        let pool = test.pool().await;
+        sqlx::raw_sql(SUBSCRIBE_ALL).execute(&pool).await.unwrap();
+        let subscription = Subscription { id: 1, name: "all".into(), type_like: "%".into() };
+        let lease_query = LeaseQuery::of(&settings, &RelayId::new(), &subscription);
+        Self { pool, database, lease_query, _test: test }
     }
 
     async fn run(&self, sql: &'static str) {

@@ -25,6 +25,7 @@ mod relay;
 mod reopen;
 mod route;
 mod settle;
+mod subscription;
 mod unhide;
 mod wake;
 
@@ -34,12 +35,17 @@ use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, 
 use clap::Args;
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
-use tokio::{net::TcpListener, task::JoinSet, time::timeout};
+use tokio::{
+    net::TcpListener,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::{info, warn};
 
 use crate::{
+    announce::{OtherReceiver, claim},
     deliver::Receiver,
     grpc::Admin,
     lease::LeaseQuery,
@@ -48,6 +54,7 @@ use crate::{
     operate::{Descriptors, MaxAge},
     relay::Worker,
     route::Route,
+    subscription::{Subscription, read_subscriptions},
     unhide::longest_hidden,
     wake::Wake,
 };
@@ -65,9 +72,9 @@ pub struct Settings {
     /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
-    /// Receiver of some event types, as PATTERN=URL, such as orders.v1.*=http://host:50052. PATTERN is a full event
-    /// type, or a prefix that ends in *. Repeat the flag for more routes; an event takes the first route that matches.
-    #[arg(long = "route", env = "RELAY_ROUTES", value_name = "PATTERN=URL", value_delimiter = ',', required = true)]
+    /// Receiver of a subscription, as NAME=URL, such as inventory=http://host:50052. Repeat the flag for more
+    /// subscriptions: each has its own queue. `outbox-relay subscribe` makes a subscription.
+    #[arg(long = "route", env = "RELAY_ROUTES", value_name = "NAME=URL", value_delimiter = ',', required = true)]
     pub routes: Vec<RouteSettings>,
     /// Name of the service that owns the outbox. Its events carry this name as `source`.
     #[arg(long, env = "RELAY_SOURCE")]
@@ -120,10 +127,10 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "outbox-relay starts");
-    let mut patterns: Vec<_> = settings.routes.iter().map(|route| &route.pattern).collect();
-    patterns.sort_unstable();
-    if let Some(twice) = patterns.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(RunError::Unusable(format!("two routes for {}: give each pattern one receiver", twice[0])));
+    let mut names: Vec<_> = settings.routes.iter().map(|route| &route.subscription).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(RunError::Unusable(format!("two routes for {}: give each subscription one receiver", twice[0])));
     }
     if let Some(address) = settings.metrics_listen {
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
@@ -131,7 +138,12 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     }
     let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
-    let workers = tokio::spawn(run_workers(database.clone(), settings.clone(), shutdown.clone()));
+    let relay = RelayId::new();
+    let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
+        return Ok(());
+    };
+    let working = run_workers(database.clone(), settings.clone(), relay, subscriptions?, shutdown.clone());
+    let workers = tokio::spawn(working);
     let admin =
         Admin { database: database.clone(), descriptors: settings.descriptors.clone(), max_age: settings.max_age };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
@@ -142,14 +154,76 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     ended
 }
 
+/// How often reading the subscriptions is tried, a second apart: a database may be just coming back.
+const TRIES: u32 = 10;
+
+/// Finds the subscription of each route, and announces the routes.
+///
+/// # Errors
+/// When there is no such subscription, or another relay delivers it elsewhere, or the database fails again and again.
+async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> Result<Vec<Subscription>, RunError> {
+    let (relay_id, longest_hidden, mut failure) = (relay.uuid(), longest_hidden(settings), String::new());
+    for _ in 0..TRIES {
+        let routes = settings.routes.clone();
+        let taken = database.run(move |connection| {
+            Box::pin(async move {
+                let there = read_subscriptions(connection).await?;
+                let found = match find(&there, &routes) {
+                    Ok(found) => found,
+                    refused @ Err(_) => return Ok(refused),
+                };
+                Ok(claim(connection, relay_id, &routes, longest_hidden).await?.map_or(Ok(found), refuse))
+            })
+        });
+        let taken: Result<_, sqlx::Error> = taken.await;
+        match taken {
+            Ok(taken) => return taken,
+            Err(cause) => {
+                warn!(%cause, "cannot read the subscriptions");
+                failure = cause.to_string();
+                sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+    Err(RunError::Unusable(format!("cannot read the subscriptions: {failure}")))
+}
+
+fn find(there: &[Subscription], routes: &[RouteSettings]) -> Result<Vec<Subscription>, RunError> {
+    let of = |name: &str| there.iter().find(|subscription| subscription.name == name);
+    let unknown: Vec<_> = routes.iter().map(|route| &*route.subscription).filter(|name| of(name).is_none()).collect();
+    if unknown.is_empty() {
+        return Ok(routes.iter().filter_map(|route| of(&route.subscription)).cloned().collect());
+    }
+    let names: Vec<_> = there.iter().map(|subscription| &*subscription.name).collect();
+    Err(RunError::Arguments(format!(
+        "nobody has subscribed {}; there {}: subscribe it with `outbox-relay subscribe {} PATTERN`",
+        unknown.join(", "),
+        if names.is_empty() { "is no subscription".to_owned() } else { format!("are {}", names.join(", ")) },
+        unknown[0],
+    )))
+}
+
+fn refuse(other: OtherReceiver) -> Result<Vec<Subscription>, RunError> {
+    let OtherReceiver { relay_id, subscription, receiver } = other;
+    Err(RunError::Unusable(format!(
+        "relay {relay_id} delivers subscription {subscription} to {receiver}: two receivers would share its events; stop \
+         that relay first, or make a subscription of its own for the other receiver"
+    )))
+}
+
 /// Runs the workers until `shutdown`. Then they have most of the drain time to settle their batches; deliveries that
 /// take longer are cancelled, and their events released. A worker that ends early shuts the process down.
-async fn run_workers(database: Database, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+async fn run_workers(
+    database: Database,
+    settings: Settings,
+    relay: RelayId,
+    subscriptions: Vec<Subscription>,
+    shutdown: CancellationToken,
+) -> Result<(), RunError> {
     let cancel_deliveries = CancellationToken::new();
-    let relay = RelayId::new();
     // Held until the last lease is settled.
     let _lock = AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), settings.database_url.options())));
-    let mut tasks = start(&database, &settings, &relay, &shutdown, &cancel_deliveries);
+    let mut tasks = start(&database, &settings, &relay, subscriptions, &shutdown, &cancel_deliveries);
     let ended = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         Some(ended) = tasks.join_next() => ended.unwrap_or(Err(RunError::Panicked("a worker"))),
@@ -170,6 +244,7 @@ fn start(
     database: &Database,
     settings: &Settings,
     relay: &RelayId,
+    subscriptions: Vec<Subscription>,
     shutdown: &CancellationToken,
     cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
@@ -177,8 +252,8 @@ fn start(
     let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
     let wakes = Wake::listen(settings.database_url.options(), shutdown, routes.len());
     let mut tasks = JoinSet::new();
-    for (index, (route, wake)) in routes.iter().zip(wakes).enumerate() {
-        let lease_query = LeaseQuery::of(settings, relay, route.settings(), &settings.routes[..index]);
+    for ((route, subscription), wake) in routes.iter().zip(&subscriptions).zip(wakes) {
+        let lease_query = LeaseQuery::of(settings, relay, subscription);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
             // load.
@@ -206,14 +281,12 @@ fn start(
         database: database.clone(),
         relay: relay.clone(),
         routes,
+        subscriptions,
         poll,
         longest_hidden,
         shutdown: shutdown.clone(),
     };
-    tasks.spawn(async move {
-        maintenance.run().await;
-        Ok(())
-    });
+    tasks.spawn(maintenance.run());
     tasks
 }
 

@@ -165,14 +165,7 @@ async fn find_silent(connection: &mut PgConnection, own: Uuid) -> Result<Vec<Uui
 /// the relay is not forgotten yet, and the rest comes with the next look.
 async fn free_if_dead(connection: &mut PgConnection, relay_id: Uuid) -> Result<Option<u64>, sqlx::Error> {
     let mut tx = connection.begin().await?;
-    let is_dead = sqlx::query_scalar!(
-        r#"-- relay: try the lock of another
-        SELECT pg_try_advisory_xact_lock($1) AS "is_dead!""#,
-        key(relay_id),
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-    if !is_dead {
+    if !is_dead(&mut tx, relay_id).await? {
         tx.rollback().await?;
         return Ok(None);
     }
@@ -193,6 +186,20 @@ async fn free_if_dead(connection: &mut PgConnection, relay_id: Uuid) -> Result<O
     Ok(Some(freed))
 }
 
+/// Whether nobody holds the relay's lock. Then this transaction holds it, until its end.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn is_dead(tx: &mut PgConnection, relay_id: Uuid) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- relay: try the lock of another
+        SELECT pg_try_advisory_xact_lock($1) AS "is_dead!""#,
+        key(relay_id),
+    )
+    .fetch_one(tx)
+    .await
+}
+
 /// Leases last for an hour at most, so rows that are hidden for longer are none of them.
 async fn free_rows(connection: &mut PgConnection, relay_id: Uuid) -> Result<u64, sqlx::Error> {
     let freed = sqlx::query!(
@@ -202,7 +209,8 @@ async fn free_rows(connection: &mut PgConnection, relay_id: Uuid) -> Result<u64,
         WHERE ctid = ANY (ARRAY (
             SELECT leased.ctid
             FROM outbox AS leased
-            WHERE leased.visible_at > now() AND leased.visible_at < now() + interval '61 minutes'
+            WHERE leased.subscription_id = ANY (ARRAY (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions))
+              AND leased.visible_at > now() AND leased.visible_at < now() + interval '61 minutes'
               AND leased.lease_token BETWEEN $1 AND $2
             LIMIT $3
             FOR UPDATE OF leased SKIP LOCKED))",

@@ -5,7 +5,7 @@ use std::{
     process::{self, ExitCode},
 };
 
-use chassis::serve_until_signal;
+use chassis::{RunError, serve_until_signal};
 use clap::Parser;
 use outbox_relay::{Settings, operate};
 
@@ -36,7 +36,14 @@ fn main() -> ExitCode {
         match command {
             Command::Serve(settings) => {
                 chassis::log_to_stdout();
-                serve_until_signal(settings.listen, *settings, outbox_relay::run).await?;
+                match serve_until_signal(settings.listen, *settings, outbox_relay::run).await {
+                    Err(RunError::Arguments(what)) => {
+                        eprintln!("error: {what}");
+                        // As for any other argument that is wrong.
+                        process::exit(2);
+                    }
+                    ended => ended?,
+                }
             }
             // No logs: stdout is for the command's output.
             Command::Operate(command) => match operate::run(*command).await {
@@ -44,6 +51,10 @@ fn main() -> ExitCode {
                     eprintln!("error: {interrupted}");
                     // As of a process that SIGINT has ended.
                     process::exit(130);
+                }
+                Err(operate::CommandError::Arguments(what)) => {
+                    eprintln!("error: {what}");
+                    process::exit(2);
                 }
                 ended => ended?,
             },

@@ -1,24 +1,26 @@
 //! Periodic maintenance, once per process.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
-use chassis::Database;
+use chassis::{Database, RunError};
 use sqlx::PgConnection;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     announce::{announce, withdraw},
     live::{RelayId, free_rows_of_the_dead},
+    operate::discard_ended,
     park::park,
     route::Route,
+    subscription::{Subscription, Unrouted, adopt_unrouted, read_subscriptions},
     unhide::unhide,
 };
 
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
-/// Rare, since the search for events without a route reads the whole outbox.
-const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
+/// Rare, since it reads all events without a subscription, and the rows of subscriptions that ended.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 /// Rare, since clocks are set right rarely.
 const UNHIDE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -27,6 +29,7 @@ pub(crate) struct Maintenance {
     pub(crate) database: Database,
     pub(crate) relay: RelayId,
     pub(crate) routes: Vec<Route>,
+    pub(crate) subscriptions: Vec<Subscription>,
     pub(crate) poll: Duration,
     /// The longest time for which this relay hides a row.
     pub(crate) longest_hidden: Duration,
@@ -35,14 +38,23 @@ pub(crate) struct Maintenance {
 
 impl Maintenance {
     /// Runs until shutdown. A task that fails is repeated when it is due again.
-    pub(crate) async fn run(self) {
-        self.shutdown.run_until_cancelled(self.maintain()).await;
+    ///
+    /// # Errors
+    /// When a subscription of this relay has ended.
+    pub(crate) async fn run(self) -> Result<(), RunError> {
+        let ended = self.shutdown.run_until_cancelled(self.maintain()).await;
         report("withdraw from outbox_routes", withdraw(&self.database, self.relay.uuid()).await);
+        ended.map_or(Ok(()), |subscription| {
+            Err(RunError::Unusable(format!(
+                "subscription {subscription} has ended (`outbox-relay unsubscribe`): take its route away"
+            )))
+        })
     }
 
-    async fn maintain(&self) {
+    /// Returns the name of a subscription of this relay that has ended.
+    async fn maintain(&self) -> String {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
-        let (mut checking, mut unhiding) = (every(UNROUTED_INTERVAL), every(UNHIDE_INTERVAL));
+        let (mut sweeping, mut unhiding) = (every(SWEEP_INTERVAL), every(UNHIDE_INTERVAL));
         loop {
             tokio::select! {
                 _ = parking.tick() => report("park successors", park(&self.database).await),
@@ -50,8 +62,16 @@ impl Maintenance {
                     let announced = announce(&self.database, &self.relay, &self.routes, self.longest_hidden).await;
                     report("announce routes", announced);
                     report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
+                    self.adopt(Unrouted::Newest).await;
+                    if let Some(ended) = self.find_ended().await {
+                        return ended;
+                    }
                 }
-                _ = checking.tick() => report("look for events without a route", self.warn_of_unrouted().await),
+                _ = sweeping.tick() => {
+                    self.adopt(Unrouted::All).await;
+                    report("look for events without a subscription", self.warn_of_unrouted().await);
+                    report("discard events of subscriptions that ended", discard_ended(&self.database).await);
+                }
                 _ = unhiding.tick() => match unhide(&self.database, self.longest_hidden).await {
                     Ok(0) => {}
                     Ok(events) => {
@@ -68,13 +88,34 @@ impl Maintenance {
         }
     }
 
-    /// An event without a route stays in the outbox, and blocks the later events of its aggregate. Another relay may
-    /// have a route for it. If none has, this warning is the only sign.
+    async fn adopt(&self, unrouted: Unrouted) {
+        match adopt_unrouted(&self.database, unrouted).await {
+            Ok(0) => {}
+            Ok(events) => info!(events, "events that matched no subscription go to the first one made for their type"),
+            Err(cause) => report("look for events that a new subscription takes", Err(cause)),
+        }
+    }
+
+    async fn find_ended(&self) -> Option<String> {
+        match self.database.run(|connection| Box::pin(read_subscriptions(connection))).await {
+            Ok(there) => {
+                let there: HashSet<_> = there.into_iter().map(|subscription| subscription.id).collect();
+                let ended = self.subscriptions.iter().find(|own| !there.contains(&own.id));
+                ended.map(|subscription| subscription.name.clone())
+            }
+            Err(cause) => {
+                report("read the subscriptions", Err(cause));
+                None
+            }
+        }
+    }
+
+    /// Such an event stays until a subscription is made for it. This warning and the status are the only signs.
     async fn warn_of_unrouted(&self) -> Result<(), sqlx::Error> {
-        let patterns: Vec<_> = self.routes.iter().map(|route| route.settings().like()).collect();
-        let unrouted = self.database.run(move |connection| Box::pin(find_unrouted(connection, patterns))).await?;
-        for Unrouted { event_type, events } in unrouted {
-            warn!(event_type, events, "no route of this relay takes these events: they stay in the outbox");
+        for UnroutedType { event_type, events } in
+            self.database.run(|connection| Box::pin(count_unrouted(connection))).await?
+        {
+            warn!(event_type, events, "no subscription takes these events: they stay in the outbox");
         }
         Ok(())
     }
@@ -92,22 +133,21 @@ fn report(what: &str, outcome: Result<(), sqlx::Error>) {
     }
 }
 
-struct Unrouted {
+struct UnroutedType {
     event_type: String,
     events: i64,
 }
 
-async fn find_unrouted(connection: &mut PgConnection, patterns: Vec<String>) -> Result<Vec<Unrouted>, sqlx::Error> {
+async fn count_unrouted(connection: &mut PgConnection) -> Result<Vec<UnroutedType>, sqlx::Error> {
     sqlx::query_as!(
-        Unrouted,
-        r#"-- relay: find unrouted
+        UnroutedType,
+        r#"-- relay: count unrouted
         SELECT event_type, count(*) AS "events!"
         FROM outbox
-        WHERE event_type NOT LIKE ALL ($1::text[])
+        WHERE subscription_id = 0
         GROUP BY event_type
         ORDER BY 2 DESC
-        LIMIT 10"#,
-        &patterns,
+        LIMIT 10"#
     )
     .fetch_all(connection)
     .await

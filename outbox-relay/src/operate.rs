@@ -13,13 +13,14 @@ mod requeue;
 mod requeue_all;
 mod show_dead;
 mod status;
+mod subscribe;
 
 use std::ops::RangeInclusive;
 
 use outbox::AggregateId;
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
-pub use command_line::{Command, CommandError, run};
+pub use command_line::{Command, CommandError, Outbox, run};
 pub use decode::{Descriptors, DescriptorsError};
 pub use requeue::MaxAge;
 
@@ -31,10 +32,28 @@ pub(crate) use requeue::requeue;
 pub(crate) use requeue_all::{PIECE, Walk, requeue_piece};
 pub(crate) use show_dead::show_dead;
 pub(crate) use status::{SAMPLE, read_status, read_totals};
+pub(crate) use subscribe::{check_subscription, discard_ended, read_subscriptions, subscribe, unsubscribe};
 
-/// The position of an event in the sequence of its aggregate.
+/// Which dead or failing events a command is about. Without a field, all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Filter {
+    pub(crate) event_type: Option<String>,
+    /// The name of a subscription.
+    pub(crate) subscription: Option<String>,
+}
+
+impl Filter {
+    /// A name for the list of these events, for page tokens.
+    fn name(&self) -> String {
+        let text = |field: &Option<String>| field.clone().unwrap_or_default();
+        format!("{} {}", text(&self.event_type), text(&self.subscription)).trim_end().to_owned()
+    }
+}
+
+/// The position of an event in the sequence of its aggregate, in a subscription.
 #[derive(Clone, Copy, Debug)]
 struct Position {
+    subscription_id: i16,
     aggregate_id: AggregateId,
     sequence: i32,
 }
@@ -67,7 +86,11 @@ async fn begin_durable(connection: &mut PgConnection) -> Result<Transaction<'_, 
 /// `visible_at`, a plan that was made over a small outbox would read all of a large one.
 async fn free_successors(connection: &mut PgConnection, positions: &[Position]) -> Result<u64, sqlx::Error> {
     let mut freed = 0;
-    for positions in positions.chunks(POSITIONS_MAX) {
+    let mut positions = positions.to_vec();
+    positions.sort_unstable_by_key(|position| (position.subscription_id, position.aggregate_id, position.sequence));
+    let same_subscription = positions.chunk_by(|one, next| one.subscription_id == next.subscription_id);
+    for positions in same_subscription.flat_map(|positions| positions.chunks(POSITIONS_MAX)) {
+        let subscription_id = positions[0].subscription_id;
         let aggregate_ids: Vec<_> = positions.iter().map(|position| position.aggregate_id).collect();
         let sequences: Vec<_> = positions.iter().map(|position| position.sequence).collect();
         let chunk = sqlx::query!(
@@ -75,11 +98,13 @@ async fn free_successors(connection: &mut PgConnection, positions: &[Position]) 
             UPDATE outbox
             SET visible_at = now()
             WHERE aggregate_id = ANY ($1)
+              AND subscription_id = $3
               AND sequence > ($2::integer[])[array_position($1, aggregate_id)]
               AND lease_token IS NULL
               AND visible_at <> 'infinity'",
             &aggregate_ids as &[AggregateId],
             &sequences,
+            subscription_id,
         );
         freed += chunk.execute(&mut *connection).await?.rows_affected();
     }

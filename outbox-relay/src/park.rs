@@ -49,7 +49,10 @@ async fn park_oldest(connection: &mut PgConnection) -> Result<u64, sqlx::Error> 
             -- With jitter. Otherwise all rows that wait for dead ones would become visible together.
             SELECT least(earlier.visible_at, now() + make_interval(secs => $2 * (1 - random() / 4)))
             FROM outbox AS earlier
-            WHERE earlier.aggregate_id = successor.aggregate_id AND earlier.sequence = successor.sequence - 1)
+            WHERE earlier.aggregate_id = successor.aggregate_id
+              AND earlier.subscription_id = successor.subscription_id AND earlier.sequence < successor.sequence
+            ORDER BY earlier.sequence DESC
+            LIMIT 1)
         WHERE ctid = ANY (ARRAY (
             SELECT waiting.ctid
             FROM outbox AS waiting
@@ -61,7 +64,10 @@ async fn park_oldest(connection: &mut PgConnection) -> Result<u64, sqlx::Error> 
                     LIMIT $1))
               AND (SELECT earlier.lease_token IS NULL AND earlier.visible_at > now()
                    FROM outbox AS earlier
-                   WHERE earlier.aggregate_id = waiting.aggregate_id AND earlier.sequence = waiting.sequence - 1)
+                   WHERE earlier.aggregate_id = waiting.aggregate_id
+                     AND earlier.subscription_id = waiting.subscription_id AND earlier.sequence < waiting.sequence
+                   ORDER BY earlier.sequence DESC
+                   LIMIT 1)
             FOR UPDATE OF waiting SKIP LOCKED))",
         ROWS_MAX,
         PARKED_MAX.as_secs_f64(),

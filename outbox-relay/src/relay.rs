@@ -144,7 +144,7 @@ impl Worker {
         if let Some(row) = lease.rows.iter().find(|row| still_unknown && row.unknown)
             && route.may_warn_of_types()
         {
-            let (route, event_type) = (route.pattern(), &row.event_type);
+            let (route, event_type) = (route.name(), &row.event_type);
             warn!(
                 route,
                 event_type, "events wait: the receiver does not know their type; upgrade it, or correct the route"
@@ -212,7 +212,7 @@ impl Worker {
         let (events, began) = (batch.len(), Instant::now());
         let calling = self.receiver.deliver(&lease.rows[batch], deadline);
         let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
-        measure::delivered(self.route.pattern(), delivery.as_str());
+        measure::delivered(self.route.name(), delivery.as_str());
         if let Delivery::Failed(Failed { reason, .. }) = &delivery {
             warn!(worker = self.number, events, reason, "delivery failed");
         }
@@ -266,7 +266,7 @@ impl Worker {
         let (events, oldest) = (lease.rows.len(), lease.oldest);
         let settled = settle(&self.database, lease, fates, policy, &self.shutdown).await;
         self.lease_query.floor.lower(oldest);
-        measure::settled(self.route.pattern(), &settled);
+        measure::settled(self.route.name(), &settled);
         debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {
             warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");

@@ -153,8 +153,8 @@ impl Worker {
     fn refuse_receiver(&self, fault: &str) -> Result<(), RunError> {
         let route = self.route.settings();
         if !self.route.was_open() {
-            let (pattern, receiver) = (&route.pattern, &route.receiver);
-            return Err(RunError::Unusable(format!("route {pattern}: the receiver at {receiver} {fault}")));
+            let (name, receiver) = (&route.subscription, &route.receiver);
+            return Err(RunError::Unusable(format!("route {name}: the receiver at {receiver} {fault}")));
         }
         self.route.bar(&format!("the receiver {fault}"));
         Ok(())

@@ -26,35 +26,31 @@ const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 /// A receiver that asks for more time than this is probed earlier: it may have been replaced in the meantime.
 pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
-/// A route: some event types, and their receiver.
+/// A route: a subscription, and its receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteSettings {
-    /// A full event type (`orders.v1.OrderCreated`), or a prefix of event types that ends in `*` (`orders.v1.*`, `*`).
-    pub pattern: String,
-    /// The service that receives the events.
+    /// Name of the subscription.
+    pub subscription: String,
+    /// The service that receives its events.
     pub receiver: Uri,
 }
 
-impl RouteSettings {
-    /// The pattern, in the syntax of SQL's LIKE.
-    pub(crate) fn like(&self) -> String {
-        let (prefix, any) = self.pattern.strip_suffix('*').map_or((&*self.pattern, ""), |prefix| (prefix, "%"));
-        prefix.replace('_', "\\_") + any
-    }
+/// Whether it is the name of a subscription: short, and without characters that mean something elsewhere.
+pub(crate) fn is_name(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&text.len()) && text.bytes().all(plain) && !text.starts_with('-')
 }
 
 impl FromStr for RouteSettings {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (pattern, receiver) = text
-            .split_once('=')
-            .ok_or("not a route; it looks like PATTERN=URL, such as orders.v1.*=http://host:50052")?;
-        // Type names have no other characters, so `_` is the only one that is special in LIKE.
-        let named = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._".contains(&byte));
-        let pattern = pattern.trim();
-        if pattern.is_empty() || !named(pattern.strip_suffix('*').unwrap_or(pattern)) {
-            return Err("not a pattern of event types; it looks like orders.v1.OrderCreated, orders.v1.* or *");
+        let (subscription, receiver) =
+            text.split_once('=').ok_or("not a route; it looks like NAME=URL, such as inventory=http://host:50052")?;
+        let subscription = subscription.trim();
+        if !is_name(subscription) {
+            return Err("not the name of a subscription, which has only a-z, 0-9 and -; a route looks like \
+                        inventory=http://host:50052, after `outbox-relay subscribe inventory 'orders.v1.*'`");
         }
         let uri = receiver.trim().parse::<Uri>().ok().filter(|uri| {
             // The URL appears in logs and in the status. A password in it would leak there, and have no effect.
@@ -62,7 +58,7 @@ impl FromStr for RouteSettings {
             uri.scheme_str() == Some("http") && uri.host().is_some() && !credentials
         });
         let receiver = uri.ok_or("not the URL of a receiver; it looks like http://host:50052")?;
-        Ok(Self { pattern: pattern.to_owned(), receiver })
+        Ok(Self { subscription: subscription.to_owned(), receiver })
     }
 }
 
@@ -153,7 +149,7 @@ impl Route {
             opened: false,
             not_before: Instant::now(),
         };
-        measure::register(&settings.pattern);
+        measure::register(&settings.subscription);
         let state = State {
             settings,
             health: watch::Sender::new(health),
@@ -170,8 +166,9 @@ impl Route {
         &self.state.settings
     }
 
-    pub(crate) fn pattern(&self) -> &str {
-        &self.state.settings.pattern
+    /// The name of its subscription.
+    pub(crate) fn name(&self) -> &str {
+        &self.state.settings.subscription
     }
 
     pub(crate) fn condition(&self) -> Condition {
@@ -253,7 +250,7 @@ impl Route {
 
     /// The receiver refuses messages larger than this.
     pub(crate) fn limit_messages(&self, bytes: usize) {
-        info!(route = self.pattern(), bytes, "smaller batches: the receiver refuses larger messages");
+        info!(route = self.name(), bytes, "smaller batches: the receiver refuses larger messages");
         self.state.message_bytes_max.send_replace(Some((bytes, Instant::now() + MESSAGE_BYTES_KEPT)));
     }
 
@@ -267,9 +264,9 @@ impl Route {
     pub(crate) fn mark_down(&self, reason: &str, retry_after: Duration) {
         let before = self.close(Condition::Down, retry_after);
         if before == Condition::Down {
-            debug!(route = self.pattern(), reason, "receiver still unavailable");
+            debug!(route = self.name(), reason, "receiver still unavailable");
         } else {
-            warn!(route = self.pattern(), reason, "route down: receiver unavailable");
+            warn!(route = self.name(), reason, "route down: receiver unavailable");
         }
     }
 
@@ -277,7 +274,7 @@ impl Route {
     /// act.
     pub(crate) fn bar(&self, reason: &str) {
         self.close(Condition::Barred, Duration::ZERO);
-        let (route, receiver) = (self.pattern(), &self.state.settings.receiver);
+        let (route, receiver) = (self.name(), &self.state.settings.receiver);
         error!(route, %receiver, reason, "route barred: check its URL, and whether this relay may deliver to it");
     }
 
@@ -288,7 +285,7 @@ impl Route {
             health.failures = health.failures.saturating_add(1);
             health.not_before = health.not_before.max(Instant::now() + retry_after.min(RETRY_AFTER_MAX));
         });
-        measure::route_open(self.pattern(), false);
+        measure::route_open(self.name(), false);
         before
     }
 }
@@ -329,8 +326,8 @@ impl Probe<'_> {
             health.failures = 0;
             health.opened = true;
         });
-        measure::route_open(self.route.pattern(), true);
-        info!(route = self.route.pattern(), "route open");
+        measure::route_open(self.route.name(), true);
+        info!(route = self.route.name(), "route open");
     }
 }
 
@@ -345,7 +342,7 @@ mod tests {
     use tokio::time::Instant;
 
     fn route() -> Route {
-        Route::new("*=http://localhost:1".parse().unwrap())
+        Route::new("all=http://localhost:1".parse().unwrap())
     }
 
     async fn probe(route: &Route) -> Probe<'_> {
@@ -373,18 +370,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_is_a_type_or_a_prefix_of_types() {
-        let like = |text: &str| text.parse::<RouteSettings>().map(|route| route.like());
-        assert_eq!(like("orders.v1.OrderCreated=http://a:1").unwrap(), "orders.v1.OrderCreated");
-        assert_eq!(like(" my_orders.v1.* = http://a:1").unwrap(), "my\\_orders.v1.%");
-        assert_eq!(like("*=http://a:1").unwrap(), "%");
+    fn a_route_is_the_name_of_a_subscription_and_a_url() {
+        let name = |text: &str| text.parse::<RouteSettings>().map(|route| route.subscription);
+        assert_eq!(name("inventory=http://a:1").unwrap(), "inventory");
+        assert_eq!(name(" loyalty-2 = http://a:1").unwrap(), "loyalty-2");
         for bad in
-            ["", "http://a:1", "=http://a:1", "a*b=http://a:1", "a%=http://a:1", "**=http://a:1", "a\\=http://a:1"]
+            ["", "http://a:1", "=http://a:1", "orders.v1.*=http://a:1", "*=http://a:1", "-a=http://a:1", "A=http://a:1"]
         {
-            assert!(like(bad).is_err(), "{bad}");
+            assert!(name(bad).is_err(), "{bad}");
         }
-        for bad in ["*=", "*=a:1", "*=https://a:1", "*=http://me:secret@a:1"] {
-            assert!(like(bad).unwrap_err().contains("http://host"), "{bad}");
+        assert!(name("orders.v1.*=http://a:1").unwrap_err().contains("subscribe inventory"));
+        for bad in ["all=", "all=a:1", "all=https://a:1", "all=http://me:secret@a:1"] {
+            assert!(name(bad).unwrap_err().contains("http://host"), "{bad}");
         }
     }
 

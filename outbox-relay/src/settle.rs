@@ -97,12 +97,12 @@ pub(crate) async fn settle(
     policy: Policy,
     shutdown: &CancellationToken,
 ) -> Settled {
-    let (token, leased) = (lease.token, lease.rows.len());
+    let (key, leased) = ((lease.token, lease.subscription_id), lease.rows.len());
     let rows = Arc::new(Rows::of(&lease.rows, fates));
     let mut interrupted = false;
     loop {
         let rows = rows.clone();
-        match database.run(move |connection| Box::pin(settle_rows(connection, token, rows, policy))).await {
+        match database.run(move |connection| Box::pin(settle_rows(connection, key, rows, policy))).await {
             Ok(settled) => return settled.of(leased, interrupted),
             Err(cause) => warn!(%cause, events = leased, "cannot settle"),
         }
@@ -216,13 +216,14 @@ impl Rows {
 ///
 /// The longest back-off doubles with every failure, charged or not, up to its cap. The back-off is a random part of
 /// that, so that events that failed together are not retried together. Attempts before a requeue do not count. An event
-/// that comes back with its route, without a back-off, does not count as having failed.
+/// that comes back with its route, without a back-off, does not count as having failed. The exponent is bounded, since
+/// 2^1024 is out of range. The cap is reached long before.
 ///
 /// `n` is the row's place in the arrays: of failed flags ($7), charged ($8), dead ($9), first ($10), reasons ($11),
 /// least back-offs ($12) and exact waits ($13).
 async fn settle_rows(
     connection: &mut PgConnection,
-    token: LeaseToken,
+    (token, subscription_id): (LeaseToken, i16),
     rows: Arc<Rows>,
     policy: Policy,
 ) -> Result<Settled, sqlx::Error> {
@@ -235,7 +236,8 @@ async fn settle_rows(
                 SELECT (
                     SELECT leased.ctid
                     FROM outbox AS leased
-                    WHERE leased.aggregate_id = handled.aggregate_id AND leased.sequence = handled.sequence)
+                    WHERE (leased.aggregate_id, leased.subscription_id, leased.sequence)
+                        = (handled.aggregate_id, $17, handled.sequence))
                 FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))
             RETURNING 1
         ), returned AS (
@@ -253,7 +255,6 @@ async fn settle_rows(
                         WHEN ($10::boolean[])[n] THEN created_at
                         WHEN ($12::double precision[])[n] IS NULL
                             THEN now() + make_interval(secs => coalesce(($13::double precision[])[n], 0))
-                        -- The exponent is bounded, since 2^1024 is out of range. The cap is reached long before.
                         ELSE now() + make_interval(secs => greatest(
                             ($12::double precision[])[n],
                             random() * least(
@@ -264,12 +265,12 @@ async fn settle_rows(
                 SELECT (
                     SELECT leased.ctid
                     FROM outbox AS leased
-                    WHERE leased.aggregate_id = back.aggregate_id AND leased.sequence = back.sequence)
+                    WHERE (leased.aggregate_id, leased.subscription_id, leased.sequence)
+                        = (back.aggregate_id, $17, back.sequence))
                 FROM unnest($4::uuid[], $5::integer[]) AS back (aggregate_id, sequence)))
             RETURNING visible_at = 'infinity' AS died, attempted_at = now() AS failed
         )
-        SELECT (SELECT count(*) FROM deleted) AS "handled!",
-            count(*) FILTER (WHERE died) AS "died!",
+        SELECT (SELECT count(*) FROM deleted) AS "handled!", count(*) FILTER (WHERE died) AS "died!",
             count(*) FILTER (WHERE failed AND NOT died) AS "retried!",
             count(*) FILTER (WHERE NOT died AND failed IS NOT TRUE) AS "released!"
         FROM returned"#,
@@ -289,6 +290,7 @@ async fn settle_rows(
         policy.attempts_max,
         policy.back_off_seconds,
         policy.back_off_seconds_max,
+        subscription_id,
     )
     .fetch_one(connection)
     .await?;
@@ -407,7 +409,7 @@ mod tests {
             fates.push(Fate::Failed { charge: true, wait, reason: row.event_id.to_string() });
             rows.push(row);
         }
-        let counts = settle_rows(connection, token, Arc::new(Rows::of(&rows, &fates)), policy).await.unwrap();
+        let counts = settle_rows(connection, (token, 0), Arc::new(Rows::of(&rows, &fates)), policy).await.unwrap();
         let mut failed = Vec::new();
         for row in rows {
             let query = sqlx::query_as(

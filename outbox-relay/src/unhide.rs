@@ -29,7 +29,7 @@ use sqlx::PgConnection;
 
 use crate::Settings;
 
-/// Rows that one statement examines: those that are hidden for the longest.
+/// Rows that one statement examines of each subscription: those that are hidden for the longest.
 const ROWS_MAX: i64 = 10_000;
 /// Longer than relays hide a row for reasons that no setting changes: parked for five minutes, deferred for eight.
 const UNSET_MAX: Duration = Duration::from_secs(600);
@@ -66,11 +66,15 @@ async fn unhide_farthest(connection: &mut PgConnection, longest_hidden: Duration
             SELECT hidden.ctid
             FROM outbox AS hidden
             WHERE hidden.ctid = ANY (ARRAY (
-                    SELECT farthest.ctid
-                    FROM outbox AS farthest
-                    WHERE farthest.visible_at > now() + interval '1 minute' AND farthest.visible_at < 'infinity'
-                    ORDER BY farthest.visible_at DESC
-                    LIMIT $1))
+                    SELECT farthest.row
+                    FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
+                    CROSS JOIN LATERAL (
+                        SELECT ctid
+                        FROM outbox
+                        WHERE subscription_id = each.subscription
+                          AND visible_at > now() + interval '1 minute' AND visible_at < 'infinity'
+                        ORDER BY visible_at DESC
+                        LIMIT $1) AS farthest (row)))
               AND hidden.visible_at < 'infinity'
               AND (hidden.created_at > now() + interval '1 minute'
                    OR hidden.visible_at > now() + 2 * make_interval(secs => greatest($2::double precision,

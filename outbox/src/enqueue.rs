@@ -71,10 +71,9 @@ pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) ->
         return Ok(());
     }
     let rows = Rows::of(events);
-    sqlx::query!(
+    sqlx::query_scalar!(
         "-- outbox: enqueue
-        INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-        SELECT * FROM unnest($1::uuid[], $2::integer[], $3::uuid[], $4::text[], $5::bytea[], $6::text[], $7::text[])",
+        SELECT outbox_enqueue($1, $2, $3, $4, $5, $6, $7)",
         &rows.aggregate_ids as &[AggregateId],
         &rows.sequences,
         &rows.event_ids as &[EventId],
@@ -83,7 +82,7 @@ pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) ->
         &rows.traceparents as &[Option<&str>],
         &rows.tracestates as &[Option<&str>],
     )
-    .execute(&mut **tx)
+    .fetch_one(&mut **tx)
     .await?;
     Ok(())
 }

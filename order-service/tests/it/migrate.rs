@@ -8,7 +8,7 @@ use crate::service::{LIMIT, ONE_ORDER, Service, order, settings};
 
 async fn migrate(database: &TestDatabase) {
     let url: DatabaseUrl = database.url_as("orders_owner").parse().unwrap();
-    chassis::migrate(&url, &MIGRATORS).await.unwrap();
+    chassis::migrate(&url, &MIGRATORS, false).await.unwrap();
 }
 
 async fn serves(database: TestDatabase) {

@@ -9,17 +9,19 @@ use std::{
 use chassis::DatabaseUrl;
 use clap::{Args, Subcommand};
 use outbox::EventId;
-use proto::relay::v1::{OutboxStatus, dead_event_content::Payload};
+use proto::relay::v1::{OutboxStatus, Subscription, dead_event_content::Payload};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_text, decode::answer,
-    discard, list_dead, list_dead::count_dead, pause, print, progress::Progress, read_status, read_totals,
-    refuse::describe, requeue, requeue::Requeued, requeue_piece, resume, show_dead,
+    Descriptors, Filter, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_subscription,
+    check_text, decode::answer, discard, list_dead, list_dead::count_dead, pause, print, progress::Progress,
+    read_status, read_totals, refuse::describe, requeue, requeue::Requeued, requeue_piece, resume, show_dead,
+    subscribe, unsubscribe,
 };
+use crate::route::is_name;
 
 /// How long connecting may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -54,18 +56,37 @@ Examples:
   outbox-relay status --watch
   outbox-relay status --json | jq .dead")]
     Status(StatusArguments),
+    /// Make a subscription: a receiver gets the events of these types, in a queue of its own
+    ///
+    /// From then on, services enqueue each event of these types once more, for this subscription. It also gets the events
+    /// that match no other one. A relay delivers it: `outbox-relay serve --route NAME=URL`. If it exists with the same
+    /// pattern, nothing is changed, so a deployment can run this command each time.
+    #[command(after_long_help = "Examples:
+  outbox-relay subscribe inventory 'orders.v1.*'
+  outbox-relay subscribe billing orders.v1.OrderCreated")]
+    Subscribe(SubscribeArguments),
+    /// End a subscription, and discard its events
+    ///
+    /// Its events move to the table outbox_discarded, with your name, the time and the reason. Its relays end, and say so.
+    /// Other subscriptions keep their events.
+    #[command(after_long_help = "Example:
+  outbox-relay unsubscribe billing --reason 'billing now reads the invoices'")]
+    Unsubscribe(UnsubscribeArguments),
+    /// List the subscriptions, with their patterns and backlogs
+    Subscriptions(SubscriptionsArguments),
     /// List, show, requeue or discard dead events
     #[command(subcommand)]
     Dead(DeadCommand),
-    /// Pause the outbox: its relays lease nothing until `resume`
+    /// Pause the outbox, or one subscription: its relays lease nothing until `resume`
     ///
     /// Events that are already leased are still delivered. The pause is a row in the database. It outlives every
     /// process, and applies to relays that start later. Services can still enqueue events.
-    #[command(after_long_help = "Example:
-  outbox-relay pause --reason 'inventory is being moved'")]
+    #[command(after_long_help = "Examples:
+  outbox-relay pause --reason 'the database is being moved'
+  outbox-relay pause --subscription inventory --reason 'inventory is being moved'")]
     Pause(PauseArguments),
-    /// Resume the outbox after a pause
-    Resume(Outbox),
+    /// Resume the outbox, or one subscription, after a pause
+    Resume(ResumeArguments),
 }
 
 /// The outbox to operate on.
@@ -87,6 +108,48 @@ pub struct StatusArguments {
     /// Repeat every second until Ctrl-C. With --json, print one line each time.
     #[arg(long)]
     watch: bool,
+}
+
+/// Arguments of `subscribe`.
+#[derive(Args, Debug)]
+pub struct SubscribeArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Name of the subscription: up to 63 of a-z, 0-9 and -.
+    #[arg(value_parser = parse_subscription)]
+    name: String,
+    /// Types of events: a full protobuf name, or a prefix that ends in *, such as orders.v1.* or *.
+    #[arg(value_parser = parse_pattern)]
+    pattern: String,
+    /// Your name, kept with the subscription.
+    #[arg(long, env = "USER", value_parser = parse_name)]
+    by: String,
+}
+
+/// Arguments of `unsubscribe`.
+#[derive(Args, Debug)]
+pub struct UnsubscribeArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Name of the subscription.
+    #[arg(value_parser = parse_subscription)]
+    name: String,
+    /// Reason, kept with the subscription and its events.
+    #[arg(long, value_parser = parse_reason)]
+    reason: String,
+    /// Your name, kept with the subscription and its events.
+    #[arg(long, env = "USER", value_parser = parse_name)]
+    by: String,
+}
+
+/// Arguments of `subscriptions`.
+#[derive(Args, Debug)]
+pub struct SubscriptionsArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Print JSON: a list of relay.v1.Subscription.
+    #[arg(long)]
+    json: bool,
 }
 
 /// The commands on dead events.
@@ -143,6 +206,9 @@ pub struct ListArguments {
     /// Show only events of this type: a full protobuf name, such as orders.v1.OrderCreated.
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_name)]
     event_type: Option<String>,
+    /// Show only events of this subscription.
+    #[arg(long, value_parser = parse_subscription)]
+    subscription: Option<String>,
     /// Show the events that have failed and are not dead, instead of those that are.
     #[arg(long)]
     failing: bool,
@@ -181,6 +247,9 @@ pub struct RequeueArguments {
     /// With --all, requeue only events of this type.
     #[arg(long = "type", value_name = "TYPE", conflicts_with = "event_ids", value_parser = parse_name)]
     event_type: Option<String>,
+    /// Requeue only for this subscription. Otherwise for each in which the events are dead.
+    #[arg(long, value_parser = parse_subscription)]
+    subscription: Option<String>,
     /// With --all, do not ask. Required if stdin is not a terminal.
     #[arg(long, conflicts_with = "event_ids")]
     yes: bool,
@@ -195,6 +264,9 @@ pub struct DiscardArguments {
     outbox: Outbox,
     /// Id of the event.
     event_id: String,
+    /// Discard it only for this subscription. Otherwise for each in which it is dead.
+    #[arg(long, value_parser = parse_subscription)]
+    subscription: Option<String>,
     /// Reason, kept with the event.
     #[arg(long, value_parser = parse_reason)]
     reason: String,
@@ -208,12 +280,38 @@ pub struct DiscardArguments {
 pub struct PauseArguments {
     #[command(flatten)]
     outbox: Outbox,
+    /// Pause only this subscription.
+    #[arg(long, value_parser = parse_subscription)]
+    subscription: Option<String>,
     /// Reason, shown in the status.
     #[arg(long, value_parser = parse_reason)]
     reason: String,
     /// Your name, shown in the status.
     #[arg(long, env = "USER", value_parser = parse_name)]
     by: String,
+}
+
+/// Arguments of `resume`.
+#[derive(Args, Debug)]
+pub struct ResumeArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Resume only this subscription.
+    #[arg(long, value_parser = parse_subscription)]
+    subscription: Option<String>,
+}
+
+fn parse_subscription(text: &str) -> Result<String, String> {
+    let named = is_name(text).then(|| text.to_owned());
+    named.ok_or_else(|| "must be up to 63 of a-z, 0-9 and -, and not begin with -".to_owned())
+}
+
+fn parse_pattern(text: &str) -> Result<String, String> {
+    let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._".contains(&byte));
+    let valid = !text.is_empty() && text.len() <= 200 && plain(text.strip_suffix('*').unwrap_or(text));
+    valid
+        .then(|| text.to_owned())
+        .ok_or_else(|| "must be a full event type or a prefix that ends in *, such as orders.v1.* or *".to_owned())
 }
 
 fn parse_name(text: &str) -> Result<String, String> {
@@ -238,6 +336,9 @@ pub enum CommandError {
     /// The command does not apply, or was not confirmed. Nothing was changed.
     #[error("{0}")]
     Refused(String),
+    /// An argument names something that does not exist. Nothing was changed.
+    #[error("{0}")]
+    Arguments(String),
     /// The database failed.
     #[error("{}", explain(.0))]
     Database(sqlx::Error),
@@ -279,9 +380,12 @@ impl From<OperateError> for CommandError {
     fn from(error: OperateError) -> Self {
         match error {
             OperateError::Database(cause) => Self::Database(cause),
-            refused @ (OperateError::NotApplicable(_) | OperateError::AlreadyPaused(_) | OperateError::NotPaused) => {
-                Self::Refused(refused.to_string())
-            }
+            unknown @ OperateError::NoSubscription { .. } => Self::Arguments(unknown.to_string()),
+            refused @ (OperateError::NotApplicable(_)
+            | OperateError::AlreadyPaused(_)
+            | OperateError::NotPaused
+            | OperateError::OtherPattern { .. }
+            | OperateError::OlderVersion) => Self::Refused(refused.to_string()),
         }
     }
 }
@@ -308,12 +412,15 @@ fn explain(cause: &sqlx::Error) -> String {
 pub async fn run(command: Command) -> Result<(), CommandError> {
     let ended = match command {
         Command::Status(arguments) => show_status(arguments).await,
+        Command::Subscribe(arguments) => subscribe_name(arguments).await,
+        Command::Unsubscribe(arguments) => unsubscribe_name(arguments).await,
+        Command::Subscriptions(arguments) => list_subscriptions(arguments).await,
         Command::Dead(DeadCommand::List(arguments)) => list(arguments).await,
         Command::Dead(DeadCommand::Show(arguments)) => show(arguments).await,
         Command::Dead(DeadCommand::Requeue(arguments)) => requeue_dead(arguments).await,
         Command::Dead(DeadCommand::Discard(arguments)) => discard_dead(arguments).await,
         Command::Pause(arguments) => pause_outbox(arguments).await,
-        Command::Resume(outbox) => resume_outbox(outbox).await,
+        Command::Resume(arguments) => resume_outbox(arguments).await,
     };
     match ended {
         // The reader closed the pipe, as `| head` does.
@@ -390,9 +497,39 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
     say(&format!("{redraw}{time}\n\n{}", print::status(status)))
 }
 
+async fn subscribe_name(arguments: SubscribeArguments) -> Result<(), CommandError> {
+    let SubscribeArguments { outbox, name, pattern, by } = arguments;
+    let done = outbox.ask(async |connection| subscribe(connection, &name, &pattern, &by).await).await?;
+    let how = if done.existed { "is subscribed already" } else { "is subscribed from now on" };
+    let adopted = match done.adopted {
+        0 => String::new(),
+        adopted => format!(", and {} that waited go to the subscriptions made for them", events(adopted)),
+    };
+    let Subscription { name, pattern, .. } = done.subscription;
+    say(&format!("{name} {how} to {pattern}{adopted}\n"))
+}
+
+async fn unsubscribe_name(arguments: UnsubscribeArguments) -> Result<(), CommandError> {
+    let UnsubscribeArguments { outbox, name, reason, by } = arguments;
+    let discarded = outbox.ask(async |connection| unsubscribe(connection, &name, &by, &reason).await).await?;
+    say(&format!("{name} is subscribed no more; {} discarded as {by}\n", were(discarded)))
+}
+
+async fn list_subscriptions(arguments: SubscriptionsArguments) -> Result<(), CommandError> {
+    let SubscriptionsArguments { outbox, json } = arguments;
+    let totals = outbox.ask(read_totals).await?;
+    let (status, _) = outbox.ask(async |connection| read_status(connection, &totals).await).await?;
+    if !json {
+        return say(&print::subscriptions(&status.subscriptions));
+    }
+    let mut shown = answer(&status)?;
+    say_json(&shown["subscriptions"].take())
+}
+
 async fn list(arguments: ListArguments) -> Result<(), CommandError> {
-    let ListArguments { outbox, limit, event_type, failing, json } = arguments;
-    let page = Page { size: limit, before: Uuid::max().into(), event_type, failing };
+    let ListArguments { outbox, limit, event_type, subscription, failing, json } = arguments;
+    let filter = Filter { event_type, subscription };
+    let page = Page { size: limit, before: Page::first(), filter, failing };
     let list = outbox.ask(async |connection| list_dead(connection, &page).await).await?;
     if !json {
         return say(&print::events(&list, failing));
@@ -426,13 +563,14 @@ async fn show(arguments: ShowArguments) -> Result<(), CommandError> {
 }
 
 async fn requeue_dead(arguments: RequeueArguments) -> Result<(), CommandError> {
-    let RequeueArguments { outbox, event_ids, all, event_type, yes, max_age } = arguments;
+    let RequeueArguments { outbox, event_ids, all, event_type, subscription, yes, max_age } = arguments;
     let (done, too_old) = if all {
-        let dead = confirm(&outbox, event_type.as_deref(), yes).await?;
-        requeue_all(&outbox, event_type, max_age, dead).await?
+        let filter = Filter { event_type, subscription };
+        let dead = confirm(&outbox, &filter, yes).await?;
+        requeue_all(&outbox, filter, max_age, dead).await?
     } else {
-        let event_ids = parse_ids(&event_ids)?;
-        let done = outbox.ask(async |connection| requeue(connection, &event_ids, max_age).await).await?;
+        let (event_ids, only) = (parse_ids(&event_ids)?, subscription.as_deref());
+        let done = outbox.ask(async |connection| requeue(connection, &event_ids, only, max_age).await).await?;
         (Requeued { events: done.requeued, freed: done.freed }, 0)
     };
     say(&format!("requeued {}, and freed {} that waited for them\n", events(done.events), done.freed))?;
@@ -450,7 +588,7 @@ async fn requeue_dead(arguments: RequeueArguments) -> Result<(), CommandError> {
 /// many events stay dead because they are too old.
 async fn requeue_all(
     outbox: &Outbox,
-    event_type: Option<String>,
+    filter: Filter,
     max_age: MaxAge,
     dead: i64,
 ) -> Result<(Requeued, i64), CommandError> {
@@ -458,7 +596,7 @@ async fn requeue_all(
     let mut connection = outbox.connect().await?;
     let mut progress = Progress::of(dead);
     let (mut done, mut too_old) = (Requeued::default(), 0);
-    let mut rest = in_time(Walk::begin(&mut connection, event_type)).await?;
+    let mut rest = in_time(Walk::begin(&mut connection, filter)).await?;
     while let Some(walk) = rest {
         if shutdown.is_cancelled() {
             return Err(CommandError::Interrupted { requeued: done.events });
@@ -480,9 +618,12 @@ fn unfinished(cause: CommandError, requeued: i64) -> CommandError {
 }
 
 /// Asks the operator to confirm the number of events, unless `yes` is set. Returns the number.
-async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result<i64, CommandError> {
-    let dead = outbox.ask(async |connection| count_dead(connection, event_type).await).await?;
-    let of_type = event_type.map(|event_type| format!(" of type {event_type}")).unwrap_or_default();
+async fn confirm(outbox: &Outbox, filter: &Filter, yes: bool) -> Result<i64, CommandError> {
+    let only = filter.subscription.as_deref();
+    outbox.ask(async |connection| check_subscription(connection, only).await).await?;
+    let dead = outbox.ask(async |connection| count_dead(connection, filter).await).await?;
+    let of_type = filter.event_type.as_deref().map(|event_type| format!(" of type {event_type}"));
+    let of_type = of_type.unwrap_or_default() + &only.map(|name| format!(" for {name}")).unwrap_or_default();
     if dead == 0 {
         return Err(CommandError::Refused(format!("there are no dead events{of_type}")));
     }
@@ -503,20 +644,22 @@ async fn confirm(outbox: &Outbox, event_type: Option<&str>, yes: bool) -> Result
 }
 
 async fn discard_dead(arguments: DiscardArguments) -> Result<(), CommandError> {
-    let DiscardArguments { outbox, event_id, reason, by } = arguments;
-    let event_id = parse_id(&event_id)?;
-    let done = outbox.ask(async |connection| discard(connection, event_id, &by, &reason).await).await?;
+    let DiscardArguments { outbox, event_id, subscription, reason, by } = arguments;
+    let (event_id, only) = (parse_id(&event_id)?, subscription.as_deref());
+    let done = outbox.ask(async |connection| discard(connection, event_id, only, &by, &reason).await).await?;
     say(&format!("discarded event {event_id} as {by}, and freed {} that waited for it\n", done.freed))
 }
 
 async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {
-    let PauseArguments { outbox, reason, by } = arguments;
-    let paused = outbox.ask(async |connection| pause(connection, &by, &reason).await).await?;
+    let PauseArguments { outbox, subscription, reason, by } = arguments;
+    let only = subscription.as_deref();
+    let paused = outbox.ask(async |connection| pause(connection, only, &by, &reason).await).await?;
     say(&format!("paused {}\n", describe(&paused)))
 }
 
-async fn resume_outbox(outbox: Outbox) -> Result<(), CommandError> {
-    let ended = outbox.ask(resume).await?;
+async fn resume_outbox(arguments: ResumeArguments) -> Result<(), CommandError> {
+    let ResumeArguments { outbox, subscription } = arguments;
+    let ended = outbox.ask(async |connection| resume(connection, subscription.as_deref()).await).await?;
     say(&format!("resumed; it was paused {}\n", describe(&ended)))
 }
 

@@ -3,29 +3,44 @@
 use outbox::{AggregateId, EventId};
 use proto::relay::v1::{DeadEvent, ListDeadEventsResponse};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
+use uuid::Uuid;
+
+use super::{Filter, OperateError, check_subscription};
 
 /// The page to read.
 #[derive(Clone, Debug)]
 pub(crate) struct Page {
     pub(crate) size: u16,
-    /// The last event of the previous page; for the first page, the largest id.
-    pub(crate) before: EventId,
-    /// If set, only events of this type.
-    pub(crate) event_type: Option<String>,
+    /// The last event of the previous page, with its subscription; for the first page, the largest of both.
+    pub(crate) before: (EventId, i16),
+    pub(crate) filter: Filter,
     /// The events that have failed and are not dead, instead of those that are.
     pub(crate) failing: bool,
 }
 
 impl Page {
+    /// The position before the first page.
+    pub(crate) fn first() -> (EventId, i16) {
+        (Uuid::max().into(), i16::MAX)
+    }
+
     /// The list that its page tokens are valid for.
-    pub(crate) fn list(event_type: Option<&str>, failing: bool) -> String {
-        format!("{} {}", if failing { "failing" } else { "dead" }, event_type.unwrap_or_default())
+    pub(crate) fn list(filter: &Filter, failing: bool) -> String {
+        format!("{} {}", if failing { "failing" } else { "dead" }, filter.name())
+    }
+
+    /// The position of a page token.
+    pub(crate) fn read_position(text: &str) -> Option<(EventId, i16)> {
+        let (event_id, subscription_id) = text.split_once(' ')?;
+        Some((Uuid::try_parse(event_id).ok()?.into(), subscription_id.parse().ok()?))
     }
 }
 
 /// A row that is dead or fails, without its payload and trace context.
 pub(super) struct DeadRow {
     pub(super) event_id: EventId,
+    pub(super) subscription_id: i16,
+    pub(super) subscription: String,
     pub(super) event_type: String,
     pub(super) aggregate_id: AggregateId,
     pub(super) sequence: i32,
@@ -50,6 +65,7 @@ impl From<DeadRow> for DeadEvent {
             reason: row.reason,
             held_back: row.held_back,
             failures: row.failures,
+            subscription: row.subscription,
         }
     }
 }
@@ -61,22 +77,23 @@ impl From<DeadRow> for DeadEvent {
 pub(crate) async fn list_dead(
     connection: &mut PgConnection,
     page: &Page,
-) -> Result<ListDeadEventsResponse, sqlx::Error> {
+) -> Result<ListDeadEventsResponse, OperateError> {
+    check_subscription(connection, page.filter.subscription.as_deref()).await?;
     let mut rows = if page.failing { read_failing(connection, page).await } else { read_dead(connection, page).await }?;
     let more = rows.len() > usize::from(page.size);
     if more {
         rows.pop();
     }
-    let event_type = page.event_type.as_deref();
-    let list = Page::list(event_type, page.failing);
+    let list = Page::list(&page.filter, page.failing);
     let last = rows.last().filter(|_| more);
-    let next_page_token = last.map(|row| chassis::encode_page_token(&list, &row.event_id.to_string()));
+    let next_page_token =
+        last.map(|row| chassis::encode_page_token(&list, &format!("{} {}", row.event_id, row.subscription_id)));
     Ok(ListDeadEventsResponse {
         dead_events: rows.into_iter().map(DeadEvent::from).collect(),
         next_page_token: next_page_token.unwrap_or_default(),
         total_size: match page.failing {
-            true => count_failing(connection, event_type).await?,
-            false => count_dead(connection, event_type).await?,
+            true => count_failing(connection, &page.filter).await?,
+            false => count_dead(connection, &page.filter).await?,
         },
     })
 }
@@ -85,18 +102,25 @@ async fn read_dead(connection: &mut PgConnection, page: &Page) -> Result<Vec<Dea
     sqlx::query_as!(
         DeadRow,
         r#"-- operate: list dead
-        SELECT event_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
+        SELECT event_id, subscription_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             coalesce(last_error, '') AS "reason!",
             (SELECT count(*) FROM outbox AS later
-             WHERE later.aggregate_id = dead.aggregate_id AND later.sequence > dead.sequence) AS "held_back!"
+             WHERE later.aggregate_id = dead.aggregate_id AND later.subscription_id = dead.subscription_id
+               AND later.sequence > dead.sequence) AS "held_back!",
+            coalesce((SELECT name FROM outbox_subscriptions AS named WHERE named.subscription_id = dead.subscription_id), '')
+                AS "subscription!"
         FROM outbox AS dead
-        WHERE visible_at = 'infinity' AND event_id < $1 AND ($2::text IS NULL OR event_type = $2)
-        ORDER BY event_id DESC
+        WHERE visible_at = 'infinity' AND event_id <= $1 AND (event_id, subscription_id) < ($1, $4)
+          AND ($2::text IS NULL OR event_type = $2)
+          AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+        ORDER BY event_id DESC, subscription_id DESC
         LIMIT $3"#,
-        page.before as EventId,
-        page.event_type,
+        page.before.0 as EventId,
+        page.filter.event_type,
         i64::from(page.size) + 1,
+        page.before.1,
+        page.filter.subscription,
     )
     .fetch_all(connection)
     .await
@@ -107,43 +131,57 @@ async fn read_failing(connection: &mut PgConnection, page: &Page) -> Result<Vec<
     sqlx::query_as!(
         DeadRow,
         r#"-- operate: list failing
-        SELECT event_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
+        SELECT event_id, subscription_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             coalesce(last_error, '') AS "reason!",
             (SELECT count(*) FROM outbox AS later
-             WHERE later.aggregate_id = failing.aggregate_id AND later.sequence > failing.sequence) AS "held_back!"
+             WHERE later.aggregate_id = failing.aggregate_id AND later.subscription_id = failing.subscription_id
+               AND later.sequence > failing.sequence) AS "held_back!",
+            coalesce((SELECT name FROM outbox_subscriptions AS named WHERE named.subscription_id = failing.subscription_id), '')
+                AS "subscription!"
         FROM outbox AS failing
-        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity' AND event_id < $1 AND ($2::text IS NULL OR event_type = $2)
-        ORDER BY event_id DESC
+        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
+          AND (event_id, subscription_id) < ($1, $4)
+          AND ($2::text IS NULL OR event_type = $2)
+          AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+        ORDER BY event_id DESC, subscription_id DESC
         LIMIT $3"#,
-        page.before as EventId,
-        page.event_type,
+        page.before.0 as EventId,
+        page.filter.event_type,
         i64::from(page.size) + 1,
+        page.before.1,
+        page.filter.subscription,
     )
     .fetch_all(connection)
     .await
 }
 
-async fn count_failing(connection: &mut PgConnection, event_type: Option<&str>) -> Result<i64, sqlx::Error> {
+async fn count_failing(connection: &mut PgConnection, filter: &Filter) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count failing
         SELECT count(*) AS "count!" FROM outbox
-        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity' AND ($1::text IS NULL OR event_type = $1)"#,
-        event_type,
+        WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
+          AND ($1::text IS NULL OR event_type = $1)
+          AND ($2::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $2 AND ended_at IS NULL))"#,
+        filter.event_type,
+        filter.subscription,
     )
     .fetch_one(connection)
     .await
 }
 
-/// The number of dead events, of one type if it is set.
+/// The number of these events that are dead.
 ///
 /// # Errors
 /// Those of the database.
-pub(super) async fn count_dead(connection: &mut PgConnection, event_type: Option<&str>) -> Result<i64, sqlx::Error> {
+pub(super) async fn count_dead(connection: &mut PgConnection, filter: &Filter) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count dead
-        SELECT count(*) AS "count!" FROM outbox WHERE visible_at = 'infinity' AND ($1::text IS NULL OR event_type = $1)"#,
-        event_type,
+        SELECT count(*) AS "count!" FROM outbox
+        WHERE visible_at = 'infinity' AND ($1::text IS NULL OR event_type = $1)
+          AND ($2::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $2 AND ended_at IS NULL))"#,
+        filter.event_type,
+        filter.subscription,
     )
     .fetch_one(connection)
     .await

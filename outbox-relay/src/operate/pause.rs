@@ -1,11 +1,12 @@
-//! Pauses all leasing from an outbox, and resumes it.
+//! Pauses all leasing from an outbox, or from one subscription, and resumes it.
 
 use proto::relay::v1::OutboxPause;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::{OperateError, begin_durable, wake_relays};
+use super::{OperateError, begin_durable, subscribe::check_subscription, wake_relays};
 
 struct PauseRow {
+    subscription: String,
     paused_at: OffsetDateTime,
     paused_by: String,
     reason: String,
@@ -13,24 +14,33 @@ struct PauseRow {
 
 impl From<PauseRow> for OutboxPause {
     fn from(row: PauseRow) -> Self {
-        let PauseRow { paused_at, paused_by, reason } = row;
-        Self { pause_time: Some(outbox::timestamp(paused_at)), paused_by, reason }
+        let PauseRow { subscription, paused_at, paused_by, reason } = row;
+        Self { pause_time: Some(outbox::timestamp(paused_at)), paused_by, reason, subscription }
     }
 }
 
-/// Pauses the outbox: relays lease nothing until it is resumed. If two operators pause at once, the unique key decides.
+/// Pauses the subscription, or all: relays lease none of its events until it is resumed. If two operators pause at once,
+/// the unique key decides.
 ///
 /// # Errors
-/// [`OperateError::AlreadyPaused`], and those of the database.
-pub(crate) async fn pause(connection: &mut PgConnection, by: &str, reason: &str) -> Result<OutboxPause, OperateError> {
+/// [`OperateError::AlreadyPaused`], [`OperateError::NoSubscription`], and those of the database.
+pub(crate) async fn pause(
+    connection: &mut PgConnection,
+    subscription: Option<&str>,
+    by: &str,
+    reason: &str,
+) -> Result<OutboxPause, OperateError> {
+    check_subscription(connection, subscription).await?;
     loop {
         let mut tx = begin_durable(connection).await?;
         let paused = sqlx::query_as!(
             PauseRow,
-            "-- operate: pause
-            INSERT INTO outbox_pause (paused_by, reason) VALUES ($1, $2)
+            r#"-- operate: pause
+            INSERT INTO outbox_pauses (subscription_id, paused_by, reason)
+            SELECT coalesce((SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL), 0), $2, $3
             ON CONFLICT DO NOTHING
-            RETURNING paused_at, paused_by, reason",
+            RETURNING coalesce($1, '') AS "subscription!", paused_at, paused_by, reason"#,
+            subscription,
             by,
             reason,
         )
@@ -40,23 +50,32 @@ pub(crate) async fn pause(connection: &mut PgConnection, by: &str, reason: &str)
         if let Some(paused) = paused {
             return Ok(paused.into());
         }
-        if let Some(pause) = read_pause(connection).await? {
+        let name = subscription.unwrap_or_default();
+        if let Some(pause) = read_pauses(connection).await?.into_iter().find(|pause| pause.subscription == name) {
             return Err(OperateError::AlreadyPaused(pause));
         }
         // Another operator resumed it between the two statements: pause again.
     }
 }
 
-/// Ends the pause, and returns it.
+/// Ends the pause of the subscription, or that of all, and returns it.
 ///
 /// # Errors
-/// [`OperateError::NotPaused`], and those of the database.
-pub(crate) async fn resume(connection: &mut PgConnection) -> Result<OutboxPause, OperateError> {
+/// [`OperateError::NotPaused`], [`OperateError::NoSubscription`], and those of the database.
+pub(crate) async fn resume(
+    connection: &mut PgConnection,
+    subscription: Option<&str>,
+) -> Result<OutboxPause, OperateError> {
+    check_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let ended = sqlx::query_as!(
         PauseRow,
-        "-- operate: resume
-        DELETE FROM outbox_pause RETURNING paused_at, paused_by, reason"
+        r#"-- operate: resume
+        DELETE FROM outbox_pauses
+        WHERE subscription_id =
+            coalesce((SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL), 0)
+        RETURNING coalesce($1, '') AS "subscription!", paused_at, paused_by, reason"#,
+        subscription,
     )
     .fetch_optional(&mut *tx)
     .await?;
@@ -66,17 +85,20 @@ pub(crate) async fn resume(connection: &mut PgConnection) -> Result<OutboxPause,
     Ok(ended.into())
 }
 
-/// The pause, if there is one.
+/// The pauses there are; of all subscriptions first.
 ///
 /// # Errors
 /// Those of the database.
-pub(super) async fn read_pause(connection: &mut PgConnection) -> Result<Option<OutboxPause>, sqlx::Error> {
-    let row = sqlx::query_as!(
+pub(super) async fn read_pauses(connection: &mut PgConnection) -> Result<Vec<OutboxPause>, sqlx::Error> {
+    let rows = sqlx::query_as!(
         PauseRow,
-        "-- operate: read pause
-        SELECT paused_at, paused_by, reason FROM outbox_pause"
+        r#"-- operate: read pauses
+        SELECT coalesce(name, '') AS "subscription!", paused_at, paused_by, outbox_pauses.reason
+        FROM outbox_pauses LEFT JOIN outbox_subscriptions USING (subscription_id)
+        WHERE ended_at IS NULL
+        ORDER BY 1"#
     )
-    .fetch_optional(connection)
+    .fetch_all(connection)
     .await?;
-    Ok(row.map(OutboxPause::from))
+    Ok(rows.into_iter().map(OutboxPause::from).collect())
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use proto::relay::v1::{
-    DeadEvent, DeadEventContent, ListDeadEventsResponse, OutboxStatus, dead_event_content::Payload,
+    DeadEvent, DeadEventContent, ListDeadEventsResponse, OutboxStatus, Subscription, dead_event_content::Payload,
 };
 
 use super::refuse::describe;
@@ -23,7 +23,14 @@ pub(super) fn status(status: &OutboxStatus) -> String {
         line(["out", &format!("{:.1}/s", status.out_per_second), ""]),
     ];
     let paused = status.pause.as_ref().map(|pause| format!("PAUSED {}\n", visible(&describe(pause))));
-    let mut page = format!("{}{}\n{}", table(&numbers, &[1]), paused.unwrap_or_default(), routes(status));
+    let unrouted = match status.unrouted {
+        0 => String::new(),
+        events => {
+            format!("UNROUTED {events} of the waiting events match no subscription: `outbox-relay subscribe` one\n")
+        }
+    };
+    let numbers = table(&numbers, &[1]) + &paused.unwrap_or_default() + &unrouted;
+    let mut page = format!("{numbers}\n{}\n{}", subscriptions(&status.subscriptions), routes(status));
     if !status.types.is_empty() {
         page += "\n";
         page += &types(status);
@@ -35,15 +42,30 @@ pub(super) fn status(status: &OutboxStatus) -> String {
     page
 }
 
+/// The subscriptions with their backlogs.
+pub(super) fn subscriptions(subscriptions: &[Subscription]) -> String {
+    if subscriptions.is_empty() {
+        return "no subscriptions\n".into();
+    }
+    let mut rows = vec![line(["SUBSCRIPTION", "EVENTS", "WAITING", "LEASED", "BACKING OFF", "DEAD", "OLDEST", ""])];
+    rows.extend(subscriptions.iter().map(|of| {
+        let numbers = [of.waiting, of.leased, of.backing_off, of.dead].map(|number| number.to_string());
+        let oldest = of.oldest_seconds.map_or("none".to_owned(), age);
+        let paused = if of.pause.is_some() { "PAUSED" } else { "" };
+        [line([&of.name, &of.pattern]), numbers.to_vec(), line([&oldest, paused])].concat()
+    }));
+    let paused = subscriptions.iter().filter_map(|of| of.pause.as_ref());
+    let paused = paused.map(|pause| format!("PAUSED {}\n", visible(&describe(pause))));
+    table(&rows, &[2, 3, 4, 5, 6]) + &paused.collect::<String>()
+}
+
 fn failing(status: &OutboxStatus) -> String {
-    let mut rows = vec![line(["FAILING", "EVENTS", "FAILURES", "REASON"])];
-    rows.extend(
-        status
-            .failing
-            .iter()
-            .map(|of| line([&of.r#type, &of.events.to_string(), &of.failures.to_string(), &of.reason])),
-    );
-    table(&rows, &[1, 2])
+    let mut rows = vec![line(["FAILING", "SUBSCRIPTION", "EVENTS", "FAILURES", "REASON"])];
+    rows.extend(status.failing.iter().map(|of| {
+        let [events, failures] = [of.events, of.failures].map(|number| number.to_string());
+        line([&of.r#type, &of.subscription, &events, &failures, &of.reason])
+    }));
+    table(&rows, &[2, 3])
 }
 
 fn routes(status: &OutboxStatus) -> String {
@@ -72,17 +94,29 @@ pub(super) fn events(list: &ListDeadEventsResponse, failing: bool) -> String {
     if list.dead_events.is_empty() {
         return if failing { "no event fails\n" } else { "no dead events\n" }.into();
     }
-    let heads = ["EVENT", "AGE", "ATTEMPTS", "FAILURES", "HOLDS BACK", "TYPE", "AGGREGATE", "SEQUENCE", "REASON"];
+    let heads = [
+        "EVENT",
+        "AGE",
+        "ATTEMPTS",
+        "FAILURES",
+        "HOLDS BACK",
+        "SUBSCRIPTION",
+        "TYPE",
+        "AGGREGATE",
+        "SEQUENCE",
+        "REASON",
+    ];
     let mut rows = vec![line(heads)];
     rows.extend(list.dead_events.iter().map(|event| {
-        let DeadEvent { event_id, r#type, subject, sequence, age_seconds, reason, .. } = event;
+        let DeadEvent { event_id, r#type, subject, sequence, age_seconds, reason, subscription, .. } = event;
         let [attempts, failures] = [event.attempts, event.failures].map(|number| number.to_string());
         let [held_back, sequence] = [event.held_back, *sequence].map(|number| number.to_string());
-        line([event_id, &age(*age_seconds), &attempts, &failures, &held_back, r#type, subject, &sequence, reason])
+        let event = [event_id, &*age(*age_seconds), &attempts, &failures, &held_back, subscription];
+        [line(event), line([r#type, subject, &sequence, reason])].concat()
     }));
     let more = list.total_size - i64::try_from(list.dead_events.len()).unwrap_or(i64::MAX);
     let more = if more > 0 { format!("… and {more} older: raise --limit to see them\n") } else { String::new() };
-    table(&rows, &[1, 2, 3, 4, 7]) + &more
+    table(&rows, &[1, 2, 3, 4, 8]) + &more
 }
 
 /// A dead event. `payload` is its payload as JSON, if it could be decoded.
@@ -97,6 +131,7 @@ pub(super) fn dead_event(content: &DeadEventContent, payload: Option<&str>) -> S
     let holds_back = format!("{} later {later} of its aggregate", event.held_back);
     let fields = [
         line(["event", &event.event_id]),
+        line(["subscription", &event.subscription]),
         line(["type", &event.r#type]),
         line(["aggregate", &event.subject]),
         line(["sequence", &event.sequence.to_string()]),

@@ -16,6 +16,15 @@ pub(crate) enum OperateError {
     AlreadyPaused(OutboxPause),
     #[error("not paused")]
     NotPaused,
+    #[error("nobody has subscribed {name}; there {}", list(.names))]
+    NoSubscription { name: String, names: Vec<String> },
+    #[error("{name} is subscribed to {pattern} already: choose another name, or `unsubscribe` it first")]
+    OtherPattern { name: String, pattern: String },
+    #[error(
+        "relays of an earlier version may still run, and would deliver the events of a second subscription to the receiver \
+         of the first: when none does, run the `migrate --contract` command of the service that owns the database"
+    )]
+    OlderVersion,
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -57,10 +66,15 @@ fn join(events: &[NotApplicable]) -> String {
     events.iter().map(NotApplicable::to_string).collect::<Vec<_>>().join("; ")
 }
 
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "is no subscription".to_owned() } else { format!("are {}", names.join(", ")) }
+}
+
 /// The pause, as the end of a sentence.
 pub(super) fn describe(pause: &OutboxPause) -> String {
     let since = pause.pause_time.unwrap_or_default();
-    format!("since {since} by {}: {}", pause.paused_by, pause.reason)
+    let what = if pause.subscription.is_empty() { String::new() } else { format!("{} ", pause.subscription) };
+    format!("{what}since {since} by {}: {}", pause.paused_by, pause.reason)
 }
 
 /// Looks up the state of events that are not dead. It reads the whole outbox, since there is no index for this. Only a

@@ -6,7 +6,7 @@ use proto::relay::v1::RequeueDeadEventsResponse;
 use sqlx::{PgConnection, Postgres, Transaction};
 
 use super::{
-    OperateError, Position, Reason, begin_durable, count, free_late_successors, free_successors,
+    OperateError, Position, Reason, begin_durable, check_subscription, count, free_late_successors, free_successors,
     refuse::{NotApplicable, explain},
     wake_relays,
 };
@@ -37,7 +37,8 @@ pub(crate) struct Requeued {
     pub(crate) freed: i64,
 }
 
-/// Makes the named events visible at once, and frees their successors. They keep their ids, attempts and reasons.
+/// Makes the named events visible at once, in each subscription in which they are dead, or in the given one. Frees their
+/// successors. They keep their ids, attempts and reasons.
 /// Attempts before a requeue do not count towards death, so each event has all its attempts again.
 ///
 /// # Errors
@@ -45,11 +46,13 @@ pub(crate) struct Requeued {
 pub(crate) async fn requeue(
     connection: &mut PgConnection,
     event_ids: &[EventId],
+    subscription: Option<&str>,
     max_age: MaxAge,
 ) -> Result<RequeueDeadEventsResponse, OperateError> {
+    check_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let (old, young): (Vec<_>, Vec<_>) =
-        lock_dead(&mut tx, event_ids, max_age).await?.into_iter().partition(|dead| dead.too_old);
+        lock_dead(&mut tx, event_ids, subscription, max_age).await?.into_iter().partition(|dead| dead.too_old);
     let (rows, young): (Vec<_>, Vec<_>) = young.into_iter().map(|dead| (dead.row, dead.event_id)).unzip();
     refuse_unless_all(&mut tx, event_ids, &young, &old, max_age).await?;
     let (positions, Requeued { events, freed }) = commit_requeue(tx, &rows).await?;
@@ -80,6 +83,7 @@ pub(super) async fn tell_of_requeue(connection: &mut PgConnection, positions: &[
 async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
     event_ids: &[EventId],
+    subscription: Option<&str>,
     max_age: MaxAge,
 ) -> Result<Vec<Dead>, sqlx::Error> {
     sqlx::query_as!(
@@ -90,10 +94,12 @@ async fn lock_dead(
             created_at < now() - make_interval(hours => $2) AS "too_old!"
         FROM outbox
         WHERE visible_at = 'infinity' AND event_id = ANY ($1)
-        ORDER BY event_id
+          AND ($3::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $3 AND ended_at IS NULL))
+        ORDER BY event_id, subscription_id
         FOR UPDATE"#,
         event_ids as &[EventId],
         max_age.max_age_hours.cast_signed(),
+        subscription,
     )
     .fetch_all(&mut **tx)
     .await
@@ -127,7 +133,7 @@ async fn make_visible(tx: &mut Transaction<'_, Postgres>, rows: &[String]) -> Re
         UPDATE outbox
         SET visible_at = now(), attempts_before_requeue = attempts, failures = 0, attempted_at = NULL
         WHERE ctid = ANY ($1::text[]::tid[])
-        RETURNING aggregate_id, sequence",
+        RETURNING subscription_id, aggregate_id, sequence",
         rows,
     )
     .fetch_all(&mut **tx)

@@ -20,7 +20,7 @@ use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use super::{
-    MaxAge, begin_durable, count,
+    Filter, MaxAge, begin_durable, count,
     requeue::{Requeued, commit_requeue, tell_of_requeue},
 };
 
@@ -36,8 +36,8 @@ pub(crate) struct Walk {
     after: EventId,
     /// The last event it visits.
     until: EventId,
-    /// If set, it requeues only events of this type. It visits all.
-    event_type: Option<String>,
+    /// It requeues only these events. It visits all.
+    filter: Filter,
 }
 
 /// A piece of a walk.
@@ -60,10 +60,7 @@ impl Walk {
     ///
     /// # Errors
     /// Those of the database.
-    pub(crate) async fn begin(
-        connection: &mut PgConnection,
-        event_type: Option<String>,
-    ) -> Result<Option<Self>, sqlx::Error> {
+    pub(crate) async fn begin(connection: &mut PgConnection, filter: Filter) -> Result<Option<Self>, sqlx::Error> {
         let last = sqlx::query_scalar!(
             r#"-- operate: find the last dead
             SELECT event_id AS "event_id: EventId" FROM outbox
@@ -71,20 +68,20 @@ impl Walk {
         )
         .fetch_optional(connection)
         .await?;
-        Ok(last.map(|until| Self { after: Uuid::nil().into(), until, event_type }))
+        Ok(last.map(|until| Self { after: Uuid::nil().into(), until, filter }))
     }
 
     /// A token from which [`Walk::resume`] makes this walk again.
     pub(crate) fn token(&self) -> String {
-        chassis::encode_page_token(&name(self.event_type.as_deref()), &format!("{} {}", self.after, self.until))
+        chassis::encode_page_token(&name(&self.filter), &format!("{} {}", self.after, self.until))
     }
 
-    /// The walk of a token; `None` if the token is not one of a walk over events of this type.
-    pub(crate) fn resume(token: &str, event_type: Option<String>) -> Option<Self> {
-        let range = chassis::decode_page_token(&name(event_type.as_deref()), token)?;
+    /// The walk of a token; `None` if the token is not one of a walk over these events.
+    pub(crate) fn resume(token: &str, filter: Filter) -> Option<Self> {
+        let range = chassis::decode_page_token(&name(&filter), token)?;
         let (after, until) = range.split_once(' ')?;
         let id = |text| Uuid::try_parse(text).map(EventId::from).ok();
-        Some(Self { after: id(after)?, until: id(until)?, event_type })
+        Some(Self { after: id(after)?, until: id(until)?, filter })
     }
 
     /// The number of dead events ahead, as far as they are among the next hundred thousand.
@@ -97,14 +94,16 @@ impl Walk {
             r#"-- operate: count ahead
             SELECT count(*) AS "count!"
             FROM (
-                SELECT event_type FROM outbox
+                SELECT event_type, subscription_id FROM outbox
                 WHERE visible_at = 'infinity' AND event_id > $1 AND event_id <= $2
                 ORDER BY event_id LIMIT $4) AS ahead
-            WHERE $3::text IS NULL OR event_type = $3"#,
+            WHERE ($3::text IS NULL OR event_type = $3)
+              AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))"#,
             self.after as EventId,
             self.until as EventId,
-            self.event_type,
+            self.filter.event_type,
             COUNTED_MAX,
+            self.filter.subscription,
         )
         .fetch_one(&mut *tx)
         .await?;
@@ -114,8 +113,8 @@ impl Walk {
 }
 
 /// The list that the tokens of a walk are valid for.
-fn name(event_type: Option<&str>) -> String {
-    format!("requeue {}", event_type.unwrap_or_default())
+fn name(filter: &Filter) -> String {
+    format!("requeue {}", filter.name())
 }
 
 /// Requeues the next events of a walk, as [`super::requeue`] does. At most `events_max` dead events are looked at, so a
@@ -186,12 +185,14 @@ async fn lock(tx: &mut Transaction<'_, Postgres>, piece: &Walk, max_age: MaxAge)
         FROM outbox
         WHERE visible_at = 'infinity' AND event_id > $1 AND event_id <= $2
           AND ($3::text IS NULL OR event_type = $3)
-        ORDER BY event_id
+          AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+        ORDER BY event_id, subscription_id
         FOR UPDATE"#,
         piece.after as EventId,
         piece.until as EventId,
-        piece.event_type,
+        piece.filter.event_type,
         max_age.max_age_hours.cast_signed(),
+        piece.filter.subscription,
     )
     .fetch_all(&mut **tx)
     .await
@@ -204,7 +205,7 @@ mod tests {
     use tokio::time::{Duration, Instant, sleep};
     use uuid::Uuid;
 
-    use super::{MaxAge, Piece, Requeued, Walk, requeue_piece};
+    use super::{Filter, MaxAge, Piece, Requeued, Walk, requeue_piece};
     use crate::operate::discard;
 
     const MAX_AGE: MaxAge = MaxAge { max_age_hours: 144 };
@@ -269,7 +270,8 @@ mod tests {
         }
 
         async fn begin(&mut self, event_type: Option<&str>) -> Option<Walk> {
-            Walk::begin(&mut self.operator, event_type.map(str::to_owned)).await.unwrap()
+            let filter = Filter { event_type: event_type.map(str::to_owned), ..Filter::default() };
+            Walk::begin(&mut self.operator, filter).await.unwrap()
         }
 
         async fn piece(&mut self, walk: Walk, events_max: u32) -> Piece {
@@ -447,7 +449,7 @@ mod tests {
         let walk = outbox.piece(walk, 300).await.rest;
         let mut other = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
         // One is gone before its piece, and one goes while its piece waits for it.
-        discard(&mut other, id(900).into(), "ann", "a typo").await.unwrap();
+        discard(&mut other, id(900).into(), None, "ann", "a typo").await.unwrap();
         let mut discarding = outbox.pool.begin().await.unwrap();
         sqlx::query("DELETE FROM outbox WHERE event_id = $1").bind(id(450)).execute(&mut *discarding).await.unwrap();
         let mut operator = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
@@ -487,12 +489,13 @@ mod tests {
 
     #[test]
     fn a_token_continues_a_walk_over_the_same_type_only() {
-        let walk = Walk { after: id(1).into(), until: id(9).into(), event_type: Some("a.B".into()) };
-        assert_eq!(Walk::resume(&walk.token(), Some("a.B".into())), Some(walk.clone()));
-        assert_eq!(Walk::resume(&walk.token(), Some("a.C".into())), None);
-        assert_eq!(Walk::resume(&walk.token(), None), None);
-        assert_eq!(Walk::resume("no token", Some("a.B".into())), None);
+        let of = |event_type: &str| Filter { event_type: Some(event_type.to_owned()), ..Filter::default() };
+        let walk = Walk { after: id(1).into(), until: id(9).into(), filter: of("a.B") };
+        assert_eq!(Walk::resume(&walk.token(), of("a.B")), Some(walk.clone()));
+        assert_eq!(Walk::resume(&walk.token(), of("a.C")), None);
+        assert_eq!(Walk::resume(&walk.token(), Filter::default()), None);
+        assert_eq!(Walk::resume("no token", of("a.B")), None);
         let page = chassis::encode_page_token("requeue a.B", &id(1).to_string());
-        assert_eq!(Walk::resume(&page, Some("a.B".into())), None);
+        assert_eq!(Walk::resume(&page, of("a.B")), None);
     }
 }

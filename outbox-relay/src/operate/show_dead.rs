@@ -18,14 +18,19 @@ pub(crate) async fn show_dead(
 ) -> Result<DeadEventContent, OperateError> {
     let row = sqlx::query!(
         r#"-- operate: show dead
-        SELECT event_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
+        SELECT event_id, subscription_id, event_type, aggregate_id, sequence, attempts, failures, created_at,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             coalesce(last_error, '') AS "reason!",
             (SELECT count(*) FROM outbox AS later
-             WHERE later.aggregate_id = dead.aggregate_id AND later.sequence > dead.sequence) AS "held_back!",
+             WHERE later.aggregate_id = dead.aggregate_id AND later.subscription_id = dead.subscription_id
+               AND later.sequence > dead.sequence) AS "held_back!",
+            coalesce((SELECT name FROM outbox_subscriptions WHERE subscription_id = dead.subscription_id), '')
+                AS "subscription!",
             attempts_before_requeue, payload, traceparent, tracestate
         FROM outbox AS dead
-        WHERE visible_at = 'infinity' AND event_id = $1"#,
+        WHERE visible_at = 'infinity' AND event_id = $1
+        ORDER BY subscription_id
+        LIMIT 1"#,
         event_id as EventId,
     )
     .fetch_optional(&mut *connection)
@@ -39,6 +44,7 @@ pub(crate) async fn show_dead(
     };
     let event = DeadRow {
         event_id: row.event_id.into(),
+        subscription_id: row.subscription_id,
         event_type: row.event_type,
         aggregate_id: row.aggregate_id.into(),
         sequence: row.sequence,
@@ -48,6 +54,7 @@ pub(crate) async fn show_dead(
         age_seconds: row.age_seconds,
         reason: row.reason,
         held_back: row.held_back,
+        subscription: row.subscription,
     };
     Ok(DeadEventContent {
         event: Some(event.into()),

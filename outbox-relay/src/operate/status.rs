@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto::relay::v1::{FailureCount, OutboxStatus, RelayRoute, TypeCount};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::pause::read_pause;
+use super::{pause::read_pauses, read_subscriptions};
 
 /// Time between the two readings of a rate.
 pub(crate) const SAMPLE: Duration = Duration::from_secs(1);
@@ -61,10 +61,16 @@ pub(crate) async fn read_status(
     let (in_per_second, out_per_second) = totals.rates_since(earlier);
     let time = Some(outbox::timestamp(totals.at));
     let mut status = OutboxStatus { time, in_per_second, out_per_second, ..OutboxStatus::default() };
+    status.subscriptions = read_subscriptions(connection).await?;
     count_events(connection, &mut status).await?;
     status.held_back = count_held_back(connection).await?;
     status.failing = count_failures(connection).await?;
-    status.pause = read_pause(connection).await?;
+    for pause in read_pauses(connection).await? {
+        match status.subscriptions.iter_mut().find(|of| of.name == pause.subscription) {
+            Some(of) => of.pause = Some(pause),
+            None => status.pause = Some(pause),
+        }
+    }
     status.routes = read_routes(connection).await?;
     Ok((status, totals))
 }
@@ -75,16 +81,18 @@ pub(crate) async fn read_status(
 async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) -> Result<(), sqlx::Error> {
     let rows = sqlx::query!(
         r#"-- operate: count events
-        SELECT event_type, count(*) AS "events!",
+        SELECT event_type, coalesce(name, '') AS "subscription!", count(*) AS "events!",
             count(*) FILTER (WHERE visible_at = 'infinity') AS "dead!",
             count(*) FILTER (WHERE visible_at > now() AND lease_token IS NOT NULL) AS "leased!",
             count(*) FILTER (
                 WHERE visible_at > now() AND visible_at < 'infinity' AND lease_token IS NULL
                   AND (failures > 0 OR attempts > attempts_before_requeue)
             ) AS "backing_off!",
-            extract(epoch FROM now() - min(created_at) FILTER (WHERE visible_at < 'infinity'))::double precision
+            extract(epoch FROM now() - min(outbox.created_at) FILTER (WHERE visible_at < 'infinity'))::double precision
                 AS oldest_seconds
-        FROM outbox GROUP BY event_type ORDER BY event_type"#
+        FROM outbox LEFT JOIN outbox_subscriptions USING (subscription_id)
+        GROUP BY event_type, subscription_id, name
+        ORDER BY event_type"#
     )
     .fetch_all(connection)
     .await?;
@@ -94,16 +102,31 @@ async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) 
         status.leased += row.leased;
         status.backing_off += row.backing_off;
         status.dead += row.dead;
-        status.oldest_seconds = [status.oldest_seconds, row.oldest_seconds].into_iter().flatten().reduce(f64::max);
-        status.types.push(TypeCount {
-            r#type: row.event_type,
-            waiting,
-            leased: row.leased,
-            backing_off: row.backing_off,
-            dead: row.dead,
-        });
+        status.oldest_seconds = older(status.oldest_seconds, row.oldest_seconds);
+        if status.types.last().is_none_or(|of| of.r#type != row.event_type) {
+            status.types.push(TypeCount { r#type: row.event_type, ..TypeCount::default() });
+        }
+        if let Some(of) = status.types.last_mut() {
+            of.waiting += waiting;
+            of.leased += row.leased;
+            of.backing_off += row.backing_off;
+            of.dead += row.dead;
+        }
+        if row.subscription.is_empty() {
+            status.unrouted += row.events;
+        } else if let Some(of) = status.subscriptions.iter_mut().find(|of| of.name == row.subscription) {
+            of.waiting += waiting;
+            of.leased += row.leased;
+            of.backing_off += row.backing_off;
+            of.dead += row.dead;
+            of.oldest_seconds = older(of.oldest_seconds, row.oldest_seconds);
+        }
     }
     Ok(())
+}
+
+fn older(one: Option<f64>, other: Option<f64>) -> Option<f64> {
+    one.into_iter().chain(other).reduce(f64::max)
 }
 
 /// An event that fails may be visible, leased or backing off at the moment. Reasons that begin with the same code count
@@ -111,11 +134,12 @@ async fn count_events(connection: &mut PgConnection, status: &mut OutboxStatus) 
 async fn count_failures(connection: &mut PgConnection) -> Result<Vec<FailureCount>, sqlx::Error> {
     let rows = sqlx::query!(
         r#"-- operate: count failures
-        SELECT event_type, coalesce(min(last_error), '') AS "reason!", count(*) AS "events!", sum(failures) AS "failures!"
-        FROM outbox
+        SELECT event_type, coalesce(name, '') AS "subscription!", coalesce(min(last_error), '') AS "reason!",
+            count(*) AS "events!", sum(failures) AS "failures!"
+        FROM outbox LEFT JOIN outbox_subscriptions USING (subscription_id)
         WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
-        GROUP BY event_type, split_part(last_error, ':', 1)
-        ORDER BY count(*) DESC, event_type, min(last_error)
+        GROUP BY event_type, name, split_part(last_error, ':', 1)
+        ORDER BY count(*) DESC, event_type, name, min(last_error)
         LIMIT 10"#
     )
     .fetch_all(connection)
@@ -125,6 +149,7 @@ async fn count_failures(connection: &mut PgConnection) -> Result<Vec<FailureCoun
         reason: row.reason,
         events: row.events,
         failures: row.failures,
+        subscription: row.subscription,
     });
     Ok(counts.collect())
 }
@@ -133,7 +158,7 @@ async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Err
     sqlx::query_scalar!(
         r#"-- operate: count held back
         SELECT count(*) AS "count!"
-        FROM outbox AS dead JOIN outbox AS later USING (aggregate_id)
+        FROM outbox AS dead JOIN outbox AS later USING (aggregate_id, subscription_id)
         WHERE dead.visible_at = 'infinity' AND later.sequence > dead.sequence"#
     )
     .fetch_one(connection)

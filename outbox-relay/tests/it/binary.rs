@@ -23,7 +23,7 @@ pub(crate) struct Binary {
 
 impl Binary {
     pub(crate) fn start(outbox: &Outbox, receiver: &Receiver, flags: &[&str]) -> Self {
-        Self::start_on_route(outbox, &format!("*=http://{}", receiver.address), flags)
+        Self::start_on_route(outbox, &format!("all=http://{}", receiver.address), flags)
     }
 
     pub(crate) fn start_on_route(outbox: &Outbox, route: &str, flags: &[&str]) -> Self {

@@ -262,7 +262,7 @@ async fn an_operators_changes_are_durable_though_other_commits_of_the_role_are_n
             $$BEGIN INSERT INTO public.commits VALUES (current_setting('synchronous_commit')); RETURN NULL; END$$;
         CREATE TRIGGER record_commit AFTER UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION record_commit();
         CREATE TRIGGER record_commit AFTER INSERT ON outbox_discarded FOR EACH ROW EXECUTE FUNCTION record_commit();
-        CREATE TRIGGER record_commit AFTER INSERT OR DELETE ON outbox_pause
+        CREATE TRIGGER record_commit AFTER INSERT OR DELETE ON outbox_pauses
             FOR EACH ROW EXECUTE FUNCTION record_commit()",
     )
     .execute(&outbox.pool)

@@ -51,7 +51,7 @@ async fn end_with(description: Result<Option<Duration>, Code>) -> String {
 #[tokio::test]
 async fn it_refuses_a_receiver_with_a_retention_within_the_age_limit_and_says_what_to_do() {
     let message = end_with(Ok(Some(144 * HOUR))).await;
-    for part in ["route *", "http://127.0.0.1:", "for 144 h", "up to 144 h", "RELAY_MAX_AGE_HOURS"] {
+    for part in ["route all", "http://127.0.0.1:", "for 144 h", "up to 144 h", "RELAY_MAX_AGE_HOURS"] {
         assert!(message.contains(part), "{part}: {message}");
     }
     assert!(end_with(Ok(Some(HOUR / 2))).await.contains("for 0.5 h"));
@@ -59,7 +59,7 @@ async fn it_refuses_a_receiver_with_a_retention_within_the_age_limit_and_says_wh
 
 #[tokio::test]
 async fn it_refuses_a_receiver_that_does_not_say_how_long_it_remembers() {
-    assert!(end_with(Ok(None)).await.contains("route *: the receiver at http://127.0.0.1:"));
+    assert!(end_with(Ok(None)).await.contains("route all: the receiver at http://127.0.0.1:"));
     assert!(end_with(Err(Code::Unimplemented)).await.contains("does not implement"));
 }
 
@@ -89,7 +89,7 @@ async fn the_process_ends_with_code_1_and_one_line_when_it_may_not_deliver() {
     let status = timeout(AMPLE, binary.process.wait()).await.expect("it ends").unwrap();
     let last = binary.process.log_tail(1);
     assert_eq!(status.code(), Some(1), "{last}");
-    assert!(last.starts_with("error: route *: the receiver at "), "{last}");
+    assert!(last.starts_with("error: route all: the receiver at "), "{last}");
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{FromRow, PgPool, types::time::OffsetDateTime};
+use sqlx::{Executor, FromRow, PgPool, Postgres, QueryBuilder, types::time::OffsetDateTime};
 use testkit::TestDatabase;
 use uuid::Uuid;
 
@@ -42,10 +42,49 @@ pub(crate) struct Row {
 }
 
 impl Outbox {
+    /// With one subscription, `all`, which rows that are inserted directly belong to.
     pub(crate) async fn create() -> Self {
+        let outbox = Self::without_subscriptions().await;
+        let id = outbox.subscribe("all", "*").await;
+        let mut default = QueryBuilder::<Postgres>::new("ALTER TABLE outbox ALTER subscription_id SET DEFAULT ");
+        default.push(id);
+        outbox.pool.execute(default.build().persistent(false)).await.unwrap();
+        outbox
+    }
+
+    pub(crate) async fn without_subscriptions() -> Self {
         let database = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
         let pool = database.pool().await;
         Self { database, pool }
+    }
+
+    /// Returns the id of the subscription.
+    pub(crate) async fn subscribe(&self, name: &str, pattern: &str) -> i16 {
+        let subscribe = "INSERT INTO outbox_subscriptions (name, pattern, created_by) VALUES ($1, $2, 'a test')
+            RETURNING subscription_id";
+        sqlx::query_scalar(subscribe).bind(name).bind(pattern).fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// Enqueues events of different aggregates as a service does. Returns their ids, in the order in which the relay
+    /// sends them.
+    pub(crate) async fn enqueue(&self, event_type: &str, count: usize) -> Vec<Uuid> {
+        let events: Vec<_> = (0..count).map(|_| NewEvent::of(Uuid::new_v4(), 1)).collect();
+        self.enqueue_as(event_type, &events).await;
+        events.iter().map(|event| event.event_id).collect()
+    }
+
+    pub(crate) async fn enqueue_as(&self, event_type: &str, events: &[NewEvent]) {
+        let nothing: Vec<Option<String>> = vec![None; events.len()];
+        sqlx::query("SELECT outbox_enqueue($1, $2, $3, $4, $5, $6, $6)")
+            .bind(events.iter().map(|event| event.aggregate_id).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| event.sequence).collect::<Vec<_>>())
+            .bind(events.iter().map(|event| event.event_id).collect::<Vec<_>>())
+            .bind(vec![event_type; events.len()])
+            .bind(vec![Vec::<u8>::new(); events.len()])
+            .bind(nothing)
+            .execute(&self.pool)
+            .await
+            .unwrap();
     }
 
     pub(crate) fn relay_url(&self) -> String {

@@ -1,4 +1,4 @@
-//! The commands `pause` and `resume`. Whether relays obey is tested in `routes.rs`.
+//! The commands `pause` and `resume`. Whether relays obey is tested in `obey_pause.rs`.
 
 use serde_json::json;
 
@@ -8,7 +8,7 @@ use crate::{
 };
 
 async fn pauses(outbox: &Outbox) -> Vec<(String, String)> {
-    sqlx::query_as("SELECT paused_by, reason FROM outbox_pause").fetch_all(&outbox.pool).await.unwrap()
+    sqlx::query_as("SELECT paused_by, reason FROM outbox_pauses").fetch_all(&outbox.pool).await.unwrap()
 }
 
 #[tokio::test]

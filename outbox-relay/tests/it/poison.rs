@@ -218,7 +218,7 @@ async fn an_event_that_is_always_refused_like_in_an_outage_is_charged_with_its_r
         until("all others are delivered", async || outbox.rows().await.len() == 1).await;
         until("the route is open for others", async || {
             outbox.wait_for_a_later_event().await;
-            outbox.route_states().await == [("*".into(), "OPEN".into())]
+            outbox.route_states().await == [("all".into(), "OPEN".into())]
         })
         .await;
         relay.stop().await;

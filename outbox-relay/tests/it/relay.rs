@@ -32,7 +32,7 @@ impl Relay {
     }
 
     pub(crate) async fn start_on(database_url: &str, receiver: SocketAddr, flags: &[&str]) -> Self {
-        Self::start_with_routes(database_url, &[&format!("*=http://{receiver}")], flags).await
+        Self::start_with_routes(database_url, &[&format!("all=http://{receiver}")], flags).await
     }
 
     pub(crate) async fn start_with_routes(database_url: &str, routes: &[&str], flags: &[&str]) -> Self {

@@ -102,6 +102,7 @@ async fn dead_events_are_listed_in_pages_newest_first() {
             r#type: "a.B".into(),
             page_size: -1,
             failing: false,
+            subscription: String::new(),
         };
         let refused = admin.client().list_dead_events(of_another_type).await;
         assert_refused(refused, Code::InvalidArgument, "INVALID_PAGE", &["page_size", "page_token"]);
@@ -177,10 +178,16 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
     assert!(message.contains("it is backing off"), "{message}");
     assert_refused(requeue(old).await, Code::FailedPrecondition, "EVENT_TOO_OLD", &[]);
 
-    let request =
-        RequeueDeadEventsRequest { event_ids: vec!["1".into()], all: true, r#type: "\n".into(), token: "x".into() };
+    let request = RequeueDeadEventsRequest {
+        event_ids: vec!["1".into()],
+        all: true,
+        r#type: "\n".into(),
+        token: "x".into(),
+        subscription: "\n".into(),
+    };
     let refused = admin.client().requeue_dead_events(request).await;
-    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids", "type", "event_ids[0]", "token"]);
+    let bad = ["event_ids", "type", "subscription", "event_ids[0]", "token"];
+    assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &bad);
     let request =
         RequeueDeadEventsRequest { event_ids: vec![dead.to_string()], token: "x".into(), ..Default::default() };
     let refused = admin.client().requeue_dead_events(request).await;
@@ -203,7 +210,11 @@ async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_on
     let dead = 50_001;
     insert_many_dead(&outbox, dead).await;
     let admin = Admin::start(outbox).await;
-    admin.client().pause(PauseRequest { paused_by: "ann".into(), reason: "a test".into() }).await.unwrap();
+    admin
+        .client()
+        .pause(PauseRequest { paused_by: "ann".into(), reason: "a test".into(), ..PauseRequest::default() })
+        .await
+        .unwrap();
     let (mut requeued, mut calls, mut token) = (0, 0, String::new());
     loop {
         let request = RequeueDeadEventsRequest { all: true, token, ..Default::default() };
@@ -241,6 +252,7 @@ async fn a_discarded_event_is_gone_and_its_successors_are_delivered() {
         event_id: dead.event_id.to_string(),
         discarded_by: "ann".into(),
         reason: "a typo".into(),
+        subscription: String::new(),
     };
     let done = admin.client().discard_dead_event(request()).await.unwrap().into_inner();
     assert!(done.freed == 2 && done.discard_time.is_some(), "{done:?}");
@@ -262,15 +274,15 @@ async fn a_discarded_event_is_gone_and_its_successors_are_delivered() {
 #[tokio::test]
 async fn a_pause_starts_once_and_ends_once() {
     let admin = Admin::start(Outbox::create().await).await;
-    let request = || PauseRequest { paused_by: "ann".into(), reason: "moving".into() };
+    let request = || PauseRequest { paused_by: "ann".into(), reason: "moving".into(), ..PauseRequest::default() };
     let paused = admin.client().pause(request()).await.unwrap().into_inner();
     let status = admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner();
     assert_eq!(status.pause.as_ref(), Some(&paused));
     let message =
         assert_refused(admin.client().pause(request()).await, Code::FailedPrecondition, "ALREADY_PAUSED", &[]);
     assert!(message.contains("by ann: moving"), "{message}");
-    assert_eq!(admin.client().resume(ResumeRequest {}).await.unwrap().into_inner(), paused);
-    assert_refused(admin.client().resume(ResumeRequest {}).await, Code::FailedPrecondition, "NOT_PAUSED", &[]);
+    assert_eq!(admin.client().resume(ResumeRequest::default()).await.unwrap().into_inner(), paused);
+    assert_refused(admin.client().resume(ResumeRequest::default()).await, Code::FailedPrecondition, "NOT_PAUSED", &[]);
     let refused = admin.client().pause(PauseRequest::default()).await;
     assert_refused(refused, Code::InvalidArgument, "INVALID_PAUSE", &["paused_by", "reason"]);
     admin.stop().await;

@@ -78,7 +78,7 @@ async fn an_empty_outbox_has_a_status_with_the_same_keys() {
     let status = operator.reads(&["status", "--json"]).await;
     let keys: Vec<_> = status.as_object().unwrap().keys().map(String::as_str).collect();
     let numbers = ["waiting", "held_back", "leased", "backing_off", "dead"];
-    let lists = ["in_per_second", "out_per_second", "routes", "types", "failing"];
+    let lists = ["in_per_second", "out_per_second", "routes", "types", "failing", "subscriptions", "unrouted"];
     let expected = [&["time"], &numbers[..], &lists].concat();
     assert_eq!(keys, expected, "and neither a pause nor an oldest event");
     assert!(numbers.iter().all(|key| status[*key] == 0));

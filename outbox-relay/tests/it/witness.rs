@@ -122,7 +122,7 @@ async fn an_event_over_which_a_proxy_loses_patience_does_not_close_the_route_aga
     charged(1).await;
     until("the route is open", async || {
         outbox.wait_for_a_later_event().await;
-        outbox.route_states().await == [("*".into(), "OPEN".into())]
+        outbox.route_states().await == [("all".into(), "OPEN".into())]
     })
     .await;
     let (before, after) = (charged(2).await, charged(12).await);

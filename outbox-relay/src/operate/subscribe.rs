@@ -1,0 +1,223 @@
+//! Makes, ends and lists subscriptions.
+
+use chassis::Database;
+use proto::relay::v1::Subscription;
+use sqlx::{PgConnection, types::time::OffsetDateTime};
+
+use super::{OperateError, begin_durable, count, wake_relays};
+use crate::subscription::adopt_piece;
+
+/// Rows of an ended subscription that one statement discards.
+const PIECE: i64 = 5000;
+
+struct SubscriptionRow {
+    name: String,
+    pattern: String,
+    created_at: OffsetDateTime,
+    created_by: String,
+}
+
+impl From<SubscriptionRow> for Subscription {
+    fn from(row: SubscriptionRow) -> Self {
+        let SubscriptionRow { name, pattern, created_at, created_by } = row;
+        Self { name, pattern, create_time: Some(outbox::timestamp(created_at)), created_by, ..Self::default() }
+    }
+}
+
+/// What a `subscribe` has found and done.
+#[derive(Debug)]
+pub(crate) struct Subscribed {
+    pub(crate) subscription: Subscription,
+    /// It was there already, with the same pattern.
+    pub(crate) existed: bool,
+    /// Events that had matched no subscription, and go to this one now.
+    pub(crate) adopted: i64,
+}
+
+/// Makes a subscription, and gives it the events that wait for one of its kind. If it exists with the same pattern, only
+/// the latter is done. So the command can be repeated, and a deployment can run it each time.
+///
+/// Events of transactions that do not see it yet have no row for it. It begins with those that do, and with the events
+/// that no other subscription has.
+///
+/// # Errors
+/// [`OperateError::OtherPattern`], [`OperateError::OlderVersion`], and those of the database.
+pub(crate) async fn subscribe(
+    connection: &mut PgConnection,
+    name: &str,
+    pattern: &str,
+    by: &str,
+) -> Result<Subscribed, OperateError> {
+    let (subscription, existed) = insert(connection, name, pattern, by).await?;
+    let mut adopted = 0;
+    loop {
+        let piece = count(adopt_piece(connection, crate::subscription::Unrouted::All).await?);
+        adopted += piece;
+        if piece == 0 {
+            break;
+        }
+    }
+    wake_relays(connection).await;
+    Ok(Subscribed { subscription, existed, adopted })
+}
+
+/// Two operators may subscribe at once. The lock lets the second see what the first has made: the unique index alone
+/// would not keep the rule for older relays.
+async fn insert(
+    connection: &mut PgConnection,
+    name: &str,
+    pattern: &str,
+    by: &str,
+) -> Result<(Subscription, bool), OperateError> {
+    let mut tx = begin_durable(connection).await?;
+    sqlx::query!(
+        "-- operate: lock subscriptions
+        LOCK TABLE outbox_subscriptions IN SHARE ROW EXCLUSIVE MODE"
+    )
+    .execute(&mut *tx)
+    .await?;
+    let there = read_subscriptions(&mut tx).await?;
+    if let Some(same) = there.iter().find(|subscription| subscription.name == name) {
+        if same.pattern == pattern {
+            return Ok((same.clone(), true));
+        }
+        return Err(OperateError::OtherPattern { name: name.to_owned(), pattern: same.pattern.clone() });
+    }
+    if !there.is_empty() && allows_older_relays(&mut tx).await? {
+        return Err(OperateError::OlderVersion);
+    }
+    let made = sqlx::query_as!(
+        SubscriptionRow,
+        "-- operate: subscribe
+        INSERT INTO outbox_subscriptions (name, pattern, created_by) VALUES ($1, $2, $3)
+        RETURNING name, pattern, created_at, created_by",
+        name,
+        pattern,
+        by,
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok((made.into(), false))
+}
+
+/// Whether relays of a version without subscriptions still work. They lease whatever they find, and would take the
+/// events of one subscription to the receiver of another. The contracting migration stops them.
+async fn allows_older_relays(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- operate: look for what older relays need
+        SELECT to_regclass('outbox_pause') IS NOT NULL AS "allows!""#
+    )
+    .fetch_one(connection)
+    .await
+}
+
+/// All subscriptions that have not ended, ordered by name.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn read_subscriptions(connection: &mut PgConnection) -> Result<Vec<Subscription>, sqlx::Error> {
+    let rows = sqlx::query_as!(
+        SubscriptionRow,
+        "-- operate: read subscriptions
+        SELECT name, pattern, created_at, created_by
+        FROM outbox_subscriptions
+        WHERE ended_at IS NULL
+        ORDER BY name"
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(Subscription::from).collect())
+}
+
+/// Refuses a name that nobody has subscribed.
+///
+/// # Errors
+/// [`OperateError::NoSubscription`], and those of the database.
+pub(crate) async fn check_subscription(connection: &mut PgConnection, name: Option<&str>) -> Result<(), OperateError> {
+    let Some(name) = name else { return Ok(()) };
+    let names: Vec<_> =
+        read_subscriptions(connection).await?.into_iter().map(|subscription| subscription.name).collect();
+    if names.iter().any(|there| there == name) {
+        return Ok(());
+    }
+    Err(OperateError::NoSubscription { name: name.to_owned(), names })
+}
+
+/// Ends a subscription, and discards its events in pieces. Its relays end by themselves. Returns the number of events.
+///
+/// First it gets no further events, then those that are there are discarded. Whatever stops the command between two
+/// pieces, a relay discards the rest, and so do events of transactions that still saw the subscription.
+///
+/// # Errors
+/// [`OperateError::NoSubscription`], and those of the database.
+pub(crate) async fn unsubscribe(
+    connection: &mut PgConnection,
+    name: &str,
+    by: &str,
+    reason: &str,
+) -> Result<i64, OperateError> {
+    let mut tx = begin_durable(connection).await?;
+    let ended = sqlx::query_scalar!(
+        "-- operate: unsubscribe
+        UPDATE outbox_subscriptions SET ended_at = now(), ended_by = $2, reason = $3
+        WHERE name = $1 AND ended_at IS NULL
+        RETURNING subscription_id",
+        name,
+        by,
+        reason,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    if ended.is_none() {
+        check_subscription(connection, Some(name)).await?;
+    }
+    let mut discarded = 0;
+    loop {
+        let piece = count(discard_piece(connection).await?);
+        discarded += piece;
+        if piece < PIECE {
+            return Ok(discarded);
+        }
+    }
+}
+
+/// Discards the events of subscriptions that have ended.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn discard_ended(database: &Database) -> Result<(), sqlx::Error> {
+    while count(database.run(|connection| Box::pin(discard_piece(connection))).await?) == PIECE {}
+    Ok(())
+}
+
+/// A row that a relay has leased goes as well. Its settlement then finds nothing, and its receiver may have applied it.
+async fn discard_piece(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
+    let mut tx = begin_durable(connection).await?;
+    let discarded = sqlx::query!(
+        "-- operate: discard events of ended subscriptions
+        WITH given_up AS (
+            DELETE FROM outbox
+            WHERE ctid = ANY (ARRAY (
+                SELECT left_over.row
+                FROM outbox_subscriptions AS ended
+                CROSS JOIN LATERAL (
+                    SELECT ctid FROM outbox WHERE outbox.subscription_id = ended.subscription_id LIMIT $1
+                ) AS left_over (row)
+                WHERE ended.ended_at IS NOT NULL
+                LIMIT $1))
+            RETURNING event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload,
+                traceparent, tracestate, last_error)
+        INSERT INTO outbox_discarded (event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type,
+            payload, traceparent, tracestate, last_error, discarded_by, reason)
+        SELECT event_id, subscription_id, aggregate_id, sequence, given_up.created_at, attempts, event_type, payload,
+            traceparent, tracestate, coalesce(last_error, 'not delivered'), ended_by, 'unsubscribed: ' || reason
+        FROM given_up JOIN outbox_subscriptions USING (subscription_id)",
+        PIECE,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(discarded.rows_affected())
+}

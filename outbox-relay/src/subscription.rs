@@ -1,0 +1,98 @@
+//! Subscriptions, as the relay sees them: which rows of the outbox a route delivers.
+
+use chassis::Database;
+use sqlx::PgConnection;
+
+/// The subscription of events that matched none when they were enqueued.
+pub(crate) const UNROUTED: i16 = 0;
+/// The unrouted rows that one statement looks at.
+const ROWS_MAX: i64 = 5000;
+
+/// A subscription that has not ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Subscription {
+    pub(crate) id: i16,
+    pub(crate) name: String,
+    /// The pattern of its event types, in the syntax of SQL's LIKE.
+    pub(crate) type_like: String,
+}
+
+/// Reads all subscriptions, ordered by name.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn read_subscriptions(connection: &mut PgConnection) -> Result<Vec<Subscription>, sqlx::Error> {
+    sqlx::query_as!(
+        Subscription,
+        "-- relay: read subscriptions
+        SELECT subscription_id AS id, name, type_like
+        FROM outbox_subscriptions
+        WHERE ended_at IS NULL
+        ORDER BY name"
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Which unrouted rows to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unrouted {
+    /// The newest: those of transactions that did not see a subscription yet, since it was just being made.
+    Newest,
+    All,
+}
+
+/// Gives unrouted events to the first subscription that matches their type. Returns how many.
+///
+/// `subscribe` does so for the events there are. But a transaction that did not see the new subscription may commit
+/// later. So relays look for its events as well. Until then they hold back the later events of their aggregates, as
+/// `lease` says.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn adopt_unrouted(database: &Database, unrouted: Unrouted) -> Result<u64, sqlx::Error> {
+    let mut adopted = 0;
+    loop {
+        let piece = database.run(move |connection| Box::pin(adopt_piece(connection, unrouted))).await?;
+        adopted += piece;
+        if piece < ROWS_MAX.unsigned_abs() {
+            return Ok(adopted);
+        }
+    }
+}
+
+/// Adopts at most some thousand rows. No row can be there twice: an event is unrouted only if no subscription had it.
+///
+/// The subscriptions come first in the join, since there are few. A relay of the version before may have leased a row.
+/// It keeps its lease, and settles it by the token.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn adopt_piece(connection: &mut PgConnection, unrouted: Unrouted) -> Result<u64, sqlx::Error> {
+    let adopted = sqlx::query!(
+        "-- relay: adopt unrouted
+        UPDATE outbox AS adopted
+        SET subscription_id = (
+            SELECT min(matching.subscription_id)
+            FROM outbox_subscriptions AS matching
+            WHERE matching.ended_at IS NULL AND adopted.event_type LIKE matching.type_like)
+        WHERE subscription_id = $1 AND ctid = ANY (ARRAY (
+            SELECT free.ctid
+            FROM (
+                SELECT unrouted.ctid, unrouted.event_type
+                FROM outbox AS unrouted
+                WHERE unrouted.subscription_id = $1
+                ORDER BY unrouted.visible_at DESC
+                LIMIT CASE WHEN $3 THEN $2::bigint END) AS free
+            WHERE EXISTS (
+                SELECT FROM outbox_subscriptions AS matching
+                WHERE matching.ended_at IS NULL AND free.event_type LIKE matching.type_like)
+            LIMIT $2::bigint))",
+        UNROUTED,
+        ROWS_MAX,
+        unrouted == Unrouted::Newest,
+    )
+    .execute(connection)
+    .await?;
+    Ok(adopted.rows_affected())
+}
