@@ -35,6 +35,8 @@ pub(crate) struct Lease {
     pub(crate) subscription_id: i16,
     /// First the events that have never failed alone, then those that have, then those that are set aside.
     pub(crate) rows: Vec<LeasedRow>,
+    /// Whether there may be more events: it has as many events, or bytes, as a lease may have.
+    pub(crate) is_full: bool,
     /// When the oldest of the events was created.
     pub(crate) oldest: OffsetDateTime,
     /// When it was last requested: by its own statement, or by its last renewal.
@@ -89,6 +91,7 @@ impl LeasedRow {
 pub(crate) struct LeaseQuery {
     subscription: Subscription,
     lease_seconds: u32,
+    lease_bytes: u32,
     max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
     relay: RelayId,
@@ -99,6 +102,7 @@ impl LeaseQuery {
         Self {
             subscription: subscription.clone(),
             lease_seconds: settings.lease_seconds,
+            lease_bytes: settings.lease_mib * 1024 * 1024,
             max_age_hours: settings.max_age.max_age_hours.cast_signed(),
             floor: Arc::new(Floor::new()),
             relay: relay.clone(),
@@ -216,7 +220,7 @@ impl Lease {
     }
 }
 
-/// Leases up to `limit` events; `None` when no event is free, or the outbox is paused.
+/// Leases up to `limit` events, or as many bytes as a lease may have; `None` when no event is free, or the outbox is paused.
 pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
     let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
@@ -226,10 +230,13 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
     let rows = database.run(move |connection| Box::pin(lease_rows(connection, token, limit, owned, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
+    let bytes: usize = rows.iter().map(|row| row.payload.len()).sum();
+    let is_full = rows.len() >= limit as usize || bytes >= query.lease_bytes as usize;
     Ok(Some(Lease {
         token,
         subscription_id: query.subscription.id,
         rows,
+        is_full,
         oldest,
         requested_at,
         first_requested_at: requested_at,
@@ -247,6 +254,9 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
 /// unless that one is settled. Predecessors only ever disappear, so an answer that is slightly old errs on the side of
 /// waiting. An earlier event may also be unrouted, of a type that the subscription takes: it was being enqueued while the
 /// subscription was made, and joins it within a second.
+///
+/// The payloads before an event in the lease bound it, so one event always fits, and no lease has more than an event above
+/// the bound. The rows that do not fit were locked in vain, and only until the end of the statement.
 ///
 /// The update finds the rows by `ctid`. They are locked, so they cannot move before it does; and no statistics can turn
 /// the plan into a join over a large outbox.
@@ -269,25 +279,32 @@ async fn lease_rows(
         UPDATE outbox
         SET lease_token = $1, visible_at = now() + make_interval(secs => $3)
         WHERE ctid = ANY (ARRAY (
-            SELECT free.ctid
-            FROM outbox AS free
-            WHERE free.subscription_id = $4
-              AND free.visible_at <= now()
-              AND free.visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
-              AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))
-              AND (free.sequence = 1
-                   OR NOT EXISTS (
-                       SELECT FROM outbox AS earlier
-                       WHERE earlier.aggregate_id = free.aggregate_id
-                         AND earlier.subscription_id = $4 AND earlier.sequence < free.sequence)
-                   AND NOT EXISTS (
-                       SELECT FROM outbox AS unrouted
-                       WHERE unrouted.aggregate_id = free.aggregate_id
-                         AND unrouted.subscription_id = 0 AND unrouted.sequence < free.sequence
-                         AND unrouted.event_type LIKE $5))
-            ORDER BY free.visible_at
-            LIMIT $2
-            FOR UPDATE OF free SKIP LOCKED))
+            SELECT fitting.row
+            FROM (
+                SELECT locked.row, sum(locked.bytes) OVER (ORDER BY locked.visible_at ROWS UNBOUNDED PRECEDING) - locked.bytes
+                FROM (
+                    SELECT free.ctid, free.visible_at, octet_length(free.payload)
+                    FROM outbox AS free
+                    WHERE free.subscription_id = $4
+                      AND free.visible_at <= now()
+                      AND free.visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
+                      AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))
+                      AND (free.sequence = 1
+                           OR NOT EXISTS (
+                               SELECT FROM outbox AS earlier
+                               WHERE earlier.aggregate_id = free.aggregate_id
+                                 AND earlier.subscription_id = $4 AND earlier.sequence < free.sequence)
+                           AND NOT EXISTS (
+                               SELECT FROM outbox AS unrouted
+                               WHERE unrouted.aggregate_id = free.aggregate_id
+                                 AND unrouted.subscription_id = 0 AND unrouted.sequence < free.sequence
+                                 AND unrouted.event_type LIKE $5))
+                    ORDER BY free.visible_at
+                    LIMIT $2
+                    FOR UPDATE OF free SKIP LOCKED
+                ) AS locked (row, visible_at, bytes)
+            ) AS fitting (row, bytes_before)
+            WHERE fitting.bytes_before < $8))
         RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, failures,
             extract(epoch FROM now() - attempted_at)::double precision AS attempted_seconds,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
@@ -301,6 +318,7 @@ async fn lease_rows(
         query.subscription.type_like,
         query.max_age_hours,
         start.floor,
+        i64::from(query.lease_bytes),
     )
     .fetch_all(connection)
     .await?;

@@ -86,6 +86,10 @@ pub struct Settings {
     /// Lease at most this many events at once. A delivery holds all of them, or as many as fit into 3 MiB.
     #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub batch: u32,
+    /// Lease events with at most this many MiB at once, and at most one event more. A relay holds that much for each
+    /// worker.
+    #[arg(long, env = "RELAY_LEASE_MIB", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub lease_mib: u32,
     /// Seconds that a lease lasts. A delivery may use three quarters of it.
     #[arg(long, env = "RELAY_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub lease_seconds: u32,

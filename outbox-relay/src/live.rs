@@ -151,7 +151,7 @@ async fn find_silent(connection: &mut PgConnection, own: Uuid) -> Result<Vec<Uui
         SELECT DISTINCT relay_id
         FROM outbox_routes
         WHERE holds_lock AND relay_id <> $1
-          AND (seen_at < now() - interval '3 s' OR seen_at > now() + interval '1 minute')",
+          AND (seen_at < now() - interval '2 s' OR seen_at > now() + interval '1 minute')",
         own,
     )
     .fetch_all(connection)

@@ -53,7 +53,7 @@ pub(crate) enum Round {
 pub(crate) enum BatchOutcome {
     /// The receiver has answered every delivery, if only with a refusal. Events that are too old needed none. The
     /// settlement may have failed. The batch held this many events; with none, the outbox had no free event.
-    Completed(usize),
+    Completed { events: usize, is_full: bool },
     /// Some events were not delivered, or the receiver did not take them. It was unavailable or barred this relay, the
     /// lease was nearly over, or this process is about to end.
     Interrupted,
@@ -96,12 +96,12 @@ impl Worker {
             None => Ok(Round::Idle),
             Some(Admission::Probe(probe)) => self.reopen(probe).await,
             Some(Admission::Open { .. }) => Ok(match self.process_batch(self.settings.batch, None).await {
-                BatchOutcome::Completed(0) => Round::Idle,
-                BatchOutcome::Completed(events) if events < self.settings.batch as usize && !self.is_notified() => {
+                BatchOutcome::Completed { events: 0, .. } => Round::Idle,
+                BatchOutcome::Completed { is_full: false, .. } if !self.is_notified() => {
                     self.wake.wake_notified();
                     Round::Idle
                 }
-                BatchOutcome::Completed(_) | BatchOutcome::Interrupted => Round::Worked,
+                BatchOutcome::Completed { .. } | BatchOutcome::Interrupted => Round::Worked,
                 BatchOutcome::LeaseFailed => Round::Failed,
             }),
         }
@@ -112,21 +112,21 @@ impl Worker {
     pub(crate) async fn process_batch(&mut self, limit: u32, probe: Option<&mut Probe<'_>>) -> BatchOutcome {
         let mut lease = match lease(&self.database, &self.lease_query, limit).await {
             Ok(Some(lease)) => lease,
-            Ok(None) => return BatchOutcome::Completed(0),
+            Ok(None) => return BatchOutcome::Completed { events: 0, is_full: false },
             Err(cause) => {
                 error!(%cause, "cannot lease");
                 return BatchOutcome::LeaseFailed;
             }
         };
-        let events = lease.rows.len();
-        if probe.is_none() && events == limit as usize {
+        let (events, is_full) = (lease.rows.len(), lease.is_full);
+        if probe.is_none() && is_full {
             self.wake.wake_any();
         }
         self.set_unknown_aside(&mut lease).await;
         let (fates, conclusion) = self.deliver(&mut lease, probe).await;
         // First the route is closed, then the events are visible again. The other way round, other workers would
         // deliver them once more.
-        let outcome = self.conclude(conclusion, events);
+        let outcome = self.conclude(conclusion, BatchOutcome::Completed { events, is_full });
         self.settle(lease, &fates).await;
         outcome
     }
@@ -249,9 +249,9 @@ impl Worker {
     }
 
     /// Closes the route if the receiver does not work.
-    fn conclude(&self, conclusion: Conclusion, events: usize) -> BatchOutcome {
+    fn conclude(&self, conclusion: Conclusion, completed: BatchOutcome) -> BatchOutcome {
         match conclusion {
-            Conclusion::Works => return BatchOutcome::Completed(events),
+            Conclusion::Works => return completed,
             Conclusion::Outage { reason, retry_after } => self.route.mark_down(&reason, retry_after),
             Conclusion::Barred { reason } => self.route.bar(&reason),
             Conclusion::Unknown => {}

@@ -37,13 +37,12 @@ impl Worker {
         }
         let mut limit = FIRST_BATCH.min(self.settings.batch);
         loop {
-            let events = match self.process_batch(limit, Some(&mut probe)).await {
+            let (events, all) = match self.process_batch(limit, Some(&mut probe)).await {
                 BatchOutcome::LeaseFailed => return Ok(Round::Failed),
                 BatchOutcome::Interrupted => return Ok(Round::Worked),
-                BatchOutcome::Completed(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),
-                BatchOutcome::Completed(events) => events,
+                BatchOutcome::Completed { .. } if self.shutdown.is_cancelled() => return Ok(Round::Idle),
+                BatchOutcome::Completed { events, is_full } => (events, !is_full),
             };
-            let all = events < limit as usize;
             if all && !probe.is_alone() {
                 // Deliveries from before are still in flight, and are likely to release their events. Those are free
                 // then.

@@ -118,3 +118,28 @@ async fn the_relays_role_cannot_enqueue() {
     let refusal = inserted.unwrap_err();
     assert_eq!(refusal.as_database_error().unwrap().code().as_deref(), Some("42501"), "{refusal}");
 }
+
+/// A worker would hold all of them in memory. The worker that no notification wakes goes on at once all the same.
+#[tokio::test]
+async fn a_lease_of_large_events_is_bounded_by_their_bytes_and_followed_at_once_by_the_next() {
+    let outbox = Outbox::create().await;
+    sqlx::query(
+        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+        SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', convert_to(repeat('x', 600000), 'UTF8')
+        FROM generate_series(1, 20)",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+    let go_on = CancellationToken::new();
+    let held = go_on.clone();
+    let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
+    let flags = ["--workers", "1", "--lease-mib", "2", "--poll-ms", "60000"];
+    let relay = Relay::start(&outbox, receiver.address, &flags).await;
+    receiver.wait_for_deliveries(1).await;
+    let leased = outbox.rows().await.iter().filter(|row| row.lease_token.is_some()).count();
+    assert_eq!(leased, 4, "the event that reaches 2 MiB is the last");
+    go_on.cancel();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}
