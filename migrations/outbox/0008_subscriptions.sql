@@ -3,7 +3,7 @@
 --
 -- Services and relays of the version before run on. The rows that services insert directly pass through the function as
 -- well, by a trigger. Older relays lease whatever they find, so there may be one subscription until they have ended:
--- migration 0012, a contracting one, then takes away what was kept for them.
+-- migration 0013, a contracting one, then takes away what was kept for them.
 CREATE TABLE outbox_subscriptions (
     subscription_id smallint    GENERATED ALWAYS AS IDENTITY CONSTRAINT outbox_subscriptions_pkey PRIMARY KEY,
     name            text        NOT NULL,

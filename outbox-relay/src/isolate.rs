@@ -48,6 +48,8 @@ pub(crate) struct Case {
     pub(crate) quiet: bool,
     /// Its size in a message.
     pub(crate) bytes: usize,
+    /// The event before it, which the receiver has to take first.
+    pub(crate) after: Option<usize>,
 }
 
 /// A delivery that has ended.
@@ -177,14 +179,25 @@ impl Isolation {
             Some(Last::Deliver) => return Step::Deliver(0..1),
             None => {}
         }
-        while let Some(batch) = self.queue.front() {
+        while let Some(batch) = self.queue.pop_front() {
             // Without a witness since, a second delivery could show nothing.
-            if !self.repeated[batch.start] || self.has_witness(batch.start) {
-                return Step::Deliver(batch.clone());
+            if self.repeated[batch.start] && !self.has_witness(batch.start) {
+                continue;
             }
-            self.queue.pop_front();
+            let Some(waiting) = batch.clone().find(|event| self.waits(*event)) else {
+                self.queue.push_front(batch.clone());
+                return Step::Deliver(batch);
+            };
+            // The event comes back, to wait for its predecessor in the outbox.
+            let around = [waiting + 1..batch.end, batch.start..waiting];
+            around.into_iter().filter(|part| !part.is_empty()).for_each(|part| self.queue.push_front(part));
         }
         self.conclude()
+    }
+
+    /// Whether the receiver has not taken the event before it.
+    fn waits(&self, event: usize) -> bool {
+        self.cases[event].after.is_some_and(|before| !matches!(self.findings[before], Finding::Taken))
     }
 
     /// All events were delivered.
@@ -193,7 +206,7 @@ impl Isolation {
         let worked = self.findings.iter().any(|finding| matches!(finding, Finding::Taken | Finding::Rejected(_)));
         let end = if failed > 0 && !worked && (failed > 1 || self.others_fail || self.is_barred()) {
             self.outage()
-        } else if failed == 1 && self.cases.len() == 1 && self.cases[0].quiet {
+        } else if failed == 1 && self.is_of_one_aggregate() && self.cases[0].quiet {
             self.last = Some(Last::DescribeBefore);
             return Step::Describe;
         } else if self.probe && self.may_have_crashed {
@@ -203,6 +216,11 @@ impl Isolation {
             Conclusion::Works
         };
         Step::End(self.end.insert(end).clone())
+    }
+
+    /// Whether all events wait for the first.
+    fn is_of_one_aggregate(&self) -> bool {
+        self.cases.iter().skip(1).all(|case| case.after.is_some())
     }
 
     /// The failures of events alone, without a witness, and their reasons.
@@ -446,7 +464,7 @@ mod tests {
     }
 
     fn fresh(events: usize) -> Vec<Case> {
-        vec![Case { attempted: None, known: false, quiet: false, bytes: 100 }; events]
+        vec![Case { attempted: None, known: false, quiet: false, bytes: 100, after: None }; events]
     }
 
     fn fails(failure: Failure) -> Delivery {

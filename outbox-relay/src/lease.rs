@@ -7,18 +7,22 @@ use outbox::{AggregateId, EventId};
 use prost::bytes::Bytes;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
+use tracing::warn;
 
 use crate::{
     Settings,
     floor::{Floor, Start},
     isolate::Case,
     live::RelayId,
+    run::{Room, extend, number, predecessors},
     subscription::Subscription,
 };
 
 /// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
 /// delivered one by one.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+/// Later events that a lease looks at, to find the first events of their aggregates.
+const LATER_MAX: i64 = 2000;
 /// How long a lease is renewed for a receiver that stays away: longer than receivers take to start.
 const HELD_MAX: Duration = Duration::from_secs(600);
 
@@ -71,12 +75,20 @@ pub(crate) struct LeasedRow {
     pub(crate) expired: bool,
     /// Whether its receiver does not know its type.
     pub(crate) unknown: bool,
+    /// The sequence of the event before it in its run; `None`: it is the first of its aggregate.
+    pub(crate) follows: Option<i32>,
+    /// Whether any event of the subscription with a later sequence was visible.
+    pub(crate) others_wait: bool,
+    /// Its place in its run. Waves are delivered one after the other.
+    pub(crate) wave: i32,
+    /// Whether it was leased without its predecessor.
+    pub(crate) adrift: bool,
 }
 
 impl LeasedRow {
     /// Whether it is not delivered.
     fn is_set_aside(&self) -> bool {
-        self.expired || self.unknown
+        self.expired || self.unknown || self.adrift
     }
 
     /// Roughly what the event adds to a message. Ids, source, times and field tags are a few hundred bytes.
@@ -89,10 +101,10 @@ impl LeasedRow {
 /// Which events a worker leases, and for how long. Clones share the floor.
 #[derive(Clone, Debug)]
 pub(crate) struct LeaseQuery {
-    subscription: Subscription,
-    lease_seconds: u32,
+    pub(crate) subscription: Subscription,
+    pub(crate) lease_seconds: u32,
     lease_bytes: u32,
-    max_age_hours: i32,
+    pub(crate) max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
     relay: RelayId,
 }
@@ -147,17 +159,20 @@ impl Lease {
 
     /// The events to deliver, as ranges of rows. Events that have never failed alone share a batch, as many as a message
     /// of `bytes_max` holds. Each event that has failed alone is alone again: it is likely to fail, and must not fail
-    /// others with it. No two events are of the same aggregate, so any order is right.
+    /// others with it. No two events of a wave are of the same aggregate, so any order of them is right.
     pub(crate) fn batches(&self, bytes_max: usize) -> Vec<Range<usize>> {
-        let fresh = self.rows.partition_point(|row| !row.is_set_aside() && row.failures == 0);
         let live = self.rows.partition_point(|row| !row.is_set_aside());
         let mut batches: Vec<Range<usize>> = Vec::new();
         let mut bytes = 0;
         for row in 0..live {
             let size = self.rows[row].message_bytes();
             bytes += size;
+            let fits = |last: usize| {
+                let (last, next) = (&self.rows[last], &self.rows[row]);
+                last.wave == next.wave && last.failures == 0 && next.failures == 0 && bytes <= bytes_max
+            };
             match batches.last_mut() {
-                Some(batch) if row < fresh && bytes <= bytes_max => batch.end = row + 1,
+                Some(batch) if fits(row - 1) => batch.end = row + 1,
                 _ => {
                     batches.push(row..row + 1);
                     bytes = size;
@@ -184,16 +199,17 @@ impl Lease {
     /// What is known of each event before it is delivered. A time of the database becomes one of this process's clock by
     /// how long ago it was when the statement ran, which was before `leased_at`: so it is late rather than early.
     pub(crate) fn cases(&self) -> Vec<Case> {
-        let case = |row: &LeasedRow| {
+        let case = |(row, after): (&LeasedRow, Option<usize>)| {
             let age = row.attempted_seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
             Case {
                 attempted: age.map(|age| self.leased_at.checked_sub(age).unwrap_or(self.leased_at)),
                 known: row.failures > 0,
                 quiet: row.quiet,
                 bytes: row.message_bytes(),
+                after,
             }
         };
-        self.rows.iter().map(case).collect()
+        self.rows.iter().zip(predecessors(&self.rows)).map(case).collect()
     }
 
     /// Starts the lease again from now. A worker needs this when it has learned something about its events, and has too
@@ -220,18 +236,44 @@ impl Lease {
     }
 }
 
-/// Leases up to `limit` events, or as many bytes as a lease may have; `None` when no event is free, or the outbox is paused.
-pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -> Result<Option<Lease>, sqlx::Error> {
+/// Leases up to `limit` events, or as many bytes as a lease may have; `None` when no event is free, or the outbox is
+/// paused. With `runs` it takes several events of an aggregate, if there is room.
+pub(crate) async fn lease(
+    database: &Database,
+    query: &LeaseQuery,
+    limit: u32,
+    runs: bool,
+) -> Result<Option<Lease>, sqlx::Error> {
     let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
     let requested_at = Instant::now();
     let start = query.floor.start(requested_at);
     let owned = query.clone();
-    let rows = database.run(move |connection| Box::pin(lease_rows(connection, token, limit, owned, start))).await?;
+    let mut rows = database.run(move |connection| Box::pin(lease_rows(connection, token, limit, owned, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
-    let bytes: usize = rows.iter().map(|row| row.payload.len()).sum();
-    let is_full = rows.len() >= limit as usize || bytes >= query.lease_bytes as usize;
+    let room = |rows: &[LeasedRow]| {
+        let bytes: usize = rows.iter().map(|row| row.payload.len()).sum();
+        let room = Room {
+            events: (limit as usize).saturating_sub(rows.len()),
+            bytes: (query.lease_bytes as usize).saturating_sub(bytes),
+        };
+        (room.events > 0 && room.bytes > 0).then_some(room)
+    };
+    if let Some(room) = room(&rows)
+        && runs
+        && rows.iter().any(|row| row.others_wait)
+    {
+        // The lease is good without.
+        match extend(database, token, query, &rows, room).await {
+            Ok(more) => rows.extend(more),
+            Err(cause) => warn!(%cause, "cannot take further events of the same aggregates"),
+        }
+        number(&mut rows);
+    }
+    // Rows come in no promised order. Ids are UUID v7, and so in order of time.
+    sort(&mut rows);
+    let is_full = room(&rows).is_none();
     Ok(Some(Lease {
         token,
         subscription_id: query.subscription.id,
@@ -249,11 +291,15 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
 /// Selects and marks the rows in one statement. Outside a transaction, `FOR UPDATE SKIP LOCKED` protects nothing beyond
 /// its own statement, so the rows must be marked before their locks end.
 ///
-/// A row is free when it is visible and its aggregate has no earlier event in the subscription. A first event needs no
-/// such check. A later event is committed after its predecessor, so a snapshot that shows it shows the predecessor too,
-/// unless that one is settled. Predecessors only ever disappear, so an answer that is slightly old errs on the side of
-/// waiting. An earlier event may also be unrouted, of a type that the subscription takes: it was being enqueued while the
-/// subscription was made, and joins it within a second.
+/// A row is free when it is visible and its aggregate has no earlier event in the subscription. An event with sequence 1
+/// needs no such check. The oldest visible later events tell which aggregates have some, and of each of these, the first
+/// event that is left is taken if it is visible. An index of their own holds the later events, so that a long line of one
+/// aggregate does not lie before the first events of others.
+///
+/// A later event is committed after its predecessor, so a snapshot that shows it shows the predecessor too, unless that
+/// one is settled. Predecessors only ever disappear, so an answer that is slightly old errs on the side of waiting. An
+/// earlier event may also be unrouted, of a type that the subscription takes: it was being enqueued while the subscription
+/// was made, and joins it within a second.
 ///
 /// The payloads before an event in the lease bound it, so one event always fits, and no lease has more than an event above
 /// the bound. The rows that do not fit were locked in vain, and only until the end of the statement.
@@ -262,8 +308,8 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, limit: u32) -
 /// the plan into a join over a large outbox.
 ///
 /// The scan begins one second below the floor. So it sees events that were committed up to a second after others of the
-/// same time. Without a floor it begins at the start of the index. The index serves it: the
-/// rows of one subscription, in the order of `visible_at`.
+/// same time. Without a floor it begins at the start of the index. Two indexes serve it: the first and the later events
+/// of one subscription, in the order of `visible_at`.
 ///
 /// The pause is checked here, and in the renewal. So no relay begins a lease after a pause is committed.
 async fn lease_rows(
@@ -273,7 +319,7 @@ async fn lease_rows(
     query: LeaseQuery,
     start: Start,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
-    let mut rows = sqlx::query_as!(
+    sqlx::query_as!(
         LeasedRow,
         r#"-- relay: lease
         UPDATE outbox
@@ -281,36 +327,53 @@ async fn lease_rows(
         WHERE ctid = ANY (ARRAY (
             SELECT fitting.row
             FROM (
-                SELECT locked.row, sum(locked.bytes) OVER (ORDER BY locked.visible_at ROWS UNBOUNDED PRECEDING) - locked.bytes
+                SELECT free.row, row_number() OVER oldest, sum(free.bytes) OVER oldest - free.bytes
                 FROM (
-                    SELECT free.ctid, free.visible_at, octet_length(free.payload)
-                    FROM outbox AS free
-                    WHERE free.subscription_id = $4
-                      AND free.visible_at <= now()
-                      AND free.visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
-                      AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))
-                      AND (free.sequence = 1
-                           OR NOT EXISTS (
-                               SELECT FROM outbox AS earlier
-                               WHERE earlier.aggregate_id = free.aggregate_id
-                                 AND earlier.subscription_id = $4 AND earlier.sequence < free.sequence)
-                           AND NOT EXISTS (
-                               SELECT FROM outbox AS unrouted
-                               WHERE unrouted.aggregate_id = free.aggregate_id
-                                 AND unrouted.subscription_id = 0 AND unrouted.sequence < free.sequence
-                                 AND unrouted.event_type LIKE $5))
-                    ORDER BY free.visible_at
-                    LIMIT $2
-                    FOR UPDATE OF free SKIP LOCKED
-                ) AS locked (row, visible_at, bytes)
-            ) AS fitting (row, bytes_before)
-            WHERE fitting.bytes_before < $8))
+                    SELECT * FROM (
+                        SELECT ctid, visible_at, octet_length(payload) FROM outbox
+                        WHERE subscription_id = $4 AND sequence = 1 AND visible_at <= now()
+                          AND visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
+                        ORDER BY visible_at LIMIT $2 FOR UPDATE SKIP LOCKED) AS first
+                    UNION ALL
+                    SELECT * FROM (
+                        SELECT ctid, visible_at, octet_length(payload) FROM outbox AS head
+                        WHERE ctid = ANY (ARRAY (
+                            SELECT (
+                                SELECT earliest.ctid
+                                FROM outbox AS earliest
+                                WHERE earliest.aggregate_id = waiting.aggregate_id AND earliest.subscription_id = $4
+                                ORDER BY earliest.sequence
+                                LIMIT 1)
+                            FROM (
+                                SELECT DISTINCT aggregate_id
+                                FROM (
+                                    SELECT aggregate_id
+                                    FROM outbox
+                                    WHERE subscription_id = $4 AND sequence > 1 AND visible_at <= now()
+                                      AND visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
+                                    ORDER BY visible_at
+                                    LIMIT $9) AS oldest) AS waiting))
+                          AND sequence > 1 AND visible_at <= now()
+                          AND NOT EXISTS (
+                              SELECT FROM outbox AS unrouted
+                              WHERE unrouted.aggregate_id = head.aggregate_id AND unrouted.subscription_id = 0
+                                AND unrouted.sequence < head.sequence AND unrouted.event_type LIKE $5)
+                        FOR UPDATE OF head SKIP LOCKED) AS later
+                ) AS free (row, visible_at, bytes)
+                WINDOW oldest AS (ORDER BY free.visible_at ROWS UNBOUNDED PRECEDING)
+            ) AS fitting (row, place, bytes_before)
+            WHERE fitting.place <= $2 AND fitting.bytes_before < $8
+              AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))))
         RETURNING aggregate_id, sequence, event_id, event_type, payload, created_at, failures,
             extract(epoch FROM now() - attempted_at)::double precision AS attempted_seconds,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             greatest(created_at, charged_at) < now() - interval '1 hour' AS "quiet!",
             traceparent, tracestate,
-            created_at < now() - make_interval(hours => $6) AS "expired!", false AS "unknown!""#,
+            created_at < now() - make_interval(hours => $6) AS "expired!", false AS "unknown!", NULL::integer AS follows,
+            EXISTS (
+                SELECT FROM outbox AS later
+                WHERE later.subscription_id = $4 AND later.sequence > 1 AND later.visible_at <= now()
+            ) AS "others_wait!", 0 AS "wave!", false AS "adrift!""#,
         token as LeaseToken,
         i64::from(limit),
         f64::from(query.lease_seconds),
@@ -319,16 +382,14 @@ async fn lease_rows(
         query.max_age_hours,
         start.floor,
         i64::from(query.lease_bytes),
+        LATER_MAX,
     )
     .fetch_all(connection)
-    .await?;
-    // UPDATE returns rows in no promised order. Ids are UUID v7, and so in order of time.
-    sort(&mut rows);
-    Ok(rows)
+    .await
 }
 
 fn sort(rows: &mut [LeasedRow]) {
-    rows.sort_unstable_by_key(|row| (row.is_set_aside(), row.failures > 0, row.event_id));
+    rows.sort_unstable_by_key(|row| (row.is_set_aside(), row.wave, row.failures > 0, row.event_id));
 }
 
 async fn renew_rows(

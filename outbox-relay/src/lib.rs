@@ -24,6 +24,7 @@ mod park;
 mod relay;
 mod reopen;
 mod route;
+mod run;
 mod settle;
 mod subscription;
 mod unhide;

@@ -209,8 +209,21 @@ async fn free_rows(connection: &mut PgConnection, relay_id: Uuid) -> Result<u64,
         WHERE ctid = ANY (ARRAY (
             SELECT leased.ctid
             FROM outbox AS leased
-            WHERE leased.subscription_id = ANY (ARRAY (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions))
-              AND leased.visible_at > now() AND leased.visible_at < now() + interval '61 minutes'
+            WHERE leased.ctid = ANY (ARRAY (
+                    SELECT hidden.row
+                    FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
+                    CROSS JOIN LATERAL (
+                        SELECT ctid
+                        FROM outbox
+                        WHERE subscription_id = each.subscription AND sequence = 1
+                          AND visible_at > now() AND visible_at < now() + interval '61 minutes'
+                          AND lease_token BETWEEN $1 AND $2
+                        UNION ALL
+                        SELECT ctid
+                        FROM outbox
+                        WHERE subscription_id = each.subscription AND sequence > 1
+                          AND visible_at > now() AND visible_at < now() + interval '61 minutes'
+                          AND lease_token BETWEEN $1 AND $2) AS hidden (row)))
               AND leased.lease_token BETWEEN $1 AND $2
             LIMIT $3
             FOR UPDATE OF leased SKIP LOCKED))",

@@ -142,9 +142,11 @@ async fn count_unrouted(connection: &mut PgConnection) -> Result<Vec<UnroutedTyp
     sqlx::query_as!(
         UnroutedType,
         r#"-- relay: count unrouted
-        SELECT event_type, count(*) AS "events!"
-        FROM outbox
-        WHERE subscription_id = 0
+        SELECT event_type AS "event_type!", count(*) AS "events!"
+        FROM (
+            SELECT event_type FROM outbox WHERE subscription_id = 0 AND sequence = 1
+            UNION ALL
+            SELECT event_type FROM outbox WHERE subscription_id = 0 AND sequence > 1) AS unrouted
         GROUP BY event_type
         ORDER BY 2 DESC
         LIMIT 10"#

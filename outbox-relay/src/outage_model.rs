@@ -80,7 +80,7 @@ impl System {
         let Row { attempted, known, witness, .. } = self.rows[event];
         // The witness of the calls below was taken a second ago.
         let age = Duration::from_secs(if witness { 2 } else { 0 });
-        Case { attempted: attempted.then(|| now - age), known, quiet: false, bytes: 100 }
+        Case { attempted: attempted.then(|| now - age), known, quiet: false, bytes: 100, after: None }
     }
 
     /// Delivers and settles the lease. `None` if its calls are fewer than that its change could come.

@@ -15,6 +15,7 @@ use crate::{
     lease::{Lease, LeaseQuery, LeasedRow, lease},
     measure,
     route::{Admission, Probe, Route},
+    run::{LastTaken, wake_next},
     settle::{Fate, Policy, settle},
     wake::Wake,
 };
@@ -110,7 +111,7 @@ impl Worker {
     /// Leases, delivers and settles at most `limit` events. With a probe, no other worker of the route does so
     /// meanwhile.
     pub(crate) async fn process_batch(&mut self, limit: u32, probe: Option<&mut Probe<'_>>) -> BatchOutcome {
-        let mut lease = match lease(&self.database, &self.lease_query, limit).await {
+        let mut lease = match lease(&self.database, &self.lease_query, limit, probe.is_none()).await {
             Ok(Some(lease)) => lease,
             Ok(None) => return BatchOutcome::Completed { events: 0, is_full: false },
             Err(cause) => {
@@ -264,7 +265,11 @@ impl Worker {
     async fn settle(&self, lease: Lease, fates: &[Fate]) {
         let policy = Policy::of(&self.settings);
         let (events, oldest) = (lease.rows.len(), lease.oldest);
+        let last = LastTaken::of(lease.subscription_id, &lease.rows, fates);
         let settled = settle(&self.database, lease, fates, policy, &self.shutdown).await;
+        if let Err(cause) = wake_next(&self.database, last).await {
+            warn!(%cause, "later events of an aggregate may wait until their time is over");
+        }
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.name(), &settled);
         debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");

@@ -439,6 +439,10 @@ mod tests {
             tracestate: None,
             expired: false,
             unknown: false,
+            follows: None,
+            others_wait: false,
+            wave: 0,
+            adrift: false,
         }
     }
 

@@ -79,11 +79,17 @@ pub(crate) async fn adopt_piece(connection: &mut PgConnection, unrouted: Unroute
         WHERE subscription_id = $1 AND ctid = ANY (ARRAY (
             SELECT free.ctid
             FROM (
-                SELECT unrouted.ctid, unrouted.event_type
-                FROM outbox AS unrouted
-                WHERE unrouted.subscription_id = $1
-                ORDER BY unrouted.visible_at DESC
-                LIMIT CASE WHEN $3 THEN $2::bigint END) AS free
+                (SELECT first.ctid, first.event_type
+                 FROM outbox AS first
+                 WHERE first.subscription_id = $1 AND first.sequence = 1
+                 ORDER BY first.visible_at DESC
+                 LIMIT CASE WHEN $3 THEN $2::bigint END)
+                UNION ALL
+                (SELECT later.ctid, later.event_type
+                 FROM outbox AS later
+                 WHERE later.subscription_id = $1 AND later.sequence > 1
+                 ORDER BY later.visible_at DESC
+                 LIMIT CASE WHEN $3 THEN $2::bigint END)) AS free
             WHERE EXISTS (
                 SELECT FROM outbox_subscriptions AS matching
                 WHERE matching.ended_at IS NULL AND free.event_type LIKE matching.type_like)

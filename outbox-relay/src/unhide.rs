@@ -29,7 +29,7 @@ use sqlx::PgConnection;
 
 use crate::Settings;
 
-/// Rows that one statement examines of each subscription: those that are hidden for the longest.
+/// Rows that one statement examines of each subscription, first and later events: those that are hidden for the longest.
 const ROWS_MAX: i64 = 10_000;
 /// Longer than relays hide a row for reasons that no setting changes: parked for five minutes, deferred for eight.
 const UNSET_MAX: Duration = Duration::from_secs(600);
@@ -69,12 +69,19 @@ async fn unhide_farthest(connection: &mut PgConnection, longest_hidden: Duration
                     SELECT farthest.row
                     FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
                     CROSS JOIN LATERAL (
-                        SELECT ctid
-                        FROM outbox
-                        WHERE subscription_id = each.subscription
-                          AND visible_at > now() + interval '1 minute' AND visible_at < 'infinity'
-                        ORDER BY visible_at DESC
-                        LIMIT $1) AS farthest (row)))
+                        (SELECT ctid
+                         FROM outbox
+                         WHERE subscription_id = each.subscription AND sequence = 1
+                           AND visible_at > now() + interval '1 minute' AND visible_at < 'infinity'
+                         ORDER BY visible_at DESC
+                         LIMIT $1)
+                        UNION ALL
+                        (SELECT ctid
+                         FROM outbox
+                         WHERE subscription_id = each.subscription AND sequence > 1
+                           AND visible_at > now() + interval '1 minute' AND visible_at < 'infinity'
+                         ORDER BY visible_at DESC
+                         LIMIT $1)) AS farthest (row)))
               AND hidden.visible_at < 'infinity'
               AND (hidden.created_at > now() + interval '1 minute'
                    OR hidden.visible_at > now() + 2 * make_interval(secs => greatest($2::double precision,

@@ -203,7 +203,10 @@ async fn discard_piece(connection: &mut PgConnection) -> Result<u64, sqlx::Error
                 SELECT left_over.row
                 FROM outbox_subscriptions AS ended
                 CROSS JOIN LATERAL (
-                    SELECT ctid FROM outbox WHERE outbox.subscription_id = ended.subscription_id LIMIT $1
+                    SELECT ctid FROM outbox WHERE subscription_id = ended.subscription_id AND sequence = 1
+                    UNION ALL
+                    SELECT ctid FROM outbox WHERE subscription_id = ended.subscription_id AND sequence > 1
+                    LIMIT $1
                 ) AS left_over (row)
                 WHERE ended.ended_at IS NOT NULL
                 LIMIT $1))

@@ -33,6 +33,7 @@ mod poison;
 mod refuse;
 mod relay_admin;
 mod requeue;
+mod runs;
 mod sequence;
 mod settle;
 mod start;

@@ -6,4 +6,4 @@ DROP VIEW outbox_pause;
 DROP TRIGGER outbox_enqueue_directly_inserted ON outbox;
 DROP FUNCTION outbox_enqueue_directly_inserted;
 ALTER TABLE outbox ALTER COLUMN subscription_id SET DEFAULT 0;
-DROP INDEX outbox_visible_at;
+DROP INDEX outbox_visible_at, outbox_successors;

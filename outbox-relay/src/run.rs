@@ -1,0 +1,213 @@
+//! Runs: consecutive events of one aggregate in one lease.
+//!
+//! Without them, an aggregate with many events would need a lease for each. A worker that holds the first event of an
+//! aggregate may take those behind it under the same token: nobody else can, since an earlier one is left. It delivers
+//! them one after the other, and an event only once its predecessor was taken ([`crate::isolate`]). So a receiver never
+//! gets two events of an aggregate in one batch.
+
+use std::collections::HashMap;
+
+use chassis::Database;
+use outbox::AggregateId;
+use sqlx::PgConnection;
+
+use crate::{
+    lease::{LeaseQuery, LeaseToken, LeasedRow},
+    settle::Fate,
+};
+
+/// Events at least this far behind the first of their aggregate may be parked while that is leased: no run reaches them.
+pub(crate) const FAR: i32 = 1000;
+
+/// How much room a lease has left.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    pub(crate) events: usize,
+    pub(crate) bytes: usize,
+}
+
+/// Takes the events behind those of the lease, as far as there is room. Of several aggregates it takes the nearest
+/// events first.
+///
+/// # Errors
+/// Those of the database. The lease is as it was.
+pub(crate) async fn extend(
+    database: &Database,
+    token: LeaseToken,
+    query: &LeaseQuery,
+    heads: &[LeasedRow],
+    room: Room,
+) -> Result<Vec<LeasedRow>, sqlx::Error> {
+    let (aggregate_ids, sequences): (Vec<_>, Vec<_>) = heads.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
+    let query = query.clone();
+    database.run(move |connection| Box::pin(take_runs(connection, token, query, aggregate_ids, sequences, room))).await
+}
+
+/// An event belongs to a run while each event before it does. It may be visible or parked, and it must not have failed,
+/// since such an event is delivered alone. A parked event has waited for nothing else than its predecessor.
+///
+/// The first events still have to carry the token. If the lease has expired meanwhile, another relay may have them.
+///
+/// The statement takes no lock before it updates. What it takes may have been changed after its snapshot, as by an
+/// operator, and is then missing: the row is no longer at its `ctid`. So each row tells which one it follows, and
+/// [`number`] finds a gap.
+async fn take_runs(
+    connection: &mut PgConnection,
+    token: LeaseToken,
+    query: LeaseQuery,
+    aggregate_ids: Vec<AggregateId>,
+    sequences: Vec<i32>,
+    room: Room,
+) -> Result<Vec<LeasedRow>, sqlx::Error> {
+    sqlx::query_as!(
+        LeasedRow,
+        r#"-- relay: take runs
+        WITH run AS MATERIALIZED (
+            SELECT near.row, near.aggregate_id, near.sequence, near.follows
+            FROM (
+                SELECT line.row, head.aggregate_id, line.sequence, line.follows,
+                    row_number() OVER nearest AS place, sum(line.bytes) OVER nearest AS bytes
+                FROM unnest($2::uuid[], $3::integer[]) AS head (aggregate_id, sequence)
+                CROSS JOIN LATERAL (
+                    SELECT later.ctid, later.sequence, octet_length(later.payload),
+                        lag(later.sequence, 1, head.sequence) OVER next, row_number() OVER next,
+                        bool_and(later.failures = 0 AND later.last_error IS NULL AND later.visible_at < 'infinity'
+                            AND (later.lease_token IS NULL OR later.visible_at <= now())) OVER next
+                    FROM (
+                        SELECT ctid, sequence, payload, failures, last_error, visible_at, lease_token
+                        FROM outbox
+                        WHERE aggregate_id = head.aggregate_id AND subscription_id = $4 AND sequence > head.sequence
+                        ORDER BY sequence
+                        LIMIT $5) AS later
+                    WINDOW next AS (ORDER BY later.sequence)
+                ) AS line (row, sequence, bytes, follows, distance, is_free)
+                WHERE line.is_free
+                  AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))
+                  AND EXISTS (
+                      SELECT FROM outbox AS leased
+                      WHERE leased.aggregate_id = head.aggregate_id AND leased.subscription_id = $4
+                        AND leased.sequence = head.sequence AND leased.lease_token = $1)
+                WINDOW nearest AS (ORDER BY line.distance, head.aggregate_id ROWS UNBOUNDED PRECEDING)
+            ) AS near
+            WHERE near.place <= $5 AND near.bytes <= $6
+        ), taken AS (
+            UPDATE outbox
+            SET lease_token = $1, visible_at = now() + make_interval(secs => $7)
+            WHERE ctid = ANY (ARRAY (SELECT run.row FROM run))
+            RETURNING *
+        )
+        SELECT aggregate_id AS "aggregate_id!", sequence AS "sequence!", event_id AS "event_id!",
+            event_type AS "event_type!", payload AS "payload!", created_at AS "created_at!", failures AS "failures!",
+            NULL::double precision AS attempted_seconds,
+            extract(epoch FROM now() - created_at)::double precision AS "age_seconds!", false AS "quiet!",
+            traceparent, tracestate, created_at < now() - make_interval(hours => $8) AS "expired!",
+            false AS "unknown!", follows, false AS "others_wait!", 0 AS "wave!", false AS "adrift!"
+        FROM taken JOIN run USING (aggregate_id, sequence)"#,
+        token as LeaseToken,
+        &aggregate_ids as &[AggregateId],
+        &sequences,
+        query.subscription.id,
+        i64::try_from(room.events).unwrap_or(i64::MAX),
+        i64::try_from(room.bytes).unwrap_or(i64::MAX),
+        f64::from(query.lease_seconds),
+        query.max_age_hours,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Numbers the events of each run: the first of an aggregate is of wave 0, the next of wave 1. An event behind a gap is
+/// adrift: it is not delivered.
+pub(crate) fn number(rows: &mut [LeasedRow]) {
+    rows.sort_unstable_by_key(|row| (row.aggregate_id, row.sequence));
+    let mut before: Option<(AggregateId, i32, i32)> = None;
+    for row in rows {
+        let wave = match (row.follows, before) {
+            (None, _) => Some(0),
+            (Some(follows), Some((aggregate_id, sequence, wave)))
+                if aggregate_id == row.aggregate_id && sequence == follows =>
+            {
+                Some(wave + 1)
+            }
+            _ => None,
+        };
+        row.adrift = wave.is_none();
+        row.wave = wave.unwrap_or_default();
+        before = wave.map(|wave| (row.aggregate_id, row.sequence, wave));
+    }
+}
+
+/// The index of the event before each event, in the same run.
+pub(crate) fn predecessors(rows: &[LeasedRow]) -> Vec<Option<usize>> {
+    if rows.iter().all(|row| row.wave == 0) {
+        return vec![None; rows.len()];
+    }
+    let at: HashMap<_, _> =
+        rows.iter().enumerate().map(|(index, row)| ((row.aggregate_id, row.sequence), index)).collect();
+    let before = |row: &LeasedRow| row.follows.and_then(|sequence| at.get(&(row.aggregate_id, sequence)).copied());
+    rows.iter().map(before).collect()
+}
+
+/// The last events that the receiver took, by aggregate, if far ones may follow.
+#[derive(Debug)]
+pub(crate) struct LastTaken {
+    subscription_id: i16,
+    sequences: HashMap<AggregateId, i32>,
+}
+
+impl LastTaken {
+    pub(crate) fn of(subscription_id: i16, rows: &[LeasedRow], fates: &[Fate]) -> Self {
+        let mut sequences = HashMap::new();
+        for (row, _) in rows.iter().zip(fates).filter(|(row, fate)| row.sequence >= FAR && **fate == Fate::Delete) {
+            let last = sequences.entry(row.aggregate_id).or_insert(row.sequence);
+            *last = row.sequence.max(*last);
+        }
+        Self { subscription_id, sequences }
+    }
+}
+
+/// Makes the events visible that follow these, once these are settled. Far events are parked while the first event of
+/// their aggregate is leased, and now one of them may be the first. Without this it would be found when its time is over,
+/// or by another event of its aggregate.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn wake_next(database: &Database, last: LastTaken) -> Result<(), sqlx::Error> {
+    if last.sequences.is_empty() {
+        return Ok(());
+    }
+    let (aggregate_ids, sequences): (Vec<_>, Vec<_>) = last.sequences.into_iter().unzip();
+    let waking =
+        database.run(move |connection| Box::pin(wake_rows(connection, last.subscription_id, aggregate_ids, sequences)));
+    waking.await
+}
+
+async fn wake_rows(
+    connection: &mut PgConnection,
+    subscription_id: i16,
+    aggregate_ids: Vec<AggregateId>,
+    sequences: Vec<i32>,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: wake the next of runs
+        UPDATE outbox
+        SET visible_at = now()
+        WHERE lease_token IS NULL AND failures = 0 AND last_error IS NULL
+          AND visible_at > now() AND visible_at < 'infinity'
+          AND ctid = ANY (ARRAY (
+              SELECT (
+                  SELECT next.ctid
+                  FROM outbox AS next
+                  WHERE next.aggregate_id = handled.aggregate_id AND next.subscription_id = $1
+                    AND next.sequence > handled.sequence
+                  ORDER BY next.sequence
+                  LIMIT 1)
+              FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))",
+        subscription_id,
+        &aggregate_ids as &[AggregateId],
+        &sequences,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! Aggregates with many events: a lease takes a run of them, and delivers one after the other.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use proto::events::v1::Event;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    operator::Operator,
+    outbox::{NewEvent, Outbox},
+    receiver::{Log, Receiver, Reply, applied, id_of, rejected, retry},
+    relay::Relay,
+    wait::until,
+};
+
+async fn insert_line(outbox: &Outbox, events: i32) -> Vec<Uuid> {
+    let aggregate_id = Uuid::new_v4();
+    let line: Vec<_> = (1..=events).map(|sequence| NewEvent::of(aggregate_id, sequence)).collect();
+    outbox.insert(&line).await;
+    line.iter().map(|event| event.event_id).collect()
+}
+
+fn subjects(events: &[Event]) -> usize {
+    events.iter().map(|event| &event.subject).collect::<HashSet<_>>().len()
+}
+
+/// With a lease for each event, this would take minutes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_events_of_one_aggregate_are_delivered_in_sequence_within_seconds() {
+    let outbox = Outbox::create().await;
+    let line = insert_line(&outbox, 6000).await;
+    let receiver = Receiver::start(|events| {
+        assert_eq!(subjects(events), events.len(), "two events of an aggregate in one batch");
+        Reply::apply(events)
+    })
+    .await;
+    let began = Instant::now();
+    let relay = Relay::start(&outbox, receiver.address, &["--batch", "500"]).await;
+    outbox.wait_until_empty_within(Duration::from_secs(60)).await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), line);
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+}
+
+/// Many lines at once, and receivers that now and then fail an event: each line arrives in sequence, without gaps.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_event_is_taken_before_its_predecessor_whatever_fails() {
+    let outbox = Outbox::create().await;
+    let mut lines = Vec::new();
+    for events in [1, 2, 3, 7, 40, 400] {
+        lines.push(insert_line(&outbox, events).await);
+        lines.push(insert_line(&outbox, events).await);
+    }
+    let taken: Arc<Mutex<HashMap<String, Vec<Uuid>>>> = Arc::default();
+    let log = taken.clone();
+    let receiver = Receiver::start(move |events| {
+        Reply::each(events, |event| {
+            if fastrand::u8(..100) < 3 {
+                return retry(event);
+            }
+            log.lock().unwrap().entry(event.subject.clone()).or_default().push(id_of(event));
+            applied(event)
+        })
+    })
+    .await;
+    let relay = Relay::start(&outbox, receiver.address, &["--back-off-ms", "20", "--attempts", "1000"]).await;
+    outbox.wait_until_empty_within(Duration::from_secs(60)).await;
+    relay.stop().await;
+    let taken: HashSet<Vec<Uuid>> = taken.lock().unwrap().values().cloned().collect();
+    assert_eq!(taken, lines.into_iter().collect());
+}
+
+#[tokio::test]
+async fn an_event_that_dies_in_the_middle_of_a_run_holds_back_the_rest() {
+    let outbox = Outbox::create().await;
+    let line = insert_line(&outbox, 20).await;
+    let (bad, sound) = (line[9], CancellationToken::new());
+    let repaired = sound.clone();
+    let receiver = Receiver::start(move |events| {
+        Reply::each(events, |event| {
+            if id_of(event) == bad && !repaired.is_cancelled() { rejected(event) } else { applied(event) }
+        })
+    })
+    .await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_for_dead(1).await;
+    outbox.wait_for_a_later_event().await;
+    assert_eq!(receiver.read(Log::ids)[..10], line[..10]);
+    assert_eq!(outbox.count().await, 11);
+    sound.cancel();
+    Operator::of(&outbox).does(&["dead", "requeue", &bad.to_string()]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    let after = receiver.read(|log| log.ids().into_iter().filter(|id| line[9..].contains(id)).collect::<Vec<_>>());
+    assert_eq!(after[1..], line[9..]);
+}
+
+/// The line fills the front of the outbox, and its first event hangs. New events of others go past it, and so do later
+/// events of others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_line_delays_no_other_aggregate_and_goes_on_at_once_when_its_first_event_is_taken() {
+    let outbox = Outbox::create().await;
+    let line = insert_line(&outbox, 8000).await;
+    let (first, go_on) = (line[0], CancellationToken::new());
+    let held = go_on.clone();
+    let receiver = Receiver::start(move |events| {
+        let reply = Reply::apply(events);
+        if events.iter().any(|event| id_of(event) == first) { reply.held(&held) } else { reply }
+    })
+    .await;
+    let relay = Relay::start(&outbox, receiver.address, &["--lease-seconds", "30"]).await;
+    receiver.wait("the first event is in flight", |log| log.ids().contains(&first)).await;
+    let parked = "SELECT count(*) FROM outbox WHERE sequence > 1001 AND visible_at > now()";
+    let parked = async || sqlx::query_scalar::<_, i64>(parked).fetch_one(&outbox.pool).await.unwrap();
+    until("the far events are parked", async || parked().await >= 6900).await;
+    let began = Instant::now();
+    let short = insert_line(&outbox, 3).await;
+    until("a short line is delivered", async || receiver.read(|log| short.iter().all(|id| log.times(*id) == 1))).await;
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+
+    go_on.cancel();
+    // The lease of its first event would have expired only later.
+    outbox.wait_until_empty_within(Duration::from_secs(25)).await;
+    relay.stop().await;
+    let of_line: HashSet<Uuid> = line.iter().copied().collect();
+    let delivered = receiver.read(|log| log.ids().into_iter().filter(|id| of_line.contains(id)).collect::<Vec<_>>());
+    assert_eq!(delivered, line);
+}
