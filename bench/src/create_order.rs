@@ -33,6 +33,10 @@ use testkit::processes::{Process, free_port};
 
 const CALLS: [u32; 4] = [1, 16, 64, 256];
 const CLIENTS: [u32; 3] = [1, 16, 64];
+/// Each is also measured with two subscriptions, so that every event has two rows.
+const CALLS_TWICE: [u32; 2] = [64, 256];
+const SUBSCRIBE: &str = "INSERT INTO outbox_subscriptions (name, pattern, created_by) VALUES ('second', '*', 'bench')";
+const UNSUBSCRIBE: &str = "DELETE FROM outbox_subscriptions WHERE name = 'second'";
 const NOOP_CALLS: u32 = 256;
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 const EMPTY: &str = "TRUNCATE orders, order_items, outbox";
@@ -77,6 +81,10 @@ fn clients(clients: u32) -> String {
     format!("pgbench, {clients} at once")
 }
 
+fn subscribed_twice(at_once: u32) -> String {
+    format!("two subscriptions, {at_once} at once")
+}
+
 const NOOP: &str = "gRPC alone, 256 at once";
 const GROUPED: &str = "grouped inserts, 2 at once";
 
@@ -95,6 +103,13 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let mut measured = Measured::default();
     for round in 1..=site.rounds() {
         println!("bench: 1  round {round}");
+        sqlx::raw_sql(SUBSCRIBE).execute(&mut orders).await?;
+        for at_once in CALLS_TWICE {
+            begin_empty(site, &mut orders).await?;
+            let variant = subscribed_twice(at_once);
+            measure_calls(site, layout.order_service, at_once, variant, &mut measured, report).await?;
+        }
+        sqlx::raw_sql(UNSUBSCRIBE).execute(&mut orders).await?;
         for at_once in CALLS {
             begin_empty(site, &mut orders).await?;
             let acknowledged =
@@ -219,7 +234,7 @@ async fn measure_grouped(
 fn report_figures(measured: &Measured, report: &mut Report) {
     let bound = 1.0 / (1.0 / measured.rate(NOOP) + 1.0 / measured.rate(GROUPED));
     let mut table = Table::new("1. CreateOrder", &["", "orders/s", "p50 ms", "p99 ms"]);
-    let variants = CALLS.map(calls).into_iter().chain(CLIENTS.map(clients)).chain([NOOP.into(), GROUPED.into()]);
+    let variants = CALLS.map(calls).into_iter().chain(CALLS_TWICE.map(subscribed_twice)).chain(CLIENTS.map(clients)).chain([NOOP.into(), GROUPED.into()]);
     for variant in variants {
         let [p50, p99] = [|round: &Round| round.p50, |round: &Round| round.p99].map(|of| measured.median(&variant, of));
         table.row([variant.clone(), number(measured.rate(&variant)), number(p50), number(p99)]);
@@ -231,6 +246,9 @@ fn report_figures(measured: &Measured, report: &mut Report) {
     report.figure("create64_over_pgbench64", measured.rate(&calls(64)) / plain64);
     report.figure("create256_over_pgbench64", measured.rate(&calls(256)) / plain64);
     report.figure("create256_over_bound", measured.rate(&calls(256)) / bound);
+    for (at_once, key) in CALLS_TWICE.into_iter().zip(["create64_twice_over_once", "create256_twice_over_once"]) {
+        report.figure(key, measured.rate(&subscribed_twice(at_once)) / measured.rate(&calls(at_once)));
+    }
     let p50 = |variant: &str| measured.median(variant, |round| round.p50);
     report.figure("lone_p50_over_plain", p50(&calls(1)) / p50(&clients(1)));
     let rounds = measured.0.iter().map(|(variant, rounds)| {
