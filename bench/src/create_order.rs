@@ -234,7 +234,12 @@ async fn measure_grouped(
 fn report_figures(measured: &Measured, report: &mut Report) {
     let bound = 1.0 / (1.0 / measured.rate(NOOP) + 1.0 / measured.rate(GROUPED));
     let mut table = Table::new("1. CreateOrder", &["", "orders/s", "p50 ms", "p99 ms"]);
-    let variants = CALLS.map(calls).into_iter().chain(CALLS_TWICE.map(subscribed_twice)).chain(CLIENTS.map(clients)).chain([NOOP.into(), GROUPED.into()]);
+    let variants = CALLS
+        .map(calls)
+        .into_iter()
+        .chain(CALLS_TWICE.map(subscribed_twice))
+        .chain(CLIENTS.map(clients))
+        .chain([NOOP.into(), GROUPED.into()]);
     for variant in variants {
         let [p50, p99] = [|round: &Round| round.p50, |round: &Round| round.p99].map(|of| measured.median(&variant, of));
         table.row([variant.clone(), number(measured.rate(&variant)), number(p50), number(p99)]);

@@ -11,6 +11,7 @@ CREATE TABLE outbox_subscriptions (
     type_like       text        NOT NULL GENERATED ALWAYS AS (replace(replace(pattern, '_', '\_'), '*', '%')) STORED,
     created_at      timestamptz NOT NULL DEFAULT now(),
     created_by      text        NOT NULL,
+    max_age_seconds integer,
     ended_at        timestamptz,
     ended_by        text,
     reason          text,
@@ -24,6 +25,7 @@ COMMENT ON TABLE outbox_subscriptions IS 'Who gets which events. A subscription 
 COMMENT ON COLUMN outbox_subscriptions.subscription_id IS 'From 1. The events that match no subscription have 0.';
 COMMENT ON COLUMN outbox_subscriptions.pattern IS 'A full event type, or a prefix of event types that ends in *.';
 COMMENT ON COLUMN outbox_subscriptions.type_like IS 'The pattern, in the syntax of LIKE.';
+COMMENT ON COLUMN outbox_subscriptions.max_age_seconds IS 'How old its events may be when they are delivered, by what its receiver told the relays. NULL: it has not told yet.';
 COMMENT ON COLUMN outbox_subscriptions.reason IS 'Why it was ended.';
 CREATE UNIQUE INDEX outbox_subscriptions_name ON outbox_subscriptions (name) WHERE ended_at IS NULL;
 

@@ -27,10 +27,13 @@ pub(crate) async fn announce(
     let subscriptions: Vec<_> = routes.iter().map(|route| route.name().to_owned()).collect();
     let receivers: Vec<_> = routes.iter().map(|route| route.settings().receiver.to_string()).collect();
     let states: Vec<_> = routes.iter().map(|route| route.condition().as_str().to_owned()).collect();
+    let seconds = |age: Duration| i32::try_from(age.as_secs()).unwrap_or(i32::MAX);
+    let max_ages: Vec<_> = routes.iter().map(|route| route.max_age().map(seconds)).collect();
     database
         .run(move |connection| {
             Box::pin(async move {
                 upsert(connection, relay_id, holds_lock, hidden_seconds, &subscriptions, &receivers, &states).await?;
+                tell_ages(connection, &subscriptions, &max_ages).await?;
                 sweep(connection).await
             })
         })
@@ -152,6 +155,28 @@ async fn upsert(
         states,
         holds_lock,
         hidden_seconds,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// How old an event may be, for the operators who requeue it. Receivers say so rarely something else, so this finds
+/// nothing to write as a rule.
+async fn tell_ages(
+    connection: &mut PgConnection,
+    subscriptions: &[String],
+    max_ages: &[Option<i32>],
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: tell ages
+        UPDATE outbox_subscriptions AS told
+        SET max_age_seconds = route.max_age
+        FROM unnest($1::text[], $2::integer[]) AS route (subscription, max_age)
+        WHERE told.name = route.subscription AND told.ended_at IS NULL
+          AND route.max_age IS NOT NULL AND told.max_age_seconds IS DISTINCT FROM route.max_age",
+        subscriptions,
+        max_ages as &[Option<i32>],
     )
     .execute(connection)
     .await?;

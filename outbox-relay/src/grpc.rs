@@ -14,7 +14,7 @@ use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
 
 use crate::operate::{
-    self, Descriptors, Filter, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
+    self, Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
     check_subscription, check_text, list_dead, read_status, read_totals, requeue_piece, show_dead,
 };
 
@@ -34,7 +34,6 @@ const MESSAGE_BYTES_MAX: usize = 2 * 1024;
 pub(crate) struct Admin {
     pub(crate) database: Database,
     pub(crate) descriptors: Option<Descriptors>,
-    pub(crate) max_age: MaxAge,
 }
 
 #[tonic::async_trait]
@@ -73,12 +72,11 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<RequeueDeadEventsRequest>,
     ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
-        let max_age = self.max_age;
         let answer = match read_selection(request.into_inner())? {
             Selection::All { filter, from } => self.requeue_all(filter, from).await,
             Selection::Named { ids, subscription } => {
                 self.run(move |connection| {
-                    Box::pin(async move { operate::requeue(connection, &ids, subscription.as_deref(), max_age).await })
+                    Box::pin(async move { operate::requeue(connection, &ids, subscription.as_deref()).await })
                 })
                 .await
             }
@@ -143,7 +141,7 @@ impl Admin {
     /// If a piece fails, the earlier ones stay requeued. A caller that repeats the call goes on with the events that are
     /// still dead, with the token or without it.
     async fn requeue_all(&self, filter: Filter, from: Option<Walk>) -> Result<RequeueDeadEventsResponse, Status> {
-        let (began, max_age) = (Instant::now(), self.max_age);
+        let began = Instant::now();
         let mut rest = match from {
             Some(walk) => Some(walk),
             None => {
@@ -160,9 +158,7 @@ impl Admin {
         for _ in 0..PIECES_MAX {
             let Some(walk) = rest.take() else { break };
             let piece = self
-                .run(move |connection| {
-                    Box::pin(async move { Ok(requeue_piece(connection, walk, PIECE, max_age).await?) })
-                })
+                .run(move |connection| Box::pin(async move { Ok(requeue_piece(connection, walk, PIECE).await?) }))
                 .await?;
             answer.requeued += piece.requeued.events;
             answer.freed += piece.requeued.freed;

@@ -48,7 +48,7 @@ pub(crate) struct Lease {
     first_requested_at: Instant,
     leased_at: Instant,
     length: Duration,
-    max_age_hours: i32,
+    max_age: Duration,
 }
 
 /// One leased row of the outbox.
@@ -104,7 +104,6 @@ pub(crate) struct LeaseQuery {
     pub(crate) subscription: Subscription,
     pub(crate) lease_seconds: u32,
     lease_bytes: u32,
-    pub(crate) max_age_hours: i32,
     pub(crate) floor: Arc<Floor>,
     relay: RelayId,
 }
@@ -115,7 +114,6 @@ impl LeaseQuery {
             subscription: subscription.clone(),
             lease_seconds: settings.lease_seconds,
             lease_bytes: settings.lease_mib * 1024 * 1024,
-            max_age_hours: settings.max_age.max_age_hours.cast_signed(),
             floor: Arc::new(Floor::new()),
             relay: relay.clone(),
         }
@@ -220,7 +218,7 @@ impl Lease {
     /// events has become too old.
     pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
         let (token, subscription_id) = (self.token, self.subscription_id);
-        let (seconds, max_age_hours) = (self.length.as_secs_f64(), self.max_age_hours);
+        let (seconds, max_age) = (self.length.as_secs_f64(), self.max_age);
         let live = self.rows.iter().filter(|row| !row.expired).count();
         let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
             self.rows.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
@@ -228,7 +226,7 @@ impl Lease {
         let renewed = database
             .run(move |connection| {
                 let renewing =
-                    renew_rows(connection, token, subscription_id, aggregate_ids, sequences, seconds, max_age_hours);
+                    renew_rows(connection, token, subscription_id, aggregate_ids, sequences, seconds, max_age);
                 Box::pin(renewing)
             })
             .await?;
@@ -236,20 +234,26 @@ impl Lease {
     }
 }
 
-/// Leases up to `limit` events, or as many bytes as a lease may have; `None` when no event is free, or the outbox is
-/// paused. With `runs` it takes several events of an aggregate, if there is room.
-pub(crate) async fn lease(
-    database: &Database,
-    query: &LeaseQuery,
-    limit: u32,
-    runs: bool,
-) -> Result<Option<Lease>, sqlx::Error> {
+/// What one lease may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scope {
+    /// At most this many events.
+    pub(crate) limit: u32,
+    /// Also several events of an aggregate, if there is room.
+    pub(crate) runs: bool,
+    /// Older events are not delivered.
+    pub(crate) max_age: Duration,
+}
+
+/// Leases as many events, or bytes, as a lease may have; `None` when no event is free, or the outbox is paused.
+pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope) -> Result<Option<Lease>, sqlx::Error> {
+    let Scope { limit, runs, max_age } = scope;
     let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
     let requested_at = Instant::now();
     let start = query.floor.start(requested_at);
     let owned = query.clone();
-    let mut rows = database.run(move |connection| Box::pin(lease_rows(connection, token, limit, owned, start))).await?;
+    let mut rows = database.run(move |connection| Box::pin(lease_rows(connection, token, scope, owned, start))).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
     let room = |rows: &[LeasedRow]| {
@@ -265,7 +269,7 @@ pub(crate) async fn lease(
         && rows.iter().any(|row| row.others_wait)
     {
         // The lease is good without.
-        match extend(database, token, query, &rows, room).await {
+        match extend(database, token, query, max_age, &rows, room).await {
             Ok(more) => rows.extend(more),
             Err(cause) => warn!(%cause, "cannot take further events of the same aggregates"),
         }
@@ -284,7 +288,7 @@ pub(crate) async fn lease(
         first_requested_at: requested_at,
         leased_at: Instant::now(),
         length,
-        max_age_hours: query.max_age_hours,
+        max_age: scope.max_age,
     }))
 }
 
@@ -315,7 +319,7 @@ pub(crate) async fn lease(
 async fn lease_rows(
     connection: &mut PgConnection,
     token: LeaseToken,
-    limit: u32,
+    Scope { limit, max_age, .. }: Scope,
     query: LeaseQuery,
     start: Start,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
@@ -369,7 +373,7 @@ async fn lease_rows(
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!",
             greatest(created_at, charged_at) < now() - interval '1 hour' AS "quiet!",
             traceparent, tracestate,
-            created_at < now() - make_interval(hours => $6) AS "expired!", false AS "unknown!", NULL::integer AS follows,
+            created_at < now() - make_interval(secs => $6) AS "expired!", false AS "unknown!", NULL::integer AS follows,
             EXISTS (
                 SELECT FROM outbox AS later
                 WHERE later.subscription_id = $4 AND later.sequence > 1 AND later.visible_at <= now()
@@ -379,7 +383,7 @@ async fn lease_rows(
         f64::from(query.lease_seconds),
         query.subscription.id,
         query.subscription.type_like,
-        query.max_age_hours,
+        max_age.as_secs_f64(),
         start.floor,
         i64::from(query.lease_bytes),
         LATER_MAX,
@@ -399,7 +403,7 @@ async fn renew_rows(
     aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
     seconds: f64,
-    max_age_hours: i32,
+    max_age: Duration,
 ) -> Result<Vec<bool>, sqlx::Error> {
     // By `ctid`, as in `settle`.
     sqlx::query_scalar!(
@@ -413,12 +417,12 @@ async fn renew_rows(
                 WHERE leased.aggregate_id = renewed.aggregate_id AND leased.subscription_id = $6
                   AND leased.sequence = renewed.sequence)
             FROM unnest($2::uuid[], $3::integer[]) AS renewed (aggregate_id, sequence)))
-        RETURNING created_at < now() - make_interval(hours => $5) AS "expired!""#,
+        RETURNING created_at < now() - make_interval(secs => $5) AS "expired!""#,
         token as LeaseToken,
         &aggregate_ids as &[AggregateId],
         &sequences,
         seconds,
-        max_age_hours,
+        max_age.as_secs_f64(),
         subscription_id,
     )
     .fetch_all(connection)

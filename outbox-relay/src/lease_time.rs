@@ -12,13 +12,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Settings,
-    lease::{LeaseQuery, lease},
+    lease::{LeaseQuery, Scope, lease},
     live::RelayId,
     park::park,
     subscription::Subscription,
 };
 
 const BATCH: u32 = 100;
+const SCOPE: Scope = Scope { limit: BATCH, runs: false, max_age: Duration::from_hours(144) };
 /// Many, since medians of a few dozen scatter too much while other tests run.
 const ROUNDS: usize = 200;
 
@@ -64,7 +65,7 @@ impl Outbox {
     /// Leases a batch, deletes it, and inserts as many new events, so that every lease finds the same number.
     async fn time_one_lease(&self) -> Duration {
         let began = Instant::now();
-        let leased = lease(&self.database, &self.lease_query, BATCH, false).await.unwrap().unwrap();
+        let leased = lease(&self.database, &self.lease_query, SCOPE).await.unwrap().unwrap();
         let took = began.elapsed();
         assert_eq!(leased.rows.len(), BATCH as usize);
         let aggregate_ids: Vec<AggregateId> = leased.rows.iter().map(|row| row.aggregate_id).collect();
@@ -183,7 +184,7 @@ async fn an_event_below_the_floor_is_not_scanned_at_first_and_found_within_a_sec
     let outbox = Outbox::create().await;
     outbox.run(WAITING_100).await;
     let began = Instant::now();
-    assert!(lease(&outbox.database, &outbox.lease_query, BATCH, false).await.unwrap().is_some());
+    assert!(lease(&outbox.database, &outbox.lease_query, SCOPE).await.unwrap().is_some());
     outbox
         .run(
             "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
@@ -192,11 +193,11 @@ async fn an_event_below_the_floor_is_not_scanned_at_first_and_found_within_a_sec
         )
         .await;
     // On a busy machine the second may be over before this lease.
-    if lease(&outbox.database, &outbox.lease_query, BATCH, false).await.unwrap().is_some() {
+    if lease(&outbox.database, &outbox.lease_query, SCOPE).await.unwrap().is_some() {
         assert!(began.elapsed() > Duration::from_millis(990), "the lease began below the floor");
         return;
     }
-    while lease(&outbox.database, &outbox.lease_query, BATCH, false).await.unwrap().is_none() {
+    while lease(&outbox.database, &outbox.lease_query, SCOPE).await.unwrap().is_none() {
         assert!(began.elapsed() < Duration::from_secs(5), "an event below the floor is lost");
     }
     assert!(began.elapsed() > Duration::from_millis(990), "the lease began below the floor");

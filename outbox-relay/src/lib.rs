@@ -52,7 +52,7 @@ use crate::{
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
     maintain::Maintenance,
-    operate::{Descriptors, MaxAge},
+    operate::Descriptors,
     relay::Worker,
     route::Route,
     subscription::{Subscription, read_subscriptions},
@@ -107,9 +107,6 @@ pub struct Settings {
     /// Back off for at most this many milliseconds, however often an event has failed.
     #[arg(long, env = "RELAY_BACK_OFF_MAX_MS", default_value_t = 60_000, value_parser = clap::value_parser!(u32).range(1..=86_400_000))]
     pub back_off_max_ms: u32,
-    /// Age limit of events.
-    #[command(flatten)]
-    pub max_age: MaxAge,
     /// Address to serve metrics on, over HTTP in the text format of Prometheus. Without it no metrics are served.
     #[arg(long, env = "RELAY_METRICS_LISTEN")]
     pub metrics_listen: Option<SocketAddr>,
@@ -149,8 +146,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     };
     let working = run_workers(database.clone(), settings.clone(), relay, subscriptions?, shutdown.clone());
     let workers = tokio::spawn(working);
-    let admin =
-        Admin { database: database.clone(), descriptors: settings.descriptors.clone(), max_age: settings.max_age };
+    let admin = Admin { database: database.clone(), descriptors: settings.descriptors.clone() };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
     let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;

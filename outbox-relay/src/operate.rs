@@ -22,7 +22,6 @@ use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
 pub use command_line::{Command, CommandError, Outbox, run};
 pub use decode::{Descriptors, DescriptorsError};
-pub use requeue::MaxAge;
 
 pub(crate) use discard::discard;
 pub(crate) use list_dead::{Page, list_dead};

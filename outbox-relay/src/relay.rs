@@ -12,7 +12,7 @@ use crate::{
     deliver::{Delivery, Failed, Receiver},
     floor::RESCAN_INTERVAL,
     isolate::{Before, Call, Conclusion, Isolation, Step},
-    lease::{Lease, LeaseQuery, LeasedRow, lease},
+    lease::{Lease, LeaseQuery, LeasedRow, Scope, lease},
     measure,
     route::{Admission, Probe, Route},
     run::{LastTaken, wake_next},
@@ -111,7 +111,10 @@ impl Worker {
     /// Leases, delivers and settles at most `limit` events. With a probe, no other worker of the route does so
     /// meanwhile.
     pub(crate) async fn process_batch(&mut self, limit: u32, probe: Option<&mut Probe<'_>>) -> BatchOutcome {
-        let mut lease = match lease(&self.database, &self.lease_query, limit, probe.is_none()).await {
+        // A route that is open, or probed, has described itself.
+        let Some(max_age) = self.route.max_age() else { return BatchOutcome::Interrupted };
+        let scope = Scope { limit, runs: probe.is_none(), max_age };
+        let mut lease = match lease(&self.database, &self.lease_query, scope).await {
             Ok(Some(lease)) => lease,
             Ok(None) => return BatchOutcome::Completed { events: 0, is_full: false },
             Err(cause) => {
@@ -239,9 +242,9 @@ impl Worker {
     /// The fate of an event that is set aside. One that is too old is dead, undelivered: its receiver may have applied it
     /// long ago, and forgotten that.
     fn fate_aside(&self, row: &LeasedRow) -> Option<Fate> {
-        let hours = self.settings.max_age.max_age_hours;
         if row.expired {
-            return Some(Fate::Dead(format!("EXPIRED: older than {hours} h, the age limit for delivery")));
+            let hours = self.route.max_age().unwrap_or_default().as_secs_f64() / 3600.0;
+            return Some(Fate::Dead(format!("EXPIRED: older than {hours:.0} h: the receiver may have forgotten it")));
         }
         row.unknown.then(|| Fate::Held {
             wait: hold_time(row.age_seconds),

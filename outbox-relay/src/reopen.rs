@@ -19,6 +19,9 @@ use crate::{
 /// backlog at once, and an event that crashes it is found here.
 pub(crate) const FIRST_BATCH: u32 = 8;
 
+/// The shortest retention of a receiver.
+const RETENTION_LEAST: Duration = Duration::from_hours(1);
+
 impl Worker {
     /// Delivers alone until the receiver has taken a full batch, or all free events. Then it opens the route for all
     /// workers.
@@ -112,6 +115,7 @@ impl Worker {
         match self.receiver.describe().await {
             Description::Ready { retention, types, sources } => {
                 self.route.set_types(types);
+                self.route.set_retention(retention);
                 return Ok(self.check_source(&sources)? && self.check_retention(retention)?);
             }
             Description::Unknown(fault) => self.refuse_receiver(fault)?,
@@ -134,15 +138,14 @@ impl Worker {
         Ok(false)
     }
 
+    /// A receiver that forgets soon would leave hardly any time for an outage, before all events are too old for it.
     fn check_retention(&self, retention: Duration) -> Result<bool, RunError> {
-        let hours = self.settings.max_age.max_age_hours;
-        if retention > Duration::from_secs(u64::from(hours) * 3600) {
+        if retention >= RETENTION_LEAST {
             return Ok(true);
         }
         self.refuse_receiver(&format!(
-            "remembers applied events for {} h, but this relay delivers events of up to {hours} h, which could be applied \
-             twice: lengthen the receiver's retention, or shorten --max-age-hours (RELAY_MAX_AGE_HOURS)",
-            retention.as_secs_f64() / 3600.0
+            "remembers applied events for {} min only: make its Describe answer at least an hour",
+            retention.as_secs() / 60
         ))?;
         Ok(false)
     }

@@ -105,6 +105,8 @@ struct State {
     message_bytes_max: watch::Sender<Option<(usize, Instant)>>,
     /// The types of events that the receiver knows, and when it said so.
     types: watch::Sender<(Vec<String>, Instant)>,
+    /// How old an event may be, by how long the receiver remembers those that it applied.
+    max_age: watch::Sender<Option<Duration>>,
     /// When the log last said that the receiver does not know a type.
     warned: watch::Sender<Option<Instant>>,
 }
@@ -157,6 +159,7 @@ impl Route {
             probing: Mutex::default(),
             message_bytes_max: watch::Sender::new(None),
             types: watch::Sender::new((Vec::new(), Instant::now())),
+            max_age: watch::Sender::new(None),
             warned: watch::Sender::new(None),
         };
         Self { state: Arc::new(state) }
@@ -224,6 +227,17 @@ impl Route {
     /// The receiver knows these types of events; all, if there are none.
     pub(crate) fn set_types(&self, types: Vec<String>) {
         self.state.types.send_replace((types, Instant::now()));
+    }
+
+    /// The receiver remembers applied events for this time. They are delivered while they are younger than six sevenths of
+    /// it: the rest is for clocks that differ, and for a delivery that takes long.
+    pub(crate) fn set_retention(&self, retention: Duration) {
+        self.state.max_age.send_replace(Some(retention / 7 * 6));
+    }
+
+    /// How old an event may be when it is delivered; `None` before the receiver has said how long it remembers.
+    pub(crate) fn max_age(&self) -> Option<Duration> {
+        *self.state.max_age.borrow()
     }
 
     /// Whether the receiver knows the type, as far as it has said.

@@ -5,7 +5,7 @@
 //! them one after the other, and an event only once its predecessor was taken ([`crate::isolate`]). So a receiver never
 //! gets two events of an aggregate in one batch.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use chassis::Database;
 use outbox::AggregateId;
@@ -35,12 +35,15 @@ pub(crate) async fn extend(
     database: &Database,
     token: LeaseToken,
     query: &LeaseQuery,
+    max_age: Duration,
     heads: &[LeasedRow],
     room: Room,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let (aggregate_ids, sequences): (Vec<_>, Vec<_>) = heads.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
     let query = query.clone();
-    database.run(move |connection| Box::pin(take_runs(connection, token, query, aggregate_ids, sequences, room))).await
+    database
+        .run(move |connection| Box::pin(take_runs(connection, (token, max_age), query, aggregate_ids, sequences, room)))
+        .await
 }
 
 /// An event belongs to a run while each event before it does. It may be visible or parked, and it must not have failed,
@@ -53,7 +56,7 @@ pub(crate) async fn extend(
 /// [`number`] finds a gap.
 async fn take_runs(
     connection: &mut PgConnection,
-    token: LeaseToken,
+    (token, max_age): (LeaseToken, Duration),
     query: LeaseQuery,
     aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
@@ -100,7 +103,7 @@ async fn take_runs(
             event_type AS "event_type!", payload AS "payload!", created_at AS "created_at!", failures AS "failures!",
             NULL::double precision AS attempted_seconds,
             extract(epoch FROM now() - created_at)::double precision AS "age_seconds!", false AS "quiet!",
-            traceparent, tracestate, created_at < now() - make_interval(hours => $8) AS "expired!",
+            traceparent, tracestate, created_at < now() - make_interval(secs => $8) AS "expired!",
             false AS "unknown!", follows, false AS "others_wait!", 0 AS "wave!", false AS "adrift!"
         FROM taken JOIN run USING (aggregate_id, sequence)"#,
         token as LeaseToken,
@@ -110,7 +113,7 @@ async fn take_runs(
         i64::try_from(room.events).unwrap_or(i64::MAX),
         i64::try_from(room.bytes).unwrap_or(i64::MAX),
         f64::from(query.lease_seconds),
-        query.max_age_hours,
+        max_age.as_secs_f64(),
     )
     .fetch_all(connection)
     .await

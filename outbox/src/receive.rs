@@ -109,7 +109,7 @@ pub enum ApplyError {
 #[derive(Args, Clone, Debug)]
 pub struct InboxSettings {
     /// Hours for which ids of applied events are kept. Older events are rejected, since they may have been applied
-    /// before. Relays must have a smaller --max-age-hours.
+    /// before. Relays deliver events up to six sevenths of this.
     #[arg(long, env = "RETENTION_HOURS", default_value_t = 168, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     pub retention_hours: u32,
     /// Maximum number of batches of events that are applied at once. Others wait. Raise it if batches rarely change the

@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, Filter, MaxAge, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_subscription,
+    Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_subscription,
     check_text, decode::answer, discard, list_dead, list_dead::count_dead, pause, print, progress::Progress,
     read_status, read_totals, refuse::describe, requeue, requeue::Requeued, requeue_piece, resume, show_dead,
     subscribe, unsubscribe,
@@ -178,7 +178,7 @@ pub enum DeadCommand {
     ///
     /// The events keep their ids, so a receiver that has already applied one drops it. They also keep their past
     /// attempts and reasons, but have all attempts again. If one of the named events cannot be requeued, none is.
-    /// Events older than --max-age-hours stay dead: their receivers may not remember whether they applied them.
+    /// Events older than six sevenths of their receiver's retention stay dead: it may not remember whether it applied them.
     ///
     /// --all requeues the oldest first, in pieces of some thousand events. Ctrl-C stops it between two pieces, with exit
     /// code 130. Repeat the command to go on with the events that are still dead.
@@ -253,8 +253,6 @@ pub struct RequeueArguments {
     /// With --all, do not ask. Required if stdin is not a terminal.
     #[arg(long, conflicts_with = "event_ids")]
     yes: bool,
-    #[command(flatten)]
-    max_age: MaxAge,
 }
 
 /// Arguments of `dead discard`.
@@ -563,21 +561,20 @@ async fn show(arguments: ShowArguments) -> Result<(), CommandError> {
 }
 
 async fn requeue_dead(arguments: RequeueArguments) -> Result<(), CommandError> {
-    let RequeueArguments { outbox, event_ids, all, event_type, subscription, yes, max_age } = arguments;
+    let RequeueArguments { outbox, event_ids, all, event_type, subscription, yes } = arguments;
     let (done, too_old) = if all {
         let filter = Filter { event_type, subscription };
         let dead = confirm(&outbox, &filter, yes).await?;
-        requeue_all(&outbox, filter, max_age, dead).await?
+        requeue_all(&outbox, filter, dead).await?
     } else {
         let (event_ids, only) = (parse_ids(&event_ids)?, subscription.as_deref());
-        let done = outbox.ask(async |connection| requeue(connection, &event_ids, only, max_age).await).await?;
+        let done = outbox.ask(async |connection| requeue(connection, &event_ids, only).await).await?;
         (Requeued { events: done.requeued, freed: done.freed }, 0)
     };
     say(&format!("requeued {}, and freed {} that waited for them\n", events(done.events), done.freed))?;
     if too_old > 0 {
-        let hours = max_age.max_age_hours;
         say(&format!(
-            "{} older than {hours} hours (--max-age-hours) stay dead: receivers may not remember whether they applied them\n",
+            "too old, and still dead: {}; receivers may not remember whether they applied them\n",
             events(too_old)
         ))?;
     }
@@ -586,12 +583,7 @@ async fn requeue_dead(arguments: RequeueArguments) -> Result<(), CommandError> {
 
 /// Walks over the dead events, of which there were `dead` when it was asked for. Returns what it has requeued, and how
 /// many events stay dead because they are too old.
-async fn requeue_all(
-    outbox: &Outbox,
-    filter: Filter,
-    max_age: MaxAge,
-    dead: i64,
-) -> Result<(Requeued, i64), CommandError> {
+async fn requeue_all(outbox: &Outbox, filter: Filter, dead: i64) -> Result<(Requeued, i64), CommandError> {
     let shutdown = chassis::shutdown_signal()?;
     let mut connection = outbox.connect().await?;
     let mut progress = Progress::of(dead);
@@ -601,7 +593,7 @@ async fn requeue_all(
         if shutdown.is_cancelled() {
             return Err(CommandError::Interrupted { requeued: done.events });
         }
-        let piece = in_time(requeue_piece(&mut connection, walk, PIECE, max_age)).await;
+        let piece = in_time(requeue_piece(&mut connection, walk, PIECE)).await;
         let piece = piece.map_err(|cause| unfinished(cause, done.events))?;
         done.events += piece.requeued.events;
         done.freed += piece.requeued.freed;

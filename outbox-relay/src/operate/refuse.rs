@@ -42,7 +42,7 @@ pub(crate) enum Reason {
     Unknown,
     Discarded { by: String, at: prost_types::Timestamp, reason: String },
     NotDead { state: String, requeued: bool },
-    TooOld { age_hours: f64, max_age_hours: u32 },
+    TooOld { age_hours: f64, max_age_hours: f64 },
 }
 
 impl fmt::Display for NotApplicable {
@@ -55,7 +55,7 @@ impl fmt::Display for NotApplicable {
             Reason::NotDead { state, requeued: false } => write!(f, "is not dead: it is {state}"),
             Reason::TooOld { age_hours, max_age_hours } => write!(
                 f,
-                "is {age_hours:.0} hours old; after {max_age_hours} (--max-age-hours) its receiver may not remember whether \
+                "is {age_hours:.0} hours old; after {max_age_hours:.0} its receiver may not remember whether \
                  it applied the event: repair the effect by hand, then discard the event"
             ),
         }

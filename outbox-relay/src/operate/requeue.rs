@@ -1,6 +1,5 @@
 //! Requeues dead events, so that they are delivered again.
 
-use clap::Args;
 use outbox::EventId;
 use proto::relay::v1::RequeueDeadEventsResponse;
 use sqlx::{PgConnection, Postgres, Transaction};
@@ -11,20 +10,15 @@ use super::{
     wake_relays,
 };
 
-/// Age limit for delivery.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct MaxAge {
-    /// Hours after which an event is too old to be delivered. Receivers must remember applied events for longer than
-    /// this.
-    #[arg(long, env = "RELAY_MAX_AGE_HOURS", default_value_t = 144, value_parser = clap::value_parser!(u32).range(1..=87_600))]
-    pub max_age_hours: u32,
-}
+/// The age limit of events whose receiver has told none yet: six sevenths of the retention that services have by default.
+pub(super) const MAX_AGE_UNTOLD: i32 = 6 * 24 * 3600;
 
 /// A dead event, locked by this transaction.
 struct Dead {
     row: String,
     event_id: EventId,
     age_hours: f64,
+    max_age_hours: f64,
     too_old: bool,
 }
 
@@ -47,14 +41,13 @@ pub(crate) async fn requeue(
     connection: &mut PgConnection,
     event_ids: &[EventId],
     subscription: Option<&str>,
-    max_age: MaxAge,
 ) -> Result<RequeueDeadEventsResponse, OperateError> {
     check_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let (old, young): (Vec<_>, Vec<_>) =
-        lock_dead(&mut tx, event_ids, subscription, max_age).await?.into_iter().partition(|dead| dead.too_old);
+        lock_dead(&mut tx, event_ids, subscription).await?.into_iter().partition(|dead| dead.too_old);
     let (rows, young): (Vec<_>, Vec<_>) = young.into_iter().map(|dead| (dead.row, dead.event_id)).unzip();
-    refuse_unless_all(&mut tx, event_ids, &young, &old, max_age).await?;
+    refuse_unless_all(&mut tx, event_ids, &young, &old).await?;
     let (positions, Requeued { events, freed }) = commit_requeue(tx, &rows).await?;
     tell_of_requeue(connection, &positions).await;
     Ok(RequeueDeadEventsResponse { requeued: events, freed, ..RequeueDeadEventsResponse::default() })
@@ -84,21 +77,25 @@ async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
     event_ids: &[EventId],
     subscription: Option<&str>,
-    max_age: MaxAge,
 ) -> Result<Vec<Dead>, sqlx::Error> {
     sqlx::query_as!(
         Dead,
         r#"-- operate: lock dead
-        SELECT ctid::text AS "row!", event_id,
+        SELECT outbox.ctid::text AS "row!", event_id,
             (extract(epoch FROM now() - created_at) / 3600)::double precision AS "age_hours!",
-            created_at < now() - make_interval(hours => $2) AS "too_old!"
+            max_age.hours AS "max_age_hours!",
+            created_at < now() - make_interval(secs => max_age.hours * 3600) AS "too_old!"
         FROM outbox
+        CROSS JOIN LATERAL (
+            SELECT coalesce((
+                SELECT max_age_seconds FROM outbox_subscriptions AS named
+                WHERE named.subscription_id = outbox.subscription_id), $2) / 3600.0::double precision) AS max_age (hours)
         WHERE visible_at = 'infinity' AND event_id = ANY ($1)
           AND ($3::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $3 AND ended_at IS NULL))
         ORDER BY event_id, subscription_id
-        FOR UPDATE"#,
+        FOR UPDATE OF outbox"#,
         event_ids as &[EventId],
-        max_age.max_age_hours.cast_signed(),
+        MAX_AGE_UNTOLD,
         subscription,
     )
     .fetch_all(&mut **tx)
@@ -110,13 +107,12 @@ async fn refuse_unless_all(
     event_ids: &[EventId],
     young: &[EventId],
     old: &[Dead],
-    MaxAge { max_age_hours }: MaxAge,
 ) -> Result<(), OperateError> {
     let dead = |event_id: &EventId| young.contains(event_id) || old.iter().any(|dead| dead.event_id == *event_id);
     let not_dead: Vec<_> = event_ids.iter().copied().filter(|event_id| !dead(event_id)).collect();
     let too_old = old.iter().map(|dead| NotApplicable {
         event_id: dead.event_id,
-        reason: Reason::TooOld { age_hours: dead.age_hours, max_age_hours },
+        reason: Reason::TooOld { age_hours: dead.age_hours, max_age_hours: dead.max_age_hours },
     });
     let mut refused: Vec<_> = too_old.collect();
     if !not_dead.is_empty() {

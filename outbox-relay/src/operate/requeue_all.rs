@@ -20,8 +20,8 @@ use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use super::{
-    Filter, MaxAge, begin_durable, count,
-    requeue::{Requeued, commit_requeue, tell_of_requeue},
+    Filter, begin_durable, count,
+    requeue::{MAX_AGE_UNTOLD, Requeued, commit_requeue, tell_of_requeue},
 };
 
 /// Dead events in one piece. A piece of so many takes a fraction of a second, even on a busy server.
@@ -126,13 +126,11 @@ pub(crate) async fn requeue_piece(
     connection: &mut PgConnection,
     walk: Walk,
     events_max: u32,
-    max_age: MaxAge,
 ) -> Result<Piece, sqlx::Error> {
     let mut tx = begin_in_order(connection).await?;
     let end = find_end(&mut tx, &walk, events_max).await?;
     let piece = Walk { until: end.unwrap_or(walk.until), ..walk.clone() };
-    let (old, young): (Vec<_>, Vec<_>) =
-        lock(&mut tx, &piece, max_age).await?.into_iter().partition(|dead| dead.too_old);
+    let (old, young): (Vec<_>, Vec<_>) = lock(&mut tx, &piece).await?.into_iter().partition(|dead| dead.too_old);
     let young: Vec<_> = young.into_iter().map(|dead| dead.row).collect();
     let (positions, requeued) = commit_requeue(tx, &young).await?;
     if !positions.is_empty() {
@@ -177,11 +175,13 @@ async fn find_end(
 
 /// Locks the events in the order of their ids, like `operate: lock dead`. If another operator has one of them, this
 /// waits. An event that was requeued or discarded meanwhile is not returned.
-async fn lock(tx: &mut Transaction<'_, Postgres>, piece: &Walk, max_age: MaxAge) -> Result<Vec<Locked>, sqlx::Error> {
+async fn lock(tx: &mut Transaction<'_, Postgres>, piece: &Walk) -> Result<Vec<Locked>, sqlx::Error> {
     sqlx::query_as!(
         Locked,
         r#"-- operate: lock a piece
-        SELECT ctid::text AS "row!", created_at < now() - make_interval(hours => $4) AS "too_old!"
+        SELECT ctid::text AS "row!", created_at < now() - make_interval(secs => coalesce((
+                SELECT max_age_seconds FROM outbox_subscriptions AS named
+                WHERE named.subscription_id = outbox.subscription_id), $4)) AS "too_old!"
         FROM outbox
         WHERE visible_at = 'infinity' AND event_id > $1 AND event_id <= $2
           AND ($3::text IS NULL OR event_type = $3)
@@ -191,7 +191,7 @@ async fn lock(tx: &mut Transaction<'_, Postgres>, piece: &Walk, max_age: MaxAge)
         piece.after as EventId,
         piece.until as EventId,
         piece.filter.event_type,
-        max_age.max_age_hours.cast_signed(),
+        MAX_AGE_UNTOLD,
         piece.filter.subscription,
     )
     .fetch_all(&mut **tx)
@@ -205,10 +205,8 @@ mod tests {
     use tokio::time::{Duration, Instant, sleep};
     use uuid::Uuid;
 
-    use super::{Filter, MaxAge, Piece, Requeued, Walk, requeue_piece};
+    use super::{Filter, Piece, Requeued, Walk, requeue_piece};
     use crate::operate::discard;
-
-    const MAX_AGE: MaxAge = MaxAge { max_age_hours: 144 };
 
     /// An outbox with dead events, and an operator's connection.
     struct Outbox {
@@ -275,7 +273,7 @@ mod tests {
         }
 
         async fn piece(&mut self, walk: Walk, events_max: u32) -> Piece {
-            requeue_piece(&mut self.operator, walk, events_max, MAX_AGE).await.unwrap()
+            requeue_piece(&mut self.operator, walk, events_max).await.unwrap()
         }
 
         /// Walks to the end. Returns the pieces.
@@ -370,7 +368,7 @@ mod tests {
                 )
                 .await;
         };
-        let (ended, ()) = tokio::join!(requeue_piece(&mut operator, walk.clone(), 300, MAX_AGE), cut);
+        let (ended, ()) = tokio::join!(requeue_piece(&mut operator, walk.clone(), 300), cut);
         ended.unwrap_err();
         other.rollback().await.unwrap();
         assert_eq!((outbox.requeued().await, outbox.dead().await), (300, 700));
@@ -412,7 +410,7 @@ mod tests {
         outbox.insert_dead(200_000).await;
         let walk = outbox.begin(None).await.unwrap();
         let mut operator = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
-        requeue_piece(&mut operator, walk, 100, MAX_AGE).await.unwrap();
+        requeue_piece(&mut operator, walk, 100).await.unwrap();
         // A session reports its statistics when it ends.
         operator.close().await.unwrap();
         let read = "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'outbox'";
@@ -437,7 +435,7 @@ mod tests {
             outbox.operator_waits().await;
             other.commit().await.unwrap();
         };
-        let (piece, ()) = tokio::join!(requeue_piece(&mut operator, walk, 300, MAX_AGE), commit);
+        let (piece, ()) = tokio::join!(requeue_piece(&mut operator, walk, 300), commit);
         assert_eq!(piece.unwrap().requeued, Requeued { events: 100, freed: 10 });
         assert_eq!((outbox.requeued().await, outbox.dead().await), (100, 0));
     }
@@ -457,7 +455,7 @@ mod tests {
             outbox.operator_waits().await;
             discarding.commit().await.unwrap();
         };
-        let (piece, ()) = tokio::join!(requeue_piece(&mut operator, walk.unwrap(), 300, MAX_AGE), commit);
+        let (piece, ()) = tokio::join!(requeue_piece(&mut operator, walk.unwrap(), 300), commit);
         let piece = piece.unwrap();
         assert_eq!(piece.requeued.events, 299);
         assert_eq!(total(&outbox.walk(piece.rest, 300).await).events, 399);
