@@ -532,3 +532,26 @@ async fn find_missing(connection: &mut PgConnection, order_ids: &[Uuid]) -> Resu
 async fn begin_snapshot(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>> {
     Ok(connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_counts_for_the_subscriber_whose_row_it_is_and_one_without_a_subscription_for_all() {
+        let row = |sequence, subscription: Option<&str>| EventRow {
+            order_id: Uuid::from_u128(7),
+            sequence,
+            dead: false,
+            subscription: subscription.map(str::to_owned),
+        };
+        let rows = [row(1, Some(INVENTORY)), row(2, Some(LOYALTY)), row(3, None)];
+        let holds = |subscription| {
+            let Events { any, creations, cancellations } = Events::of(subscription, &rows);
+            [any, creations, cancellations].map(|orders| orders.contains(&Uuid::from_u128(7)))
+        };
+        assert_eq!(holds(INVENTORY), [true, true, false]);
+        assert_eq!(holds(LOYALTY), [true, false, true]);
+        assert_eq!(holds("another"), [true, false, false]);
+    }
+}
