@@ -288,6 +288,8 @@ impl Site {
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,
+                // Nobody subscribes loyalty there, so this database is never opened.
+                loyalty_database_url: self.server(Part::Inventory).superuser_url("loyalty").parse()?,
             },
         })
     }

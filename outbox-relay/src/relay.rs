@@ -275,7 +275,7 @@ impl Worker {
         }
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.name(), &settled);
-        debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
+        debug!(route = self.route.name(), worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {
             warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
         }
