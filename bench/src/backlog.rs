@@ -24,7 +24,10 @@ use harness::{
     stress::wait_until_delivered,
     system::{Layout, Service, stop},
 };
-use testkit::processes::{Process, free_port};
+use testkit::{
+    bootstrap::{EMPTY, create_database},
+    processes::{Process, free_port},
+};
 
 const SAMPLE_PAUSE: Duration = Duration::from_millis(25);
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
@@ -41,6 +44,14 @@ const RESTORE_INVENTORY: &str = "-- bench: restore the stock
     TRUNCATE processed_messages, reservations, outbox, stock_ledger, stock;
     INSERT INTO stock SELECT * FROM bench_stock;
     INSERT INTO stock_ledger SELECT * FROM bench_ledger";
+/// Each event that waits, once more for loyalty-service.
+const SUBSCRIBE_TWICE: &str = "-- bench: subscribe the backlog twice
+    INSERT INTO outbox (subscription_id, aggregate_id, event_id, visible_at, created_at, sequence, event_type, payload)
+    SELECT loyalty.subscription_id, aggregate_id, event_id, visible_at, waiting.created_at, sequence, event_type, payload
+    FROM outbox AS waiting, outbox_subscriptions AS loyalty
+    WHERE loyalty.name = 'loyalty'";
+const FORGET_POINTS: &str = "-- bench: forget the points
+    TRUNCATE processed_messages, points";
 /// Executed one by one, since VACUUM cannot run in a transaction.
 const VACUUM: [&str; 2] = ["VACUUM (ANALYZE)", "CHECKPOINT"];
 
@@ -48,6 +59,8 @@ const VACUUM: [&str; 2] = ["VACUUM (ANALYZE)", "CHECKPOINT"];
 #[derive(Debug)]
 pub(super) struct Backlog {
     layout: Layout,
+    /// The same system with loyalty-service as a second subscriber.
+    subscribed_twice: Option<Layout>,
     processes: Vec<Process>,
     orders: PgConnection,
     inventory: PgConnection,
@@ -74,7 +87,34 @@ impl Backlog {
         sqlx::raw_sql(KEEP_ORDERS).execute(&mut orders_database).await?;
         sqlx::raw_sql(KEEP_INVENTORY).execute(&mut inventory).await?;
         layout.operate(Service::OrdersRelay, &PAUSE).await?;
-        Ok(Self { layout, processes, orders: orders_database, inventory })
+        Ok(Self { layout, subscribed_twice: None, processes, orders: orders_database, inventory })
+    }
+
+    /// The name of the loyalty database.
+    fn loyalty(&self) -> String {
+        format!("{}_loyalty", self.layout.orders)
+    }
+
+    /// Adds loyalty-service as a second subscriber, for [`Self::drain_twice`].
+    pub(super) async fn subscribe_loyalty(&mut self) -> Result<()> {
+        let database = self.loyalty();
+        create_database(&self.layout.server, &database, EMPTY, "loyalty_owner").await?;
+        let twice = self.layout.clone().with_loyalty(&database, free_port()?);
+        twice.prepare().await?;
+        self.processes.extend(start(&twice, &[Service::Loyalty]).await?);
+        self.subscribed_twice = Some(twice);
+        Ok(())
+    }
+
+    /// Drains that many events, each to both subscribers. The rate counts deliveries.
+    pub(super) async fn drain_twice(&mut self, site: &Site, events: u64) -> Result<Drained> {
+        let layout = self.subscribed_twice.clone().context("there is no second subscriber")?;
+        self.restore(events).await?;
+        sqlx::raw_sql(FORGET_POINTS).execute(&mut site.connect(&self.loyalty()).await?).await?;
+        for statement in [SUBSCRIBE_TWICE].into_iter().chain(VACUUM) {
+            sqlx::raw_sql(statement).execute(&mut self.orders).await?;
+        }
+        self.drain_restored(&layout, 2 * events, 2, None).await
     }
 
     /// Restores the oldest events, and inventory as it was before any of them.
@@ -101,12 +141,25 @@ impl Backlog {
         time: Option<Duration>,
     ) -> Result<Drained> {
         self.restore(events).await?;
-        let metrics = SocketAddr::from(([127, 0, 0, 1], free_port()?));
         let mut layout = self.layout.clone();
         layout.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        self.drain_restored(&layout, events, 1, time).await
+    }
+
+    async fn drain_restored(
+        &mut self,
+        layout: &Layout,
+        events: u64,
+        routes: u64,
+        time: Option<Duration>,
+    ) -> Result<Drained> {
+        let metrics = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+        let mut layout = layout.clone();
         layout.settings.push(("RELAY_METRICS_LISTEN".into(), metrics.to_string()));
         let relay = layout.start(Service::OrdersRelay).await?;
-        timeout(OPEN_LIMIT, wait_until_open(metrics)).await.context("the relay did not open its route in time")??;
+        timeout(OPEN_LIMIT, wait_until_open(metrics, routes))
+            .await
+            .context("the relay did not open its route in time")??;
 
         let begin = Instant::now();
         layout.operate(Service::OrdersRelay, &RESUME).await?;
@@ -132,15 +185,16 @@ impl Backlog {
 
     /// Delivers the answers of the last drain, which must have been of the whole backlog. Then audits.
     pub(super) async fn finish(mut self, report: &mut Report) -> Result<()> {
-        self.layout.operate(Service::OrdersRelay, &RESUME).await?;
-        self.processes.extend(start(&self.layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
-        wait_until_delivered(&self.layout.target()?.databases, DRAIN_LIMIT).await?;
-        finish(&self.layout, self.processes, report).await
+        let layout = self.subscribed_twice.as_ref().unwrap_or(&self.layout);
+        layout.operate(Service::OrdersRelay, &RESUME).await?;
+        self.processes.extend(start(layout, &[Service::OrdersRelay, Service::InventoryRelay]).await?);
+        wait_until_delivered(&layout.target()?.databases, DRAIN_LIMIT).await?;
+        finish(layout, self.processes, report).await
     }
 }
 
-async fn wait_until_open(metrics: SocketAddr) -> Result<()> {
-    while read_metric(metrics, "outbox_relay_route_open", "").await.unwrap_or(0) == 0 {
+async fn wait_until_open(metrics: SocketAddr, routes: u64) -> Result<()> {
+    while read_metric(metrics, "outbox_relay_route_open", "").await.unwrap_or(0) < routes {
         sleep(SAMPLE_PAUSE).await;
     }
     Ok(())

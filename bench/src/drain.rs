@@ -4,7 +4,7 @@
 //! role, for the same number of events in batches of the same size. It does so with as many clients as
 //! inventory-service applies batches at once, and with one client. Batches wait for each other's locks on stock, so one
 //! client may be faster; the system is compared with the faster. Each round also runs the same relay for some seconds
-//! with one event at a time (`--batch 1 --workers 1`). See [`super::backlog`] for how a drain is timed.
+//! with one event at a time (`--batch 1 --workers 1`), and drains the same backlog to two subscribers at once. See [`super::backlog`] for how a drain is timed.
 
 use std::time::Duration;
 
@@ -51,7 +51,8 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let batches = u32::try_from(events)? / EVENTS_OF_A_BATCH;
     let (mut sql_database, sql_url) = prepare_sql(site, batches).await?;
 
-    let (mut drains, mut singles, mut sql) = (Vec::new(), Vec::new(), [const { Vec::new() }; 2]);
+    backlog.subscribe_loyalty().await?;
+    let (mut drains, mut twice, mut singles, mut sql) = (Vec::new(), Vec::new(), Vec::new(), [const { Vec::new() }; 2]);
     for round in 1..=site.rounds() {
         let single = backlog.drain(events.min(20_000), &SINGLE, Some(single_time)).await?;
         println!("bench: 2  round {round}  one at a time         {:>8} events/s", number(single.rate));
@@ -61,11 +62,14 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
             println!("bench: 2  round {round}  SQL alone, {clients} at once  {:>8} events/s", number(rate));
             rates.push(rate);
         }
+        let both = backlog.drain_twice(site, events).await?;
+        println!("bench: 2  round {round}  to two subscribers   {:>8} deliveries/s", number(both.rate));
+        twice.push(both.rate);
         let drained = backlog.drain(events, &[], None).await?;
         println!("bench: 2  round {round}  drain                 {:>8} events/s", number(drained.rate));
         drains.push(drained);
     }
-    report_figures(&drains, &singles, &sql, report);
+    report_figures(&drains, &twice, &singles, &sql, report);
     plot::backlog(site.directory(), &drains)?;
     println!("bench: 2  delivering the answers");
     backlog.finish(report).await
@@ -98,13 +102,14 @@ async fn measure_sql(site: &Site, inventory: &mut PgConnection, url: &str, clien
     Ok(outcome.rate * f64::from(EVENTS_OF_A_BATCH))
 }
 
-fn report_figures(drains: &[Drained], singles: &[f64], sql: &[Vec<f64>; 2], report: &mut Report) {
+fn report_figures(drains: &[Drained], twice: &[f64], singles: &[f64], sql: &[Vec<f64>; 2], report: &mut Report) {
     let rates: Vec<f64> = drains.iter().map(|drained| drained.rate).collect();
     let (drain, single) = (median(&rates), median(singles));
     let [alone, lone] = [&sql[0], &sql[1]].map(|rates| median(rates));
     let mut table = Table::new("2. Drain (the relay of the answers does not run)", &["", "events/s", "rounds"]);
     for (name, rate, rounds) in [
         ("through the relay into inventory-service", drain, rates.as_slice()),
+        ("through one relay into inventory-service and loyalty-service", median(twice), twice),
         ("SQL of inventory alone, 2 at once", alone, &sql[0]),
         ("SQL of inventory alone, 1 at once", lone, &sql[1]),
         ("through the relay, one at a time", single, singles),
@@ -114,10 +119,11 @@ fn report_figures(drains: &[Drained], singles: &[f64], sql: &[Vec<f64>; 2], repo
     }
     table.print();
     report.figure("drain_over_inventory_sql", drain / alone.max(lone));
+    report.figure("drain_twice_over_once", median(twice) / drain);
     report.figure("drain_over_single", drain / single);
     let samples: Vec<_> = drains.iter().map(|drained| &drained.samples).collect();
     let raw = json!({
-        "drain": rates, "inventory_sql_2": sql[0], "inventory_sql_1": sql[1], "single": singles, "samples": samples,
+        "drain": rates, "drain_twice": twice, "inventory_sql_2": sql[0], "inventory_sql_1": sql[1], "single": singles, "samples": samples,
     });
     report.raw("drain", raw);
 }

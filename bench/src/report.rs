@@ -61,7 +61,7 @@ const fn most(target: f64, reach: f64) -> Aim {
 /// A figure: its part, its key, its name, its target.
 type Figure = (u8, &'static str, &'static str, Aim);
 
-const FIGURES: [Figure; 17] = [
+const FIGURES: [Figure; 18] = [
     (1, "create64_over_pgbench64", "CreateOrder, 64 at once / pgbench, 64 at once", least(4.0, 6.0)),
     (1, "create256_over_pgbench64", "CreateOrder, 256 at once / pgbench, 64 at once", least(6.0, 9.0)),
     (1, "create64_twice_over_once", "CreateOrder, 64 at once: two subscriptions / one", least(0.75, 0.85)),
@@ -69,6 +69,7 @@ const FIGURES: [Figure; 17] = [
     (1, "create256_over_bound", "CreateOrder, 256 at once / bound", least(0.75, 0.9)),
     (1, "lone_p50_over_plain", "p50 of a lone CreateOrder / of the plain transaction", most(1.0, 0.7)),
     (2, "drain_over_inventory_sql", "drain / SQL of inventory alone", least(0.5, 0.7)),
+    (2, "drain_twice_over_once", "deliveries to two subscribers / drain", least(0.75, 0.9)),
     (2, "drain_over_single", "drain / one event at a time", least(15.0, 25.0)),
     (3, "stock_p50_ms_3000", "accept to stock at 3,000/s, p50, ms", most(5.0, 3.0)),
     (3, "stock_p99_ms_3000", "accept to stock at 3,000/s, p99, ms", most(25.0, 10.0)),
