@@ -14,8 +14,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    deliver::{Answer, Delivery, Failed, Failure, Receiver},
-    lease::LeasedRow,
+    deliver::Receiver,
+    delivery::{Answer, Delivery, Failed, Failure},
+    leased_row::LeasedRow,
 };
 
 #[path = "../tests/it/http_stub.rs"]

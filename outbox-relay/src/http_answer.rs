@@ -27,7 +27,7 @@ use prost::bytes::Bytes;
 use tonic::{Code, Status, body::Body, transport::Channel};
 use tower_service::Service;
 
-use crate::deliver::Failure;
+use crate::delivery::Failure;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 

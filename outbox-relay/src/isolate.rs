@@ -17,11 +17,14 @@ use std::{collections::VecDeque, ops::Range, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
-    deliver::{Answer, Delivery, Failed, Failure},
-    reopen::FIRST_BATCH,
-    settle::{Fate, Wait},
+    delivery::{Answer, Delivery, Failed, Failure},
+    fate::{Fate, Wait},
 };
 
+/// Events in the first batch for a receiver that was unavailable: few, since they may well fail again. Each further
+/// batch is twice as large, while the other workers wait. So a receiver that has just started does not get the whole
+/// backlog at once, and an event that crashes it is found here.
+pub(crate) const FIRST_BATCH: u32 = 8;
 /// So many events in a row that fail alone, without a witness, do not depend on single events.
 const OUTAGE_AFTER: usize = FIRST_BATCH as usize;
 
@@ -444,8 +447,8 @@ mod tests {
 
     use super::{Before, Call, Case, Conclusion, Isolation, OUTAGE_AFTER, Step};
     use crate::{
-        deliver::{Answer, Delivery, Failed, Failure},
-        settle::{Fate, Wait},
+        delivery::{Answer, Delivery, Failed, Failure},
+        fate::{Fate, Wait},
     };
 
     const SILENT_OR_REFUSED: [Failure; 6] = [

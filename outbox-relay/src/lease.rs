@@ -3,8 +3,7 @@
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use chassis::Database;
-use outbox::{AggregateId, EventId};
-use prost::bytes::Bytes;
+use outbox::AggregateId;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
 use tracing::warn;
@@ -13,24 +12,16 @@ use crate::{
     Settings,
     floor::{Floor, Start},
     isolate::Case,
+    leased_row::{LeaseToken, LeasedRow},
     live::RelayId,
-    run::{Room, extend, number, predecessors},
+    run::{Extension, Room, extend, number, predecessors},
     subscription::Subscription,
 };
 
-/// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
-/// delivered one by one.
-pub(crate) const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 /// Later events that a lease looks at, to find the first events of their aggregates.
 const LATER_MAX: i64 = 2000;
 /// How long a lease is renewed for a receiver that stays away: longer than receivers take to start.
 const HELD_MAX: Duration = Duration::from_secs(600);
-
-outbox::id! {
-    /// The fencing token of a lease. Every statement that settles or renews names it, and a later lease of the same row
-    /// replaces it.
-    pub(crate) struct LeaseToken
-}
 
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
@@ -51,58 +42,11 @@ pub(crate) struct Lease {
     max_age: Duration,
 }
 
-/// One leased row of the outbox.
-#[derive(Debug)]
-pub(crate) struct LeasedRow {
-    pub(crate) aggregate_id: AggregateId,
-    pub(crate) sequence: i32,
-    pub(crate) event_id: EventId,
-    pub(crate) event_type: String,
-    /// Shared by every delivery of the event.
-    pub(crate) payload: Bytes,
-    pub(crate) created_at: OffsetDateTime,
-    /// How often it failed alone, charged or not, since it was enqueued or requeued.
-    pub(crate) failures: i32,
-    /// How long ago it last failed alone, in seconds.
-    pub(crate) attempted_seconds: Option<f64>,
-    /// How long ago it was enqueued, in seconds.
-    pub(crate) age_seconds: f64,
-    /// It is older than an hour, and was charged no attempt within the last hour.
-    pub(crate) quiet: bool,
-    pub(crate) traceparent: Option<String>,
-    pub(crate) tracestate: Option<String>,
-    /// Whether it is too old to be delivered.
-    pub(crate) expired: bool,
-    /// Whether its receiver does not know its type.
-    pub(crate) unknown: bool,
-    /// The sequence of the event before it in its run; `None`: it is the first of its aggregate.
-    pub(crate) follows: Option<i32>,
-    /// Whether any event of the subscription with a later sequence was visible.
-    pub(crate) others_wait: bool,
-    /// Its place in its run. Waves are delivered one after the other.
-    pub(crate) wave: i32,
-    /// Whether it was leased without its predecessor.
-    pub(crate) adrift: bool,
-}
-
-impl LeasedRow {
-    /// Whether it is not delivered.
-    fn is_set_aside(&self) -> bool {
-        self.expired || self.unknown || self.adrift
-    }
-
-    /// Roughly what the event adds to a message. Ids, source, times and field tags are a few hundred bytes.
-    fn message_bytes(&self) -> usize {
-        let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
-        self.payload.len() + self.event_type.len() + length(&self.traceparent) + length(&self.tracestate) + 300
-    }
-}
-
 /// Which events a worker leases, and for how long. Clones share the floor.
 #[derive(Clone, Debug)]
 pub(crate) struct LeaseQuery {
-    pub(crate) subscription: Subscription,
-    pub(crate) lease_seconds: u32,
+    subscription: Subscription,
+    lease_seconds: u32,
     lease_bytes: u32,
     pub(crate) floor: Arc<Floor>,
     relay: RelayId,
@@ -268,8 +212,10 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
         && runs
         && rows.iter().any(|row| row.others_wait)
     {
+        let extension =
+            Extension { token, subscription_id: query.subscription.id, lease_seconds: query.lease_seconds, max_age };
         // The lease is good without.
-        match extend(database, token, query, max_age, &rows, room).await {
+        match extend(database, extension, &rows, room).await {
             Ok(more) => rows.extend(more),
             Err(cause) => warn!(%cause, "cannot take further events of the same aggregates"),
         }

@@ -7,6 +7,8 @@ mod announce;
 #[cfg(test)]
 mod answer_tests;
 mod deliver;
+mod delivery;
+mod fate;
 mod floor;
 mod grpc;
 mod http_answer;
@@ -14,6 +16,7 @@ mod isolate;
 mod lease;
 #[cfg(test)]
 mod lease_time;
+mod leased_row;
 mod live;
 mod maintain;
 mod measure;

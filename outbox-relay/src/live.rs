@@ -27,7 +27,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
-use crate::lease::LeaseToken;
+use crate::leased_row::LeaseToken;
 
 /// How long connecting, or an answer, may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use metrics::{counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 
-use crate::{deliver::Delivery, settle::Settled};
+use crate::{delivery::Delivery, settle::Settled};
 
 const EVENTS: &str = "outbox_relay_events_total";
 const DELIVERIES: &str = "outbox_relay_deliveries_total";

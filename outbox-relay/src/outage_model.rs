@@ -10,9 +10,9 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 use tokio::time::Instant;
 
 use crate::{
-    deliver::{Answer, Delivery, Failed, Failure},
+    delivery::{Answer, Delivery, Failed, Failure},
+    fate::{Fate, Wait},
     isolate::{Before, Call, Case, Isolation, Step},
-    settle::{Fate, Wait},
 };
 
 const EVENTS: usize = 3;

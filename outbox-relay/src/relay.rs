@@ -9,14 +9,17 @@ use tracing::{debug, error, warn};
 
 use crate::{
     Settings,
-    deliver::{Delivery, Failed, Receiver},
+    deliver::Receiver,
+    delivery::{Delivery, Failed},
+    fate::Fate,
     floor::RESCAN_INTERVAL,
     isolate::{Before, Call, Conclusion, Isolation, Step},
-    lease::{Lease, LeaseQuery, LeasedRow, Scope, lease},
+    lease::{Lease, LeaseQuery, Scope, lease},
+    leased_row::LeasedRow,
     measure,
     route::{Admission, Probe, Route},
     run::{LastTaken, wake_next},
-    settle::{Fate, Policy, settle},
+    settle::{Policy, settle},
     wake::Wake,
 };
 

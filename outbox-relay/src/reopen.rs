@@ -9,15 +9,11 @@ use tracing::error;
 
 use crate::{
     deliver::Description,
+    isolate::FIRST_BATCH,
     lease::Lease,
     relay::{BatchOutcome, Round, Worker},
     route::{Condition, Probe},
 };
-
-/// Events in the first batch for a receiver that was unavailable: few, since they may well fail again. Each further
-/// batch is twice as large, while the other workers wait. So a receiver that has just started does not get the whole
-/// backlog at once, and an event that crashes it is found here.
-pub(crate) const FIRST_BATCH: u32 = 8;
 
 /// The shortest retention of a receiver.
 const RETENTION_LEAST: Duration = Duration::from_hours(1);

@@ -10,8 +10,11 @@ use tokio::{
 use tonic::transport::Uri;
 use tracing::{debug, error, info, warn};
 
-use crate::{lease::MESSAGE_BYTES_MAX, measure};
+use crate::{fate::RETRY_AFTER_MAX, measure};
 
+/// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
+/// delivered one by one.
+const MESSAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 /// Longest first back-off before a probe. It doubles with each further failure, up to the cap.
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Cap of that back-off, and so the longest that a backlog waits once the receiver is back.
@@ -23,8 +26,6 @@ const BARRED_BACK_OFF: Duration = Duration::from_secs(5);
 const MESSAGE_BYTES_KEPT: Duration = Duration::from_secs(600);
 /// Time between two lines of the log about types that the receiver does not know.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
-/// A receiver that asks for more time than this is probed earlier: it may have been replaced in the meantime.
-pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// A route: a subscription, and its receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]

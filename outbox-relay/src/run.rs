@@ -12,8 +12,8 @@ use outbox::AggregateId;
 use sqlx::PgConnection;
 
 use crate::{
-    lease::{LeaseQuery, LeaseToken, LeasedRow},
-    settle::Fate,
+    fate::Fate,
+    leased_row::{LeaseToken, LeasedRow},
 };
 
 /// Events at least this far behind the first of their aggregate may be parked while that is leased: no run reaches them.
@@ -26,6 +26,16 @@ pub(crate) struct Room {
     pub(crate) bytes: usize,
 }
 
+/// The lease to extend.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extension {
+    pub(crate) token: LeaseToken,
+    pub(crate) subscription_id: i16,
+    pub(crate) lease_seconds: u32,
+    /// Older events are not delivered.
+    pub(crate) max_age: Duration,
+}
+
 /// Takes the events behind those of the lease, as far as there is room. Of several aggregates it takes the nearest
 /// events first.
 ///
@@ -33,17 +43,12 @@ pub(crate) struct Room {
 /// Those of the database. The lease is as it was.
 pub(crate) async fn extend(
     database: &Database,
-    token: LeaseToken,
-    query: &LeaseQuery,
-    max_age: Duration,
+    extension: Extension,
     heads: &[LeasedRow],
     room: Room,
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     let (aggregate_ids, sequences): (Vec<_>, Vec<_>) = heads.iter().map(|row| (row.aggregate_id, row.sequence)).unzip();
-    let query = query.clone();
-    database
-        .run(move |connection| Box::pin(take_runs(connection, (token, max_age), query, aggregate_ids, sequences, room)))
-        .await
+    database.run(move |connection| Box::pin(take_runs(connection, extension, aggregate_ids, sequences, room))).await
 }
 
 /// An event belongs to a run while each event before it does. It may be visible or parked, and it must not have failed,
@@ -56,8 +61,7 @@ pub(crate) async fn extend(
 /// [`number`] finds a gap.
 async fn take_runs(
     connection: &mut PgConnection,
-    (token, max_age): (LeaseToken, Duration),
-    query: LeaseQuery,
+    Extension { token, subscription_id, lease_seconds, max_age }: Extension,
     aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
     room: Room,
@@ -109,10 +113,10 @@ async fn take_runs(
         token as LeaseToken,
         &aggregate_ids as &[AggregateId],
         &sequences,
-        query.subscription.id,
+        subscription_id,
         i64::try_from(room.events).unwrap_or(i64::MAX),
         i64::try_from(room.bytes).unwrap_or(i64::MAX),
-        f64::from(query.lease_seconds),
+        f64::from(lease_seconds),
         max_age.as_secs_f64(),
     )
     .fetch_all(connection)
