@@ -16,16 +16,24 @@ CREATE FUNCTION chaos_watch_lease() RETURNS trigger LANGUAGE plpgsql SECURITY DE
 DECLARE
     session text := current_setting('application_name');
     held_by text;
+    behind boolean;
 BEGIN
     IF TG_OP = 'UPDATE' AND NEW.lease_token IS NOT NULL AND NEW.lease_token IS DISTINCT FROM OLD.lease_token THEN
         INSERT INTO chaos_leases VALUES (NEW.lease_token, session) ON CONFLICT DO NOTHING;
-        IF OLD.visible_at > now() THEN
+        -- A run takes parked events behind one that this lease holds.
+        behind := EXISTS (
+            SELECT FROM outbox
+            WHERE aggregate_id = NEW.aggregate_id AND subscription_id = NEW.subscription_id AND sequence < NEW.sequence
+              AND lease_token = NEW.lease_token);
+        IF OLD.visible_at > now() AND NOT (behind AND OLD.lease_token IS NULL) THEN
             INSERT INTO chaos_breaches (breach, event_id, session)
             VALUES ('leased before it was visible', NEW.event_id, session);
         END IF;
         IF EXISTS (
             SELECT FROM outbox
-            WHERE aggregate_id = NEW.aggregate_id AND subscription_id = NEW.subscription_id AND sequence < NEW.sequence)
+            WHERE aggregate_id = NEW.aggregate_id AND sequence < NEW.sequence
+              AND (subscription_id = NEW.subscription_id OR subscription_id = 0)
+              AND lease_token IS DISTINCT FROM NEW.lease_token)
         THEN
             INSERT INTO chaos_breaches (breach, event_id, session)
             VALUES ('leased before its predecessor was settled', NEW.event_id, session);

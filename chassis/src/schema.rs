@@ -80,7 +80,7 @@ async fn run_all(url: &DatabaseUrl, migrators: &[&Migrator], contract: bool) -> 
         };
         let (now, later): (Vec<_>, Vec<_>) = migrator.iter().cloned().partition(runs);
         left |= !later.is_empty();
-        drop_unfinished_indexes(&mut connection, now.iter().filter(|next| !applied.contains(&next.version))).await?;
+        drop_unrecorded_indexes(&mut connection, now.iter().filter(|next| !applied.contains(&next.version))).await?;
         let table_name = migrator.table_name.clone();
         let chosen = Migrator { migrations: now.into(), locking: false, table_name, ..Migrator::DEFAULT };
         chosen.run_direct(None, &mut connection, false).await?;
@@ -121,24 +121,24 @@ async fn lock(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     }
 }
 
-/// An index that was being built concurrently when its process ended stays behind, unusable. The migration that builds
-/// it has not been recorded, and runs again. Only its own index goes: somebody else may be building another one.
-async fn drop_unfinished_indexes(
+/// The server goes on to build an index concurrently after its client is gone. What it leaves, finished or not, is not
+/// recorded as a migration, which runs again and finds the name taken. So an index that such a migration builds goes.
+async fn drop_unrecorded_indexes(
     connection: &mut PgConnection,
     next: impl Iterator<Item = &Migration>,
 ) -> Result<(), sqlx::Error> {
     let next: Vec<_> = next.map(|migration| migration.sql.as_str()).collect();
-    let unfinished = sqlx::query_scalar::<_, String>(
-        "-- migrate: find unfinished indexes
+    let indexes = sqlx::query_scalar::<_, String>(
+        "-- migrate: find indexes
         SELECT relname
         FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-        WHERE NOT indisvalid AND relnamespace = current_schema()::regnamespace",
+        WHERE relnamespace = current_schema()::regnamespace",
     );
-    let unfinished = unfinished.fetch_all(&mut *connection).await?;
+    let indexes = indexes.fetch_all(&mut *connection).await?;
     let of_next = |index: &String| next.iter().any(|sql| sql.contains(&format!(" CONCURRENTLY {index} ")));
-    for index in unfinished.into_iter().filter(of_next) {
+    for index in indexes.into_iter().filter(of_next) {
         warn!(index, "an earlier migration was interrupted: its index is dropped, and built again");
-        let mut drop = QueryBuilder::<Postgres>::new("-- migrate: drop an unfinished index\nDROP INDEX ");
+        let mut drop = QueryBuilder::<Postgres>::new("-- migrate: drop an unrecorded index\nDROP INDEX ");
         drop.push(index);
         connection.execute(drop.build().persistent(false)).await?;
     }

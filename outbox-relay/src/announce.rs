@@ -51,6 +51,8 @@ pub(crate) struct OtherReceiver {
     pub(crate) relay_id: Uuid,
     pub(crate) subscription: String,
     pub(crate) receiver: String,
+    /// Its lock is free, and it reported just now: it has just died, or the database has restarted.
+    pub(crate) may_be_dead: bool,
 }
 
 /// Announces this relay's routes for the first time, unless a relay that lives delivers one of these subscriptions to
@@ -70,9 +72,10 @@ pub(crate) async fn claim(
     let mut tx = connection.begin().await?;
     lock_claims(&mut tx).await?;
     for other in find_others(&mut tx, relay_id, &subscriptions, &receivers).await? {
-        if !other.holds_lock || !is_dead(&mut tx, other.relay_id).await? {
+        let is_dead = other.holds_lock && is_dead(&mut tx, other.relay_id).await?;
+        if !is_dead || !other.silent {
             let OtherRow { relay_id, subscription, receiver, .. } = other;
-            return Ok(Some(OtherReceiver { relay_id, subscription, receiver }));
+            return Ok(Some(OtherReceiver { relay_id, subscription, receiver, may_be_dead: is_dead }));
         }
     }
     upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), &subscriptions, &receivers, &states).await?;
@@ -85,6 +88,7 @@ struct OtherRow {
     subscription: String,
     receiver: String,
     holds_lock: bool,
+    silent: bool,
 }
 
 /// Only one relay looks and announces at a time. Otherwise two that start together would not see each other.
@@ -98,7 +102,8 @@ async fn lock_claims(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// Relays report every second. A relay without a lock is taken for gone after ten.
+/// Relays report every second. A relay without a lock is taken for gone after ten. One that holds its lock lives, however
+/// busy it is, and one whose lock is free is taken for dead once it is silent, as by those who free its rows.
 async fn find_others(
     connection: &mut PgConnection,
     relay_id: Uuid,
@@ -108,11 +113,12 @@ async fn find_others(
     sqlx::query_as!(
         OtherRow,
         r#"-- relay: find other receivers
-        SELECT other.relay_id, other.route AS subscription, other.receiver, other.holds_lock
+        SELECT other.relay_id, other.route AS subscription, other.receiver, other.holds_lock,
+            other.seen_at < now() - interval '2 s' AS "silent!"
         FROM outbox_routes AS other
         JOIN unnest($2::text[], $3::text[]) AS own (subscription, receiver)
             ON own.subscription = other.route AND own.receiver <> other.receiver
-        WHERE other.relay_id <> $1 AND other.seen_at > now() - interval '10 s'
+        WHERE other.relay_id <> $1 AND (other.holds_lock OR other.seen_at > now() - interval '10 s')
         ORDER BY other.seen_at DESC"#,
         relay_id,
         subscriptions,

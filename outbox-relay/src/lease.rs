@@ -20,6 +20,8 @@ use crate::{
 
 /// Later events that a lease looks at, to find the first events of their aggregates.
 const LATER_MAX: i64 = 2000;
+/// The same, if it has found nothing that way.
+const LATER_FAR_MAX: i64 = 50_000;
 /// How long a lease is renewed for a receiver that stays away: longer than receivers take to start.
 const HELD_MAX: Duration = Duration::from_secs(600);
 
@@ -196,8 +198,15 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
     let length = Duration::from_secs(query.lease_seconds.into());
     let requested_at = Instant::now();
     let start = query.floor.start(requested_at);
-    let owned = query.clone();
-    let mut rows = database.run(move |connection| Box::pin(lease_rows(connection, token, scope, owned, start))).await?;
+    let take = async |later_max| {
+        let query = query.clone();
+        database.run(move |connection| Box::pin(lease_rows(connection, token, scope, query, (start, later_max)))).await
+    };
+    let mut rows = take(LATER_MAX).await?;
+    // The oldest later events may all wait for events that are leased. Once a second, it looks further.
+    if rows.is_empty() && start.floor.is_none() {
+        rows = take(LATER_FAR_MAX).await?;
+    }
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
     let room = |rows: &[LeasedRow]| {
@@ -212,8 +221,8 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
         && runs
         && rows.iter().any(|row| row.others_wait)
     {
-        let extension =
-            Extension { token, subscription_id: query.subscription.id, lease_seconds: query.lease_seconds, max_age };
+        let Subscription { id: subscription_id, type_like, .. } = query.subscription.clone();
+        let extension = Extension { token, subscription_id, type_like, lease_seconds: query.lease_seconds, max_age };
         // The lease is good without.
         match extend(database, extension, &rows, room).await {
             Ok(more) => rows.extend(more),
@@ -267,7 +276,7 @@ async fn lease_rows(
     token: LeaseToken,
     Scope { limit, max_age, .. }: Scope,
     query: LeaseQuery,
-    start: Start,
+    (start, later_max): (Start, i64),
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     sqlx::query_as!(
         LeasedRow,
@@ -288,26 +297,24 @@ async fn lease_rows(
                     SELECT * FROM (
                         SELECT ctid, visible_at, octet_length(payload) FROM outbox AS head
                         WHERE ctid = ANY (ARRAY (
-                            SELECT (
-                                SELECT earliest.ctid
-                                FROM outbox AS earliest
-                                WHERE earliest.aggregate_id = waiting.aggregate_id AND earliest.subscription_id = $4
-                                ORDER BY earliest.sequence
-                                LIMIT 1)
+                            SELECT earliest.row
                             FROM (
                                 SELECT DISTINCT aggregate_id
                                 FROM (
-                                    SELECT aggregate_id
-                                    FROM outbox
+                                    SELECT aggregate_id FROM outbox
                                     WHERE subscription_id = $4 AND sequence > 1 AND visible_at <= now()
                                       AND visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
-                                    ORDER BY visible_at
-                                    LIMIT $9) AS oldest) AS waiting))
-                          AND sequence > 1 AND visible_at <= now()
-                          AND NOT EXISTS (
+                                    ORDER BY visible_at LIMIT $9) AS oldest) AS waiting
+                            CROSS JOIN LATERAL (
+                                SELECT ctid, sequence, visible_at FROM outbox
+                                WHERE aggregate_id = waiting.aggregate_id AND subscription_id = $4
+                                ORDER BY sequence LIMIT 1) AS earliest (row, sequence, visible_at)
+                            WHERE earliest.sequence > 1 AND earliest.visible_at <= now()
+                            LIMIT $2))
+                          AND (SELECT head.visible_at <= now() AND NOT EXISTS (
                               SELECT FROM outbox AS unrouted
                               WHERE unrouted.aggregate_id = head.aggregate_id AND unrouted.subscription_id = 0
-                                AND unrouted.sequence < head.sequence AND unrouted.event_type LIKE $5)
+                                AND unrouted.sequence < head.sequence AND unrouted.event_type LIKE $5))
                         FOR UPDATE OF head SKIP LOCKED) AS later
                 ) AS free (row, visible_at, bytes)
                 WINDOW oldest AS (ORDER BY free.visible_at ROWS UNBOUNDED PRECEDING)
@@ -323,7 +330,7 @@ async fn lease_rows(
             EXISTS (
                 SELECT FROM outbox AS later
                 WHERE later.subscription_id = $4 AND later.sequence > 1 AND later.visible_at <= now()
-            ) AS "others_wait!", 0 AS "wave!", false AS "adrift!""#,
+                  AND later.visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')) AS "others_wait!", 0 AS "wave!", false AS "adrift!""#,
         token as LeaseToken,
         i64::from(limit),
         f64::from(query.lease_seconds),
@@ -332,7 +339,7 @@ async fn lease_rows(
         max_age.as_secs_f64(),
         start.floor,
         i64::from(query.lease_bytes),
-        LATER_MAX,
+        later_max,
     )
     .fetch_all(connection)
     .await

@@ -174,14 +174,23 @@ async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> R
                 let there = read_subscriptions(connection).await?;
                 let found = match find(&there, &routes) {
                     Ok(found) => found,
-                    refused @ Err(_) => return Ok(refused),
+                    Err(refused) => return Ok(Err(refused)),
                 };
-                Ok(claim(connection, relay_id, &routes, longest_hidden).await?.map_or(Ok(found), refuse))
+                Ok(match claim(connection, relay_id, &routes, longest_hidden).await? {
+                    None => Ok(Some(found)),
+                    Some(other) if other.may_be_dead => Ok(None),
+                    Some(other) => Err(refuse(other)),
+                })
             })
         });
         let taken: Result<_, sqlx::Error> = taken.await;
         match taken {
-            Ok(taken) => return taken,
+            Ok(Ok(Some(found))) => return Ok(found),
+            Ok(Err(refused)) => return Err(refused),
+            Ok(Ok(None)) => {
+                failure = "a relay that has just died delivers one elsewhere".into();
+                sleep(Duration::from_secs(1)).await;
+            }
             Err(cause) => {
                 warn!(%cause, "cannot read the subscriptions");
                 failure = cause.to_string();
@@ -189,7 +198,7 @@ async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> R
             }
         }
     }
-    Err(RunError::Unusable(format!("cannot read the subscriptions: {failure}")))
+    Err(RunError::Unusable(format!("cannot take up the subscriptions: {failure}")))
 }
 
 fn find(there: &[Subscription], routes: &[RouteSettings]) -> Result<Vec<Subscription>, RunError> {
@@ -207,12 +216,12 @@ fn find(there: &[Subscription], routes: &[RouteSettings]) -> Result<Vec<Subscrip
     )))
 }
 
-fn refuse(other: OtherReceiver) -> Result<Vec<Subscription>, RunError> {
-    let OtherReceiver { relay_id, subscription, receiver } = other;
-    Err(RunError::Unusable(format!(
+fn refuse(other: OtherReceiver) -> RunError {
+    let OtherReceiver { relay_id, subscription, receiver, .. } = other;
+    RunError::Unusable(format!(
         "relay {relay_id} delivers subscription {subscription} to {receiver}: two receivers would share its events; stop \
          that relay first, or make a subscription of its own for the other receiver"
-    )))
+    ))
 }
 
 /// Runs the workers until `shutdown`. Then they have most of the drain time to settle their batches; deliveries that

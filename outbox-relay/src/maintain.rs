@@ -6,7 +6,7 @@ use chassis::{Database, RunError};
 use sqlx::PgConnection;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::{
     announce::{announce, withdraw},
@@ -21,6 +21,8 @@ use crate::{
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
 /// Rare, since it reads all events without a subscription, and the rows of subscriptions that ended.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// Before the next piece of a sweep.
+const SWEEP_PAUSE: Duration = Duration::from_millis(50);
 /// Rare, since clocks are set right rarely.
 const UNHIDE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -62,16 +64,18 @@ impl Maintenance {
                     let announced = announce(&self.database, &self.relay, &self.routes, self.longest_hidden).await;
                     report("announce routes", announced);
                     report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
-                    self.adopt(Unrouted::Newest).await;
+                    let adopted = adopt_unrouted(&self.database, Unrouted::Newest).await;
+                    report("look for events that a new subscription takes", adopted.map(drop));
                     if let Some(ended) = self.find_ended().await {
                         return ended;
                     }
                 }
-                _ = sweeping.tick() => {
-                    self.adopt(Unrouted::All).await;
-                    report("look for events without a subscription", self.warn_of_unrouted().await);
-                    report("discard events of subscriptions that ended", discard_ended(&self.database).await);
-                }
+                _ = sweeping.tick() => match self.sweep().await {
+                    // The next piece comes after what is due meanwhile: this relay must report that it lives.
+                    Ok(true) => sweeping.reset_after(SWEEP_PAUSE),
+                    Ok(false) => {}
+                    Err(cause) => report("look for events without a subscription", Err(cause)),
+                },
                 _ = unhiding.tick() => match unhide(&self.database, self.longest_hidden).await {
                     Ok(0) => {}
                     Ok(events) => {
@@ -88,12 +92,13 @@ impl Maintenance {
         }
     }
 
-    async fn adopt(&self, unrouted: Unrouted) {
-        match adopt_unrouted(&self.database, unrouted).await {
-            Ok(0) => {}
-            Ok(events) => info!(events, "events that matched no subscription go to the first one made for their type"),
-            Err(cause) => report("look for events that a new subscription takes", Err(cause)),
+    /// Returns whether there is more to do.
+    async fn sweep(&self) -> Result<bool, sqlx::Error> {
+        let more = adopt_unrouted(&self.database, Unrouted::All).await? | discard_ended(&self.database).await?;
+        if !more {
+            self.warn_of_unrouted().await?;
         }
+        Ok(more)
     }
 
     async fn find_ended(&self) -> Option<String> {

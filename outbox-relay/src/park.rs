@@ -1,6 +1,6 @@
 //! Parks events that wait for a predecessor: hides them from the scans of leases.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chassis::Database;
 use sqlx::PgConnection;
@@ -8,12 +8,14 @@ use sqlx::PgConnection;
 use crate::run::FAR;
 
 /// The oldest visible rows that one statement examines.
-const ROWS_MAX: i64 = 5000;
+const ROWS_MAX: i64 = 2000;
 /// Statements in one pass, so that the other maintenance is not delayed.
-const STATEMENTS_MAX: u32 = 40;
+const STATEMENTS_MAX: u32 = 100;
+/// Time of one pass, for the same reason.
+const TIME_MAX: Duration = Duration::from_secs(1);
 /// If a statement parks fewer rows than this, most of the rows it examined are free. The next statement would see them
 /// again.
-const WORTH_ANOTHER: u64 = 500;
+const WORTH_ANOTHER: u64 = 200;
 /// Longest time that a row is parked. It bounds the cost of a wrong guess about its predecessor.
 const PARKED_MAX: Duration = Duration::from_secs(300);
 
@@ -31,8 +33,11 @@ const PARKED_MAX: Duration = Duration::from_secs(300);
 /// # Errors
 /// Those of the database.
 pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
+    let began = Instant::now();
     for _ in 0..STATEMENTS_MAX {
-        if database.run(|connection| Box::pin(park_oldest(connection))).await? < WORTH_ANOTHER {
+        if began.elapsed() > TIME_MAX
+            || database.run(|connection| Box::pin(park_oldest(connection))).await? < WORTH_ANOTHER
+        {
             break;
         }
     }
@@ -40,8 +45,8 @@ pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
 }
 
 /// Examines only the oldest visible rows of each subscription. Leases begin there as well, so a row costs them nothing
-/// before it is among these. The arrays and the subqueries for the first event are there so that no statistics can make
-/// the plan read more.
+/// before it is among these. The first event is looked up once for each aggregate, since rows that VACUUM cannot remove yet
+/// may lie before it. The arrays are there so that no statistics can make the plan read more.
 ///
 /// Concurrent changes to these rows stand. The statement skips a locked row. A row that was changed after the snapshot
 /// is no longer at its `ctid`. A requeue or a discard makes the successors of its event visible too, and waits for the
@@ -49,36 +54,49 @@ pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
 async fn park_oldest(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
     let parked = sqlx::query!(
         "-- relay: park
+        WITH front AS MATERIALIZED (
+            SELECT oldest.*
+            FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
+            CROSS JOIN LATERAL (
+                SELECT ctid AS row, subscription_id, aggregate_id, sequence
+                FROM outbox
+                WHERE subscription_id = each.subscription AND sequence > 1 AND visible_at <= now()
+                ORDER BY visible_at
+                LIMIT $1) AS oldest
+        ), hidden AS MATERIALIZED (
+            SELECT line.subscription_id, line.aggregate_id, first.sequence,
+                -- With jitter. Otherwise all rows that wait for dead ones would become visible together.
+                least(first.visible_at, now() + make_interval(secs => $2 * (1 - random() / 4))) AS until,
+                CASE WHEN first.lease_token IS NULL THEN 0 ELSE (
+                    SELECT far.sequence
+                    FROM outbox AS far
+                    WHERE far.aggregate_id = line.aggregate_id AND far.subscription_id = line.subscription_id
+                    ORDER BY far.sequence
+                    LIMIT 1 OFFSET $3)
+                END AS from_sequence
+            FROM (SELECT DISTINCT subscription_id, aggregate_id FROM front) AS line
+            CROSS JOIN LATERAL (
+                SELECT sequence, visible_at, lease_token
+                FROM outbox
+                WHERE aggregate_id = line.aggregate_id AND subscription_id = line.subscription_id
+                ORDER BY sequence
+                LIMIT 1) AS first
+            WHERE first.visible_at > now()
+        ), waiting AS MATERIALIZED (
+            SELECT array_agg(front.row) AS rows, array_agg(hidden.until) AS untils
+            FROM front JOIN hidden USING (subscription_id, aggregate_id)
+            WHERE front.sequence > hidden.sequence AND front.sequence >= hidden.from_sequence
+        )
         UPDATE outbox AS successor
-        SET visible_at = (
-            -- With jitter. Otherwise all rows that wait for dead ones would become visible together.
-            SELECT least(first.visible_at, now() + make_interval(secs => $2 * (1 - random() / 4)))
-            FROM outbox AS first
-            WHERE first.aggregate_id = successor.aggregate_id AND first.subscription_id = successor.subscription_id
-            ORDER BY first.sequence
-            LIMIT 1)
+        SET visible_at = (SELECT untils[array_position(rows, successor.ctid)] FROM waiting)
         WHERE ctid = ANY (ARRAY (
-            SELECT waiting.ctid
-            FROM outbox AS waiting
-            WHERE waiting.ctid = ANY (ARRAY (
-                    SELECT front.row
-                    FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
-                    CROSS JOIN LATERAL (
-                        SELECT ctid
-                        FROM outbox
-                        WHERE subscription_id = each.subscription AND sequence > 1 AND visible_at <= now()
-                        ORDER BY visible_at
-                        LIMIT $1) AS front (row)))
-              AND (SELECT first.visible_at > now() AND first.sequence < waiting.sequence
-                       AND (first.lease_token IS NULL OR waiting.sequence - first.sequence >= $3)
-                   FROM outbox AS first
-                   WHERE first.aggregate_id = waiting.aggregate_id AND first.subscription_id = waiting.subscription_id
-                   ORDER BY first.sequence
-                   LIMIT 1)
-            FOR UPDATE OF waiting SKIP LOCKED))",
+            SELECT locked.ctid
+            FROM outbox AS locked
+            WHERE locked.ctid = ANY ((SELECT rows FROM waiting)::tid[])
+            FOR UPDATE OF locked SKIP LOCKED))",
         ROWS_MAX,
         PARKED_MAX.as_secs_f64(),
-        FAR,
+        i64::from(FAR),
     )
     .execute(connection)
     .await?;

@@ -27,10 +27,12 @@ pub(crate) struct Room {
 }
 
 /// The lease to extend.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Extension {
     pub(crate) token: LeaseToken,
     pub(crate) subscription_id: i16,
+    /// The pattern of the subscription, in the syntax of LIKE.
+    pub(crate) type_like: String,
     pub(crate) lease_seconds: u32,
     /// Older events are not delivered.
     pub(crate) max_age: Duration,
@@ -51,7 +53,7 @@ pub(crate) async fn extend(
     database.run(move |connection| Box::pin(take_runs(connection, extension, aggregate_ids, sequences, room))).await
 }
 
-/// An event belongs to a run while each event before it does. It may be visible or parked, and it must not have failed,
+/// An event belongs to a run while each event before it does, and none of those is unrouted that the subscription takes. It may be visible or parked, and it must not have failed,
 /// since such an event is delivered alone. A parked event has waited for nothing else than its predecessor.
 ///
 /// The first events still have to carry the token. If the lease has expired meanwhile, another relay may have them.
@@ -61,7 +63,7 @@ pub(crate) async fn extend(
 /// [`number`] finds a gap.
 async fn take_runs(
     connection: &mut PgConnection,
-    Extension { token, subscription_id, lease_seconds, max_age }: Extension,
+    Extension { token, subscription_id, type_like, lease_seconds, max_age }: Extension,
     aggregate_ids: Vec<AggregateId>,
     sequences: Vec<i32>,
     room: Room,
@@ -83,17 +85,22 @@ async fn take_runs(
                     FROM (
                         SELECT ctid, sequence, payload, failures, last_error, visible_at, lease_token
                         FROM outbox
-                        WHERE aggregate_id = head.aggregate_id AND subscription_id = $4 AND sequence > head.sequence
+                        WHERE aggregate_id = head.aggregate_id AND subscription_id = $4
+                          AND sequence > head.sequence AND sequence < head.sequence + $10
                         ORDER BY sequence
-                        LIMIT $5) AS later
+                        LIMIT $9) AS later
                     WINDOW next AS (ORDER BY later.sequence)
                 ) AS line (row, sequence, bytes, follows, distance, is_free)
                 WHERE line.is_free
                   AND NOT EXISTS (SELECT FROM outbox_pauses WHERE subscription_id IN (0, $4))
-                  AND EXISTS (
-                      SELECT FROM outbox AS leased
-                      WHERE leased.aggregate_id = head.aggregate_id AND leased.subscription_id = $4
-                        AND leased.sequence = head.sequence AND leased.lease_token = $1)
+                  AND (SELECT leased.lease_token
+                       FROM outbox AS leased
+                       WHERE leased.aggregate_id = head.aggregate_id AND leased.subscription_id = $4
+                         AND leased.sequence = head.sequence) = $1
+                  AND (SELECT NOT EXISTS (
+                       SELECT FROM outbox AS unrouted
+                       WHERE unrouted.aggregate_id = head.aggregate_id AND unrouted.subscription_id = 0
+                         AND unrouted.sequence < line.sequence AND unrouted.event_type LIKE $11))
                 WINDOW nearest AS (ORDER BY line.distance, head.aggregate_id ROWS UNBOUNDED PRECEDING)
             ) AS near
             WHERE near.place <= $5 AND near.bytes <= $6
@@ -101,6 +108,7 @@ async fn take_runs(
             UPDATE outbox
             SET lease_token = $1, visible_at = now() + make_interval(secs => $7)
             WHERE ctid = ANY (ARRAY (SELECT run.row FROM run))
+              AND failures = 0 AND last_error IS NULL AND (lease_token IS NULL OR visible_at <= now())
             RETURNING *
         )
         SELECT aggregate_id AS "aggregate_id!", sequence AS "sequence!", event_id AS "event_id!",
@@ -118,6 +126,10 @@ async fn take_runs(
         i64::try_from(room.bytes).unwrap_or(i64::MAX),
         f64::from(lease_seconds),
         max_age.as_secs_f64(),
+        // All heads may have as many behind them. There is no room for more on average.
+        i64::try_from(room.events.div_ceil(aggregate_ids.len().max(1))).unwrap_or(i64::MAX),
+        FAR,
+        type_like,
     )
     .fetch_all(connection)
     .await

@@ -437,6 +437,7 @@ mod tests {
     fn a_failed_event_backs_off_within_its_bounds_and_is_dead_exactly_after_its_last_attempt() {
         let runtime = Runtime::new().unwrap();
         let database = runtime.block_on(TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]));
+        runtime.block_on(database.insert_for_subscription(0));
         let pool = runtime.block_on(database.pool());
         let cases = (policy(), prop::collection::vec(failing(), 1..=20));
         let mut runner = TestRunner::new(Config { cases: 48, failure_persistence: None, ..Config::default() });

@@ -2,6 +2,7 @@
 
 use chassis::Database;
 use sqlx::PgConnection;
+use tracing::info;
 
 /// The subscription of events that matched none when they were enqueued.
 pub(crate) const UNROUTED: i16 = 0;
@@ -42,7 +43,8 @@ pub(crate) enum Unrouted {
     All,
 }
 
-/// Gives unrouted events to the first subscription that matches their type. Returns how many.
+/// Gives unrouted events to the first subscription that matches their type: some thousands at most. Returns whether there
+/// may be more.
 ///
 /// `subscribe` does so for the events there are. But a transaction that did not see the new subscription may commit
 /// later. So relays look for its events as well. Until then they hold back the later events of their aggregates, as
@@ -50,21 +52,21 @@ pub(crate) enum Unrouted {
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn adopt_unrouted(database: &Database, unrouted: Unrouted) -> Result<u64, sqlx::Error> {
-    let mut adopted = 0;
-    loop {
-        let piece = database.run(move |connection| Box::pin(adopt_piece(connection, unrouted))).await?;
-        adopted += piece;
-        if piece < ROWS_MAX.unsigned_abs() {
-            return Ok(adopted);
-        }
+pub(crate) async fn adopt_unrouted(database: &Database, unrouted: Unrouted) -> Result<bool, sqlx::Error> {
+    let adopted = database.run(move |connection| Box::pin(adopt_piece(connection, unrouted))).await?;
+    if adopted > 0 {
+        info!(adopted, "events that matched no subscription go to the first one made for their type");
     }
+    Ok(adopted >= ROWS_MAX.unsigned_abs())
 }
 
 /// Adopts at most some thousand rows. No row can be there twice: an event is unrouted only if no subscription had it.
 ///
-/// The subscriptions come first in the join, since there are few. A relay of the version before may have leased a row.
-/// It keeps its lease, and settles it by the token.
+/// A row that a relay of the version before has leased is left to it. Its settlement would find nothing while the row
+/// moves, and the row would be delivered again once the lease expires.
+///
+/// The update finds its rows by `ctid` alone, and asks once more whether they are unrouted in a subquery. As a plain
+/// condition, an index that begins with another column might serve it, and be read whole.
 ///
 /// # Errors
 /// Those of the database.
@@ -76,18 +78,20 @@ pub(crate) async fn adopt_piece(connection: &mut PgConnection, unrouted: Unroute
             SELECT min(matching.subscription_id)
             FROM outbox_subscriptions AS matching
             WHERE matching.ended_at IS NULL AND adopted.event_type LIKE matching.type_like)
-        WHERE subscription_id = $1 AND ctid = ANY (ARRAY (
+        WHERE (SELECT adopted.subscription_id = $1) AND ctid = ANY (ARRAY (
             SELECT free.ctid
             FROM (
                 (SELECT first.ctid, first.event_type
                  FROM outbox AS first
                  WHERE first.subscription_id = $1 AND first.sequence = 1
+                   AND (first.visible_at <= now() OR (NOT $3 AND first.lease_token IS NULL))
                  ORDER BY first.visible_at DESC
                  LIMIT CASE WHEN $3 THEN $2::bigint END)
                 UNION ALL
                 (SELECT later.ctid, later.event_type
                  FROM outbox AS later
                  WHERE later.subscription_id = $1 AND later.sequence > 1
+                   AND (later.visible_at <= now() OR (NOT $3 AND later.lease_token IS NULL))
                  ORDER BY later.visible_at DESC
                  LIMIT CASE WHEN $3 THEN $2::bigint END)) AS free
             WHERE EXISTS (

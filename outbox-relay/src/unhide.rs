@@ -115,6 +115,7 @@ mod tests {
     impl Outbox {
         async fn create() -> Self {
             let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
+            test.insert_for_subscription(0).await;
             let relay = PgConnection::connect(&test.url_as("outbox_relay")).await.unwrap();
             Self { pool: test.pool().await, relay, _test: test }
         }

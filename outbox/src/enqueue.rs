@@ -64,7 +64,8 @@ impl NewEvent {
 ///
 /// # Errors
 /// Those of the database. A violation of `outbox_pkey` means that the aggregate already has an event with this
-/// sequence. A violation of `outbox_payload_deliverable` means that an event is over 1 MiB: store large data elsewhere,
+/// sequence. (Not every such mistake shows: the key holds within one subscription, and two events of one sequence may go
+/// to different ones.) A violation of `outbox_payload_deliverable` means that an event is over 1 MiB: store large data elsewhere,
 /// and let the receiver fetch it.
 pub async fn enqueue(tx: &mut Transaction<'_, Postgres>, events: &[NewEvent]) -> Result<(), sqlx::Error> {
     if events.is_empty() {

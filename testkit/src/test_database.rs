@@ -70,6 +70,20 @@ impl TestDatabase {
         options.connect(&self.server.superuser_url(&self.name)).await.expect("a superuser's connection")
     }
 
+    /// Rows that the test inserts into the outbox directly, without `outbox_enqueue`, are of this subscription from now on.
+    ///
+    /// # Panics
+    /// If there is no outbox.
+    pub async fn insert_for_subscription(&self, subscription_id: i16) {
+        let mut default = QueryBuilder::new(
+            "-- testkit: route inserted rows
+            ALTER TABLE outbox ALTER subscription_id SET DEFAULT ",
+        );
+        default.push(subscription_id);
+        let altering = async { self.pool().await.execute(default.build().persistent(false)).await.map(drop) };
+        altering.await.expect("a table outbox");
+    }
+
     /// Runs on a thread and runtime of its own: `drop` is not async, and the test's runtime may be calling it.
     ///
     /// Waits for that thread, but not long. DROP DATABASE waits until every session of the server has noticed it, even a

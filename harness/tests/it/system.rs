@@ -232,8 +232,8 @@ const DAMAGES: &[(&str, Side, &str)] = &[
     (
         "PHANTOM: events ",
         Side::Orders,
-        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at)
-        VALUES (gen_random_uuid(), 1, gen_random_uuid(), 'orders.v1.OrderCreated', '', now() + interval '10 minutes')",
+        "INSERT INTO outbox (subscription_id, aggregate_id, sequence, event_id, event_type, payload, visible_at)
+        VALUES (1, gen_random_uuid(), 1, gen_random_uuid(), 'orders.v1.OrderCreated', '', now() + interval '10 minutes')",
     ),
     (
         "WRONG: order ",

@@ -17,11 +17,14 @@ use uuid::Uuid;
 
 use super::{
     Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_subscription,
-    check_text, decode::answer, discard, list_dead, list_dead::count_dead, pause, print, progress::Progress,
-    read_status, read_totals, refuse::describe, requeue, requeue::Requeued, requeue_piece, resume, show_dead,
-    subscribe, unsubscribe,
+    check_text, count, decode::answer, discard, discard_piece, list_dead, list_dead::count_dead, pause, print,
+    progress::Progress, read_status, read_totals, refuse::describe, requeue, requeue::Requeued, requeue_piece, resume,
+    show_dead, subscribe, unsubscribe, wake_relays,
 };
-use crate::route::is_name;
+use crate::{
+    route::is_name,
+    subscription::{Unrouted, adopt_piece},
+};
 
 /// How long connecting may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -497,9 +500,13 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
 
 async fn subscribe_name(arguments: SubscribeArguments) -> Result<(), CommandError> {
     let SubscribeArguments { outbox, name, pattern, by } = arguments;
-    let done = outbox.ask(async |connection| subscribe(connection, &name, &pattern, &by).await).await?;
+    let mut connection = outbox.connect().await?;
+    let done = in_time(subscribe(&mut connection, &name, &pattern, &by)).await?;
+    // In pieces, each of which is committed. If one fails, relays do the rest, and so does the same command again.
+    let adopted = in_pieces(&mut connection, async |connection| adopt_piece(connection, Unrouted::All).await).await?;
+    wake_relays(&mut connection).await;
     let how = if done.existed { "is subscribed already" } else { "is subscribed from now on" };
-    let adopted = match done.adopted {
+    let adopted = match adopted {
         0 => String::new(),
         adopted => format!(", and {} that waited go to the subscriptions made for them", events(adopted)),
     };
@@ -509,8 +516,24 @@ async fn subscribe_name(arguments: SubscribeArguments) -> Result<(), CommandErro
 
 async fn unsubscribe_name(arguments: UnsubscribeArguments) -> Result<(), CommandError> {
     let UnsubscribeArguments { outbox, name, reason, by } = arguments;
-    let discarded = outbox.ask(async |connection| unsubscribe(connection, &name, &by, &reason).await).await?;
+    let mut connection = outbox.connect().await?;
+    in_time(unsubscribe(&mut connection, &name, &by, &reason)).await?;
+    let discarded = in_pieces(&mut connection, discard_piece).await?;
     say(&format!("{name} is subscribed no more; {} discarded as {by}\n", were(discarded)))
+}
+
+/// Repeats a piece of work until it finds nothing to do. Returns the number of rows.
+async fn in_pieces(
+    connection: &mut PgConnection,
+    piece: impl AsyncFn(&mut PgConnection) -> Result<u64, sqlx::Error>,
+) -> Result<i64, CommandError> {
+    let mut done = 0;
+    loop {
+        match in_time(piece(connection)).await? {
+            0 => return Ok(done),
+            rows => done += count(rows),
+        }
+    }
 }
 
 async fn list_subscriptions(arguments: SubscriptionsArguments) -> Result<(), CommandError> {

@@ -30,14 +30,17 @@ pub(crate) async fn pause(
     by: &str,
     reason: &str,
 ) -> Result<OutboxPause, OperateError> {
-    check_subscription(connection, subscription).await?;
     loop {
+        check_subscription(connection, subscription).await?;
         let mut tx = begin_durable(connection).await?;
         let paused = sqlx::query_as!(
             PauseRow,
             r#"-- operate: pause
             INSERT INTO outbox_pauses (subscription_id, paused_by, reason)
-            SELECT coalesce((SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL), 0), $2, $3
+            SELECT paused.id, $2, $3
+            FROM (SELECT 0 WHERE $1::text IS NULL
+                  UNION ALL
+                  SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL) AS paused (id)
             ON CONFLICT DO NOTHING
             RETURNING coalesce($1, '') AS "subscription!", paused_at, paused_by, reason"#,
             subscription,
@@ -72,8 +75,8 @@ pub(crate) async fn resume(
         PauseRow,
         r#"-- operate: resume
         DELETE FROM outbox_pauses
-        WHERE subscription_id =
-            coalesce((SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL), 0)
+        WHERE CASE WHEN $1::text IS NULL THEN subscription_id = 0 ELSE subscription_id =
+            (SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL) END
         RETURNING coalesce($1, '') AS "subscription!", paused_at, paused_by, reason"#,
         subscription,
     )

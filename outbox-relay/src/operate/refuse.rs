@@ -18,7 +18,9 @@ pub(crate) enum OperateError {
     NotPaused,
     #[error("nobody has subscribed {name}; there {}", list(.names))]
     NoSubscription { name: String, names: Vec<String> },
-    #[error("{name} is subscribed to {pattern} already: choose another name, or `unsubscribe` it first")]
+    #[error(
+        "{name} is subscribed to {pattern} already: choose another name; to `unsubscribe` it would discard its events"
+    )]
     OtherPattern { name: String, pattern: String },
     #[error(
         "relays of an earlier version may still run, and would deliver the events of a second subscription to the receiver \

@@ -219,6 +219,7 @@ mod tests {
         /// The ids of the dead events are those of [`id`]. Every tenth has a successor that is parked.
         async fn with_dead(events: i64) -> Self {
             let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
+            test.insert_for_subscription(0).await;
             let operator = PgConnection::connect(&test.url_as("outbox_relay")).await.unwrap();
             let outbox = Self { pool: test.pool().await, operator, test };
             outbox.insert_dead(events).await;

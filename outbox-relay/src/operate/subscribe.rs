@@ -4,8 +4,7 @@ use chassis::Database;
 use proto::relay::v1::Subscription;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::{OperateError, begin_durable, count, wake_relays};
-use crate::subscription::adopt_piece;
+use super::{OperateError, begin_durable};
 
 /// Rows of an ended subscription that one statement discards.
 const PIECE: i64 = 5000;
@@ -24,21 +23,23 @@ impl From<SubscriptionRow> for Subscription {
     }
 }
 
-/// What a `subscribe` has found and done.
+/// What a `subscribe` has found or made.
 #[derive(Debug)]
 pub(crate) struct Subscribed {
     pub(crate) subscription: Subscription,
     /// It was there already, with the same pattern.
     pub(crate) existed: bool,
-    /// Events that had matched no subscription, and go to this one now.
-    pub(crate) adopted: i64,
 }
 
-/// Makes a subscription, and gives it the events that wait for one of its kind. If it exists with the same pattern, only
-/// the latter is done. So the command can be repeated, and a deployment can run it each time.
+/// Makes a subscription. If it exists with the same pattern, nothing is changed. So the command can be repeated, and a
+/// deployment can run it each time. [`crate::subscription::adopt_piece`] then gives it the events that wait for one of its
+/// kind.
 ///
 /// Events of transactions that do not see it yet have no row for it. It begins with those that do, and with the events
 /// that no other subscription has.
+///
+/// Two operators may subscribe at once. The lock lets the second see what the first has made: the unique index alone
+/// would not keep the rule for older relays.
 ///
 /// # Errors
 /// [`OperateError::OtherPattern`], [`OperateError::OlderVersion`], and those of the database.
@@ -48,27 +49,6 @@ pub(crate) async fn subscribe(
     pattern: &str,
     by: &str,
 ) -> Result<Subscribed, OperateError> {
-    let (subscription, existed) = insert(connection, name, pattern, by).await?;
-    let mut adopted = 0;
-    loop {
-        let piece = count(adopt_piece(connection, crate::subscription::Unrouted::All).await?);
-        adopted += piece;
-        if piece == 0 {
-            break;
-        }
-    }
-    wake_relays(connection).await;
-    Ok(Subscribed { subscription, existed, adopted })
-}
-
-/// Two operators may subscribe at once. The lock lets the second see what the first has made: the unique index alone
-/// would not keep the rule for older relays.
-async fn insert(
-    connection: &mut PgConnection,
-    name: &str,
-    pattern: &str,
-    by: &str,
-) -> Result<(Subscription, bool), OperateError> {
     let mut tx = begin_durable(connection).await?;
     sqlx::query!(
         "-- operate: lock subscriptions
@@ -79,7 +59,7 @@ async fn insert(
     let there = read_subscriptions(&mut tx).await?;
     if let Some(same) = there.iter().find(|subscription| subscription.name == name) {
         if same.pattern == pattern {
-            return Ok((same.clone(), true));
+            return Ok(Subscribed { subscription: same.clone(), existed: true });
         }
         return Err(OperateError::OtherPattern { name: name.to_owned(), pattern: same.pattern.clone() });
     }
@@ -98,7 +78,7 @@ async fn insert(
     .fetch_one(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok((made.into(), false))
+    Ok(Subscribed { subscription: made.into(), existed: false })
 }
 
 /// Whether relays of a version without subscriptions still work. They lease whatever they find, and would take the
@@ -144,10 +124,9 @@ pub(crate) async fn check_subscription(connection: &mut PgConnection, name: Opti
     Err(OperateError::NoSubscription { name: name.to_owned(), names })
 }
 
-/// Ends a subscription, and discards its events in pieces. Its relays end by themselves. Returns the number of events.
-///
-/// First it gets no further events, then those that are there are discarded. Whatever stops the command between two
-/// pieces, a relay discards the rest, and so do events of transactions that still saw the subscription.
+/// Ends a subscription: it gets no further events, and its relays end by themselves. [`discard_piece`] then discards those
+/// that are there. Whatever stops the command between two pieces, a relay discards the rest, and so do events of
+/// transactions that still saw the subscription.
 ///
 /// # Errors
 /// [`OperateError::NoSubscription`], and those of the database.
@@ -156,44 +135,38 @@ pub(crate) async fn unsubscribe(
     name: &str,
     by: &str,
     reason: &str,
-) -> Result<i64, OperateError> {
+) -> Result<(), OperateError> {
     let mut tx = begin_durable(connection).await?;
-    let ended = sqlx::query_scalar!(
+    let ended = sqlx::query!(
         "-- operate: unsubscribe
         UPDATE outbox_subscriptions SET ended_at = now(), ended_by = $2, reason = $3
-        WHERE name = $1 AND ended_at IS NULL
-        RETURNING subscription_id",
+        WHERE name = $1 AND ended_at IS NULL",
         name,
         by,
         reason,
     )
-    .fetch_optional(&mut *tx)
+    .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    if ended.is_none() {
+    if ended.rows_affected() == 0 {
         check_subscription(connection, Some(name)).await?;
     }
-    let mut discarded = 0;
-    loop {
-        let piece = count(discard_piece(connection).await?);
-        discarded += piece;
-        if piece < PIECE {
-            return Ok(discarded);
-        }
-    }
-}
-
-/// Discards the events of subscriptions that have ended.
-///
-/// # Errors
-/// Those of the database.
-pub(crate) async fn discard_ended(database: &Database) -> Result<(), sqlx::Error> {
-    while count(database.run(|connection| Box::pin(discard_piece(connection))).await?) == PIECE {}
     Ok(())
 }
 
+/// Discards events of subscriptions that have ended: some thousands at most. Returns whether there may be more.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn discard_ended(database: &Database) -> Result<bool, sqlx::Error> {
+    Ok(database.run(|connection| Box::pin(discard_piece(connection))).await? >= PIECE.unsigned_abs())
+}
+
 /// A row that a relay has leased goes as well. Its settlement then finds nothing, and its receiver may have applied it.
-async fn discard_piece(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn discard_piece(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
     let mut tx = begin_durable(connection).await?;
     let discarded = sqlx::query!(
         "-- operate: discard events of ended subscriptions

@@ -222,3 +222,27 @@ async fn a_migration_that_was_interrupted_while_it_built_an_index_can_be_repeate
     migrate(&outbox, true).await;
     migrate(&outbox, false).await;
 }
+
+/// The server finishes an index although `migrate` was killed. The index is sound, and no migration has recorded it.
+#[tokio::test]
+async fn a_migration_whose_index_was_finished_after_it_was_killed_can_be_repeated() {
+    let outbox = migrated_to(9).await;
+    let mut owner = PgConnection::connect(&outbox.database.url_as("orders_owner")).await.unwrap();
+    let build = "CREATE INDEX CONCURRENTLY outbox_first ON outbox (subscription_id, visible_at) WHERE sequence = 1";
+    sqlx::query(build).execute(&mut owner).await.unwrap();
+    migrate(&outbox, true).await;
+    let built = "SELECT count(*) FROM pg_index WHERE indisvalid AND indexrelid = 'outbox_first'::regclass";
+    assert_eq!(sqlx::query_scalar::<_, i64>(built).fetch_one(&outbox.pool).await.unwrap(), 1);
+}
+
+/// It would be enqueued for one subscription only, so it must fail, whatever rights the service has.
+#[tokio::test]
+async fn an_older_service_cannot_enqueue_after_the_contracting_migration() {
+    let outbox = migrated_to(BEFORE).await;
+    migrate(&outbox, true).await;
+    let mut service = PgConnection::connect(&outbox.database.url_as("order_service")).await.unwrap();
+    let insert = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+        VALUES (gen_random_uuid(), 1, gen_random_uuid(), 'a.v1.B', '')";
+    let failed = sqlx::query(insert).execute(&mut service).await.unwrap_err().to_string();
+    assert!(failed.contains("null value in column \"subscription_id\""), "{failed}");
+}

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Executor, FromRow, PgPool, Postgres, QueryBuilder, types::time::OffsetDateTime};
+use sqlx::{FromRow, PgPool, types::time::OffsetDateTime};
 use testkit::TestDatabase;
 use uuid::Uuid;
 
@@ -46,9 +46,7 @@ impl Outbox {
     pub(crate) async fn create() -> Self {
         let outbox = Self::without_subscriptions().await;
         let id = outbox.subscribe("all", "*").await;
-        let mut default = QueryBuilder::<Postgres>::new("ALTER TABLE outbox ALTER subscription_id SET DEFAULT ");
-        default.push(id);
-        outbox.pool.execute(default.build().persistent(false)).await.unwrap();
+        outbox.database.insert_for_subscription(id).await;
         outbox
     }
 

@@ -132,3 +132,35 @@ async fn a_long_line_delays_no_other_aggregate_and_goes_on_at_once_when_its_firs
     let delivered = receiver.read(|log| log.ids().into_iter().filter(|id| of_line.contains(id)).collect::<Vec<_>>());
     assert_eq!(delivered, line);
 }
+
+/// The first events of 500 aggregates hang in one lease, and their successors fill the front. They are too near to be
+/// parked. An aggregate behind them is found all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn later_events_behind_thousands_that_wait_for_a_lease_are_delivered() {
+    let outbox = Outbox::create().await;
+    let go_on = CancellationToken::new();
+    let held = go_on.clone();
+    let receiver = Receiver::start(move |events| {
+        let reply = Reply::apply(events);
+        if events[0].r#type == "slow.v1.Happened" { reply.held(&held) } else { reply }
+    })
+    .await;
+    sqlx::query(
+        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
+        SELECT md5(aggregate::text)::uuid, sequence, gen_random_uuid(), 'slow.v1.Happened', '', at, at
+        FROM generate_series(1, 500) AS aggregate, generate_series(1, 6) AS sequence,
+            (SELECT now() - interval '1 minute') AS enqueued (at)",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+    let relay = Relay::start(&outbox, receiver.address, &["--batch", "500", "--workers", "2"]).await;
+    receiver.wait("the first events are in flight", |log| log.ids().len() >= 500).await;
+    // Its first event was delivered before.
+    let second = NewEvent::of(Uuid::new_v4(), 2);
+    outbox.insert(&[second]).await;
+    outbox.wait_until_gone(second.event_id).await;
+    go_on.cancel();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}

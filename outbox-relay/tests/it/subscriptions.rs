@@ -410,3 +410,57 @@ async fn a_later_event_of_a_type_that_another_subscription_takes_does_not_wait()
     relay.stop().await;
     assert_eq!(outbox.count().await, 1);
 }
+
+/// Events 1 and 3 have joined, and event 2 has not: `subscribe` was stopped between two pieces. No event passes it.
+#[tokio::test]
+async fn a_run_does_not_pass_over_an_event_that_is_still_unrouted() {
+    let outbox = Outbox::create().await;
+    let aggregate_id = Uuid::new_v4();
+    let events = [1, 2, 3].map(|sequence| NewEvent::of(aggregate_id, sequence));
+    outbox.insert(&events).await;
+    let lock = "UPDATE outbox SET subscription_id = 0 WHERE sequence = 2";
+    sqlx::query(lock).execute(&outbox.pool).await.unwrap();
+    // A relay would let it join within a second. So it is kept from that until the first event was delivered.
+    let mut holding = outbox.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM outbox WHERE sequence = 2 FOR UPDATE").execute(&mut *holding).await.unwrap();
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = start(&outbox, &[("all", receiver.address)]).await;
+    receiver.wait("the first event", |log| log.ids().contains(&events[0].event_id)).await;
+    outbox.wait_for_a_later_event().await;
+    assert_eq!(receiver.read(|log| log.times(events[2].event_id)), 0);
+    holding.rollback().await.unwrap();
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    let of_line = |log: &Log| {
+        log.ids().into_iter().filter(|id| events.iter().any(|event| event.event_id == *id)).collect::<Vec<_>>()
+    };
+    assert_eq!(receiver.read(of_line), events.map(|event| event.event_id));
+}
+
+/// Its maintenance may be busy for long. Its lock shows that it lives.
+#[tokio::test]
+async fn a_relay_that_has_not_reported_for_long_and_holds_its_lock_keeps_its_subscription() {
+    let outbox = Outbox::create().await;
+    let (first, second) = (Receiver::start(Reply::apply).await, Receiver::start(Reply::apply).await);
+    let relay = Binary::start(&outbox, &first, &[]);
+    let held = "SELECT count(*) FROM outbox_routes WHERE holds_lock";
+    until("it shows that it lives", async || count(&outbox, held).await == 1).await;
+    relay.process.suspend().await.unwrap();
+    sqlx::query("UPDATE outbox_routes SET seen_at = now() - interval '1 minute'").execute(&outbox.pool).await.unwrap();
+    let refused = start(&outbox, &[("all", second.address)]).await.end().await;
+    assert!(refused.unwrap_err().to_string().contains("two receivers would share its events"));
+}
+
+/// The pause of all must not take its place.
+#[tokio::test]
+async fn a_subscription_that_does_not_exist_cannot_be_paused_or_resumed() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    operator.does(&["pause", "--reason", "of all"]).await;
+    assert!(
+        operator.is_misused(&["pause", "--subscription", "other", "--reason", "a"]).await.contains("there are all")
+    );
+    assert!(operator.is_misused(&["resume", "--subscription", "other"]).await.contains("there are all"));
+    assert!(operator.is_refused(&["resume", "--subscription", "all"]).await.contains("not paused"));
+    assert_eq!(count(&outbox, "SELECT count(*) FROM outbox_pauses WHERE subscription_id = 0").await, 1);
+}
