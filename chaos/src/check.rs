@@ -12,7 +12,13 @@ use sqlx::PgConnection;
 use tokio::{process::Command, time::sleep};
 use uuid::Uuid;
 
-use super::{history::Known, poison::UNHEARD, site::Part, world::World};
+use super::{
+    apart::{Waiting, drain_apart},
+    history::Known,
+    poison::UNHEARD,
+    site::Part,
+    world::World,
+};
 use harness::{audit::audit, stress::wait_until_delivered, system::operate};
 
 /// How long the system may take to deliver all events once the faults are undone.
@@ -29,6 +35,8 @@ pub(super) struct Verdict {
     pub(super) others: Vec<String>,
     /// How long it took from the end of the load until all events were delivered, if they were.
     pub(super) drained: Duration,
+    /// Events for loyalty-service that waited while all others were delivered.
+    pub(super) waited: i64,
 }
 
 impl Verdict {
@@ -54,9 +62,11 @@ impl Verdict {
 pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let mut orders = connect_patiently(world, Part::Orders).await?;
     let mut inventory = connect_patiently(world, Part::Inventory).await?;
+    let began = Instant::now();
+    check_apart(world, &mut orders, &mut inventory, verdict).await?;
     give_up_unheard(&mut orders, verdict).await?;
     match wait_until_delivered(&world.target.databases, DELIVERED_LIMIT).await {
-        Ok(drained) => verdict.drained = drained,
+        Ok(_) => verdict.drained = began.elapsed(),
         Err(error) => verdict.others.push(format!("after all faults were undone: {error:#}")),
     }
     for connection in [&mut orders, &mut inventory] {
@@ -70,6 +80,21 @@ pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let audit = audit(&world.target.databases).await?;
     audit.findings.into_iter().for_each(|finding| verdict.add(finding));
     check_files(world, verdict).await
+}
+
+async fn check_apart(
+    world: &World,
+    orders: &mut PgConnection,
+    inventory: &mut PgConnection,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let Waiting { for_it, for_others } = drain_apart(world, orders, inventory, DELIVERED_LIMIT).await?;
+    verdict.waited = for_it;
+    if for_others > 0 {
+        let what = format!("{for_others} events for others were not delivered while loyalty-service was away");
+        verdict.others.push(what);
+    }
+    Ok(())
 }
 
 /// Waits until a database answers, which may have crashed a moment ago.
@@ -132,8 +157,8 @@ async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Re
     Ok(())
 }
 
-/// Exactly the poison events are dead. They are then discarded, as an operator would, so that the audit does not report
-/// them.
+/// Exactly the poison events are dead, each for the receivers that cannot apply it. They are then discarded, as an operator
+/// would, so that the audit does not report them.
 async fn check_dead(
     world: &World,
     orders: &mut PgConnection,
@@ -143,30 +168,39 @@ async fn check_dead(
     let poisoned = world.poisoned.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut dead = BTreeSet::new();
     for (part, connection) in [(Part::Orders, orders), (Part::Inventory, inventory)] {
-        let rows: Vec<(Uuid, Uuid, String)> = sqlx::query_as(
+        let rows: Vec<(Uuid, Uuid, String, String)> = sqlx::query_as(
             "-- chaos: read dead
-            SELECT aggregate_id, event_id, last_error FROM outbox WHERE visible_at = 'infinity'",
+            SELECT aggregate_id, event_id, name, last_error FROM outbox JOIN outbox_subscriptions USING (subscription_id)
+            WHERE visible_at = 'infinity'",
         )
         .fetch_all(connection)
         .await?;
-        for (aggregate, event_id, reason) in rows {
-            if poisoned.contains(&aggregate) {
-                discard(world, part, event_id).await?;
+        for (aggregate, event_id, subscription, reason) in rows {
+            let poison = poisoned.iter().find(|(of, receiver)| *of == aggregate && receiver.database() == subscription);
+            if poison.is_some() {
+                discard(world, part, event_id, &subscription).await?;
             } else {
-                verdict.others.push(format!("event {event_id} of {aggregate} is dead, and was no poison: {reason}"));
+                verdict.others.push(format!(
+                    "event {event_id} of {aggregate} for {subscription} is dead, and was no poison: {reason}"
+                ));
             }
-            dead.insert(aggregate);
+            dead.extend(poison);
         }
     }
     let alive = poisoned.difference(&dead);
-    verdict.others.extend(alive.map(|aggregate| format!("the poison event of {aggregate} is not dead")));
+    verdict.others.extend(
+        alive.map(|(aggregate, receiver)| {
+            format!("the poison event of {aggregate} for {} is not dead", receiver.name())
+        }),
+    );
     Ok(())
 }
 
-async fn discard(world: &World, part: Part, event_id: Uuid) -> Result<()> {
+async fn discard(world: &World, part: Part, event_id: Uuid, subscription: &str) -> Result<()> {
     let event_id = event_id.to_string();
-    let arguments = ["dead", "discard", &event_id, "--by", "chaos", "--reason", "poison of this run"];
-    operate(&world.site.relay_url(part), &arguments).await.map(drop)
+    let arguments = ["dead", "discard", &event_id, "--subscription", subscription];
+    let reason = ["--by", "chaos", "--reason", "poison of this run"];
+    operate(&world.site.relay_url(part), &[&arguments[..], &reason].concat()).await.map(drop)
 }
 
 /// The orders as they are in the database: by id, the request that has placed it, and its status.
@@ -284,7 +318,7 @@ async fn check_sequence(inventory: &mut PgConnection, verdict: &mut Verdict) -> 
 
 /// Has PostgreSQL verify its tables and indexes.
 async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
-    for part in [Part::Orders, Part::Inventory] {
+    for part in Part::SERVICES {
         let mut command = Command::new(world.site.installation.client("pg_amcheck"));
         command.args(["--install-missing", &world.site.superuser_url(part)]);
         let output = command.kill_on_drop(true).output().await.context("cannot run pg_amcheck")?;
