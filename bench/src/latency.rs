@@ -23,10 +23,7 @@ use super::{
     requests::Shape,
     site::{Site, finish, start},
 };
-use harness::{
-    stress::wait_until_delivered,
-    system::{Layout, Service},
-};
+use harness::{stress::wait_until_delivered, system::Layout};
 
 const RATES: [u32; 3] = [300, 3000, 10_000];
 /// The rate that the figures are about.
@@ -63,7 +60,7 @@ impl Measured {
 /// Measures, prints and plots.
 pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let layout = site.databases("latency").await?;
-    let processes = start(&layout, &Service::ALL).await?;
+    let processes = start(&layout, &layout.services()).await?;
     Shape::USUAL.add_stock(&layout.target()?).await?;
     let warm_up = Schedule { rate: 300, time: Duration::from_secs(1) };
     measure(&layout, warm_up, "warm-up", report).await?;

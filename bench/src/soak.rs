@@ -23,7 +23,6 @@ use super::{
     site::{Site, finish, start},
     statement_log::StatementLog,
 };
-use harness::system::Service;
 
 const RATE: u32 = 2000;
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -55,7 +54,7 @@ pub(super) async fn run(site: &Site, report: &mut Report) -> Result<()> {
     let layout = site.databases("soak").await?;
     let mut outbox = site.connect(&layout.orders).await?;
     sqlx::raw_sql(LOG_LEASES).execute(&mut outbox).await?;
-    let processes = start(&layout, &Service::ALL).await?;
+    let processes = start(&layout, &layout.services()).await?;
     Shape::USUAL.add_stock(&layout.target()?).await?;
 
     println!("bench: 6  {} s at {RATE} orders/s", time.as_secs());

@@ -348,6 +348,7 @@ impl Site {
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,
+                loyalty_database_url: self.server(Part::Loyalty).superuser_url("loyalty").parse()?,
             },
         })
     }

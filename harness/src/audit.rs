@@ -1,10 +1,15 @@
-//! The subcommand `audit`: compares the two databases and names every row that is wrong.
+//! The subcommand `audit`: compares the databases and names every row that is wrong.
 //!
 //! No snapshot spans two databases, and yet the audit is exact while the system runs, because of the order in which it
 //! reads. Inventory commits an effect before the relay deletes the outbox row, so an order without a row in the first
 //! snapshot has its effect in the later one. An effect whose order is not in the first snapshot is looked up again at the
 //! end. If the two sides disagree about an order's status, an event may be on its way between them. So these orders are read
 //! again, and only a disagreement that lasts is a finding.
+//!
+//! Each subscriber has rows of its own in the outbox. So the audit asks of each subscriber what is on its way to it, and a
+//! row for one never excuses another.
+
+mod points;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,6 +22,7 @@ use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tokio::time::sleep;
 use uuid::Uuid;
 
+pub use self::points::Points;
 use crate::target::Databases;
 
 /// How many findings are printed; the rest is counted.
@@ -24,13 +30,20 @@ const FINDINGS_SHOWN: usize = 50;
 /// How often the orders are read again on whose status the databases disagree.
 const RECHECKS: u32 = 10;
 const RECHECK_PAUSE: Duration = Duration::from_millis(200);
+/// The subscriptions of the orders' events, and that of inventory's replies.
+const INVENTORY: &str = "inventory";
+const LOYALTY: &str = "loyalty";
+const ORDERS: &str = "orders";
 
 /// Check that nothing was lost and nothing applied twice
 ///
-/// Compares both databases. Every committed order must have exactly one effect or still be in the outbox, and every effect an
+/// Compares the databases. Every committed order must have exactly one effect or still be in the outbox, and every effect an
 /// order. Each order must have taken its items once, and returned them if it was cancelled. For every SKU, opening stock +
 /// adjustments − reserved + released must equal the current stock, which must not be negative. Every order's status must
 /// agree with its reservation. No order may be PENDING with no event on its way.
+///
+/// If loyalty has a subscription, its database is compared too. Every order placed since then must have earned its points
+/// once, or still be in the outbox for loyalty. Points must belong to an order, and count unless it was cancelled.
 ///
 /// May run while the system runs. Exits with 1 and names the rows if anything is wrong.
 #[derive(clap::Args, Clone, Debug)]
@@ -60,6 +73,8 @@ pub struct Audit {
     pub dead: usize,
     /// SKUs whose stock was checked.
     pub skus: usize,
+    /// What loyalty has, if it has a subscription.
+    pub points: Option<Points>,
     /// One sentence for each row that is wrong. If empty, the audit is clean.
     pub findings: Vec<String>,
 }
@@ -75,6 +90,7 @@ impl Audit {
         if *stranded > 0 {
             lines.push(format!("{stranded} orders stay PENDING because an event of theirs was discarded"));
         }
+        lines.extend(self.points.as_ref().map(Points::line));
         lines.extend(self.findings.iter().take(FINDINGS_SHOWN).map(|finding| format!("FOUND {finding}")));
         let findings = self.findings.len();
         if findings > FINDINGS_SHOWN {
@@ -102,7 +118,7 @@ pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     Ok(if audit.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Audits the two databases.
+/// Audits the databases. That of loyalty is opened only if loyalty has a subscription.
 ///
 /// # Errors
 /// If one cannot be read. Rows that are wrong are [`Audit::findings`], not errors.
@@ -115,14 +131,40 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
 
     audit.orders = ordered.orders.len();
     audit.dead = ordered.dead + done.dead;
+    let disagreeing = compare(&ordered, &done, &mut audit);
+    let of_no_order = ordered.waiting.iter().filter(|order_id| !ordered.orders.contains_key(order_id));
+    audit
+        .findings
+        .extend(of_no_order.map(|order_id| format!("PHANTOM: events of order {order_id}, which does not exist")));
+    let look_again = async |order_ids: &[Uuid]| {
+        let ordered = read_ordered(&mut orders_database, Some(order_ids)).await?;
+        let done = read_done(&mut inventory_database, Some(order_ids), &mut Vec::new()).await?;
+        Ok(order_ids.iter().filter_map(|id| Some((*id, disagreement(*id, &ordered, &done)?))).collect())
+    };
+    audit.findings.extend(find_lasting(disagreeing, look_again).await?);
+    let unmatched: Vec<Uuid> =
+        done.effects.keys().filter(|order_id| !ordered.orders.contains_key(order_id)).copied().collect();
+    for order_id in find_missing(&mut orders_database, &unmatched).await? {
+        audit.findings.push(format!("PHANTOM: order {order_id} has an effect and was never committed"));
+    }
+    if ordered.has_loyalty {
+        points::check(&mut orders_database, &mut databases.loyalty().await?, &ordered, &mut audit).await?;
+    }
+    audit.findings.sort_unstable();
+    Ok(audit)
+}
+
+/// Compares every order with its effect. Returns the orders on whose status the two sides disagree.
+fn compare(ordered: &Ordered, done: &Done, audit: &mut Audit) -> Vec<Uuid> {
     let mut disagreeing = Vec::new();
     for (order_id, order) in &ordered.orders {
+        let queue = &ordered.for_inventory;
         let (waits, discarded) =
-            (ordered.outbox.creations.contains(order_id), ordered.discarded.creations.contains(order_id));
+            (queue.waiting.creations.contains(order_id), queue.discarded.creations.contains(order_id));
         match done.effects.get(order_id) {
             // A cancellation alone does not count as the effect of an order, unless its creation was discarded.
             Some(effect) if effect.asked || waits || discarded => {
-                check_effect(*order_id, &order.demand, effect, &mut audit);
+                check_effect(*order_id, &order.demand, effect, audit);
             }
             None if waits => audit.on_their_way += 1,
             None if discarded => audit.discarded += 1,
@@ -131,24 +173,12 @@ pub async fn audit(databases: &Databases) -> Result<Audit> {
                 continue;
             }
         }
-        if disagreement(*order_id, &ordered, &done).is_some() {
+        if disagreement(*order_id, ordered, done).is_some() {
             disagreeing.push(*order_id);
         }
-        audit.stranded += usize::from(order.status == "PENDING" && is_stranded(*order_id, &ordered, &done));
+        audit.stranded += usize::from(order.status == "PENDING" && is_stranded(*order_id, ordered, done));
     }
-    let of_no_order = ordered.outbox.any.iter().filter(|order_id| !ordered.orders.contains_key(order_id));
-    audit
-        .findings
-        .extend(of_no_order.map(|order_id| format!("PHANTOM: events of order {order_id}, which does not exist")));
-    let recheck = read_disagreements(&mut orders_database, &mut inventory_database, disagreeing).await?;
-    audit.findings.extend(recheck);
-    let unmatched: Vec<Uuid> =
-        done.effects.keys().filter(|order_id| !ordered.orders.contains_key(order_id)).copied().collect();
-    for order_id in find_missing(&mut orders_database, &unmatched).await? {
-        audit.findings.push(format!("PHANTOM: order {order_id} has an effect and was never committed"));
-    }
-    audit.findings.sort_unstable();
-    Ok(audit)
+    disagreeing
 }
 
 /// Items that an order asks for or has taken, as `sku=quantity`, sorted by SKU.
@@ -157,9 +187,24 @@ type Quantities = String;
 /// One snapshot of the orders database.
 struct Ordered {
     orders: HashMap<Uuid, Order>,
-    outbox: Events,
-    discarded: Events,
+    /// Orders with an event in the outbox, for whomever it is.
+    waiting: HashSet<Uuid>,
+    for_inventory: Queue,
+    for_loyalty: Queue,
+    has_loyalty: bool,
     dead: usize,
+}
+
+/// The events of one subscription: those in the outbox, dead ones too, and those that were discarded.
+struct Queue {
+    waiting: Events,
+    discarded: Events,
+}
+
+impl Queue {
+    fn holds(&self, order_id: Uuid) -> bool {
+        self.waiting.any.contains(&order_id) || self.discarded.any.contains(&order_id)
+    }
 }
 
 /// The orders that some events are about.
@@ -168,32 +213,65 @@ struct Events {
     any: HashSet<Uuid>,
     /// Orders whose first event is among these.
     creations: HashSet<Uuid>,
+    /// Orders whose second event is among these: it tells of their cancellation.
+    cancellations: HashSet<Uuid>,
 }
 
 impl Events {
-    fn of(rows: impl Iterator<Item = (Uuid, i32)>) -> Self {
+    /// The events that are for this subscription, or for none yet: it may still get those.
+    fn of(subscription: &str, rows: &[EventRow]) -> Self {
+        let is_for = |row: &&EventRow| row.subscription.as_ref().is_none_or(|name| name == subscription);
         let mut events = Self::default();
-        for (order_id, sequence) in rows {
-            events.any.insert(order_id);
-            if sequence == 1 {
-                events.creations.insert(order_id);
-            }
+        for row in rows.iter().filter(is_for) {
+            events.any.insert(row.order_id);
+            match row.sequence {
+                1 => events.creations.insert(row.order_id),
+                2 => events.cancellations.insert(row.order_id),
+                _ => false,
+            };
         }
         events
     }
 }
 
+/// A row of the outbox or of the discarded events.
+struct EventRow {
+    order_id: Uuid,
+    sequence: i32,
+    dead: bool,
+    subscription: Option<String>,
+}
+
+/// All events of one snapshot.
+struct Outbox {
+    waiting: Vec<EventRow>,
+    discarded: Vec<EventRow>,
+}
+
+impl Outbox {
+    fn queue(&self, subscription: &str) -> Queue {
+        let [waiting, discarded] = [&self.waiting, &self.discarded].map(|rows| Events::of(subscription, rows));
+        Queue { waiting, discarded }
+    }
+
+    fn count_dead(&self) -> usize {
+        self.waiting.iter().filter(|row| row.dead).count()
+    }
+}
+
 struct Order {
     status: String,
+    customer_id: String,
+    total_minor: i64,
     demand: Quantities,
+    /// Whether loyalty must know of it: its subscription was there when the order was placed.
+    is_for_loyalty: bool,
 }
 
 /// One snapshot of the inventory database.
 struct Done {
     effects: HashMap<Uuid, Effect>,
-    /// The replies.
-    outbox: Events,
-    discarded: Events,
+    replies: Queue,
     dead: usize,
 }
 
@@ -228,8 +306,9 @@ fn check_effect(order_id: Uuid, demand: &Quantities, effect: &Effect, audit: &mu
 
 /// Whether only events that were discarded could still change the order's status.
 fn is_stranded(order_id: Uuid, ordered: &Ordered, done: &Done) -> bool {
-    let in_any = |sides: [&Events; 2]| sides.iter().any(|events| events.any.contains(&order_id));
-    in_any([&ordered.discarded, &done.discarded]) && !in_any([&ordered.outbox, &done.outbox])
+    let queues = [&ordered.for_inventory, &done.replies];
+    queues.iter().any(|queue| queue.discarded.any.contains(&order_id))
+        && !queues.iter().any(|queue| queue.waiting.any.contains(&order_id))
 }
 
 /// How the two sides disagree about an order; none if they agree.
@@ -238,8 +317,7 @@ fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String
     let effect = done.effects.get(&order_id);
     let cancelled = effect.is_some_and(|effect| effect.cancelled);
     let effect = effect.map(|effect| effect.status.as_str());
-    let told = ordered.outbox.any.contains(&order_id) || ordered.discarded.any.contains(&order_id);
-    let answered = done.outbox.any.contains(&order_id) || done.discarded.any.contains(&order_id);
+    let (told, answered) = (ordered.for_inventory.holds(order_id), done.replies.holds(order_id));
     let agree = match (order.status.as_str(), effect) {
         ("PENDING", None) => told,
         ("PENDING", Some(_)) => answered,
@@ -253,37 +331,38 @@ fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String
     (!agree).then(|| format!("DISAGREE: order {order_id} is {status}, and its reservation {effect}{on_its_way}"))
 }
 
-/// Reads these orders again until the databases agree on each, or a last time.
-async fn read_disagreements(
-    orders_database: &mut PgConnection,
-    inventory_database: &mut PgConnection,
+/// Looks at these orders again until nothing is wrong with any of them, or a last time. Returns what is still wrong.
+async fn find_lasting(
     mut order_ids: Vec<Uuid>,
+    mut look_again: impl AsyncFnMut(&[Uuid]) -> Result<HashMap<Uuid, String>>,
 ) -> Result<Vec<String>> {
-    let mut disagreements = Vec::new();
+    let mut wrong = HashMap::new();
     for _ in 0..RECHECKS {
         if order_ids.is_empty() {
-            return Ok(Vec::new());
+            break;
         }
         sleep(RECHECK_PAUSE).await;
-        let ordered = read_ordered(orders_database, Some(&order_ids)).await?;
-        let done = read_done(inventory_database, Some(&order_ids), &mut Vec::new()).await?;
-        disagreements.clear();
-        order_ids.retain(|order_id| {
-            let disagreement = disagreement(*order_id, &ordered, &done);
-            disagreements.extend(disagreement.clone());
-            disagreement.is_some()
-        });
+        wrong = look_again(&order_ids).await?;
+        order_ids.retain(|order_id| wrong.contains_key(order_id));
     }
-    Ok(disagreements)
+    Ok(wrong.into_values().collect())
 }
 
 /// Orders with their items, and their outbox: all orders, or those with these ids. If only the items of an order exist, its
 /// status is MISSING, which agrees with nothing.
+///
+/// A transaction may have begun before loyalty's subscription was there, and not have seen it. None lasts longer than the
+/// services let it. So only what was placed some seconds later must have an event for loyalty.
 async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> Result<Ordered> {
     let mut tx = begin_snapshot(connection).await?;
     let orders = sqlx::query!(
         r#"-- audit: orders
-        SELECT order_id AS "order_id!", coalesce(status, 'MISSING') AS "status!", coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!"
+        SELECT order_id AS "order_id!", coalesce(status, 'MISSING') AS "status!",
+            coalesce(customer_id, '') AS "customer_id!", coalesce(total_minor, 0) AS "total_minor!",
+            coalesce(string_agg(sku || '=' || quantity, ' ' ORDER BY sku), '') AS "demand!",
+            coalesce(created_at >= (
+                SELECT subscription.created_at + interval '5 seconds' FROM outbox_subscriptions AS subscription
+                WHERE name = $2 AND ended_at IS NULL), false) AS "is_for_loyalty!"
         FROM orders
         FULL JOIN (
             SELECT order_id, sku, sum(quantity) AS quantity FROM order_items
@@ -291,15 +370,37 @@ async fn read_ordered(connection: &mut PgConnection, only: Option<&[Uuid]>) -> R
             GROUP BY order_id, sku
         ) AS demand USING (order_id)
         WHERE $1::uuid[] IS NULL OR order_id = ANY ($1)
-        GROUP BY order_id, status"#,
+        GROUP BY order_id, status, customer_id, total_minor, created_at"#,
         only as Option<&[Uuid]>,
+        LOYALTY,
     )
     .fetch_all(&mut *tx)
     .await?;
-    let orders = orders.into_iter().map(|row| (row.order_id, Order { status: row.status, demand: row.demand }));
+    let orders = orders.into_iter().map(|row| {
+        let (status, customer_id, total_minor, demand) = (row.status, row.customer_id, row.total_minor, row.demand);
+        (row.order_id, Order { status, customer_id, total_minor, demand, is_for_loyalty: row.is_for_loyalty })
+    });
     let orders = orders.collect();
-    let (outbox, dead) = read_outbox(&mut tx).await?;
-    Ok(Ordered { orders, outbox, discarded: read_discarded(&mut tx).await?, dead })
+    let outbox = read_outbox(&mut tx).await?;
+    Ok(Ordered {
+        orders,
+        waiting: outbox.waiting.iter().map(|row| row.order_id).collect(),
+        for_inventory: outbox.queue(INVENTORY),
+        for_loyalty: outbox.queue(LOYALTY),
+        has_loyalty: has_loyalty(&mut tx).await?,
+        dead: outbox.count_dead(),
+    })
+}
+
+async fn has_loyalty(tx: &mut Transaction<'_, Postgres>) -> Result<bool> {
+    let has_loyalty = sqlx::query_scalar!(
+        r#"-- audit: look for loyalty's subscription
+        SELECT EXISTS (SELECT FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL) AS "has_loyalty!""#,
+        LOYALTY,
+    )
+    .fetch_one(&mut **tx)
+    .await?;
+    Ok(has_loyalty)
 }
 
 /// Effects, and the replies in inventory's outbox: of all orders, or of those with these ids.
@@ -329,30 +430,29 @@ async fn read_done(connection: &mut PgConnection, only: Option<&[Uuid]>, finding
         let (asked, cancelled) = (row.asked, row.cancelled);
         effects.insert(row.order_id, Effect { status, asked, cancelled, taken: row.taken, returned: row.returned });
     }
-    let (outbox, dead) = read_outbox(&mut tx).await?;
-    Ok(Done { effects, outbox, discarded: read_discarded(&mut tx).await?, dead })
+    let outbox = read_outbox(&mut tx).await?;
+    Ok(Done { effects, replies: outbox.queue(ORDERS), dead: outbox.count_dead() })
 }
 
-/// The events in the outbox, and how many of them are dead.
-async fn read_outbox(tx: &mut Transaction<'_, Postgres>) -> Result<(Events, usize)> {
-    let rows = sqlx::query!(
+/// The events in the outbox and the discarded ones, each with the name of its subscription, even of one that has ended.
+async fn read_outbox(tx: &mut Transaction<'_, Postgres>) -> Result<Outbox> {
+    let waiting = sqlx::query_as!(
+        EventRow,
         r#"-- audit: outbox
-        SELECT aggregate_id, sequence, visible_at = 'infinity' AS "dead!" FROM outbox"#
+        SELECT aggregate_id AS order_id, sequence, visible_at = 'infinity' AS "dead!", name AS "subscription?"
+        FROM outbox LEFT JOIN outbox_subscriptions USING (subscription_id)"#
     )
     .fetch_all(&mut **tx)
     .await?;
-    let dead = rows.iter().filter(|row| row.dead).count();
-    Ok((Events::of(rows.into_iter().map(|row| (row.aggregate_id, row.sequence))), dead))
-}
-
-async fn read_discarded(tx: &mut Transaction<'_, Postgres>) -> Result<Events> {
-    let rows = sqlx::query!(
-        "-- audit: discarded
-        SELECT aggregate_id, sequence FROM outbox_discarded"
+    let discarded = sqlx::query_as!(
+        EventRow,
+        r#"-- audit: discarded
+        SELECT aggregate_id AS order_id, sequence, false AS "dead!", name AS "subscription?"
+        FROM outbox_discarded LEFT JOIN outbox_subscriptions USING (subscription_id)"#
     )
     .fetch_all(&mut **tx)
     .await?;
-    Ok(Events::of(rows.into_iter().map(|row| (row.aggregate_id, row.sequence))))
+    Ok(Outbox { waiting, discarded })
 }
 
 /// Checks of the inventory database alone, in one snapshot.
@@ -431,4 +531,27 @@ async fn find_missing(connection: &mut PgConnection, order_ids: &[Uuid]) -> Resu
 
 async fn begin_snapshot(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>> {
     Ok(connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_counts_for_the_subscriber_whose_row_it_is_and_one_without_a_subscription_for_all() {
+        let row = |sequence, subscription: Option<&str>| EventRow {
+            order_id: Uuid::from_u128(7),
+            sequence,
+            dead: false,
+            subscription: subscription.map(str::to_owned),
+        };
+        let rows = [row(1, Some(INVENTORY)), row(2, Some(LOYALTY)), row(3, None)];
+        let holds = |subscription| {
+            let Events { any, creations, cancellations } = Events::of(subscription, &rows);
+            [any, creations, cancellations].map(|orders| orders.contains(&Uuid::from_u128(7)))
+        };
+        assert_eq!(holds(INVENTORY), [true, true, false]);
+        assert_eq!(holds(LOYALTY), [true, false, true]);
+        assert_eq!(holds("another"), [true, false, false]);
+    }
 }

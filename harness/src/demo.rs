@@ -94,7 +94,7 @@ async fn show(arguments: &Arguments) -> Result<()> {
 
 async fn start(layout: &Layout, service: Service) -> Result<Process> {
     let process = layout.start(service).await?;
-    println!("     {:<18} pid {:<8} {}", service.name(), process.pid(), layout.address(service));
+    println!("     {:<18} pid {:<8} {}", service.name(), process.pid(), layout.address(service)?);
     Ok(process)
 }
 

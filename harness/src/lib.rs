@@ -3,7 +3,7 @@
 //! The binary of the same name only reads the command line. Each subcommand has a module: [`up`], [`demo`], [`stress`],
 //! [`replay`], [`mod@audit`] and [`with_postgres`]. They share:
 //!
-//! - [`system`]: PostgreSQL, the two services and the two relays as processes;
+//! - [`system`]: PostgreSQL, the three services and the two relays as processes;
 //! - [`target`]: where a running system is;
 //! - [`interrupt`]: work that Ctrl-C may end.
 

@@ -1,4 +1,4 @@
-//! The whole system: PostgreSQL, and order-service, inventory-service and two relays as processes.
+//! The whole system: PostgreSQL, and order-service, inventory-service, loyalty-service and two relays as processes.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use testkit::{
     processes::{Process, binary, free_port},
 };
 
-/// The first of the four ports that `harness up` uses by default.
+/// The first of the five ports that `harness up` uses by default.
 pub const FIRST_PORT: u16 = 50051;
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
 /// More than the drain time of a process (5 s).
@@ -59,7 +59,7 @@ impl ServerArguments {
 /// Where the parts of a system are.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// The server of both databases.
+    /// The server of all databases.
     pub server: Server,
     /// Name of the orders database.
     pub orders: String,
@@ -73,20 +73,33 @@ pub struct Layout {
     pub orders_relay: SocketAddr,
     /// Address of the relay of the inventory database.
     pub inventory_relay: SocketAddr,
+    /// loyalty-service, which the system also works without.
+    pub loyalty: Option<Loyalty>,
     /// Directory of the log files.
     pub logs: PathBuf,
     /// More environment variables for each process.
     pub settings: Vec<(String, String)>,
 }
 
-/// One of the four processes.
+/// Where loyalty-service is.
+#[derive(Clone, Debug)]
+pub struct Loyalty {
+    /// Name of its database.
+    pub database: String,
+    /// Its address.
+    pub address: SocketAddr,
+}
+
+/// One of the processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
     /// order-service.
     Orders,
     /// inventory-service.
     Inventory,
-    /// The relay that delivers the events of orders to inventory-service.
+    /// loyalty-service.
+    Loyalty,
+    /// The relay that delivers the events of orders to inventory-service and loyalty-service.
     OrdersRelay,
     /// The relay that delivers inventory's replies to order-service.
     InventoryRelay,
@@ -94,25 +107,27 @@ pub enum Service {
 
 impl Service {
     /// All of them. Receivers come before the relays, whose first delivery would fail otherwise.
-    pub const ALL: [Self; 4] = [Self::Inventory, Self::Orders, Self::OrdersRelay, Self::InventoryRelay];
+    pub const ALL: [Self; 5] = [Self::Inventory, Self::Orders, Self::Loyalty, Self::OrdersRelay, Self::InventoryRelay];
 
     /// The name of the process and of its log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Orders => "order-service",
             Self::Inventory => "inventory-service",
+            Self::Loyalty => "loyalty-service",
             Self::OrdersRelay => "orders-relay",
             Self::InventoryRelay => "inventory-relay",
         }
     }
 
-    /// Its port, if the first of the four is `first`.
+    /// Its port, if the first of the five is `first`.
     pub fn port_from(self, first: u16) -> u16 {
         match self {
             Self::Orders => first,
             Self::Inventory => first + 1,
             Self::OrdersRelay => first + 2,
             Self::InventoryRelay => first + 3,
+            Self::Loyalty => first + 4,
         }
     }
 
@@ -121,20 +136,22 @@ impl Service {
         match self {
             Self::Orders => "order-service",
             Self::Inventory => "inventory-service",
+            Self::Loyalty => "loyalty-service",
             Self::OrdersRelay | Self::InventoryRelay => "outbox-relay",
         }
     }
 }
 
 impl Layout {
-    /// The databases `orders` and `inventory`, and the four ports from `first`.
+    /// The databases `orders`, `inventory` and `loyalty`, and the five ports from `first`.
     pub fn on_ports_from(first: u16, server: Server, logs: &Path) -> Self {
         use Service::{Inventory, InventoryRelay, Orders, OrdersRelay};
         let ports = [Orders, Inventory, OrdersRelay, InventoryRelay].map(|service| service.port_from(first));
         Self::new(server, ["orders", "inventory"], ports, logs)
+            .with_loyalty("loyalty", Service::Loyalty.port_from(first))
     }
 
-    /// Two databases of any name, and any free ports.
+    /// Two databases of any name, and any free ports, without loyalty-service.
     ///
     /// # Errors
     /// If no port is free.
@@ -144,8 +161,7 @@ impl Layout {
     }
 
     fn new(server: Server, [orders, inventory]: [&str; 2], ports: [u16; 4], logs: &Path) -> Self {
-        let [order_service, inventory_service, orders_relay, inventory_relay] =
-            ports.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        let [order_service, inventory_service, orders_relay, inventory_relay] = ports.map(on_loopback);
         Self {
             server,
             orders: orders.into(),
@@ -154,9 +170,23 @@ impl Layout {
             inventory_service,
             orders_relay,
             inventory_relay,
+            loyalty: None,
             logs: logs.to_owned(),
             settings: Vec::new(),
         }
+    }
+
+    /// The same system with loyalty-service.
+    #[must_use]
+    pub fn with_loyalty(self, database: &str, port: u16) -> Self {
+        let loyalty = Loyalty { database: database.into(), address: on_loopback(port) };
+        Self { loyalty: Some(loyalty), ..self }
+    }
+
+    /// The processes of this system, in the order of [`Service::ALL`].
+    pub fn services(&self) -> Vec<Service> {
+        let is_here = |service: &Service| self.loyalty.is_some() || *service != Service::Loyalty;
+        Service::ALL.into_iter().filter(is_here).collect()
     }
 
     /// This system, for the subcommands that work on a running one.
@@ -164,26 +194,34 @@ impl Layout {
     /// # Errors
     /// If an address does not fit into a URL.
     pub fn target(&self) -> Result<Target> {
-        let [(_, order_service), (_, inventory_service), (_, orders), (_, inventory)] = self.target_variables();
+        let [(_, order_service), (_, inventory_service), (_, orders), (_, inventory), (_, loyalty)] =
+            self.target_variables();
         Ok(Target {
             order_service: order_service.parse()?,
             inventory_service: inventory_service.parse()?,
-            databases: Databases { orders_database_url: orders.parse()?, inventory_database_url: inventory.parse()? },
+            databases: Databases {
+                orders_database_url: orders.parse()?,
+                inventory_database_url: inventory.parse()?,
+                loyalty_database_url: loyalty.parse()?,
+            },
         })
     }
 
     /// The same as environment variables with their values, in the order of [`target::DEFAULTS`].
-    pub(crate) fn target_variables(&self) -> [(&'static str, String); 4] {
-        let [(order_service, _), (inventory_service, _), (orders, _), (inventory, _)] = target::DEFAULTS;
+    pub(crate) fn target_variables(&self) -> [(&'static str, String); 5] {
+        let [(order_service, _), (inventory_service, _), (orders, _), (inventory, _), (loyalty, _)] = target::DEFAULTS;
+        // Without loyalty-service, nobody looks for its database.
+        let loyalty_database = self.loyalty.as_ref().map_or("loyalty", |loyalty| &loyalty.database);
         [
             (order_service, format!("http://{}", self.order_service)),
             (inventory_service, format!("http://{}", self.inventory_service)),
             (orders, self.server.url_for("orders_owner", &self.orders)),
             (inventory, self.server.url_for("inventory_owner", &self.inventory)),
+            (loyalty, self.server.url_for("loyalty_owner", loyalty_database)),
         ]
     }
 
-    /// Migrates both databases, subscribes each service to the events of the other, and adds the demo stock. What is
+    /// Migrates the databases, subscribes each service to the events that it receives, and adds the demo stock. What is
     /// there already stays.
     ///
     /// # Errors
@@ -195,6 +233,11 @@ impl Layout {
         self.run_once(Service::Inventory, "migrate", &inventory).await?;
         self.subscribe(Service::OrdersRelay, "inventory", "orders.v1.*").await?;
         self.subscribe(Service::InventoryRelay, "orders", "inventory.v1.*").await?;
+        if let Some(loyalty) = &self.loyalty {
+            let url = self.server.url_for("loyalty_owner", &loyalty.database);
+            self.run_once(Service::Loyalty, "migrate", &url).await?;
+            self.subscribe(Service::OrdersRelay, "loyalty", "orders.v1.*").await?;
+        }
         self.run_once(Service::Inventory, "seed", &inventory).await
     }
 
@@ -203,42 +246,54 @@ impl Layout {
     }
 
     async fn run_once(&self, service: Service, command: &str, url: &str) -> Result<()> {
-        let mut process =
-            self.spawn(service, command, &[("ORDERS_DATABASE_URL", url), ("INVENTORY_DATABASE_URL", url)])?;
-        process.finish(command).await
+        let variables =
+            ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "LOYALTY_DATABASE_URL"].map(|name| (name, url));
+        self.spawn(service, command, &variables)?.finish(command).await
     }
 
     /// Starts a process and waits until it is healthy.
     ///
     /// # Errors
-    /// If it is not healthy in time; the error shows the end of its log.
+    /// If it is not healthy in time, or not in this system; the error shows the end of its log.
     pub async fn start(&self, service: Service) -> Result<Process> {
+        let address = self.address(service)?;
         let (role, database) = match service {
-            Service::Orders => ("order_service", &self.orders),
-            Service::Inventory => ("inventory_service", &self.inventory),
-            Service::OrdersRelay => ("outbox_relay", &self.orders),
-            Service::InventoryRelay => ("outbox_relay", &self.inventory),
+            Service::Orders => ("order_service", self.orders.as_str()),
+            Service::Inventory => ("inventory_service", self.inventory.as_str()),
+            Service::Loyalty => ("loyalty_service", self.loyalty()?.database.as_str()),
+            Service::OrdersRelay => ("outbox_relay", self.orders.as_str()),
+            Service::InventoryRelay => ("outbox_relay", self.inventory.as_str()),
         };
-        let url = self.server.url_for(role, database);
-        let listen = self.address(service).to_string();
-        let (source, subscription, receiver) = match service {
-            Service::InventoryRelay => (Service::Inventory, "orders", self.order_service),
-            _ => (Service::Orders, "inventory", self.inventory_service),
-        };
-        let routes = format!("{subscription}=http://{receiver}");
+        let (url, listen) = (self.server.url_for(role, database), address.to_string());
+        let source = if service == Service::InventoryRelay { Service::Inventory } else { Service::Orders };
+        let routes = self.routes(service);
         let environment = [
             ("ORDERS_DATABASE_URL", url.as_str()),
             ("INVENTORY_DATABASE_URL", &url),
+            ("LOYALTY_DATABASE_URL", &url),
             ("RELAY_DATABASE_URL", &url),
             ("ORDER_SERVICE_LISTEN", &listen),
             ("INVENTORY_SERVICE_LISTEN", &listen),
+            ("LOYALTY_SERVICE_LISTEN", &listen),
             ("RELAY_LISTEN", &listen),
             ("RELAY_ROUTES", &routes),
             ("RELAY_SOURCE", source.name()),
         ];
         let mut process = self.spawn(service, "serve", &environment)?;
-        process.wait_healthy(self.address(service), HEALTHY_LIMIT).await?;
+        process.wait_healthy(address, HEALTHY_LIMIT).await?;
         Ok(process)
+    }
+
+    /// The routes of a relay: the subscriptions that it delivers, each with its receiver.
+    fn routes(&self, relay: Service) -> String {
+        if relay == Service::InventoryRelay {
+            return format!("orders=http://{}", self.order_service);
+        }
+        let inventory = format!("inventory=http://{}", self.inventory_service);
+        match &self.loyalty {
+            Some(loyalty) => format!("{inventory},loyalty=http://{}", loyalty.address),
+            None => inventory,
+        }
     }
 
     /// Runs an operator's command of `outbox-relay` on the outbox of a relay, and returns its output.
@@ -264,14 +319,26 @@ impl Layout {
     }
 
     /// The address of a process.
-    pub fn address(&self, service: Service) -> SocketAddr {
-        match service {
+    ///
+    /// # Errors
+    /// If the process is loyalty-service, and this system has none.
+    pub fn address(&self, service: Service) -> Result<SocketAddr> {
+        Ok(match service {
             Service::Orders => self.order_service,
             Service::Inventory => self.inventory_service,
+            Service::Loyalty => self.loyalty()?.address,
             Service::OrdersRelay => self.orders_relay,
             Service::InventoryRelay => self.inventory_relay,
-        }
+        })
     }
+
+    fn loyalty(&self) -> Result<&Loyalty> {
+        self.loyalty.as_ref().context("this system has no loyalty-service")
+    }
+}
+
+fn on_loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
 /// Runs an operator's command of `outbox-relay` on the outbox of a database, and returns its output.

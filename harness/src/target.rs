@@ -15,13 +15,15 @@ const ORDER_SERVICE: &str = "http://127.0.0.1:50051";
 const INVENTORY_SERVICE: &str = "http://127.0.0.1:50052";
 const ORDERS_DATABASE: &str = "postgres://orders_owner:orders_owner@127.0.0.1:5433/orders";
 const INVENTORY_DATABASE: &str = "postgres://inventory_owner:inventory_owner@127.0.0.1:5433/inventory";
+const LOYALTY_DATABASE: &str = "postgres://loyalty_owner:loyalty_owner@127.0.0.1:5433/loyalty";
 
 /// The environment variables of a [`Target`] with their defaults: the addresses of `harness up` and docker-compose.
-pub(crate) const DEFAULTS: [(&str, &str); 4] = [
+pub(crate) const DEFAULTS: [(&str, &str); 5] = [
     ("ORDER_SERVICE_URL", ORDER_SERVICE),
     ("INVENTORY_SERVICE_URL", INVENTORY_SERVICE),
     ("ORDERS_DATABASE_URL", ORDERS_DATABASE),
     ("INVENTORY_DATABASE_URL", INVENTORY_DATABASE),
+    ("LOYALTY_DATABASE_URL", LOYALTY_DATABASE),
 ];
 
 /// The databases, as roles that may read everything in them.
@@ -33,6 +35,9 @@ pub struct Databases {
     /// URL of the inventory database, as its owner
     #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true, value_name = "URL", default_value = INVENTORY_DATABASE)]
     pub inventory_database_url: DatabaseUrl,
+    /// URL of the loyalty database, as its owner; it is read only if loyalty has a subscription
+    #[arg(long, env = "LOYALTY_DATABASE_URL", hide_env_values = true, value_name = "URL", default_value = LOYALTY_DATABASE)]
+    pub loyalty_database_url: DatabaseUrl,
 }
 
 /// The services and their databases.
@@ -58,6 +63,11 @@ impl Databases {
     /// A connection to the inventory database.
     pub async fn inventory(&self) -> Result<PgConnection> {
         connect(&self.inventory_database_url).await
+    }
+
+    /// A connection to the loyalty database.
+    pub async fn loyalty(&self) -> Result<PgConnection> {
+        connect(&self.loyalty_database_url).await
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     path::Path,
     process::ExitCode,
     time::{Duration, Instant},
@@ -37,17 +37,18 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Run the whole system in the foreground, and print how to use it
 ///
-/// Starts PostgreSQL, order-service, inventory-service and two relays as separate processes. Keeps the data for the next run.
-/// Waits for ports that are taken. Ctrl-C ends everything.
+/// Starts PostgreSQL, order-service, inventory-service, loyalty-service and two relays as separate processes. Keeps the data
+/// for the next run. Waits for ports that are taken. Ctrl-C ends everything.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
     server: ServerArguments,
-    /// Port of the private PostgreSQL server [default: 5433, or N+4 with --ports-from]
+    /// Port of the private PostgreSQL server [default: 5433, or N+5 with --ports-from]
     #[arg(long, env = "POSTGRES_PORT", value_name = "PORT")]
     port: Option<u16>,
-    /// First of the ports of order-service, inventory-service, the two relays and PostgreSQL [default: 50051 to 50054 and 5433]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=65531))]
+    /// First of the ports of order-service, inventory-service, the two relays, loyalty-service and PostgreSQL [default: 50051
+    /// to 50055 and 5433]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=65530))]
     ports_from: Option<u16>,
 }
 
@@ -57,7 +58,7 @@ impl Arguments {
     }
 
     fn postgres_port(&self) -> u16 {
-        self.port.or(self.ports_from.map(|first| first + 4)).unwrap_or(POSTGRES_PORT)
+        self.port.or(self.ports_from.map(|first| first + 5)).unwrap_or(POSTGRES_PORT)
     }
 
     /// A private server on a service's port would wait for this program, which holds that port for the service.
@@ -112,7 +113,7 @@ async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)>
     for (service, claimed) in Service::ALL.into_iter().zip(claims) {
         drop(claimed);
         let process = layout.start(service).await?;
-        println!("up: {:<18} {}  pid {}", service.name(), layout.address(service), process.pid());
+        println!("up: {:<18} {}  pid {}", service.name(), layout.address(service)?, process.pid());
         processes.push(process);
     }
     println!("{}", usage(&layout, &program()?));
@@ -160,6 +161,7 @@ fn is_optimised(program: &str) -> bool {
 
 fn usage(layout: &Layout, program: &str) -> String {
     let (orders, inventory) = (layout.order_service, layout.inventory_service);
+    let balance = layout.loyalty.as_ref().map(|loyalty| balance_usage(loyalty.address)).unwrap_or_default();
     let (addresses, request_id) = (exports(layout), Uuid::new_v4());
     let speed = if is_optimised(program) { "" } else { NOT_OPTIMISED };
     format!(
@@ -170,7 +172,7 @@ fn usage(layout: &Layout, program: &str) -> String {
       {orders} orders.v1.OrderService/CreateOrder
   Look at the stock:
     grpcurl -plaintext -d '{{"sku":"MUG"}}' {inventory} inventory.v1.InventoryService/GetStock
-  Watch the order, and cancel it, by its order_id:
+{balance}  Watch the order, and cancel it, by its order_id:
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
   Put load on it:
@@ -181,6 +183,14 @@ fn usage(layout: &Layout, program: &str) -> String {
     {program} audit
 {speed}
   Ctrl-C ends everything. The data is kept."#
+    )
+}
+
+fn balance_usage(loyalty: SocketAddr) -> String {
+    format!(
+        r#"  Look at the customer's points:
+    grpcurl -plaintext -d '{{"customer_id":"ann"}}' {loyalty} loyalty.v1.LoyaltyService/GetBalance
+"#
     )
 }
 
@@ -236,12 +246,12 @@ mod tests {
         // Given by a variable, it would be the same.
         if env::var_os("POSTGRES_PORT").is_none() {
             assert_eq!(ports(&[]), (50051, 5433));
-            assert_eq!(ports(&["--ports-from", "60000"]), (60000, 60004));
-            assert_eq!(ports(&["--ports-from", "65531"]), (65531, 65535));
+            assert_eq!(ports(&["--ports-from", "60000"]), (60000, 60005));
+            assert_eq!(ports(&["--ports-from", "65530"]), (65530, 65535));
         }
         assert_eq!(ports(&["--port", "7000"]), (50051, 7000));
         assert_eq!(ports(&["--ports-from", "60000", "--port", "7000"]), (60000, 7000));
-        assert!(CommandLine::try_parse_from(["up", "--ports-from", "65532"]).is_err());
+        assert!(CommandLine::try_parse_from(["up", "--ports-from", "65531"]).is_err());
     }
 
     #[test]
@@ -251,7 +261,7 @@ mod tests {
         let message = checked(&own, "").expect_err("a shared port").to_string();
         assert!(message.starts_with("--port 50052 is also the port of inventory-service: choose another"), "{message}");
         assert!(checked(&own, "postgres://elsewhere").is_ok(), "an existing server has a port already");
-        for (port, refused) in [("5999", false), ("6000", true), ("6003", true), ("6004", false)] {
+        for (port, refused) in [("5999", false), ("6000", true), ("6004", true), ("6005", false)] {
             assert_eq!(checked(&["--ports-from", "6000", "--port", port], "").is_err(), refused, "{port}");
         }
     }
@@ -274,17 +284,19 @@ mod tests {
         assert!(!standard.contains("PROFILE=release"), "{standard}");
         assert!(usage(&layout_at(FIRST_PORT, POSTGRES_PORT), "target/local/harness").contains("PROFILE=release"));
 
-        let moved = usage_at(60000, 60004);
+        let moved = usage_at(60000, 60005);
         assert!(moved.contains(" 127.0.0.1:60001 inventory.v1.InventoryService/GetStock"), "{moved}");
+        assert!(moved.contains(" 127.0.0.1:60004 loyalty.v1.LoyaltyService/GetBalance"), "{moved}");
         for export in [
             "    export ORDER_SERVICE_URL='http://127.0.0.1:60000'\n",
             "    export INVENTORY_SERVICE_URL='http://127.0.0.1:60001'\n",
-            "    export ORDERS_DATABASE_URL='postgres://orders_owner:orders_owner@127.0.0.1:60004/orders'\n",
-            "    export INVENTORY_DATABASE_URL='postgres://inventory_owner:inventory_owner@127.0.0.1:60004/inventory'\n",
+            "    export ORDERS_DATABASE_URL='postgres://orders_owner:orders_owner@127.0.0.1:60005/orders'\n",
+            "    export INVENTORY_DATABASE_URL='postgres://inventory_owner:inventory_owner@127.0.0.1:60005/inventory'\n",
+            "    export LOYALTY_DATABASE_URL='postgres://loyalty_owner:loyalty_owner@127.0.0.1:60005/loyalty'\n",
         ] {
             assert!(moved.contains(export), "{export} in {moved}");
         }
         let other_server = usage_at(FIRST_PORT, 5432);
-        assert_eq!(other_server.matches("export").count(), 2, "{other_server}");
+        assert_eq!(other_server.matches("export").count(), 3, "{other_server}");
     }
 }

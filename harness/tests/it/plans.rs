@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection, Postgres, QueryBuilder, Row};
 
-use crate::{site::Site, third_service};
+use crate::site::Site;
 
 /// Tables that grow with the load. (Stock does not: there are few SKUs.)
 const GROWING: [&str; 7] =
@@ -81,8 +81,8 @@ fn find_whole_scans(node: &Value, found: &mut Vec<String>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_statement_of_a_service_reads_a_whole_table_though_its_plan_was_made_over_few_rows() {
-    let Site { orders, inventory, scratch, .. } = &Site::prepare(&[]).await;
-    let loyalty = &third_service::migrated(scratch).await;
+    let site = Site::prepare_with_loyalty(&[]).await;
+    let (orders, inventory, loyalty) = (&site.orders, &site.inventory, site.loyalty());
     let mut whole = Vec::new();
     for few in FEW {
         for (database, fill) in [(orders, FILL_ORDERS), (inventory, FILL_INVENTORY), (loyalty, FILL_LOYALTY)] {

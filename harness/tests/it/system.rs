@@ -8,7 +8,7 @@ use harness::{
     stress::{Load, count_missing, place_orders, wait_until_delivered},
     system::{Service, stop},
 };
-use sqlx::PgPool;
+use sqlx::{PgPool, Postgres, QueryBuilder};
 use testkit::processes::Process;
 use tokio::{process::Command, time::sleep};
 
@@ -27,9 +27,12 @@ struct System {
 impl System {
     async fn start() -> Self {
         // Short, because a test waits for the leases of a killed relay to expire.
-        let site = Site::prepare(&[("RELAY_LEASE_SECONDS", "2")]).await;
+        Self::start_on(Site::prepare(&[("RELAY_LEASE_SECONDS", "2")]).await).await
+    }
+
+    async fn start_on(site: Site) -> Self {
         let mut services = Vec::new();
-        for service in Service::ALL {
+        for service in site.layout.services() {
             services.push((service, site.layout.start(service).await.unwrap()));
         }
         Self { site, services }
@@ -51,6 +54,33 @@ impl System {
         let databases = self.site.layout.target().unwrap().databases;
         assert_eq!(count_missing(&databases, &placed.order_ids).await.unwrap(), 0, "acknowledged means committed");
         self.ends_clean().await;
+    }
+
+    /// Does each damage to the running system. The audit must then have a new finding that says what is wrong.
+    async fn is_found(&self, damages: &[(&str, Side, &str)]) {
+        let databases = self.site.layout.target().unwrap().databases;
+        let (mut known, mut missed) = (Vec::new(), Vec::new());
+        for (says, side, damage) in damages {
+            let database = match side {
+                Side::Orders => &self.site.orders,
+                Side::Inventory => &self.site.inventory,
+                Side::Loyalty => self.site.loyalty(),
+            };
+            execute(&database.pool().await, damage).await;
+            let findings = audit(&databases).await.unwrap().findings;
+            let is_new = |found: &&String| found.contains(says) && !known.contains(*found);
+            if !findings.iter().any(|found| is_new(&found)) {
+                missed.push(format!("no new {says:?} in {findings:?}"));
+            }
+            known = findings;
+        }
+        assert_eq!(missed, [""; 0]);
+    }
+
+    async fn kill(&mut self) {
+        for (_, process) in &mut self.services {
+            process.kill().await.unwrap();
+        }
     }
 
     async fn ends_clean(self) {
@@ -150,7 +180,7 @@ async fn database_sessions_terminated_under_load_lose_and_double_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_process_restarted_under_load_loses_and_doubles_nothing() {
     let trouble = async |system: &mut System, observer: &PgPool| {
-        for (position, service) in Service::ALL.into_iter().enumerate() {
+        for (position, service) in system.site.layout.services().into_iter().enumerate() {
             let share = u32::try_from(position + 1).unwrap();
             wait_for_orders(observer, LOAD.orders * share / 5).await;
             let exit = system.process(service).terminate(Duration::from_secs(8)).await.unwrap();
@@ -187,9 +217,10 @@ async fn an_event_delivered_twice_deducts_stock_once() {
 enum Side {
     Orders,
     Inventory,
+    Loyalty,
 }
 
-/// How the audit's finding begins; the database; and the damage.
+/// What the audit's finding says; the database; and the damage.
 const DAMAGES: &[(&str, Side, &str)] = &[
     ("UNBALANCED: MUG", Side::Inventory, "UPDATE stock SET available = available - 1 WHERE sku = 'MUG'"),
     (
@@ -262,19 +293,7 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await.unwrap();
     assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
 
-    let (orders, inventory) = (system.site.orders.pool().await, system.site.inventory.pool().await);
-    let mut known: Vec<String> = Vec::new();
-    for (finding, side, damage) in DAMAGES {
-        let database = match side {
-            Side::Orders => &orders,
-            Side::Inventory => &inventory,
-        };
-        sqlx::query(*damage).execute(database).await.unwrap();
-        let findings = audit(&target.databases).await.unwrap().findings;
-        let is_new = |found: &&String| found.starts_with(*finding) && !known.contains(*found);
-        assert!(findings.iter().any(|found| is_new(&found)), "{finding} is new in {findings:?}");
-        known = findings;
-    }
+    system.is_found(DAMAGES).await;
     let printed = Command::new(env!("CARGO_BIN_EXE_harness"))
         .arg("audit")
         .env("ORDERS_DATABASE_URL", system.site.layout.server.url_for("orders_owner", system.site.orders.name()))
@@ -288,7 +307,98 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     let stdout = String::from_utf8(printed.stdout).unwrap();
     assert_eq!(printed.status.code(), Some(1), "{stdout}");
     assert!(stdout.contains("audit: FOUND PHANTOM: order "), "{stdout}");
-    for service in Service::ALL {
-        system.process(service).kill().await.unwrap();
-    }
+    system.kill().await;
+}
+
+/// What the audit's finding says; the database; and the damage.
+const LOYALTY_DAMAGES: &[(&str, Side, &str)] = &[
+    (
+        " has not reached loyalty and has no event on its way",
+        Side::Loyalty,
+        "DELETE FROM points WHERE order_id = (SELECT order_id FROM points ORDER BY order_id LIMIT 1)",
+    ),
+    (
+        " has not reached loyalty and has no event on its way",
+        Side::Loyalty,
+        // As if only its cancellation had been applied.
+        "UPDATE points SET customer_id = NULL, points = 0, event_id = NULL, awarded_at = NULL, cancelled_by = event_id,
+            cancelled_at = now()
+        WHERE order_id = (SELECT order_id FROM points ORDER BY order_id LIMIT 1)",
+    ),
+    (
+        " has points and was never committed",
+        Side::Loyalty,
+        "INSERT INTO points VALUES ('ffffffff-ffff-4fff-bfff-ffffffffffff', 'ann', 1, gen_random_uuid(), now())",
+    ),
+    (
+        " points for stress-",
+        Side::Loyalty,
+        "UPDATE points SET points = points + 1 WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 2 LIMIT 1)",
+    ),
+    (
+        " points for mallory",
+        Side::Loyalty,
+        "UPDATE points SET customer_id = 'mallory' WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 3 LIMIT 1)",
+    ),
+    (
+        " is CANCELLED, and its points still count",
+        Side::Orders,
+        "UPDATE orders SET status = 'CANCELLED' WHERE order_id = (SELECT order_id FROM orders ORDER BY order_id OFFSET 5 LIMIT 1)",
+    ),
+    (
+        " is CONFIRMED, and its points were taken back",
+        Side::Loyalty,
+        "UPDATE points SET cancelled_by = event_id, cancelled_at = now()
+        WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 6 LIMIT 1)",
+    ),
+    (
+        " is in loyalty's inbox and has changed no points",
+        Side::Loyalty,
+        "INSERT INTO processed_messages VALUES (gen_random_uuid())",
+    ),
+    (", which loyalty's inbox lacks", Side::Loyalty, "DELETE FROM processed_messages"),
+];
+
+/// The first event of the first order, as if an operator had discarded it for one of its subscribers.
+const DISCARD_FIRST: &str =
+    "INSERT INTO outbox_discarded (event_id, subscription_id, aggregate_id, sequence, created_at, attempts,
+        event_type, payload, last_error, discarded_by, reason)
+    SELECT gen_random_uuid(), subscription_id, (SELECT order_id FROM orders ORDER BY order_id LIMIT 1), 1, now(), 1,
+        'orders.v1.OrderCreated', '', 'failed', 'test', 'test'
+    FROM outbox_subscriptions WHERE name = ";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_audit_finds_what_is_lost_phantom_or_wrong_in_loyalty() {
+    let mut system = System::start_on(Site::prepare_with_loyalty(&[]).await).await;
+    let target = system.site.layout.target().unwrap();
+    let databases = &target.databases;
+    place_orders(&target, Load { orders: 20, ..LOAD }).await.unwrap();
+    wait_until_delivered(databases, DRAIN_LIMIT).await.unwrap();
+    // The orders are as young as the subscription. Of such an order, loyalty need not know.
+    let orders = system.site.orders.pool().await;
+    execute(&orders, "UPDATE outbox_subscriptions SET created_at = created_at - interval '1 minute'").await;
+    let clean = audit(databases).await.unwrap();
+    assert_eq!((clean.findings, clean.points.unwrap().awarded), (Vec::new(), 20));
+
+    system.is_found(LOYALTY_DAMAGES).await;
+
+    let count_lost = async || {
+        let audit = audit(databases).await.unwrap();
+        let is_lost = |found: &&String| found.contains(" has not reached loyalty");
+        (audit.findings.iter().filter(is_lost).count(), audit.points.map(|points| points.discarded))
+    };
+    assert_eq!(count_lost().await, (2, Some(0)));
+    execute(&orders, &format!("{DISCARD_FIRST}'inventory'")).await;
+    assert_eq!(count_lost().await, (2, Some(0)), "what inventory has lost does not excuse loyalty");
+    execute(&orders, &format!("{DISCARD_FIRST}'loyalty'")).await;
+    assert_eq!(count_lost().await, (1, Some(1)));
+    execute(&orders, "UPDATE outbox_subscriptions SET created_at = now()").await;
+    assert_eq!(count_lost().await.0, 0, "these orders are older than the subscription");
+    execute(&orders, "UPDATE outbox_subscriptions SET ended_at = now(), ended_by = 'test', reason = 'test'").await;
+    assert_eq!(count_lost().await.1, None);
+    system.kill().await;
+}
+
+async fn execute(database: &PgPool, sql: &str) {
+    sqlx::raw_sql(QueryBuilder::<Postgres>::new(sql).into_sql()).execute(database).await.unwrap();
 }
