@@ -19,7 +19,11 @@ use super::{
     site::Part,
     world::World,
 };
-use harness::{audit::audit, stress::wait_until_delivered, system::operate};
+use harness::{
+    audit::{Points, audit},
+    stress::wait_until_delivered,
+    system::operate,
+};
 
 /// How long the system may take to deliver all events once the faults are undone.
 const DELIVERED_LIMIT: Duration = Duration::from_secs(60);
@@ -37,6 +41,8 @@ pub(super) struct Verdict {
     pub(super) drained: Duration,
     /// Events for loyalty-service that waited while all others were delivered.
     pub(super) waited: i64,
+    /// How the orders are known to loyalty-service, if that was compared.
+    pub(super) points: Option<Points>,
 }
 
 impl Verdict {
@@ -78,6 +84,7 @@ pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     check_sequence(&mut inventory, verdict).await?;
     restore_inbox(world, &mut inventory).await?;
     let audit = audit(&world.target.databases).await?;
+    verdict.points = audit.points;
     audit.findings.into_iter().for_each(|finding| verdict.add(finding));
     check_files(world, verdict).await
 }

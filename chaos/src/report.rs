@@ -48,9 +48,7 @@ impl Report {
         let (known, tally, crashes) = (world.history.known(), world.tally(), world.crashes.counts());
         let duplicates = world.site.links().map(|link| link.duplicates.load(Ordering::Relaxed)).sum();
         let mut vacuous = vacuous(&tally, &crashes, &observed, &known, duplicates, lasted);
-        if verdict.waited == 0 {
-            vacuous.push("no event waited for loyalty-service while it was away".into());
-        }
+        vacuous.extend(vacuous_check(verdict));
 
         let mut lines = table(&tally);
         lines.extend(crash_lines(&crashes));
@@ -145,7 +143,8 @@ fn call_lines(known: &Known) -> [String; 2] {
 }
 
 fn observed_lines(observed: &Observed, verdict: &Verdict) -> [String; 3] {
-    let Verdict { drained, waited, .. } = verdict;
+    let Verdict { drained, waited, points, .. } = verdict;
+    let (awarded, cancelled) = points.as_ref().map_or((0, 0), |points| (points.awarded, points.cancelled));
     let memory: Vec<_> = observed.memory.iter().map(|(name, mib)| format!("{name} {mib}")).collect();
     [
         format!("peak memory in MiB: {}", memory.join(", ")),
@@ -153,7 +152,10 @@ fn observed_lines(observed: &Observed, verdict: &Verdict) -> [String; 3] {
             "stock checked {} times, sessions {} times; all events delivered {drained:.1?} after the load ended",
             observed.balances, observed.sessions
         ),
-        format!("loyalty-service was away at the end of the load: {waited} events waited for it, and delayed no other"),
+        format!(
+            "points awarded for {awarded} orders, and taken back for {cancelled}; {waited} events waited while \
+             loyalty-service was away at the end"
+        ),
     ]
 }
 
@@ -222,6 +224,18 @@ fn vacuous(
     vacuous
 }
 
+/// Why the check at the end shows too little.
+fn vacuous_check(verdict: &Verdict) -> Vec<String> {
+    let mut vacuous = Vec::new();
+    if verdict.waited == 0 {
+        vacuous.push("no event waited for loyalty-service while it was away".into());
+    }
+    if verdict.points.as_ref().is_none_or(|points| points.awarded == 0) {
+        vacuous.push("no points were compared".into());
+    }
+    vacuous
+}
+
 /// Why the crashes show too little for a run of this length.
 fn vacuous_crashes(crashes: &[(CrashPoint, u32)], lasted: Duration) -> Vec<String> {
     let without = kinds_without_crash(crashes).into_iter();
@@ -248,8 +262,13 @@ fn share(part: u64, whole: u64) -> f64 {
 mod tests {
     use std::time::Duration;
 
-    use super::{describe, vacuous_crashes};
-    use crate::points::{CrashPoint, Kind, Place, points};
+    use harness::audit::Points;
+
+    use super::{describe, vacuous_check, vacuous_crashes};
+    use crate::{
+        check::Verdict,
+        points::{CrashPoint, Kind, Place, points},
+    };
 
     /// All points, each with a crash if it was reached, judged as those of a run of that many minutes.
     fn judge(minutes: u64, is_reached: impl Fn(CrashPoint) -> bool) -> Vec<String> {
@@ -261,6 +280,13 @@ mod tests {
     fn missed_points_are_grouped_by_the_side_of_the_statement() {
         let missed = [Place::Before("a: b"), Place::After("a: b"), Place::After("c: d"), Place::AfterReply];
         assert_eq!(describe(&missed), "after `c: d`, the reply to a delivery; before and after `a: b`");
+    }
+
+    #[test]
+    fn a_check_compares_points_and_sees_events_wait_for_their_receiver_alone() {
+        assert_eq!(vacuous_check(&Verdict::default()).len(), 2);
+        let points = Points { awarded: 1, ..Points::default() };
+        assert!(vacuous_check(&Verdict { waited: 1, points: Some(points), ..Verdict::default() }).is_empty());
     }
 
     #[test]
