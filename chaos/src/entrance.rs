@@ -52,3 +52,19 @@ fn is_of(relay: &Unit, connection: &TcpStream) -> bool {
     };
     connects(pid.as_raw_nonzero().get().cast_unsigned(), client, server)
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncReadExt, net::TcpStream};
+
+    use super::Entrance;
+
+    #[tokio::test]
+    async fn a_connection_of_no_relay_is_closed() {
+        let entrance = Entrance::open().await.expect("a port");
+        let address = entrance.address;
+        let _serving = entrance.serve(Vec::new());
+        let mut stranger = TcpStream::connect(address).await.expect("it listens");
+        assert_eq!(stranger.read(&mut [0; 1]).await.expect("an end"), 0);
+    }
+}

@@ -162,7 +162,9 @@ fn count_in(log: &Path, text: &str) -> Result<usize> {
 
 /// Answers the relays in place of a receiver, which is not touched. Returns whether a delivery was answered so.
 async fn stand_in_for(world: &World, receiver: Part, stand_in: StandIn, lasts: Duration) -> bool {
-    let stood_in = || deliveries_stood_in_for(world, receiver);
+    let stood_in = || -> u64 {
+        Route::to(receiver).map(|route| world.site.to_receiver(route).stood_in.load(Ordering::Relaxed)).sum()
+    };
     let before = stood_in();
     set_stand_in(world, receiver, Some(stand_in));
     sleep(lasts).await;
@@ -177,10 +179,6 @@ pub(super) fn set_stand_in(world: &World, receiver: Part, stand_in: Option<Stand
         link.set_condition(stand_in.map_or(Condition::Normal, Condition::StandIn));
         link.end(End::Close);
     }
-}
-
-pub(super) fn deliveries_stood_in_for(world: &World, receiver: Part) -> u64 {
-    Route::to(receiver).map(|route| world.site.to_receiver(route).stood_in.load(Ordering::Relaxed)).sum()
 }
 
 async fn hang(world: &World, part: Part, lasts: Duration) -> Result<bool> {
