@@ -36,6 +36,9 @@ const HEALTHY_LIMIT: Duration = Duration::from_secs(30);
 pub(super) const SESSIONS_MAX: u32 = 150;
 /// The lease of a relay. It is short, so that it expires often.
 pub(super) const LEASE: Duration = Duration::from_secs(5);
+/// Failures after which an event is dead. There are few, so that an outage would bury sound events if it were charged to
+/// them. An event may crash its receiver three times, and meet as many other faults.
+const ATTEMPTS: u32 = 6;
 /// The connections of a service. There are few, so that a fault can use all of them.
 pub(super) const POOL: u32 = 4;
 
@@ -44,6 +47,7 @@ pub(super) const POOL: u32 = 4;
 fn settings() -> Vec<(String, String)> {
     [
         ("RELAY_LEASE_SECONDS", LEASE.as_secs().to_string()),
+        ("RELAY_ATTEMPTS", ATTEMPTS.to_string()),
         ("RELAY_BACK_OFF_MS", "100".into()),
         ("RELAY_BACK_OFF_MAX_MS", "1000".into()),
         ("ORDER_SERVICE_QUEUE", "256".into()),
