@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use prost::{Message, Name};
 use proto::{
     events::v1::Outcome,
+    loyalty::v1::{GetBalanceRequest, loyalty_service_client::LoyaltyServiceClient},
     orders::v1::{
         CancelOrderRequest, CreateOrderRequest, Order, OrderCreated, OrderItem, OrderStatus, WatchOrderRequest,
     },
@@ -27,19 +28,20 @@ use crate::{
     system::{Layout, ServerArguments, Service, stop},
     target::Target,
 };
-use testkit::processes::Process;
+use testkit::processes::{Process, free_port};
 
 const DIRECTORY: &str = "target/demo/postgres";
 const LOGS: &str = "target/demo/logs";
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(5);
 const SKU: &str = "MUG";
+const CUSTOMER: &str = "ann";
 const ORDERS_AT_ONCE: u32 = 50;
 /// Workers and batch of each relay, smaller than the defaults: one default lease would take all fifty events.
 const WORKERS: u64 = 5;
 const BATCH: u64 = 10;
 
-/// Events by worker.
+/// Inventory's events by worker.
 type Shares = BTreeMap<u64, u64>;
 
 /// Show the pattern step by step, in a few seconds
@@ -65,18 +67,20 @@ async fn show(arguments: &Arguments) -> Result<()> {
         return Err(error).context(LOGS);
     }
     let mut layout = Layout::on_free_ports(server, "orders", "inventory", Path::new(LOGS))?;
+    layout = layout.with_loyalty("loyalty", free_port()?);
     layout.settings.push(("RUST_LOG".into(), "info,outbox_relay=debug".into()));
     layout.settings.push(("RELAY_WORKERS".into(), WORKERS.to_string()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));
     layout.prepare().await?;
     let target = layout.target()?;
 
-    println!("\n  The transactional outbox: two services, each with a database, and a relay for each direction.\n");
+    println!("\n  The transactional outbox: services with a database each, and a relay for each that sends events.\n");
     println!("     {:<18} {:<12} {}", "PostgreSQL", "", layout.server.address());
     let mut processes = vec![start(&layout, Service::Inventory).await?, start(&layout, Service::Orders).await?];
     let (order_id, before) = show_commit(&target).await?;
     processes.push(show_delivery(&layout, &target, order_id, before).await?);
     processes.push(show_reply(&layout, &target, order_id).await?);
+    processes.push(show_second_subscriber(&layout, &target).await?);
     show_rejection(&target).await?;
     show_cancellation(&target, order_id, before).await?;
     show_dead_letter(&layout, &target).await?;
@@ -105,18 +109,22 @@ async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
     println!("     CreateOrder 3 × {SKU} → order {}, {}", order.order_id, status_name(order.status()));
     let order_id: Uuid = order.order_id.parse()?;
     let row = sqlx::query!(
-        "-- demo: show outbox row
-        SELECT event_id, event_type, sequence, length(payload) AS bytes FROM outbox WHERE aggregate_id = $1",
+        "-- demo: show outbox rows
+        SELECT event_id, event_type, sequence, length(payload) AS bytes, string_agg(name, ' and ' ORDER BY name) AS names
+        FROM outbox JOIN outbox_subscriptions USING (subscription_id)
+        WHERE aggregate_id = $1
+        GROUP BY event_id, event_type, sequence, payload",
         order_id
     )
     .fetch_one(&mut target.databases.orders().await?)
     .await?;
     println!(
-        "     its outbox row: event {}, {}, sequence {}, {} bytes",
+        "     its outbox rows: event {}, {}, sequence {}, {} bytes, for {}",
         row.event_id,
         row.event_type,
         row.sequence,
-        row.bytes.unwrap_or_default()
+        row.bytes.unwrap_or_default(),
+        row.names.unwrap_or_default()
     );
     println!(
         "     No relay runs yet. The event waits in the outbox, and the stock of {SKU} is still {}.",
@@ -128,7 +136,7 @@ async fn show_commit(target: &Target) -> Result<(Uuid, i64)> {
 async fn place(target: &Target, quantity: i32) -> Result<Order> {
     let request = CreateOrderRequest {
         request_id: Uuid::new_v4().into(),
-        customer_id: "ann".into(),
+        customer_id: CUSTOMER.into(),
         currency_code: "EUR".into(),
         items: vec![OrderItem { sku: SKU.into(), quantity, unit_price_minor: 1250 }],
     };
@@ -173,8 +181,32 @@ async fn show_reply(layout: &Layout, target: &Target, order_id: Uuid) -> Result<
     Ok(relay)
 }
 
+/// The order is CONFIRMED by now, so inventory has had its event.
+async fn show_second_subscriber(layout: &Layout, target: &Target) -> Result<Process> {
+    println!(
+        "\n  4. A second subscriber has a queue of its own. loyalty-service has not run so far, and nobody waited for it."
+    );
+    let loyalty = layout.loyalty.as_ref().context("the demo has loyalty-service")?;
+    let table = layout.operate(Service::OrdersRelay, &["subscriptions"]).await?;
+    show_output("outbox-relay subscriptions", &table);
+    let process = start(layout, Service::Loyalty).await?;
+    wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
+    let mut client = LoyaltyServiceClient::connect(format!("http://{}", loyalty.address)).await?;
+    let balance = client.get_balance(GetBalanceRequest { customer_id: CUSTOMER.into() }).await?.into_inner();
+    println!("     GetBalance → {CUSTOMER} has {} points", balance.points);
+    ensure!(balance.points > 0, "loyalty-service has awarded no points");
+    Ok(process)
+}
+
+fn show_output(command: &str, output: &str) {
+    println!("     $ {command}");
+    for line in output.lines() {
+        println!("       {line}");
+    }
+}
+
 async fn show_rejection(target: &Target) -> Result<()> {
-    println!("\n  4. An order that is too large is rejected by a reply, not by an error.");
+    println!("\n  5. An order that is too large is rejected by a reply, not by an error.");
     let placed = place(target, 1_000_000).await?;
     let order = watch(target, &placed.order_id).await?;
     println!("     CreateOrder 1000000 × {SKU} → {}: {}", status_name(order.status()), order.rejection);
@@ -183,7 +215,7 @@ async fn show_rejection(target: &Target) -> Result<()> {
 }
 
 async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Result<()> {
-    println!("\n  5. The first order is cancelled. Its events are delivered in sequence, and its stock returns.");
+    println!("\n  6. The first order is cancelled. Its events are delivered in sequence, and its stock returns.");
     let during = available(target, SKU).await?;
     let request = CancelOrderRequest { request_id: Uuid::new_v4().into(), order_id: order_id.into() };
     let order = target.orders().cancel_order(request).await?.into_inner();
@@ -195,7 +227,7 @@ async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Resu
 }
 
 async fn show_dead_letter(layout: &Layout, target: &Target) -> Result<()> {
-    println!("\n  6. An event that cannot be applied becomes a dead letter. Other events still arrive.");
+    println!("\n  7. An event that cannot be applied becomes a dead letter. Other events still arrive.");
     let event_id = enqueue_poison(target).await?.to_string();
     wait_for_dead(target).await?;
     for arguments in [
@@ -204,15 +236,14 @@ async fn show_dead_letter(layout: &Layout, target: &Target) -> Result<()> {
         &["dead", "discard", &event_id, "--by", "demo", "--reason", "an order without items"],
     ] {
         let quoted = arguments.iter().map(|text| if text.contains(' ') { format!("'{text}'") } else { (*text).into() });
-        println!("     $ outbox-relay {}", quoted.collect::<Vec<String>>().join(" "));
-        for line in layout.operate(Service::OrdersRelay, arguments).await?.lines() {
-            println!("       {line}");
-        }
+        let command = format!("outbox-relay {}", quoted.collect::<Vec<String>>().join(" "));
+        show_output(&command, &layout.operate(Service::OrdersRelay, arguments).await?);
     }
     Ok(())
 }
 
-/// Writes an event that only a service with a bug would write: an order without items.
+/// Writes an event that only a service with a bug would write: an order without items. It is for inventory alone, since
+/// loyalty does not look at items.
 async fn enqueue_poison(target: &Target) -> Result<Uuid> {
     let (order_id, event_id) = (Uuid::now_v7(), Uuid::now_v7());
     let poison = OrderCreated {
@@ -245,7 +276,7 @@ async fn wait_for_dead(target: &Target) -> Result<()> {
 }
 
 async fn show_workers(layout: &Layout, target: &Target) -> Result<()> {
-    println!("\n  7. {ORDERS_AT_ONCE} orders at once. SKIP LOCKED shares their events among {WORKERS} workers.");
+    println!("\n  8. {ORDERS_AT_ONCE} orders at once. SKIP LOCKED shares inventory's events among {WORKERS} workers.");
     let already = read_shares(layout)?;
     let started = Instant::now();
     let load = Load { orders: ORDERS_AT_ONCE, concurrency: ORDERS_AT_ONCE, retry_for: Duration::ZERO };
@@ -259,7 +290,7 @@ async fn show_workers(layout: &Layout, target: &Target) -> Result<()> {
     Ok(())
 }
 
-/// Events that each worker has settled since `already`. Waits until there are `expected`: a worker logs after it settles.
+/// Inventory's events that each worker has settled since `already`. Waits until there are `expected`: a worker logs after it settles.
 async fn wait_for_shares(layout: &Layout, already: &Shares, expected: u64) -> Result<Shares> {
     let started = Instant::now();
     loop {
@@ -276,14 +307,16 @@ async fn wait_for_shares(layout: &Layout, already: &Shares, expected: u64) -> Re
     }
 }
 
-/// Events that each worker has settled so far, from the relay's log.
+/// Inventory's events that each worker has settled so far, from the relay's log.
 fn read_shares(layout: &Layout) -> Result<Shares> {
     let path = layout.log(Service::OrdersRelay);
     let log = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let mut shares: Shares = (1..=WORKERS).map(|worker| (worker, 0)).collect();
     for line in log.lines() {
         let entry: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-        if let (Some(worker), Some(handled)) = (entry["worker"].as_u64(), entry["handled"].as_u64()) {
+        if entry["route"] == "inventory"
+            && let (Some(worker), Some(handled)) = (entry["worker"].as_u64(), entry["handled"].as_u64())
+        {
             *shares.entry(worker).or_default() += handled;
         }
     }
@@ -291,7 +324,7 @@ fn read_shares(layout: &Layout) -> Result<Shares> {
 }
 
 async fn show_replay(target: &Target) -> Result<()> {
-    println!("\n  8. One event is delivered twice, as after a lost reply. Its stock is deducted once.");
+    println!("\n  9. One event is delivered twice, as after a lost reply. Its stock is deducted once.");
     let replay = replay(target, SKU).await?;
     replay.check()?;
     let [before, after_first, after_second] = replay.stock;
@@ -302,7 +335,7 @@ async fn show_replay(target: &Target) -> Result<()> {
 }
 
 async fn show_audit(target: &Target) -> Result<()> {
-    println!("\n  9. The audit compares both databases, row by row.");
+    println!("\n  10. The audit compares the databases, row by row.");
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
     let audit = audit(&target.databases).await?;
     for line in audit.lines() {

@@ -267,7 +267,7 @@ impl Worker {
         let settled = settle(&self.database, lease, fates, policy, &self.shutdown).await;
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.name(), &settled);
-        debug!(worker = self.number, events, handled = settled.handled, ?settled, "settled");
+        debug!(route = self.route.name(), worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {
             warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
         }

@@ -315,15 +315,7 @@ const LOYALTY_DAMAGES: &[(&str, Side, &str)] = &[
     (
         " has not reached loyalty and has no event on its way",
         Side::Loyalty,
-        "DELETE FROM points WHERE order_id = (SELECT order_id FROM points ORDER BY order_id LIMIT 1)",
-    ),
-    (
-        " has not reached loyalty and has no event on its way",
-        Side::Loyalty,
-        // As if only its cancellation had been applied.
-        "UPDATE points SET customer_id = NULL, points = 0, event_id = NULL, awarded_at = NULL, cancelled_by = event_id,
-            cancelled_at = now()
-        WHERE order_id = (SELECT order_id FROM points ORDER BY order_id LIMIT 1)",
+        "DELETE FROM points WHERE order_id = (SELECT min(order_id::text)::uuid FROM points)",
     ),
     (
         " has points and was never committed",
@@ -333,17 +325,30 @@ const LOYALTY_DAMAGES: &[(&str, Side, &str)] = &[
     (
         " points for stress-",
         Side::Loyalty,
-        "UPDATE points SET points = points + 1 WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 2 LIMIT 1)",
+        "UPDATE points SET points = points + 1
+        WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 2 LIMIT 1)",
     ),
     (
         " points for mallory",
         Side::Loyalty,
-        "UPDATE points SET customer_id = 'mallory' WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 3 LIMIT 1)",
+        "UPDATE points SET customer_id = 'mallory'
+        WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 3 LIMIT 1)",
     ),
+    (
+        " is in loyalty's inbox and has changed no points",
+        Side::Loyalty,
+        "INSERT INTO processed_messages VALUES (gen_random_uuid())",
+    ),
+    (", which loyalty's inbox lacks", Side::Loyalty, "DELETE FROM processed_messages"),
+];
+
+/// The same, of damages that the audit looks at for longer, since an event might be on its way.
+const LOYALTY_DISAGREEMENTS: &[(&str, Side, &str)] = &[
     (
         " is CANCELLED, and its points still count",
         Side::Orders,
-        "UPDATE orders SET status = 'CANCELLED' WHERE order_id = (SELECT order_id FROM orders ORDER BY order_id OFFSET 5 LIMIT 1)",
+        "UPDATE orders SET status = 'CANCELLED'
+        WHERE order_id = (SELECT order_id FROM orders ORDER BY order_id OFFSET 5 LIMIT 1)",
     ),
     (
         " is CONFIRMED, and its points were taken back",
@@ -352,11 +357,13 @@ const LOYALTY_DAMAGES: &[(&str, Side, &str)] = &[
         WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 6 LIMIT 1)",
     ),
     (
-        " is in loyalty's inbox and has changed no points",
+        " has not reached loyalty and has no event on its way",
         Side::Loyalty,
-        "INSERT INTO processed_messages VALUES (gen_random_uuid())",
+        // As if only its cancellation had been applied.
+        "UPDATE points SET customer_id = NULL, points = 0, event_id = NULL, awarded_at = NULL, cancelled_by = event_id,
+            cancelled_at = now()
+        WHERE order_id = (SELECT order_id FROM points ORDER BY order_id OFFSET 7 LIMIT 1)",
     ),
-    (", which loyalty's inbox lacks", Side::Loyalty, "DELETE FROM processed_messages"),
 ];
 
 /// The first event of the first order, as if an operator had discarded it for one of its subscribers.
@@ -387,13 +394,16 @@ async fn the_audit_finds_what_is_lost_phantom_or_wrong_in_loyalty() {
         let is_lost = |found: &&String| found.contains(" has not reached loyalty");
         (audit.findings.iter().filter(is_lost).count(), audit.points.map(|points| points.discarded))
     };
-    assert_eq!(count_lost().await, (2, Some(0)));
+    assert_eq!(count_lost().await, (1, Some(0)));
     execute(&orders, &format!("{DISCARD_FIRST}'inventory'")).await;
-    assert_eq!(count_lost().await, (2, Some(0)), "what inventory has lost does not excuse loyalty");
+    assert_eq!(count_lost().await, (1, Some(0)), "what inventory has lost does not excuse loyalty");
     execute(&orders, &format!("{DISCARD_FIRST}'loyalty'")).await;
-    assert_eq!(count_lost().await, (1, Some(1)));
+    assert_eq!(count_lost().await, (0, Some(1)));
+
+    system.is_found(LOYALTY_DISAGREEMENTS).await;
+    assert_eq!(count_lost().await.0, 1);
     execute(&orders, "UPDATE outbox_subscriptions SET created_at = now()").await;
-    assert_eq!(count_lost().await.0, 0, "these orders are older than the subscription");
+    assert_eq!(count_lost().await.0, 0, "this order is older than the subscription");
     execute(&orders, "UPDATE outbox_subscriptions SET ended_at = now(), ended_by = 'test', reason = 'test'").await;
     assert_eq!(count_lost().await.1, None);
     system.kill().await;

@@ -12,11 +12,11 @@ use tokio::{process::Command, time::sleep};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// The first of five free ports. They are between those that other tests use and those of outgoing connections.
-fn five_free_ports() -> u16 {
+/// The first of six free ports. They are between those that other tests use and those of outgoing connections.
+fn six_free_ports() -> u16 {
     let is_free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
-    let mut firsts = (32_000..32_760).step_by(5);
-    firsts.find(|first| (*first..first + 5).all(is_free)).expect("five free ports")
+    let mut firsts = (32_000..32_760).step_by(6);
+    firsts.find(|first| (*first..first + 6).all(is_free)).expect("six free ports")
 }
 
 async fn wait_for_log(process: &mut Process, text: &str) {
@@ -33,7 +33,7 @@ async fn up_waits_for_a_taken_port_and_says_where_it_is() {
         return;
     }
     let scratch = Scratch::new();
-    let first = five_free_ports();
+    let first = six_free_ports();
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, first + 1)).unwrap();
     let mut harness = Command::new(env!("CARGO_BIN_EXE_harness"));
     harness.args(["up", "--ports-from", &first.to_string()]).current_dir(&*scratch);
@@ -47,9 +47,9 @@ async fn up_waits_for_a_taken_port_and_says_where_it_is() {
     drop(taken);
     wait_for_log(&mut up, "Ctrl-C ends everything").await;
     let log = up.log().unwrap();
-    for (name, port) in
-        ["order-service", "inventory-service", "orders-relay", "inventory-relay", "PostgreSQL"].into_iter().zip(first..)
-    {
+    let names =
+        ["order-service", "inventory-service", "orders-relay", "inventory-relay", "loyalty-service", "PostgreSQL"];
+    for (name, port) in names.into_iter().zip(first..) {
         assert!(log.contains(&format!("up: {name:<18} 127.0.0.1:{port}")), "{log}");
     }
 
@@ -60,6 +60,7 @@ async fn up_waits_for_a_taken_port_and_says_where_it_is() {
     let commands = Command::new("sh").args(["-ec", &script]).current_dir(&*scratch).output().await.unwrap();
     let [output, errors] = [commands.stdout, commands.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
     assert!(commands.status.success() && output.contains("audit: 50 orders"), "{script}: {output}{errors}");
+    assert!(output.contains("audit: loyalty: 50 orders awarded"), "{output}");
 
     let exit = up.stop(Signal::INT, LIMIT).await.unwrap();
     assert!(exit.status.success() && !exit.killed, "{}", up.log().unwrap());
