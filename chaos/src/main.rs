@@ -94,9 +94,9 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// Exits with 1 if the checker finds anything, or if the run shows nothing. A run shows nothing if fewer than 70 % of
 /// the orders were acknowledged, or if a class of faults had no effect. The same holds if no duplicate was suppressed,
 /// no repeated call was answered, or stock, points or sessions were never checked. Each kind of process must crash at a
-/// point. From 4 minutes on, a run also shows nothing if it reached fewer than half of the crash points. From 8 minutes
-/// on, it must reach every common point, which ordinary work passes. A run that fails keeps its logs, its history and
-/// the logs of the databases in target/chaos/failed-SEED. Ctrl-C stops a run.
+/// point. From 4 minutes on, a run also shows nothing if it reached fewer than a third of the crash points. From 8
+/// minutes on, it must reach every common point, which ordinary work passes. A run that fails keeps its logs, its
+/// history and the logs of the databases in target/chaos/failed-SEED. Ctrl-C stops a run.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong arguments.")]
 struct Arguments {

@@ -21,9 +21,9 @@ use super::{
 const SHOWN: usize = 40;
 /// The share of patient clients' orders that must be acknowledged.
 const ACKNOWLEDGED_SHARE_MIN: f64 = 0.7;
-/// The share of all points that a run of this many minutes reaches, rare ones or not. Fewer mean that the proxies do
-/// not recognize the statements any more.
-const REACHED_SHARE_MIN: f64 = 0.5;
+/// The share of all points that a run of this many minutes reaches, rare ones or not, also on a machine with other work.
+/// Fewer mean that the proxies do not recognize the statements any more.
+const REACHED_SHARE_MIN: f64 = 1.0 / 3.0;
 const REACHED_FROM_MINUTES: u64 = 4;
 /// A run of this many minutes reaches each of the common points.
 const COMMON_FROM_MINUTES: u64 = 8;
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_of_some_minutes_reaches_half_of_the_points() {
+    fn a_run_of_some_minutes_reaches_a_third_of_the_points() {
         assert!(judge(3, CrashPoint::is_common).is_empty());
         let vacuous = judge(4, CrashPoint::is_common);
         assert_eq!(vacuous, [format!("processes crashed at only 32 of {} points", points().len())]);
