@@ -160,7 +160,7 @@ fn count_in(log: &Path, text: &str) -> Result<usize> {
     Ok(fs::read_to_string(log)?.matches(text).count())
 }
 
-/// Answers the relays in place of a receiver, which is not touched. Returns whether a delivery was answered so.
+/// Answers the relays in place of a receiver, which is not touched. Returns whether a call was answered so.
 async fn stand_in_for(world: &World, receiver: Part, stand_in: StandIn, lasts: Duration) -> bool {
     let stood_in = || -> u64 {
         Route::to(receiver).map(|route| world.site.to_receiver(route).stood_in.load(Ordering::Relaxed)).sum()

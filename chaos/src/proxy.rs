@@ -76,7 +76,7 @@ pub(super) struct Link {
     pub(super) impaired: AtomicU64,
     /// Events that a receiver answered as duplicates.
     pub(super) duplicates: AtomicU64,
-    /// Deliveries that a stand-in has answered.
+    /// Calls that a stand-in has answered.
     pub(super) stood_in: AtomicU64,
 }
 

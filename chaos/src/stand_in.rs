@@ -44,26 +44,31 @@ struct Reply {
 }
 
 impl StandIn {
-    /// Serves one connection until the client ends it, and counts the deliveries.
-    pub(super) async fn serve(self, client: TcpStream, receiver: SocketAddr, deliveries: &AtomicU64) {
+    /// Serves one connection until the client ends it, and counts the calls that are not passed on.
+    pub(super) async fn serve(self, client: TcpStream, receiver: SocketAddr, answered: &AtomicU64) {
         let Ok(mut connection) = h2::server::handshake(client).await else { return };
         let mut answering = JoinSet::new();
         loop {
             select! {
                 accepted = connection.accept() => {
                     let Some(Ok((request, respond))) = accepted else { return };
-                    deliveries.fetch_add(u64::from(request.uri().path().ends_with("/Deliver")), Ordering::Relaxed);
-                    answering.spawn(self.answer_call(request, respond, receiver));
+                    let passes_on = self.describes && request.uri().path().ends_with("/Describe");
+                    answered.fetch_add(u64::from(!passes_on), Ordering::Relaxed);
+                    answering.spawn(self.answer_call(request, respond, passes_on.then_some(receiver)));
                 }
                 Some(_) = answering.join_next() => {}
             }
         }
     }
 
-    async fn answer_call(self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>, receiver: SocketAddr) {
-        let asks_to_describe = request.uri().path().ends_with("/Describe");
+    async fn answer_call(
+        self,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+        passed_to: Option<SocketAddr>,
+    ) {
         read(request.into_body()).await;
-        let Reply { head, body, trailers } = if self.describes && asks_to_describe {
+        let Reply { head, body, trailers } = if let Some(receiver) = passed_to {
             describe(receiver)
                 .await
                 .map_or_else(|status| status_only(status.code().into(), "away"), |description| whole(&description))
@@ -160,16 +165,16 @@ mod tests {
 
     use super::{Answer, StandIn};
 
-    /// Where a stand-in serves one connection, and the count of its deliveries.
+    /// Where a stand-in serves one connection, and the count of its answers.
     async fn serve(stand_in: StandIn, receiver: SocketAddr) -> (SocketAddr, Arc<AtomicU64>) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
-        let (address, deliveries) = (listener.local_addr().expect("its address"), Arc::new(AtomicU64::new(0)));
-        let counted = deliveries.clone();
+        let (address, answered) = (listener.local_addr().expect("its address"), Arc::new(AtomicU64::new(0)));
+        let counted = answered.clone();
         tokio::spawn(async move {
             let (client, _) = listener.accept().await.expect("a connection");
             stand_in.serve(client, receiver, &counted).await;
         });
-        (address, deliveries)
+        (address, answered)
     }
 
     fn nowhere() -> SocketAddr {
@@ -214,13 +219,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn describe_is_passed_on_and_only_deliveries_count() {
+    async fn describe_is_passed_on_and_does_not_count() {
         let (receiver, _) = serve(StandIn { answer: Answer::DeadlineExceeded, describes: false }, nowhere()).await;
-        let (address, deliveries) = serve(StandIn { answer: Answer::Unknown, describes: true }, receiver).await;
+        let (address, answered) = serve(StandIn { answer: Answer::Unknown, describes: true }, receiver).await;
         let mut client = EventReceiverClient::connect(format!("http://{address}")).await.expect("it listens");
         let described = client.describe(DescribeRequest {}).await.expect_err("the receiver answers so");
-        assert_eq!((described.code(), deliveries.load(Ordering::Relaxed)), (Code::DeadlineExceeded, 0));
+        assert_eq!((described.code(), answered.load(Ordering::Relaxed)), (Code::DeadlineExceeded, 0));
         let delivered = client.deliver(DeliverRequest::default()).await.expect_err("the stand-in answers so");
-        assert_eq!((delivered.code(), deliveries.load(Ordering::Relaxed)), (Code::Unknown, 1));
+        assert_eq!((delivered.code(), answered.load(Ordering::Relaxed)), (Code::Unknown, 1));
     }
 }
