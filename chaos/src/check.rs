@@ -70,6 +70,7 @@ pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let mut inventory = connect_patiently(world, Part::Inventory).await?;
     let began = Instant::now();
     check_apart(world, &mut orders, &mut inventory, verdict).await?;
+    check_unheard(&mut orders, verdict).await?;
     give_up_unheard(&mut orders, verdict).await?;
     match wait_until_delivered(&world.target.databases, DELIVERED_LIMIT).await {
         Ok(_) => verdict.drained = began.elapsed(),
@@ -126,9 +127,8 @@ async fn check_breaches(connection: &mut PgConnection, verdict: &mut Verdict) ->
     Ok(())
 }
 
-/// Events of a type that the receiver does not list wait with that reason, and none is dead. Then they are given up, so
-/// that they are among the dead poison events below.
-async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+/// Events of a type that the receiver does not list wait with that reason, and none is dead.
+async fn check_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
     let began = Instant::now();
     loop {
         let (waiting, dead): (i64, i64) = sqlx::query_as(
@@ -144,24 +144,45 @@ async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Re
             verdict.others.push(format!("{dead} events are dead whose type the receiver did not know"));
         }
         if waiting == 0 {
-            break;
+            return Ok(());
         }
         if began.elapsed() > DELIVERED_LIMIT {
             verdict.others.push(format!("{waiting} events of an unknown type do not say that they wait for it"));
-            break;
+            return Ok(());
         }
         sleep(Duration::from_millis(100)).await;
     }
-    sqlx::query(
-        "-- chaos: give up unheard
-        UPDATE outbox
-        SET visible_at = 'infinity', lease_token = NULL, last_error = coalesce(last_error, 'never leased')
-        WHERE event_type = $1",
-    )
-    .bind(UNHEARD)
-    .execute(orders)
-    .await?;
-    Ok(())
+}
+
+/// Then they are given up, so that they are among the dead poison events below. A relay may have leased one again, and
+/// its lease is not taken away: the trigger that watches the leases would take that for a breach.
+async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        sqlx::query(
+            "-- chaos: give up unheard
+            UPDATE outbox SET visible_at = 'infinity', last_error = coalesce(last_error, 'never leased')
+            WHERE event_type = $1 AND lease_token IS NULL",
+        )
+        .bind(UNHEARD)
+        .execute(&mut *orders)
+        .await?;
+        let leased: i64 = sqlx::query_scalar(
+            "-- chaos: count unheard that are leased
+            SELECT count(*) FROM outbox WHERE event_type = $1 AND visible_at < 'infinity'",
+        )
+        .bind(UNHEARD)
+        .fetch_one(&mut *orders)
+        .await?;
+        if leased == 0 {
+            return Ok(());
+        }
+        if began.elapsed() > DELIVERED_LIMIT {
+            verdict.others.push(format!("{leased} events of an unknown type stay leased"));
+            return Ok(());
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Exactly the poison events are dead, each for the receivers that cannot apply it. They are then discarded, as an operator
