@@ -11,7 +11,7 @@ help:
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
 	@echo 'make chaos       break it in every way known for four minutes, and check that nothing is lost or applied twice'
 	@echo 'make test        every test, each with a database of its own'
-	@echo 'make broken-variants  whether harness chaos finds eight ways to break the pattern: half an hour (more the first time)'
+	@echo 'make broken-variants  whether harness chaos finds ten ways to break the pattern: half an hour (more the first time)'
 	@echo 'make prepare     renew the data that SQL is checked against at compile time, after changing SQL'
 	@echo 'make ci          all that a change has to pass'
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, env, error::Error, fs, io, path::Path};
 
 /// The crates whose statements the processes under test execute.
-const CRATES: [&str; 4] = ["inventory-service", "order-service", "outbox", "outbox-relay"];
+const CRATES: [&str; 5] = ["inventory-service", "loyalty-service", "order-service", "outbox", "outbox-relay"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let workspace = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("..");

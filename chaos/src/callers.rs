@@ -22,7 +22,7 @@ const OVERLOAD_ATTEMPTS: u32 = 3;
 const CALLS_PER_CONNECTION: usize = 150;
 
 pub(super) fn client(world: &World, name: &str) -> Client {
-    Client::new(name.into(), &world.target, world.history.clone())
+    Client::new(name.into(), world)
 }
 
 /// Many callers hang up, each at a random moment of its call.

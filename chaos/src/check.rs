@@ -12,8 +12,18 @@ use sqlx::PgConnection;
 use tokio::{process::Command, time::sleep};
 use uuid::Uuid;
 
-use super::{history::Known, poison::UNHEARD, site::Part, world::World};
-use harness::{audit::audit, stress::wait_until_delivered, system::operate};
+use super::{
+    apart::{Waiting, drain_apart},
+    history::Known,
+    poison::UNHEARD,
+    site::Part,
+    world::World,
+};
+use harness::{
+    audit::{Points, audit},
+    stress::wait_until_delivered,
+    system::operate,
+};
 
 /// How long the system may take to deliver all events once the faults are undone.
 const DELIVERED_LIMIT: Duration = Duration::from_secs(60);
@@ -29,6 +39,10 @@ pub(super) struct Verdict {
     pub(super) others: Vec<String>,
     /// How long it took from the end of the load until all events were delivered, if they were.
     pub(super) drained: Duration,
+    /// Events for loyalty-service that waited while all others were delivered.
+    pub(super) waited: i64,
+    /// How the orders are known to loyalty-service, if that was compared.
+    pub(super) points: Option<Points>,
 }
 
 impl Verdict {
@@ -54,9 +68,12 @@ impl Verdict {
 pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     let mut orders = connect_patiently(world, Part::Orders).await?;
     let mut inventory = connect_patiently(world, Part::Inventory).await?;
+    let began = Instant::now();
+    check_apart(world, &mut orders, &mut inventory, verdict).await?;
+    check_unheard(&mut orders, verdict).await?;
     give_up_unheard(&mut orders, verdict).await?;
     match wait_until_delivered(&world.target.databases, DELIVERED_LIMIT).await {
-        Ok(drained) => verdict.drained = drained,
+        Ok(_) => verdict.drained = began.elapsed(),
         Err(error) => verdict.others.push(format!("after all faults were undone: {error:#}")),
     }
     for connection in [&mut orders, &mut inventory] {
@@ -68,8 +85,24 @@ pub(super) async fn check(world: &World, verdict: &mut Verdict) -> Result<()> {
     check_sequence(&mut inventory, verdict).await?;
     restore_inbox(world, &mut inventory).await?;
     let audit = audit(&world.target.databases).await?;
+    verdict.points = audit.points;
     audit.findings.into_iter().for_each(|finding| verdict.add(finding));
     check_files(world, verdict).await
+}
+
+async fn check_apart(
+    world: &World,
+    orders: &mut PgConnection,
+    inventory: &mut PgConnection,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let Waiting { for_it, for_others } = drain_apart(world, orders, inventory, DELIVERED_LIMIT).await?;
+    verdict.waited = for_it;
+    if for_others > 0 {
+        let what = format!("{for_others} events for others were not delivered while loyalty-service was away");
+        verdict.others.push(what);
+    }
+    Ok(())
 }
 
 /// Waits until a database answers, which may have crashed a moment ago.
@@ -94,9 +127,8 @@ async fn check_breaches(connection: &mut PgConnection, verdict: &mut Verdict) ->
     Ok(())
 }
 
-/// Events of a type that the receiver does not list wait with that reason, and none is dead. Then they are given up, so
-/// that they are among the dead poison events below.
-async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+/// Events of a type that the receiver does not list wait with that reason, and none is dead.
+async fn check_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
     let began = Instant::now();
     loop {
         let (waiting, dead): (i64, i64) = sqlx::query_as(
@@ -112,28 +144,49 @@ async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Re
             verdict.others.push(format!("{dead} events are dead whose type the receiver did not know"));
         }
         if waiting == 0 {
-            break;
+            return Ok(());
         }
         if began.elapsed() > DELIVERED_LIMIT {
             verdict.others.push(format!("{waiting} events of an unknown type do not say that they wait for it"));
-            break;
+            return Ok(());
         }
         sleep(Duration::from_millis(100)).await;
     }
-    sqlx::query(
-        "-- chaos: give up unheard
-        UPDATE outbox
-        SET visible_at = 'infinity', lease_token = NULL, last_error = coalesce(last_error, 'never leased')
-        WHERE event_type = $1",
-    )
-    .bind(UNHEARD)
-    .execute(orders)
-    .await?;
-    Ok(())
 }
 
-/// Exactly the poison events are dead. They are then discarded, as an operator would, so that the audit does not report
-/// them.
+/// Then they are given up, so that they are among the dead poison events below. A relay may have leased one again, and
+/// its lease is not taken away: the trigger that watches the leases would take that for a breach.
+async fn give_up_unheard(orders: &mut PgConnection, verdict: &mut Verdict) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        sqlx::query(
+            "-- chaos: give up unheard
+            UPDATE outbox SET visible_at = 'infinity', last_error = coalesce(last_error, 'never leased')
+            WHERE event_type = $1 AND lease_token IS NULL",
+        )
+        .bind(UNHEARD)
+        .execute(&mut *orders)
+        .await?;
+        let leased: i64 = sqlx::query_scalar(
+            "-- chaos: count unheard that are leased
+            SELECT count(*) FROM outbox WHERE event_type = $1 AND visible_at < 'infinity'",
+        )
+        .bind(UNHEARD)
+        .fetch_one(&mut *orders)
+        .await?;
+        if leased == 0 {
+            return Ok(());
+        }
+        if began.elapsed() > DELIVERED_LIMIT {
+            verdict.others.push(format!("{leased} events of an unknown type stay leased"));
+            return Ok(());
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Exactly the poison events are dead, each for the receivers that cannot apply it. They are then discarded, as an operator
+/// would, so that the audit does not report them.
 async fn check_dead(
     world: &World,
     orders: &mut PgConnection,
@@ -143,30 +196,39 @@ async fn check_dead(
     let poisoned = world.poisoned.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut dead = BTreeSet::new();
     for (part, connection) in [(Part::Orders, orders), (Part::Inventory, inventory)] {
-        let rows: Vec<(Uuid, Uuid, String)> = sqlx::query_as(
+        let rows: Vec<(Uuid, Uuid, String, String)> = sqlx::query_as(
             "-- chaos: read dead
-            SELECT aggregate_id, event_id, last_error FROM outbox WHERE visible_at = 'infinity'",
+            SELECT aggregate_id, event_id, name, last_error FROM outbox JOIN outbox_subscriptions USING (subscription_id)
+            WHERE visible_at = 'infinity'",
         )
         .fetch_all(connection)
         .await?;
-        for (aggregate, event_id, reason) in rows {
-            if poisoned.contains(&aggregate) {
-                discard(world, part, event_id).await?;
+        for (aggregate, event_id, subscription, reason) in rows {
+            let poison = poisoned.iter().find(|(of, receiver)| *of == aggregate && receiver.database() == subscription);
+            if poison.is_some() {
+                discard(world, part, event_id, &subscription).await?;
             } else {
-                verdict.others.push(format!("event {event_id} of {aggregate} is dead, and was no poison: {reason}"));
+                verdict.others.push(format!(
+                    "event {event_id} of {aggregate} for {subscription} is dead, and was no poison: {reason}"
+                ));
             }
-            dead.insert(aggregate);
+            dead.extend(poison);
         }
     }
     let alive = poisoned.difference(&dead);
-    verdict.others.extend(alive.map(|aggregate| format!("the poison event of {aggregate} is not dead")));
+    verdict.others.extend(
+        alive.map(|(aggregate, receiver)| {
+            format!("the poison event of {aggregate} for {} is not dead", receiver.name())
+        }),
+    );
     Ok(())
 }
 
-async fn discard(world: &World, part: Part, event_id: Uuid) -> Result<()> {
+async fn discard(world: &World, part: Part, event_id: Uuid, subscription: &str) -> Result<()> {
     let event_id = event_id.to_string();
-    let arguments = ["dead", "discard", &event_id, "--by", "chaos", "--reason", "poison of this run"];
-    operate(&world.site.relay_url(part), &arguments).await.map(drop)
+    let arguments = ["dead", "discard", &event_id, "--subscription", subscription];
+    let reason = ["--by", "chaos", "--reason", "poison of this run"];
+    operate(&world.site.relay_url(part), &[&arguments[..], &reason].concat()).await.map(drop)
 }
 
 /// The orders as they are in the database: by id, the request that has placed it, and its status.
@@ -284,7 +346,7 @@ async fn check_sequence(inventory: &mut PgConnection, verdict: &mut Verdict) -> 
 
 /// Has PostgreSQL verify its tables and indexes.
 async fn check_files(world: &World, verdict: &mut Verdict) -> Result<()> {
-    for part in [Part::Orders, Part::Inventory] {
+    for part in Part::SERVICES {
         let mut command = Command::new(world.site.installation.client("pg_amcheck"));
         command.args(["--install-missing", &world.site.superuser_url(part)]);
         let output = command.kill_on_drop(true).output().await.context("cannot run pg_amcheck")?;

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use proto::{
     inventory::v1::{AdjustStockRequest, inventory_service_client::InventoryServiceClient},
+    loyalty::v1::{GetBalanceRequest, loyalty_service_client::LoyaltyServiceClient},
     orders::v1::{
         CancelOrderRequest, CreateOrderRequest, Order, OrderItem, OrderStatus, WatchOrderRequest,
         order_service_client::OrderServiceClient,
@@ -14,11 +15,17 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{
+    Code, Request, Status,
+    transport::{Channel, Endpoint},
+};
 use uuid::Uuid;
 
-use super::history::{Ending, History};
-use harness::{stress::check_reply, target::Target};
+use super::{
+    history::{Ending, History},
+    world::World,
+};
+use harness::stress::check_reply;
 
 const CLIENTS: u32 = 16;
 /// The longest pause of a client between two orders.
@@ -35,10 +42,10 @@ pub(super) const HANG_UP_MAX: Duration = Duration::from_millis(50);
 const SKUS: [&str; 5] = ["COFFEE-BEANS", "FILTER-PAPER", "GRINDER", "KETTLE", "MUG"];
 
 /// Starts the clients. After `stop` they finish their last orders and end.
-pub(super) fn start(target: &Target, history: &Arc<History>, stop: &CancellationToken) -> JoinSet<()> {
+pub(super) fn start(world: &World, stop: &CancellationToken) -> JoinSet<()> {
     let mut clients = JoinSet::new();
     for number in 1..=CLIENTS {
-        let client = Client::new(format!("client-{number}"), target, history.clone());
+        let client = Client::new(format!("client-{number}"), world);
         clients.spawn(client.work(stop.clone()));
     }
     clients
@@ -50,12 +57,19 @@ pub(super) struct Client {
     name: Arc<str>,
     orders: OrderServiceClient<Channel>,
     inventory: InventoryServiceClient<Channel>,
+    loyalty: LoyaltyServiceClient<Channel>,
     history: Arc<History>,
 }
 
 impl Client {
-    pub(super) fn new(name: String, target: &Target, history: Arc<History>) -> Self {
-        Self { name: name.into(), orders: target.orders(), inventory: target.inventory(), history }
+    pub(super) fn new(name: String, world: &World) -> Self {
+        Self {
+            name: name.into(),
+            orders: world.target.orders(),
+            inventory: world.target.inventory(),
+            loyalty: LoyaltyServiceClient::new(Endpoint::from(world.loyalty.clone()).connect_lazy()),
+            history: world.history.clone(),
+        }
     }
 
     async fn work(mut self, stop: CancellationToken) {
@@ -69,6 +83,7 @@ impl Client {
                     0..10 => self.cancel(&order).await,
                     10..14 => self.watch(&order).await,
                     14..16 => self.adjust().await,
+                    16..20 => self.ask_balance(&order).await,
                     _ => {}
                 }
             }
@@ -203,6 +218,17 @@ impl Client {
                 }
                 Err(_) => sleep(RETRY_PAUSE_MAX.mul_f64(fastrand::f64())).await,
             }
+        }
+    }
+
+    /// Asks for the points of the customer, once.
+    async fn ask_balance(&mut self, order: &Order) {
+        let id: Uuid = order.order_id.parse().unwrap_or_default();
+        let request = GetBalanceRequest { customer_id: order.customer_id.clone() };
+        self.history.invoke(&self.name, "balance", id);
+        let answer = timeout(CALL_LIMIT * 2, self.loyalty.get_balance(limited(request))).await;
+        if let Err((Ending::Fail, code)) = self.ending("balance", id, answer) {
+            self.history.violation(format!("the balance of {} was refused with {code:?}", order.customer_id));
         }
     }
 

@@ -17,7 +17,7 @@ use super::{
     history::History,
     points::{CrashPoint, Kind, points},
     proxy::Link,
-    site::{Part, Site},
+    site::{Part, Route, Site},
     trap::{Hold, Trap, TrapGuard},
     wire::Mark,
 };
@@ -60,9 +60,9 @@ impl Crashes {
         let mut guards = Vec::new();
         for part in Part::ALL {
             guards.push(self.watch_link(site, part, site.to_database(part), Hold::Keep, history));
-            if part.is_relay() {
+            for route in Route::of(part) {
                 for hold in [Hold::Keep, Hold::PassBefore] {
-                    guards.push(self.watch_link(site, part, site.to_receiver(part), hold, history));
+                    guards.push(self.watch_link(site, part, site.to_receiver(route), hold, history));
                 }
             }
         }

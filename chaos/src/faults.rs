@@ -4,7 +4,10 @@ use std::{fmt, time::Duration};
 
 use fastrand::Rng;
 
-use super::site::Part;
+use super::{
+    site::{Part, Route},
+    stand_in::{Answer, StandIn},
+};
 
 /// One fault. The seed has drawn everything that decides what it does, except at which point a process crashes: that
 /// depends on which statements are executed.
@@ -30,7 +33,7 @@ pub(super) enum Fault {
         late: Option<Duration>,
         lasts: Duration,
     },
-    StopPastLease(Part),
+    StopPastLease(Route),
     WrongClock {
         part: Part,
         ahead: bool,
@@ -58,6 +61,12 @@ pub(super) enum Fault {
     },
     Overload,
     RollingRestart,
+    /// A receiver is stood in for, on the way from every relay.
+    StandIn {
+        receiver: Part,
+        stand_in: StandIn,
+        lasts: Duration,
+    },
 }
 
 /// What happens to a database server.
@@ -88,7 +97,7 @@ pub(super) enum ReceiverFault {
 }
 
 /// The classes in the order of their numbers, which begin with 1.
-pub(super) const CLASSES: [&str; 20] = [
+pub(super) const CLASSES: [&str; 24] = [
     "a process killed",
     "a crash at a named point",
     "PostgreSQL crashed, a backend killed, or sessions terminated",
@@ -108,10 +117,14 @@ pub(super) const CLASSES: [&str; 20] = [
     "malformed, truncated, oversized, and random messages",
     "more load than a service takes",
     "a rolling restart",
+    "a receiver that answers every call UNKNOWN",
+    "a receiver that answers every call DEADLINE_EXCEEDED",
+    "a proxy that answers for a receiver with a page of HTML",
+    "a receiver whose answers have no gRPC status",
     "two to four of these at the same time",
 ];
 /// Number of the class for faults at the same time.
-pub(super) const TOGETHER: usize = 20;
+pub(super) const TOGETHER: usize = 24;
 
 impl Fault {
     /// From 1.
@@ -136,6 +149,12 @@ impl Fault {
             Self::Garbage { .. } => 17,
             Self::Overload => 18,
             Self::RollingRestart => 19,
+            Self::StandIn { stand_in, .. } => match stand_in.answer {
+                Answer::Unknown => 20,
+                Answer::DeadlineExceeded => 21,
+                Answer::Page(_) => 22,
+                Answer::NoStatus => 23,
+            },
         }
     }
 
@@ -165,23 +184,26 @@ impl Fault {
     /// One of the class.
     fn draw(class: usize, rng: &mut Rng) -> Self {
         let part = any(rng, &Part::ALL);
-        let service = any(rng, &[Part::Orders, Part::Inventory]);
+        let service = any(rng, &Part::SERVICES);
         let lasts = Duration::from_millis(rng.u64(1500..4000));
         let link = rng.usize(..LINKS);
         match class {
             1 => Self::Kill(part),
             2 => Self::Crash,
-            3 => Self::Postgres(service, draw_postgres(rng)),
+            3 => Self::Postgres(any(rng, &[Part::Orders, Part::Inventory]), draw_postgres(rng)),
             4 => Self::EndConnections { link, reset: rng.bool() },
             5 => Self::LoseReply { link },
             6 => Self::HalfOpen { link, lasts },
             7 => Self::Slow { link, late: rng.bool().then(|| Duration::from_millis(rng.u64(200..5000))), lasts },
-            8 => Self::StopPastLease(any(rng, &Part::RELAYS)),
+            8 => Self::StopPastLease(any(rng, &Route::ALL)),
             9 => Self::WrongClock { part, ahead: rng.bool(), lasts },
             // `Deadly` strikes once, and takes most of a run.
             10 => Self::Poison(any(rng, &[Poison::Undecodable, Poison::UnknownType, Poison::OfNoOrder])),
             11 if rng.bool() => Self::Receiver { part: service, how: ReceiverFault::Hang(lasts) },
-            11 => Self::Receiver { part: Part::Inventory, how: ReceiverFault::CrashOn { times: rng.u32(1..4) } },
+            11 => {
+                let part = any(rng, &[Part::Inventory, Part::Loyalty]);
+                Self::Receiver { part, how: ReceiverFault::CrashOn { times: rng.u32(1..4) } }
+            }
             12 => Self::FillDisk { lasts },
             13 => Self::Exhaust { part: service, pool: rng.bool(), lasts: lasts.mul_f64(0.6) },
             14 => Self::HangUps,
@@ -189,13 +211,14 @@ impl Fault {
             16 => Self::SameRequest,
             17 => Self::Garbage { part, seed: rng.u64(..) },
             18 => Self::Overload,
-            _ => Self::RollingRestart,
+            19 => Self::RollingRestart,
+            _ => Self::StandIn { receiver: service, stand_in: draw_stand_in(class, rng), lasts: lasts.mul_f64(1.5) },
         }
     }
 }
 
-/// Links that a fault can break: each process to its database, each relay to its receiver, clients to each service.
-const LINKS: usize = 12;
+/// Links that a fault can break: each process to its database, each relay to its receivers, clients to each service.
+const LINKS: usize = Part::ALL.len() + Route::ALL.len() + Part::SERVICES.len();
 
 fn any<T: Copy>(rng: &mut Rng, choices: &[T]) -> T {
     choices[rng.usize(..choices.len())]
@@ -207,6 +230,17 @@ fn draw_postgres(rng: &mut Rng) -> PostgresFault {
         1 => PostgresFault::KillBackend,
         _ => PostgresFault::TerminateSessions,
     }
+}
+
+fn draw_stand_in(class: usize, rng: &mut Rng) -> StandIn {
+    let answer = match class {
+        20 => Answer::Unknown,
+        21 => Answer::DeadlineExceeded,
+        22 => Answer::Page(any(rng, &[502, 503, 504])),
+        _ => Answer::NoStatus,
+    };
+    // Mostly Describe works. Otherwise the route stays closed, and no event is delivered.
+    StandIn { answer, describes: rng.u8(..4) > 0 }
 }
 
 /// The faults of a run, step by step. A step is one fault, or several at the same time.
@@ -284,7 +318,9 @@ impl fmt::Display for Fault {
         match self {
             Self::Kill(part) => write!(f, "kill {}", part.name()),
             Self::Crash => write!(f, "crash at a point"),
-            Self::StopPastLease(relay) => write!(f, "stop {} past its lease", relay.name()),
+            Self::StopPastLease(route) => {
+                write!(f, "stop {} past its lease, on the way to {}", route.relay.name(), route.receiver.name())
+            }
             other => write!(f, "{other:?}"),
         }
     }
@@ -294,7 +330,9 @@ impl fmt::Display for Fault {
 mod tests {
     use std::collections::HashSet;
 
-    use super::{Fault, Schedule, TOGETHER};
+    use fastrand::Rng;
+
+    use super::{CLASSES, Fault, Schedule, TOGETHER};
 
     fn steps(seed: u64, count: usize) -> Vec<Vec<Fault>> {
         let mut schedule = Schedule::of(seed, true);
@@ -320,9 +358,18 @@ mod tests {
     #[test]
     fn every_class_strikes_once_before_any_strikes_again() {
         for seed in 0..100 {
-            let early: Vec<usize> = steps(seed, 19).into_iter().flatten().map(|fault| fault.class()).collect();
-            let classes: HashSet<usize> = early[..19].iter().copied().collect();
-            assert_eq!(classes.len(), TOGETHER - 1, "seed {seed}");
+            let once = TOGETHER - 1;
+            let early: Vec<usize> = steps(seed, once).into_iter().flatten().map(|fault| fault.class()).collect();
+            let classes: HashSet<usize> = early[..once].iter().copied().collect();
+            assert_eq!(classes.len(), once, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn a_fault_is_of_the_class_that_it_was_drawn_for() {
+        assert_eq!(TOGETHER, CLASSES.len());
+        for class in 1..TOGETHER {
+            assert_eq!(Fault::draw(class, &mut Rng::with_seed(7)).class(), class);
         }
     }
 }

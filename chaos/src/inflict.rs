@@ -23,7 +23,8 @@ use super::{
     poison::{crash_on_event, poison},
     proxy::{Condition, End, Link},
     redeliver::deliver_again,
-    site::{LEASE, POOL, Part, SESSIONS_MAX},
+    site::{LEASE, POOL, Part, Route, SESSIONS_MAX},
+    stand_in::StandIn,
     trap::{Hold, Trap},
     wire::Mark,
     world::World,
@@ -54,11 +55,11 @@ pub(super) async fn inflict(world: &Arc<World>, fault: &Fault) -> Result<bool> {
         Fault::Slow { link, late, lasts } => {
             impair(world, *link, late.map_or(Condition::Slice, Condition::Delay), *lasts).await
         }
-        Fault::StopPastLease(relay) => stop_past_lease(world, *relay).await,
+        Fault::StopPastLease(route) => stop_past_lease(world, *route).await,
         Fault::WrongClock { part, ahead, lasts } => set_clock_wrong(world, *part, *ahead, *lasts).await,
         Fault::Poison(kind) => poison(world, *kind).await,
         Fault::Receiver { part, how: ReceiverFault::Hang(lasts) } => hang(world, *part, *lasts).await,
-        Fault::Receiver { how: ReceiverFault::CrashOn { times }, .. } => crash_on_event(world, *times).await,
+        Fault::Receiver { part, how: ReceiverFault::CrashOn { times } } => crash_on_event(world, *part, *times).await,
         Fault::FillDisk { lasts } => fill_disk(world, *lasts).await,
         Fault::Exhaust { part, pool: true, lasts } => exhaust_pool(world, *part, *lasts).await,
         Fault::Exhaust { part, pool: false, lasts } => exhaust_sessions(world, *part, *lasts).await,
@@ -68,6 +69,7 @@ pub(super) async fn inflict(world: &Arc<World>, fault: &Fault) -> Result<bool> {
         Fault::Garbage { part, seed } => send_garbage(world, *part, *seed).await,
         Fault::Overload => Ok(callers::overload(world).await),
         Fault::RollingRestart => restart_each(world).await,
+        Fault::StandIn { receiver, stand_in, lasts } => Ok(stand_in_for(world, *receiver, *stand_in, *lasts).await),
     }
 }
 
@@ -110,15 +112,16 @@ async fn impair(world: &World, link: usize, condition: Condition, lasts: Duratio
 /// Stops the relay when the reply to a delivery arrives. It holds a lease then, and knows how to settle its events once
 /// it is resumed. By that time another relay has leased them, and is still delivering, since the receiver does not
 /// answer. So the settlement must change nothing, and the relay must log that it has lost the lease.
-async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
+async fn stop_past_lease(world: &World, route: Route) -> Result<bool> {
+    let Route { relay, receiver } = route;
     let unit = world.site.unit(relay);
-    for part in [relay, relay.receiver()] {
+    for part in [relay, receiver] {
         world.disturb(part, LEASE + TAKE_OVER);
     }
     let lost_before = count_lost(world, relay)?;
     let (sprung, springs) = oneshot::channel();
     let stopped = unit.clone();
-    let guard = world.site.to_receiver(relay).set_trap(Trap {
+    let guard = world.site.to_receiver(route).set_trap(Trap {
         at: Box::new(is_answer),
         hold: Hold::PassAfter,
         action: Box::new(move || _ = stopped.signal(Signal::STOP)),
@@ -128,7 +131,7 @@ async fn stop_past_lease(world: &World, relay: Part) -> Result<bool> {
     let stopped = timeout(PASS_LIMIT, springs).await.is_ok();
     drop(guard);
     if stopped {
-        let receiver = world.site.unit(relay.receiver());
+        let receiver = world.site.unit(receiver);
         sleep(LEASE - HUNG_BEFORE).await;
         receiver.signal(Signal::STOP);
         sleep(HUNG_BEFORE + TAKE_OVER).await;
@@ -155,6 +158,27 @@ fn count_lost(world: &World, relay: Part) -> Result<usize> {
 
 fn count_in(log: &Path, text: &str) -> Result<usize> {
     Ok(fs::read_to_string(log)?.matches(text).count())
+}
+
+/// Answers the relays in place of a receiver, which is not touched. Returns whether a call was answered so.
+async fn stand_in_for(world: &World, receiver: Part, stand_in: StandIn, lasts: Duration) -> bool {
+    let stood_in = || -> u64 {
+        Route::to(receiver).map(|route| world.site.to_receiver(route).stood_in.load(Ordering::Relaxed)).sum()
+    };
+    let before = stood_in();
+    set_stand_in(world, receiver, Some(stand_in));
+    sleep(lasts).await;
+    set_stand_in(world, receiver, None);
+    stood_in() > before
+}
+
+/// Leads the relays to a stand-in, or back to the receiver. They must connect anew.
+pub(super) fn set_stand_in(world: &World, receiver: Part, stand_in: Option<StandIn>) {
+    for route in Route::to(receiver) {
+        let link = world.site.to_receiver(route);
+        link.set_condition(stand_in.map_or(Condition::Normal, Condition::StandIn));
+        link.end(End::Close);
+    }
 }
 
 async fn hang(world: &World, part: Part, lasts: Duration) -> Result<bool> {
@@ -252,7 +276,7 @@ async fn terminate_sessions(connection: &mut PgConnection) -> Result<i64> {
     let ended = sqlx::query_scalar(
         "-- chaos: terminate sessions
         SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-        WHERE usename IN ('order_service', 'inventory_service', 'outbox_relay')",
+        WHERE usename IN ('order_service', 'inventory_service', 'loyalty_service', 'outbox_relay')",
     );
     Ok(ended.fetch_one(connection).await?)
 }
@@ -275,17 +299,17 @@ async fn fill_disk(world: &World, lasts: Duration) -> Result<bool> {
 async fn exhaust_pool(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     let mut connection = world.site.connect(part).await?;
     let mut tx = connection.begin().await?;
-    let statement = if part == Part::Orders {
-        "-- chaos: lock table\nLOCK TABLE orders IN ACCESS EXCLUSIVE MODE"
-    } else {
-        "-- chaos: lock table\nLOCK TABLE stock IN ACCESS EXCLUSIVE MODE"
+    let statement = match part {
+        Part::Orders => "-- chaos: lock table\nLOCK TABLE orders IN ACCESS EXCLUSIVE MODE",
+        Part::Inventory => "-- chaos: lock table\nLOCK TABLE stock IN ACCESS EXCLUSIVE MODE",
+        _ => "-- chaos: lock table\nLOCK TABLE points IN ACCESS EXCLUSIVE MODE",
     };
     sqlx::raw_sql(statement).execute(&mut *tx).await?;
     sleep(lasts).await;
     let waiting: i64 = sqlx::query_scalar(
         "-- chaos: count waiting
         SELECT count(*) FROM pg_stat_activity
-        WHERE wait_event_type = 'Lock' AND usename IN ('order_service', 'inventory_service')",
+        WHERE wait_event_type = 'Lock' AND datname = current_database() AND usename <> 'outbox_relay'",
     )
     .fetch_one(&mut *tx)
     .await?;

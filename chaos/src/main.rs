@@ -3,12 +3,13 @@
 //!
 //! The processes are the release binaries, unchanged: every fault comes from outside. The modules:
 //!
-//! - `site`: two durable PostgreSQL clusters, both services and two relays each way. A proxy (`proxy`, `wire`) stands
-//!   between every two processes that talk. `unit` restarts a process that has ended; `disk` can be filled.
+//! - `site`: two durable PostgreSQL clusters, three services and two relays of each outbox. A proxy (`proxy`, `wire`,
+//!   `entrance`) stands between every two processes that talk. `unit` restarts a process that has ended; `disk` can be
+//!   filled.
 //! - `clients`: they place, repeat, hang up, cancel and watch. `history` keeps what they asked for and were told.
 //! - `faults`: the schedule, drawn from a seed. `inflict` carries it out, with `crash`, `points`, `trap`, `callers`,
-//!   `poison`, `redeliver` and `garbage`.
-//! - `observe`: what must hold at every moment. `check`: what must hold at the end.
+//!   `poison`, `stand_in`, `redeliver` and `garbage`.
+//! - `observe`: what must hold at every moment. `check` and `apart`: what must hold at the end.
 //!
 //! A timeout is not a failure: a call without an answer may have been executed or not, and the checker accepts both.
 
@@ -26,6 +27,7 @@ use rustix::process::Signal;
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
+use apart::send_away;
 use check::{Verdict, check, check_processes};
 use crash::kinds_without_crash;
 use faults::{Fault, Schedule, TOGETHER};
@@ -40,11 +42,13 @@ use world::World;
 use harness::interrupt::unless_interrupted;
 use testkit::postgres::try_to_install;
 
+mod apart;
 mod callers;
 mod check;
 mod clients;
 mod crash;
 mod disk;
+mod entrance;
 mod faults;
 mod garbage;
 mod history;
@@ -56,6 +60,7 @@ mod proxy;
 mod redeliver;
 mod report;
 mod site;
+mod stand_in;
 mod trap;
 mod unit;
 mod wire;
@@ -78,20 +83,20 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// Break the system in every known way under load, and check that nothing was lost or applied twice
 ///
-/// Starts two private PostgreSQL clusters with durable commits, both services, and two relays each way. The programs
-/// are those beside this one; POSTGRES_URL is not used. A proxy stands between every two processes that talk. Clients
-/// place, repeat, cancel and watch orders while faults strike, drawn from the seed: processes are killed at random and
-/// before or after a statement; PostgreSQL crashes; connections break; replies get lost; links are half-open or slow;
-/// relays are stopped past their lease; clocks are an hour off; events are poison; the disk is full; and more. At the
-/// end all faults are undone, and the checker compares both databases with what the clients were told. Quote the last
-/// line of the output.
+/// Starts two private PostgreSQL clusters with durable commits, three services, and two relays of each outbox. The
+/// programs are those beside this one; POSTGRES_URL is not used. A proxy stands between every two processes that talk.
+/// Clients place, repeat, cancel and watch orders while faults strike, drawn from the seed: processes are killed at
+/// random and before or after a statement; PostgreSQL crashes; connections break; replies get lost; links are half-open
+/// or slow; relays are stopped past their lease; clocks are an hour off; events are poison; proxies answer with pages of
+/// HTML; the disk is full; and more. At the end all faults are undone, and the checker compares the databases with what
+/// the clients were told. Quote the last line of the output.
 ///
 /// Exits with 1 if the checker finds anything, or if the run shows nothing. A run shows nothing if fewer than 70 % of
 /// the orders were acknowledged, or if a class of faults had no effect. The same holds if no duplicate was suppressed,
-/// no repeated call was answered, or stock or sessions were never checked. Each kind of process must crash at a point.
-/// From 4 minutes on, a run also shows nothing if it reached fewer than half of the crash points. From 8 minutes on, it
-/// must reach every common point, which ordinary work passes. A run that fails keeps its logs, its history and the logs
-/// of the databases in target/chaos/failed-SEED. Ctrl-C stops a run.
+/// no repeated call was answered, or stock, points or sessions were never checked. Each kind of process must crash at a
+/// point. From 4 minutes on, a run also shows nothing if it reached fewer than a third of the crash points. From 8
+/// minutes on, it must reach every common point, which ordinary work passes. A run that fails keeps its logs, its
+/// history and the logs of the databases in target/chaos/failed-SEED. Ctrl-C stops a run.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong arguments.")]
 struct Arguments {
@@ -126,7 +131,7 @@ async fn main() -> ExitCode {
 async fn run(arguments: &Arguments) -> Result<bool> {
     let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(1..1_000_000));
     println!(
-        "chaos: seed {seed}, {} minutes; starting two PostgreSQL clusters, two services and four relays",
+        "chaos: seed {seed}, {} minutes; starting two PostgreSQL clusters, three services and four relays",
         arguments.minutes
     );
     let directory = std::path::absolute(Path::new(DIRECTORY))?.join("run");
@@ -134,7 +139,7 @@ async fn run(arguments: &Arguments) -> Result<bool> {
     let world = start(&directory, arguments.minutes, seed).await?;
     let observed = Arc::new(Mutex::new(Observed::default()));
     let (stop_clients, stop_observing) = (CancellationToken::new(), CancellationToken::new());
-    let mut clients = clients::start(&world.target, &world.history, &stop_clients);
+    let mut clients = clients::start(&world, &stop_clients);
     let observing = tokio::spawn(observe(world.clone(), observed.clone(), stop_observing.clone()));
 
     let lasted = inject(&world, seed, arguments.minutes).await;
@@ -142,6 +147,7 @@ async fn run(arguments: &Arguments) -> Result<bool> {
     if let Err(error) = heal(&world).await {
         verdict.others.push(format!("the system did not recover: {error:#}"));
     }
+    send_away(&world).await;
     stop_clients.cancel();
     if timeout(CLIENTS_LIMIT, async { while clients.join_next().await.is_some() {} }).await.is_err() {
         verdict.others.push(format!("clients had no answers {CLIENTS_LIMIT:?} after healing"));

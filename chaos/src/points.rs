@@ -28,6 +28,7 @@ const EXCEPTIONS: &[(&str, &[Kind], &str)] = &[
     ("inventory: list stock", &[Kind::InventoryService], "no client lists stock"),
     ("orders: list ids", &[Kind::OrderService], "no client lists orders"),
     ("outbox: enqueue", &[Kind::InventoryService], "enqueues in the statement that writes a batch"),
+    ("outbox: *", &[Kind::LoyaltyService], "it only receives"),
 ];
 
 /// Processes that run the same program on the same database.
@@ -35,21 +36,23 @@ const EXCEPTIONS: &[(&str, &[Kind], &str)] = &[
 pub(super) enum Kind {
     OrderService,
     InventoryService,
+    LoyaltyService,
     OrdersRelay,
     InventoryRelay,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 4] =
-        [Self::OrderService, Self::InventoryService, Self::OrdersRelay, Self::InventoryRelay];
-    const SERVICES: [Self; 2] = [Self::OrderService, Self::InventoryService];
+    pub(super) const ALL: [Self; 5] =
+        [Self::OrderService, Self::InventoryService, Self::LoyaltyService, Self::OrdersRelay, Self::InventoryRelay];
+    const SERVICES: [Self; 3] = [Self::OrderService, Self::InventoryService, Self::LoyaltyService];
     const RELAYS: [Self; 2] = [Self::OrdersRelay, Self::InventoryRelay];
 
-    /// The kinds that execute the statements of a crate. Both services link `outbox` for their inbox and their events.
+    /// The kinds that execute the statements of a crate. All services link `outbox` for their inbox and their events.
     fn that_execute(name: &str) -> &'static [Self] {
         match name {
             "order-service" => &[Self::OrderService],
             "inventory-service" => &[Self::InventoryService],
+            "loyalty-service" => &[Self::LoyaltyService],
             "outbox" => &Self::SERVICES,
             "outbox-relay" => &Self::RELAYS,
             _ => &[],
@@ -60,6 +63,7 @@ impl Kind {
         match part {
             Part::Orders => Self::OrderService,
             Part::Inventory => Self::InventoryService,
+            Part::Loyalty => Self::LoyaltyService,
             Part::OrdersRelay1 | Part::OrdersRelay2 => Self::OrdersRelay,
             Part::InventoryRelay1 | Part::InventoryRelay2 => Self::InventoryRelay,
         }
@@ -69,6 +73,7 @@ impl Kind {
         match self {
             Self::OrderService => "order-service",
             Self::InventoryService => "inventory-service",
+            Self::LoyaltyService => "loyalty-service",
             Self::OrdersRelay => "orders-relay",
             Self::InventoryRelay => "inventory-relay",
         }
@@ -119,6 +124,16 @@ const COMMON: &[(Kind, &[Place])] = &[
             Place::After("inbox: accept"),
             Place::After("inventory: lock stock"),
             Place::After("inventory: write batch"),
+            Place::Before("COMMIT"),
+            Place::After("COMMIT"),
+        ],
+    ),
+    (
+        Kind::LoyaltyService,
+        &[
+            Place::After("BEGIN"),
+            Place::After("inbox: accept"),
+            Place::After("loyalty: award and take back points"),
             Place::Before("COMMIT"),
             Place::After("COMMIT"),
         ],
@@ -248,7 +263,7 @@ mod tests {
                 assert!(points.contains(&point), "there is no point {point}");
             }
         }
-        assert_eq!(points.iter().filter(|point| point.is_common()).count(), 27);
+        assert_eq!(points.iter().filter(|point| point.is_common()).count(), 32);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use super::{
     callers::{PATIENCE, client},
     clients::request,
     faults::Poison,
-    site::Part,
+    site::{Part, Route},
     trap::{Hold, Trap, TrapGuard},
     wire::Mark,
     world::World,
@@ -42,12 +42,14 @@ pub(super) async fn poison(world: &Arc<World>, poison: Poison) -> Result<bool> {
         return crash_until_dead(world).await;
     }
     let aggregate = Uuid::now_v7();
-    let (part, event_type, payload) = match poison {
-        Poison::Undecodable => (Part::Orders, OrderCreated::full_name(), vec![0xff; 64]),
-        Poison::UnknownType => (Part::Orders, UNHEARD.into(), Vec::new()),
+    let of_orders: (Part, &[Part]) = (Part::Orders, &[Part::Inventory, Part::Loyalty]);
+    let ((part, receivers), event_type, payload) = match poison {
+        Poison::Undecodable => (of_orders, OrderCreated::full_name(), vec![0xff; 64]),
+        Poison::UnknownType => (of_orders, UNHEARD.into(), Vec::new()),
         _ => {
             let reserved = StockReserved { order_id: aggregate.into() };
-            (Part::Inventory, StockReserved::full_name(), reserved.encode_to_vec())
+            let of_inventory: (Part, &[Part]) = (Part::Inventory, &[Part::Orders]);
+            (of_inventory, StockReserved::full_name(), reserved.encode_to_vec())
         }
     };
     let event_id = Uuid::now_v7();
@@ -56,7 +58,7 @@ pub(super) async fn poison(world: &Arc<World>, poison: Poison) -> Result<bool> {
         let enqueued = enqueue(world, part, aggregate, event_id, &event_type, &payload).await;
         // After a failure nobody knows whether the event was committed. If it was, it must become a dead letter.
         if enqueued.is_ok() || began.elapsed() > ENQUEUE_LIMIT {
-            world.poison(aggregate);
+            world.poison(aggregate, receivers);
             return enqueued.map(|()| true);
         }
         sleep(Duration::from_millis(100)).await;
@@ -86,9 +88,9 @@ async fn enqueue(
 }
 
 /// One event crashes the receiver a few times, and is then applied. No other event may suffer from it.
-pub(super) async fn crash_on_event(world: &Arc<World>, times: u32) -> Result<bool> {
+pub(super) async fn crash_on_event(world: &Arc<World>, receiver: Part, times: u32) -> Result<bool> {
     let (customer, kills) = (format!("deadly-{}", Uuid::new_v4()), Count::default());
-    let _guards = kill_on_events_of(world, &customer, times, &kills);
+    let _guards = kill_on_events_of(world, receiver, &customer, times, &kills);
     let placed = place_for(world, customer).await;
     let began = Instant::now();
     while placed.is_some() && kills.get() < times && began.elapsed() < PATIENCE {
@@ -97,16 +99,16 @@ pub(super) async fn crash_on_event(world: &Arc<World>, times: u32) -> Result<boo
     Ok(kills.get() >= times)
 }
 
-/// One event crashes the receiver every time, until the relays have found it and made it a dead letter.
+/// One event crashes inventory-service every time, until the relays have found it and made it a dead letter.
 async fn crash_until_dead(world: &Arc<World>) -> Result<bool> {
     let (customer, kills) = (format!("deadly-{}", Uuid::new_v4()), Count::default());
-    let _guards = kill_on_events_of(world, &customer, u32::MAX, &kills);
+    let _guards = kill_on_events_of(world, Part::Inventory, &customer, u32::MAX, &kills);
     let Some(order_id) = place_for(world, customer).await else { return Ok(false) };
     let began = Instant::now();
     while began.elapsed() < DEADLY_LIMIT {
         // If the database is down, the next look finds it.
         if is_dead(world, order_id).await.unwrap_or(false) {
-            world.poison(order_id);
+            world.poison(order_id, &[Part::Inventory]);
             return Ok(true);
         }
         sleep(Duration::from_millis(200)).await;
@@ -118,13 +120,13 @@ async fn crash_until_dead(world: &Arc<World>) -> Result<bool> {
     Ok(false)
 }
 
-/// Sets traps between the relays and inventory-service. They kill it when it is sent an event of the customer, at most
-/// `times` times.
-fn kill_on_events_of(world: &World, customer: &str, times: u32, kills: &Count) -> Vec<TrapGuard> {
-    let set = |relay| {
+/// Sets traps between the relays and a receiver. They kill it when it is sent an event of the customer, at most `times`
+/// times.
+fn kill_on_events_of(world: &World, receiver: Part, customer: &str, times: u32, kills: &Count) -> Vec<TrapGuard> {
+    let set = |route| {
         let (seen, counted) = (kills.clone(), kills.clone());
-        let (customer, receiver) = (customer.to_owned(), world.site.unit(Part::Inventory).clone());
-        world.site.to_receiver(relay).set_trap(Trap {
+        let (customer, receiver) = (customer.to_owned(), world.site.unit(receiver).clone());
+        world.site.to_receiver(route).set_trap(Trap {
             at: Box::new(move |mark| {
                 let names = |message: &[u8]| message.windows(customer.len()).any(|part| part == customer.as_bytes());
                 seen.get() < times && matches!(mark, Mark::Request(message) if names(message))
@@ -138,7 +140,7 @@ fn kill_on_events_of(world: &World, customer: &str, times: u32, kills: &Count) -
             sprung: None,
         })
     };
-    [Part::OrdersRelay1, Part::OrdersRelay2].map(set).into()
+    Route::to(receiver).map(set).collect()
 }
 
 async fn place_for(world: &World, customer: String) -> Option<Uuid> {

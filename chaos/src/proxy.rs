@@ -1,6 +1,6 @@
 //! TCP proxies between the processes. They break the connections that pass through them: closed, reset, dropped
 //! silently, late, or byte by byte. A trap (see `trap`) can stop the bytes at a point while something is done to a
-//! process.
+//! process. Before a receiver, they can also answer in its place (see `stand_in`).
 
 use std::{
     future::pending,
@@ -29,6 +29,7 @@ use tokio::{
 };
 
 use super::{
+    stand_in::StandIn,
     trap::{Hold, Trap, TrapGuard, Traps},
     wire::{Mark, Protocol, Reader},
 };
@@ -47,6 +48,8 @@ pub(super) enum Condition {
     Delay(Duration),
     /// Bytes arrive one at a time.
     Slice,
+    /// New connections lead to a stand-in of the server.
+    StandIn(StandIn),
 }
 
 /// How a fault ends connections.
@@ -56,13 +59,13 @@ pub(super) enum End {
     Reset,
 }
 
-/// A proxy in front of one server, for one client.
+/// The connections of one client to one server.
 pub(super) struct Link {
     pub(super) name: String,
     protocol: Protocol,
     /// Whether the client is a relay that delivers events.
     delivers: bool,
-    /// The address it listens on.
+    /// The address at which the client finds it.
     pub(super) address: SocketAddr,
     server: SocketAddr,
     condition: watch::Sender<Condition>,
@@ -73,6 +76,8 @@ pub(super) struct Link {
     pub(super) impaired: AtomicU64,
     /// Events that a receiver answered as duplicates.
     pub(super) duplicates: AtomicU64,
+    /// Calls that a stand-in has answered.
+    pub(super) stood_in: AtomicU64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,18 +88,25 @@ enum Direction {
 
 impl Link {
     /// Listens, and forwards connections until the returned set is dropped.
-    pub(super) async fn open(
-        name: String,
-        protocol: Protocol,
-        delivers: bool,
-        server: SocketAddr,
-    ) -> Result<(Arc<Self>, JoinSet<()>)> {
+    pub(super) async fn open(name: String, protocol: Protocol, server: SocketAddr) -> Result<(Arc<Self>, JoinSet<()>)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, free_port()?)).await?;
-        let link = Arc::new(Self {
+        let link = Arc::new(Self::new(name, protocol, listener.local_addr()?, server));
+        let (mut serving, only) = (JoinSet::new(), link.clone());
+        serving.spawn(accept(listener, move |_| Some(only.clone())));
+        Ok((link, serving))
+    }
+
+    /// The deliveries of a relay. They come in at the `address` of an entrance.
+    pub(super) fn of_relay(name: String, address: SocketAddr, receiver: SocketAddr) -> Self {
+        Self { delivers: true, ..Self::new(name, Protocol::Grpc, address, receiver) }
+    }
+
+    fn new(name: String, protocol: Protocol, address: SocketAddr, server: SocketAddr) -> Self {
+        Self {
             name,
             protocol,
-            delivers,
-            address: listener.local_addr()?,
+            delivers: false,
+            address,
             server,
             condition: watch::Sender::new(Condition::Normal),
             ended: watch::Sender::new(End::Close),
@@ -102,21 +114,7 @@ impl Link {
             open: AtomicU64::new(0),
             impaired: AtomicU64::new(0),
             duplicates: AtomicU64::new(0),
-        });
-        let mut serving = JoinSet::new();
-        serving.spawn(link.clone().accept(listener));
-        Ok((link, serving))
-    }
-
-    async fn accept(self: Arc<Self>, listener: TcpListener) {
-        let mut forwarding = JoinSet::new();
-        loop {
-            select! {
-                accepted = listener.accept() => if let Ok((client, _)) = accepted {
-                    forwarding.spawn(self.clone().forward(client));
-                },
-                Some(_) = forwarding.join_next() => {}
-            }
+            stood_in: AtomicU64::new(0),
         }
     }
 
@@ -134,15 +132,34 @@ impl Link {
         self.traps.set(trap)
     }
 
-    /// Forwards one connection to its end.
-    async fn forward(self: Arc<Self>, client: TcpStream) {
+    /// Serves one connection to its end.
+    async fn serve(self: Arc<Self>, client: TcpStream) {
+        // The end of a fault undoes its condition before it ends the connections. So one that still finds the condition
+        // hears of its end.
+        let ended = self.ended.subscribe();
+        let condition = *self.condition.borrow();
+        match condition {
+            Condition::StandIn(stand_in) => self.stand_in(client, stand_in, ended).await,
+            _ => self.forward(client, ended).await,
+        }
+    }
+
+    async fn stand_in(&self, client: TcpStream, stand_in: StandIn, mut ended: watch::Receiver<End>) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        select! {
+            () = stand_in.serve(client, self.server, &self.stood_in) => {}
+            _ = ended.changed() => {}
+        }
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    async fn forward(&self, client: TcpStream, mut ended: watch::Receiver<End>) {
         let Ok(server) = TcpStream::connect(self.server).await else {
             let _ = client.set_zero_linger();
             return;
         };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
         self.open.fetch_add(1, Ordering::Relaxed);
-        let mut ended = self.ended.subscribe();
         let reader = Mutex::new(Reader::of(self.protocol));
         let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
         let (mut up, mut down) = (Pump { from: from_client, to: to_server }, Pump { from: from_server, to: to_client });
@@ -220,7 +237,7 @@ impl Link {
                 }
                 Ok(())
             }
-            Condition::Normal | Condition::Blackhole => pump.to.write_all(piece).await,
+            Condition::Normal | Condition::Blackhole | Condition::StandIn(_) => pump.to.write_all(piece).await,
         }
     }
 
@@ -234,6 +251,21 @@ impl Link {
                     response.results.iter().filter(|result| result.outcome() == Outcome::Duplicate).count();
                 self.duplicates.fetch_add(duplicates as u64, Ordering::Relaxed);
             }
+        }
+    }
+}
+
+/// Accepts connections for ever, and serves each by the link that it belongs to. One that belongs to none is closed.
+pub(super) async fn accept(listener: TcpListener, link_of: impl Fn(&TcpStream) -> Option<Arc<Link>>) {
+    let mut serving = JoinSet::new();
+    loop {
+        select! {
+            accepted = listener.accept() => if let Ok((client, _)) = accepted
+                && let Some(link) = link_of(&client)
+            {
+                serving.spawn(link.serve(client));
+            },
+            Some(_) = serving.join_next() => {}
         }
     }
 }
@@ -290,8 +322,7 @@ mod tests {
     async fn proxied() -> Proxied {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let server: SocketAddr = listener.local_addr().expect("its address");
-        let (link, mut serving) =
-            Link::open("test".into(), Protocol::Postgres, false, server).await.expect("another port");
+        let (link, mut serving) = Link::open("test".into(), Protocol::Postgres, server).await.expect("another port");
         serving.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 tokio::spawn(async move {

@@ -6,8 +6,9 @@ use std::{
 };
 
 use anyhow::Result;
-use proto::events::v1::{DeliverRequest, Event, Outcome};
+use proto::events::v1::{DeliverRequest, Event, Outcome, event_receiver_client::EventReceiverClient};
 use tokio::time::sleep;
+use tonic::transport::Endpoint;
 use uuid::Uuid;
 
 use super::{clients::limited, site::Part, world::World};
@@ -22,23 +23,31 @@ const AGAIN: i64 = 20;
 pub(super) async fn deliver_again(world: &Arc<World>) -> Result<bool> {
     let mut events = read_delivered(world).await?;
     let Some(forgotten) = events.pop() else { return Ok(false) };
-    let again = outcomes(world, events.clone()).await?;
-    for (event, (outcome, reason)) in events.iter().zip(&again) {
-        let Event { id, subject, .. } = event;
+    let mut suppressed = true;
+    for receiver in [Part::Inventory, Part::Loyalty] {
+        suppressed &= deliver_to(world, receiver, &events).await?;
+    }
+    let pruned = deliver_pruned(world, forgotten).await?;
+    Ok(suppressed && pruned)
+}
+
+/// Returns whether any event was answered as a duplicate.
+async fn deliver_to(world: &Arc<World>, receiver: Part, events: &[Event]) -> Result<bool> {
+    let (again, of) = (outcomes(world, receiver, events.to_vec()).await?, receiver.name());
+    for (Event { id, subject, .. }, (outcome, reason)) in events.iter().zip(&again) {
         match outcome {
             Outcome::Applied => {
-                world.history.violation(format!("DOUBLED: event {id} of order {subject} was applied again"));
+                world.history.violation(format!("DOUBLED: {of} has applied event {id} of order {subject} again"));
             }
             Outcome::Rejected => {
                 world
                     .history
-                    .violation(format!("event {id} of order {subject}, applied long ago, was rejected: {reason}"));
+                    .violation(format!("{of} has rejected event {id} of order {subject}, applied long ago: {reason}"));
             }
             _ => {}
         }
     }
-    let pruned = deliver_pruned(world, forgotten).await?;
-    Ok(again.iter().any(|(outcome, _)| *outcome == Outcome::Duplicate) && pruned)
+    Ok(again.iter().any(|(outcome, _)| *outcome == Outcome::Duplicate))
 }
 
 /// Makes the event look old, waits until the service prunes it from its inbox, and delivers it again.
@@ -65,7 +74,7 @@ async fn deliver_pruned(world: &Arc<World>, mut event: Event) -> Result<bool> {
     if let Some(time) = &mut event.time {
         time.seconds -= 9 * 24 * 3600;
     }
-    let answers = outcomes(world, vec![event.clone()]).await?;
+    let answers = outcomes(world, Part::Inventory, vec![event.clone()]).await?;
     let Some((outcome, reason)) = answers.first() else { return Ok(false) };
     if *outcome == Outcome::Applied {
         world.history.violation(format!("DOUBLED: event {} was applied again after it was forgotten", event.id));
@@ -73,8 +82,9 @@ async fn deliver_pruned(world: &Arc<World>, mut event: Event) -> Result<bool> {
     Ok(*outcome == Outcome::Rejected && reason == "STALE")
 }
 
-async fn outcomes(world: &World, events: Vec<Event>) -> Result<Vec<(Outcome, String)>> {
-    let answer = world.target.receiver().deliver(limited(DeliverRequest { events })).await?.into_inner();
+async fn outcomes(world: &World, receiver: Part, events: Vec<Event>) -> Result<Vec<(Outcome, String)>> {
+    let mut client = EventReceiverClient::new(Endpoint::from(world.site.url_of(receiver)?).connect_lazy());
+    let answer = client.deliver(limited(DeliverRequest { events })).await?.into_inner();
     Ok(answer.results.into_iter().map(|result| (result.outcome(), result.reason)).collect())
 }
 

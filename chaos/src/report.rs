@@ -21,9 +21,9 @@ use super::{
 const SHOWN: usize = 40;
 /// The share of patient clients' orders that must be acknowledged.
 const ACKNOWLEDGED_SHARE_MIN: f64 = 0.7;
-/// The share of all points that a run of this many minutes reaches, rare ones or not. Fewer mean that the proxies do
-/// not recognize the statements any more.
-const REACHED_SHARE_MIN: f64 = 0.5;
+/// The share of all points that a run of this many minutes reaches, rare ones or not, also on a machine with other work.
+/// Fewer mean that the proxies do not recognize the statements any more.
+const REACHED_SHARE_MIN: f64 = 1.0 / 3.0;
 const REACHED_FROM_MINUTES: u64 = 4;
 /// A run of this many minutes reaches each of the common points.
 const COMMON_FROM_MINUTES: u64 = 8;
@@ -47,12 +47,13 @@ impl Report {
         let observed = observed.lock().unwrap_or_else(PoisonError::into_inner);
         let (known, tally, crashes) = (world.history.known(), world.tally(), world.crashes.counts());
         let duplicates = world.site.links().map(|link| link.duplicates.load(Ordering::Relaxed)).sum();
-        let vacuous = vacuous(&tally, &crashes, &observed, &known, duplicates, lasted);
+        let mut vacuous = vacuous(&tally, &crashes, &observed, &known, duplicates, lasted);
+        vacuous.extend(vacuous_check(verdict));
 
         let mut lines = table(&tally);
         lines.extend(crash_lines(&crashes));
         lines.extend(call_lines(&known));
-        lines.extend(observed_lines(&observed, verdict.drained));
+        lines.extend(observed_lines(&observed, verdict));
         lines.extend(finding_lines(verdict));
         lines.extend(vacuous.iter().map(|why| format!("vacuous: {why}")));
         let violations = verdict.violations();
@@ -141,13 +142,19 @@ fn call_lines(known: &Known) -> [String; 2] {
     ]
 }
 
-fn observed_lines(observed: &Observed, drained: Duration) -> [String; 2] {
+fn observed_lines(observed: &Observed, verdict: &Verdict) -> [String; 3] {
+    let Verdict { drained, waited, points, .. } = verdict;
+    let (awarded, cancelled) = points.as_ref().map_or((0, 0), |points| (points.awarded, points.cancelled));
     let memory: Vec<_> = observed.memory.iter().map(|(name, mib)| format!("{name} {mib}")).collect();
     [
         format!("peak memory in MiB: {}", memory.join(", ")),
         format!(
             "stock checked {} times, sessions {} times; all events delivered {drained:.1?} after the load ended",
             observed.balances, observed.sessions
+        ),
+        format!(
+            "points awarded for {awarded} orders, and taken back for {cancelled}; {waited} events waited while \
+             loyalty-service was away at the end"
         ),
     ]
 }
@@ -217,6 +224,18 @@ fn vacuous(
     vacuous
 }
 
+/// Why the check at the end shows too little.
+fn vacuous_check(verdict: &Verdict) -> Vec<String> {
+    let mut vacuous = Vec::new();
+    if verdict.waited == 0 {
+        vacuous.push("no event waited for loyalty-service while it was away".into());
+    }
+    if verdict.points.as_ref().is_none_or(|points| points.awarded == 0) {
+        vacuous.push("no points were compared".into());
+    }
+    vacuous
+}
+
 /// Why the crashes show too little for a run of this length.
 fn vacuous_crashes(crashes: &[(CrashPoint, u32)], lasted: Duration) -> Vec<String> {
     let without = kinds_without_crash(crashes).into_iter();
@@ -243,8 +262,13 @@ fn share(part: u64, whole: u64) -> f64 {
 mod tests {
     use std::time::Duration;
 
-    use super::{describe, vacuous_crashes};
-    use crate::points::{CrashPoint, Kind, Place, points};
+    use harness::audit::Points;
+
+    use super::{describe, vacuous_check, vacuous_crashes};
+    use crate::{
+        check::Verdict,
+        points::{CrashPoint, Kind, Place, points},
+    };
 
     /// All points, each with a crash if it was reached, judged as those of a run of that many minutes.
     fn judge(minutes: u64, is_reached: impl Fn(CrashPoint) -> bool) -> Vec<String> {
@@ -259,16 +283,23 @@ mod tests {
     }
 
     #[test]
+    fn a_check_compares_points_and_sees_events_wait_for_their_receiver_alone() {
+        assert_eq!(vacuous_check(&Verdict::default()).len(), 2);
+        let points = Points { awarded: 1, ..Points::default() };
+        assert!(vacuous_check(&Verdict { waited: 1, points: Some(points), ..Verdict::default() }).is_empty());
+    }
+
+    #[test]
     fn a_run_of_any_length_crashes_each_kind_of_process() {
         assert_eq!(judge(1, |point| point.kind != Kind::OrdersRelay), ["orders-relay never crashed at a point"]);
         assert!(judge(1, |point| point.place == Place::After("COMMIT") || point.place == Place::AfterReply).is_empty());
     }
 
     #[test]
-    fn a_run_of_some_minutes_reaches_half_of_the_points() {
+    fn a_run_of_some_minutes_reaches_a_third_of_the_points() {
         assert!(judge(3, CrashPoint::is_common).is_empty());
         let vacuous = judge(4, CrashPoint::is_common);
-        assert_eq!(vacuous, [format!("processes crashed at only 27 of {} points", points().len())]);
+        assert_eq!(vacuous, [format!("processes crashed at only 32 of {} points", points().len())]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! The system under test: two durable clusters, the six processes, and a proxy between every two that talk.
+//! The system under test: two durable clusters, the seven processes, and a proxy between every two that talk.
 
 use std::{
-    fs,
+    fmt, fs,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,9 +11,11 @@ use std::{
 use anyhow::{Context, Result};
 use sqlx::{Connection, PgConnection};
 use tokio::{sync::Mutex, task::JoinSet};
+use tonic::transport::Uri;
 
 use super::{
     disk::SmallDisk,
+    entrance::Entrance,
     proxy::Link,
     unit::{Plan, START, Unit},
     wire::Protocol,
@@ -34,6 +36,9 @@ const HEALTHY_LIMIT: Duration = Duration::from_secs(30);
 pub(super) const SESSIONS_MAX: u32 = 150;
 /// The lease of a relay. It is short, so that it expires often.
 pub(super) const LEASE: Duration = Duration::from_secs(5);
+/// Failures after which an event is dead. There are few, so that an outage would bury sound events if it were charged to
+/// them. An event may crash its receiver three times, and meet as many other faults.
+const ATTEMPTS: u32 = 6;
 /// The connections of a service. There are few, so that a fault can use all of them.
 pub(super) const POOL: u32 = 4;
 
@@ -42,6 +47,7 @@ pub(super) const POOL: u32 = 4;
 fn settings() -> Vec<(String, String)> {
     [
         ("RELAY_LEASE_SECONDS", LEASE.as_secs().to_string()),
+        ("RELAY_ATTEMPTS", ATTEMPTS.to_string()),
         ("RELAY_BACK_OFF_MS", "100".into()),
         ("RELAY_BACK_OFF_MAX_MS", "1000".into()),
         ("ORDER_SERVICE_QUEUE", "256".into()),
@@ -52,11 +58,12 @@ fn settings() -> Vec<(String, String)> {
     .into()
 }
 
-/// One of the six processes.
+/// One of the seven processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     Orders,
     Inventory,
+    Loyalty,
     OrdersRelay1,
     OrdersRelay2,
     InventoryRelay1,
@@ -64,21 +71,22 @@ pub(super) enum Part {
 }
 
 impl Part {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 7] = [
         Self::Orders,
         Self::Inventory,
+        Self::Loyalty,
         Self::OrdersRelay1,
         Self::OrdersRelay2,
         Self::InventoryRelay1,
         Self::InventoryRelay2,
     ];
-    pub(super) const RELAYS: [Self; 4] =
-        [Self::OrdersRelay1, Self::OrdersRelay2, Self::InventoryRelay1, Self::InventoryRelay2];
+    pub(super) const SERVICES: [Self; 3] = [Self::Orders, Self::Inventory, Self::Loyalty];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Orders => "order-service",
             Self::Inventory => "inventory-service",
+            Self::Loyalty => "loyalty-service",
             Self::OrdersRelay1 => "orders-relay-1",
             Self::OrdersRelay2 => "orders-relay-2",
             Self::InventoryRelay1 => "inventory-relay-1",
@@ -91,12 +99,13 @@ impl Part {
         match self {
             Self::Orders | Self::OrdersRelay1 | Self::OrdersRelay2 => Self::Orders,
             Self::Inventory | Self::InventoryRelay1 | Self::InventoryRelay2 => Self::Inventory,
+            Self::Loyalty => Self::Loyalty,
         }
     }
 
-    /// The service that receives the events of this side's outbox.
-    pub(super) fn receiver(self) -> Self {
-        if self.side() == Self::Orders { Self::Inventory } else { Self::Orders }
+    /// The service in whose cluster its database is.
+    fn cluster(self) -> Self {
+        if self.side() == Self::Orders { Self::Orders } else { Self::Inventory }
     }
 
     pub(super) fn is_relay(self) -> bool {
@@ -111,32 +120,78 @@ impl Part {
         if self.is_relay() { "outbox-relay" } else { self.name() }
     }
 
-    fn database(self) -> &'static str {
-        if self.side() == Self::Orders { "orders" } else { "inventory" }
+    pub(super) fn database(self) -> &'static str {
+        match self.side() {
+            Self::Orders => "orders",
+            Self::Inventory => "inventory",
+            _ => "loyalty",
+        }
     }
 
     fn role(self) -> &'static str {
         match self {
             Self::Orders => "order_service",
             Self::Inventory => "inventory_service",
+            Self::Loyalty => "loyalty_service",
             _ => "outbox_relay",
         }
     }
 }
 
+/// The way from a relay to a receiver of its events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Route {
+    pub(super) relay: Part,
+    pub(super) receiver: Part,
+}
+
+impl Route {
+    pub(super) const ALL: [Self; 6] = [
+        Self { relay: Part::OrdersRelay1, receiver: Part::Inventory },
+        Self { relay: Part::OrdersRelay2, receiver: Part::Inventory },
+        Self { relay: Part::OrdersRelay1, receiver: Part::Loyalty },
+        Self { relay: Part::OrdersRelay2, receiver: Part::Loyalty },
+        Self { relay: Part::InventoryRelay1, receiver: Part::Orders },
+        Self { relay: Part::InventoryRelay2, receiver: Part::Orders },
+    ];
+
+    /// Those from any relay to a receiver.
+    pub(super) fn to(receiver: Part) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |route| route.receiver == receiver)
+    }
+
+    /// Those of a relay.
+    pub(super) fn of(relay: Part) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |route| route.relay == relay)
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} to {}", self.relay.name(), self.receiver.name())
+    }
+}
+
+/// The subscriptions of each outbox, with their receivers and patterns. One is called like the database of its receiver.
+const SUBSCRIPTIONS: [(Part, Part, &str); 3] = [
+    (Part::Orders, Part::Inventory, "orders.v1.*"),
+    (Part::Orders, Part::Loyalty, "orders.v1.*"),
+    (Part::Inventory, Part::Orders, "inventory.v1.*"),
+];
+
 pub(super) struct Site {
-    /// Those of orders and of inventory.
+    /// That of orders, and that of inventory and loyalty.
     clusters: [Mutex<Cluster>; 2],
     servers: [Server; 2],
     pub(super) installation: Installation,
     /// In the order of [`Part::ALL`], as the links to the databases.
     units: Vec<Unit>,
     to_database: Vec<Arc<Link>>,
-    /// In the order of [`Part::RELAYS`].
+    /// In the order of [`Route::ALL`].
     to_receiver: Vec<Arc<Link>>,
-    /// From clients to order-service and to inventory-service.
+    /// From clients to the services, in the order of [`Part::SERVICES`].
     clients_to: Vec<Arc<Link>>,
-    /// The disk of inventory's cluster, if it could be mounted.
+    /// The disk of the cluster of inventory and loyalty, if it could be mounted.
     pub(super) disk: Option<SmallDisk>,
     _serving: Vec<JoinSet<()>>,
 }
@@ -154,8 +209,11 @@ impl Site {
         let _ = fs::remove_dir_all(&logs);
         fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let servers = [orders.server().clone(), inventory.server().clone()];
-        for (server, part) in servers.iter().zip([Part::Orders, Part::Inventory]) {
-            prepare(server, part, &logs).await?;
+        for server in &servers {
+            bootstrap(server).await?;
+        }
+        for part in Part::SERVICES {
+            prepare(&servers[part.cluster().index()], part, &logs).await?;
         }
         let installation = orders.installation().clone();
         let mut site = Self {
@@ -182,25 +240,31 @@ impl Site {
             addresses.push(SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)));
         }
         for part in Part::ALL {
-            let link = self.open(
-                format!("{} to its database", part.name()),
-                Protocol::Postgres,
-                false,
-                self.server(part).socket()?,
-            );
-            let link = link.await?;
+            let name = format!("{} to its database", part.name());
+            let link = self.open(name, Protocol::Postgres, self.server(part).socket()?).await?;
             self.to_database.push(link);
         }
-        for relay in Part::RELAYS {
-            let (name, receiver) = (format!("{} to its receiver", relay.name()), addresses[relay.receiver().index()]);
-            let link = self.open(name, Protocol::Grpc, true, receiver).await?;
-            self.to_receiver.push(link);
+        let entrances = [Entrance::open().await?, Entrance::open().await?, Entrance::open().await?];
+        for route in Route::ALL {
+            let receiver = route.receiver.index();
+            let link = Link::of_relay(route.to_string(), entrances[receiver].address, addresses[receiver]);
+            self.to_receiver.push(Arc::new(link));
         }
-        for service in [Part::Orders, Part::Inventory] {
-            let (name, address) = (format!("clients to {}", service.name()), addresses[service.index()]);
-            let link = self.open(name, Protocol::Grpc, false, address).await?;
+        for service in Part::SERVICES {
+            let name = format!("clients to {}", service.name());
+            let link = self.open(name, Protocol::Grpc, addresses[service.index()]).await?;
             self.clients_to.push(link);
         }
+        self.start_units(&addresses, logs);
+        for (receiver, entrance) in Part::SERVICES.into_iter().zip(entrances) {
+            let relays =
+                Route::to(receiver).map(|route| (self.unit(route.relay).clone(), self.to_receiver(route).clone()));
+            self._serving.push(entrance.serve(relays.collect()));
+        }
+        Ok(())
+    }
+
+    fn start_units(&mut self, addresses: &[SocketAddr], logs: &Path) {
         for part in Part::ALL {
             let plan = Plan {
                 name: part.name().into(),
@@ -211,17 +275,10 @@ impl Site {
             };
             self.units.push(Unit::start(plan));
         }
-        Ok(())
     }
 
-    async fn open(
-        &mut self,
-        name: String,
-        protocol: Protocol,
-        delivers: bool,
-        server: SocketAddr,
-    ) -> Result<Arc<Link>> {
-        let (link, serving) = Link::open(name, protocol, delivers, server).await?;
+    async fn open(&mut self, name: String, protocol: Protocol, server: SocketAddr) -> Result<Arc<Link>> {
+        let (link, serving) = Link::open(name, protocol, server).await?;
         self._serving.push(serving);
         Ok(link)
     }
@@ -233,17 +290,20 @@ impl Site {
         let url = format!("{}?application_name={name}", database.url_for(part.role(), part.database()));
         let mut environment = settings();
         let mut set = |name: &str, value: String| environment.push((name.into(), value));
-        for name in ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "RELAY_DATABASE_URL"] {
+        for name in ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "LOYALTY_DATABASE_URL", "RELAY_DATABASE_URL"] {
             set(name, url.clone());
         }
-        for name in ["ORDER_SERVICE_LISTEN", "INVENTORY_SERVICE_LISTEN", "RELAY_LISTEN"] {
+        for name in ["ORDER_SERVICE_LISTEN", "INVENTORY_SERVICE_LISTEN", "LOYALTY_SERVICE_LISTEN", "RELAY_LISTEN"] {
             set(name, listen.to_string());
         }
         if !part.is_relay() {
             set("DATABASE_CONNECTIONS", POOL.to_string());
         } else {
-            let subscription = if part.side() == Part::Orders { "inventory" } else { "orders" };
-            set("RELAY_ROUTES", format!("{subscription}=http://{}", self.to_receiver(part).address));
+            let routes = Route::of(part).map(|route| {
+                let subscription = route.receiver.database();
+                format!("{subscription}=http://{}", self.to_receiver(route).address)
+            });
+            set("RELAY_ROUTES", routes.collect::<Vec<_>>().join(","));
             set("RELAY_SOURCE", part.side().name().into());
         }
         environment
@@ -254,20 +314,19 @@ impl Site {
     }
 
     pub(super) fn cluster(&self, part: Part) -> &Mutex<Cluster> {
-        &self.clusters[part.side().index()]
+        &self.clusters[part.cluster().index()]
     }
 
     fn server(&self, part: Part) -> &Server {
-        &self.servers[part.side().index()]
+        &self.servers[part.cluster().index()]
     }
 
     pub(super) fn to_database(&self, part: Part) -> &Arc<Link> {
         &self.to_database[part.index()]
     }
 
-    /// The link of a relay.
-    pub(super) fn to_receiver(&self, relay: Part) -> &Arc<Link> {
-        let index = Part::RELAYS.iter().position(|part| *part == relay).unwrap_or_default();
+    pub(super) fn to_receiver(&self, route: Route) -> &Arc<Link> {
+        let index = Route::ALL.iter().position(|other| *other == route).unwrap_or_default();
         &self.to_receiver[index]
     }
 
@@ -280,16 +339,20 @@ impl Site {
         self.to_database.iter().chain(&self.to_receiver).chain(&self.clients_to)
     }
 
+    /// Where clients find a service: at a proxy.
+    pub(super) fn url_of(&self, service: Part) -> Result<Uri> {
+        Ok(format!("http://{}", self.clients_to(service).address).parse()?)
+    }
+
     /// The addresses for clients: the services through their proxies, the databases without.
     pub(super) fn target(&self) -> Result<Target> {
         Ok(Target {
-            order_service: format!("http://{}", self.clients_to(Part::Orders).address).parse()?,
-            inventory_service: format!("http://{}", self.clients_to(Part::Inventory).address).parse()?,
+            order_service: self.url_of(Part::Orders)?,
+            inventory_service: self.url_of(Part::Inventory)?,
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,
-                // Nobody subscribes loyalty there, so this database is never opened.
-                loyalty_database_url: self.server(Part::Inventory).superuser_url("loyalty").parse()?,
+                loyalty_database_url: self.server(Part::Loyalty).superuser_url("loyalty").parse()?,
             },
         })
     }
@@ -306,8 +369,7 @@ impl Site {
 
     /// The URL of the database of a process, for a role that is not superuser.
     pub(super) fn owner_url(&self, part: Part) -> String {
-        let owner = if part.side() == Part::Orders { "orders_owner" } else { "inventory_owner" };
-        self.server(part).url_for(owner, part.database())
+        self.server(part).url_for(&owner(part), part.database())
     }
 
     /// The URL of the outbox of a process, for an operator.
@@ -344,22 +406,27 @@ async fn start_cluster(directory: PathBuf) -> Result<Cluster> {
     Cluster::start(Options { directory, port: None, keep: false, durable: true, settings: settings.into() }).await
 }
 
-/// Creates the roles and the database of a side, its schema, and the trigger that watches its leases.
+fn owner(part: Part) -> String {
+    format!("{}_owner", part.database())
+}
+
+/// Creates the database of a service, its schema and subscriptions, and the trigger that watches the leases.
 async fn prepare(server: &Server, part: Part, logs: &Path) -> Result<()> {
-    bootstrap(server).await?;
-    let (database, owner) = (part.database(), format!("{}_owner", part.database()));
-    create_database(server, database, EMPTY, &owner).await?;
-    let url = server.url_for(&owner, database);
+    let database = part.database();
+    create_database(server, database, EMPTY, &owner(part)).await?;
+    let url = server.url_for(&owner(part), database);
     let commands: &[&str] = if part == Part::Inventory { &["migrate", "seed"] } else { &["migrate"] };
     for command in commands {
-        let environment = [("ORDERS_DATABASE_URL", &url), ("INVENTORY_DATABASE_URL", &url)];
+        let names = ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "LOYALTY_DATABASE_URL"];
+        let environment = names.map(|name| (name, &url));
         let log = logs.join(format!("{database}-{command}.log"));
         let mut process = Process::spawn(part.name(), &binary(part.name())?, [command], environment, &log)?;
         process.finish(command).await?;
     }
-    let (name, pattern) =
-        if part == Part::Orders { ("inventory", "orders.v1.*") } else { ("orders", "inventory.v1.*") };
-    operate(&server.url_for("outbox_relay", database), &["subscribe", name, pattern, "--by", "chaos"]).await?;
+    for (_, receiver, pattern) in SUBSCRIPTIONS.into_iter().filter(|(of, ..)| *of == part) {
+        let arguments = ["subscribe", receiver.database(), pattern, "--by", "chaos"];
+        operate(&server.url_for("outbox_relay", database), &arguments).await?;
+    }
     let mut connection = PgConnection::connect(&server.superuser_url(database)).await?;
     sqlx::raw_sql(include_str!("watch_leases.sql"))
         .execute(&mut connection)

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
+use tonic::transport::Uri;
 use uuid::Uuid;
 
 use super::{
@@ -21,12 +22,15 @@ use harness::target::Target;
 pub(super) struct World {
     pub(super) site: Site,
     pub(super) target: Target,
+    /// Where clients find loyalty-service.
+    pub(super) loyalty: Uri,
     pub(super) history: Arc<History>,
     pub(super) crashes: Arc<Crashes>,
     /// The path of libfaketime, if it is installed.
     pub(super) clock: Option<PathBuf>,
-    /// Aggregates with a poison event. It must be dead at the end, and no other event may be.
-    pub(super) poisoned: Mutex<BTreeSet<Uuid>>,
+    /// Aggregates with a poison event, and for whom it is poison. It must be dead there at the end, and no other event
+    /// may be.
+    pub(super) poisoned: Mutex<BTreeSet<(Uuid, Part)>>,
     /// Events that the inbox was made to prune early.
     pub(super) forgotten: Mutex<Vec<Uuid>>,
     /// Until when an idle session of a process is no finding: the process is stopped, or its database cannot hear it.
@@ -71,6 +75,7 @@ impl World {
         }
         Ok(Self {
             target: site.target()?,
+            loyalty: site.url_of(Part::Loyalty)?,
             site,
             history: Arc::new(history),
             crashes: Arc::new(Crashes::of(seed)),
@@ -96,8 +101,9 @@ impl World {
         })
     }
 
-    pub(super) fn poison(&self, aggregate: Uuid) {
-        self.poisoned.lock().unwrap_or_else(PoisonError::into_inner).insert(aggregate);
+    pub(super) fn poison(&self, aggregate: Uuid, receivers: &[Part]) {
+        let poison = receivers.iter().map(|receiver| (aggregate, *receiver));
+        self.poisoned.lock().unwrap_or_else(PoisonError::into_inner).extend(poison);
     }
 
     pub(super) fn tally(&self) -> MutexGuard<'_, Tally> {

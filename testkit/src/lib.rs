@@ -4,7 +4,7 @@
 //! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster.
 //! - [`bootstrap`]: what the superuser creates once per server: roles and databases.
 //! - [`processes`]: child processes, their signals and logs; free ports.
-//! - [`ports`]: waits for a port that another process holds.
+//! - [`ports`]: waits for a port that another process holds; which process has a connection.
 //! - [`Scratch`]: a directory for one test.
 //! - `fuzz`: property tests of a running service.
 //!

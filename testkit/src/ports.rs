@@ -7,7 +7,7 @@ use std::{
     ffi::OsStr,
     fmt::{self, Display, Formatter},
     fs, io,
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, SocketAddrV4, TcpListener},
     path::Path,
     time::{Duration, Instant},
 };
@@ -128,15 +128,36 @@ fn sockets_at(table: &str, port: u16) -> impl Iterator<Item = Socket> {
     })
 }
 
+/// Whether a process has the client's end of a connection from `client` to `server`, both of this machine. Without /proc
+/// the answer is no.
+pub fn connects(pid: u32, client: SocketAddrV4, server: SocketAddrV4) -> bool {
+    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    inode_of(&table, client, server).is_some_and(|inode| has_open(pid, inode))
+}
+
+/// The socket at the client's end of a connection. Several connections may share the client's address, so both ends count.
+fn inode_of(table: &str, client: SocketAddrV4, server: SocketAddrV4) -> Option<u64> {
+    let end = |end: SocketAddrV4| format!("{:08X}:{:04X}", u32::from_ne_bytes(end.ip().octets()), end.port());
+    let (client, server) = (end(client), end(server));
+    table.lines().find_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let is_it = fields.next()? == client && fields.next()? == server;
+        if is_it { fields.nth(6)?.parse().ok().filter(|inode| *inode != 0) } else { None }
+    })
+}
+
 /// The first process found that has the socket open.
 fn find_owner(socket: &Socket) -> Owner {
-    let file_of_socket = format!("socket:[{}]", socket.inode);
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let owner = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &u32| {
-        let mut files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        files.any(|file| fs::read_link(file.path()).is_ok_and(|target| target == Path::new(&file_of_socket)))
-    });
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let owner = { pids }.find(|pid: &u32| has_open(*pid, socket.inode));
     owner.map_or(Owner::User(socket.uid), |pid| Owner::Process { name: name_of(pid), pid })
+}
+
+fn has_open(pid: u32, inode: u64) -> bool {
+    let file_of_socket = format!("socket:[{inode}]");
+    let mut files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    files.any(|file| fs::read_link(file.path()).is_ok_and(|target| target == Path::new(&file_of_socket)))
 }
 
 /// The name of the program it was started from. The kernel's own name for a process is cut short.
@@ -148,7 +169,7 @@ fn name_of(pid: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpStream;
+    use std::net::{SocketAddr, TcpStream};
 
     use super::*;
     use crate::processes::free_port;
@@ -181,6 +202,33 @@ mod tests {
         assert_eq!(inode(0xC384), Some(4715), "the only one");
         assert_eq!(inode(0xC385), Some(0), "a closed connection, though a socket of IPv6 listens");
         assert_eq!(inode(0xC386), None);
+    }
+
+    #[test]
+    fn the_clients_end_of_a_connection_is_found_by_both_of_its_ends() {
+        const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1539 0100007F:C385 01 00000000:00000000 00:00000000 00000000     0        0 1 1 0000000000000000 20 4 30 10 -1
+   1: 0100007F:C385 0100007F:153A 01 00000000:00000000 00:00000000 00000000     0        0 2 1 0000000000000000 20 4 30 10 -1
+   2: 0100007F:C385 0100007F:1539 01 00000000:00000000 00:00000000 00000000     0        0 3 1 0000000000000000 20 4 30 10 -1
+   3: 0100007F:C386 0100007F:1539 06 00000000:00000000 00:00000000 00000000     0        0 0 1 0000000000000000 20 4 30 10 -1";
+        let at = |port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+        assert_eq!(inode_of(TABLE, at(0xC385), at(0x1539)), Some(3));
+        assert_eq!(inode_of(TABLE, at(0xC385), at(0x153B)), None);
+        assert_eq!(inode_of(TABLE, at(0xC386), at(0x1539)), None, "no process has it any more");
+    }
+
+    #[test]
+    fn a_process_has_the_connections_that_it_makes() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let _connection = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+        let (accepted, _) = listener.accept().expect("the connection");
+        let ends = (accepted.peer_addr().expect("an end"), accepted.local_addr().expect("an end"));
+        if let (SocketAddr::V4(client), SocketAddr::V4(server)) = ends
+            && Path::new("/proc/net/tcp").exists()
+        {
+            assert!(connects(std::process::id(), client, server));
+            assert!(!connects(1, client, server), "of another process");
+        }
     }
 
     #[tokio::test]
