@@ -61,12 +61,11 @@ WITH given AS MATERIALIZED (
     UPDATE stock SET available = available + moved.delta
     FROM given CROSS JOIN unnest(total_skus, total_deltas) AS moved (sku, delta)
     WHERE stock.sku = moved.sku
-), answered AS (
-    INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-    SELECT answer.*
+)
+SELECT ARRAY (SELECT order_id FROM inserted), (
+    SELECT outbox_enqueue(array_agg(aggregate_id), array_agg(sequence), array_agg(event_id), array_agg(event_type),
+        array_agg(payload), array_agg(traceparent), array_agg(tracestate))
     FROM given CROSS JOIN unnest(order_ids, sequences, answer_ids, answer_types, payloads, no_texts, no_texts)
         AS answer (aggregate_id, sequence, event_id, event_type, payload, traceparent, tracestate)
-    JOIN decided ON decided.order_id = answer.aggregate_id
-)
-SELECT order_id FROM inserted;
+    JOIN decided ON decided.order_id = answer.aggregate_id);
 COMMIT;

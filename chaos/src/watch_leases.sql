@@ -32,7 +32,8 @@ BEGIN
         IF EXISTS (
             SELECT FROM outbox
             WHERE aggregate_id = NEW.aggregate_id AND sequence < NEW.sequence
-              AND (subscription_id = NEW.subscription_id OR subscription_id = 0)
+              AND (subscription_id = NEW.subscription_id OR subscription_id = 0 AND event_type LIKE (
+                  SELECT type_like FROM outbox_subscriptions WHERE subscription_id = NEW.subscription_id))
               AND lease_token IS DISTINCT FROM NEW.lease_token)
         THEN
             INSERT INTO chaos_breaches (breach, event_id, session)

@@ -51,7 +51,7 @@ pub(crate) struct OtherReceiver {
     pub(crate) relay_id: Uuid,
     pub(crate) subscription: String,
     pub(crate) receiver: String,
-    /// Its lock is free, and it reported just now: it has just died, or the database has restarted.
+    /// Its lock is free, and it reported just now: it has just started or died, or the database has restarted.
     pub(crate) may_be_dead: bool,
 }
 
@@ -75,7 +75,12 @@ pub(crate) async fn claim(
         let is_dead = other.holds_lock && is_dead(&mut tx, other.relay_id).await?;
         if !is_dead || !other.silent {
             let OtherRow { relay_id, subscription, receiver, .. } = other;
-            return Ok(Some(OtherReceiver { relay_id, subscription, receiver, may_be_dead: is_dead }));
+            return Ok(Some(OtherReceiver {
+                relay_id,
+                subscription,
+                receiver,
+                may_be_dead: is_dead || !other.holds_lock,
+            }));
         }
     }
     upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), &subscriptions, &receivers, &states).await?;
@@ -128,12 +133,12 @@ async fn find_others(
     .await
 }
 
-/// Removes this relay's rows, before it ends.
+/// Removes this relay's row of a route that has ended, or all of its rows before it ends itself.
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn withdraw(database: &Database, relay_id: Uuid) -> Result<(), sqlx::Error> {
-    database.run(move |connection| Box::pin(delete(connection, relay_id))).await
+pub(crate) async fn withdraw(database: &Database, relay_id: Uuid, route: Option<String>) -> Result<(), sqlx::Error> {
+    database.run(move |connection| Box::pin(delete(connection, relay_id, route))).await
 }
 
 async fn upsert(
@@ -202,11 +207,12 @@ async fn sweep(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-async fn delete(connection: &mut PgConnection, relay_id: Uuid) -> Result<(), sqlx::Error> {
+async fn delete(connection: &mut PgConnection, relay_id: Uuid, route: Option<String>) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "-- relay: withdraw
-        DELETE FROM outbox_routes WHERE relay_id = $1",
-        relay_id
+        DELETE FROM outbox_routes WHERE relay_id = $1 AND ($2::text IS NULL OR route = $2)",
+        relay_id,
+        route,
     )
     .execute(connection)
     .await?;

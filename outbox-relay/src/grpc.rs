@@ -182,7 +182,7 @@ fn refuse(error: &OperateError) -> Status {
     let (code, reason) = match error {
         OperateError::Database(cause) => return REFUSE.database(cause),
         OperateError::AlreadyPaused(_) => (Code::FailedPrecondition, "ALREADY_PAUSED"),
-        OperateError::NotPaused => (Code::FailedPrecondition, "NOT_PAUSED"),
+        OperateError::NotPaused(_) => (Code::FailedPrecondition, "NOT_PAUSED"),
         OperateError::NoSubscription { .. } => (Code::NotFound, "SUBSCRIPTION_NOT_FOUND"),
         OperateError::OtherPattern { .. } => (Code::AlreadyExists, "OTHER_PATTERN"),
         OperateError::OlderVersion => (Code::FailedPrecondition, "OLDER_VERSION"),

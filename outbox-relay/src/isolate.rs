@@ -209,7 +209,11 @@ impl Isolation {
         let worked = self.findings.iter().any(|finding| matches!(finding, Finding::Taken | Finding::Rejected(_)));
         let end = if failed > 0 && !worked && (failed > 1 || self.others_fail || self.is_barred()) {
             self.outage()
-        } else if failed == 1 && self.is_of_one_aggregate() && self.cases[0].quiet {
+        } else if failed == 1
+            && self.is_of_one_aggregate()
+            && self.cases[0].quiet
+            && self.first_failed_without_witness()
+        {
             self.last = Some(Last::DescribeBefore);
             return Step::Describe;
         } else if self.probe && self.may_have_crashed {
@@ -219,6 +223,10 @@ impl Isolation {
             Conclusion::Works
         };
         Step::End(self.end.insert(end).clone())
+    }
+
+    fn first_failed_without_witness(&self) -> bool {
+        matches!(self.findings[0], Finding::Failed { charge: false, .. })
     }
 
     /// Whether all events wait for the first.
@@ -764,5 +772,36 @@ mod tests {
                 prop_assert!(faults[event].is_some(), "event {} is sound", event);
             }
         }
+    }
+
+    /// The first event of a run was taken, and the next one fails. The receiver has both once, and the rest not at all.
+    #[test]
+    fn a_run_ends_at_the_event_that_fails_and_repeats_none_that_was_taken() {
+        let mut cases = fresh(3);
+        cases[0].quiet = true;
+        (cases[1].after, cases[2].after) = (Some(0), Some(1));
+        let mut isolation = Isolation::of(cases, vec![0..1, 1..2, 2..3], Before::default());
+        let (mut delivered, mut now) = (Vec::new(), Instant::now());
+        for _ in 0..20 {
+            let batch = match isolation.next() {
+                Step::Deliver(batch) => batch,
+                Step::Describe => {
+                    isolation.described(true);
+                    continue;
+                }
+                Step::End(_) => break,
+            };
+            delivered.push(batch.start);
+            let call = Call { began: now, ended: now + Duration::from_millis(1), alone: true };
+            now += Duration::from_millis(2);
+            let refused = Failed { failure: Failure::Refused, reason: "no".into(), retry_after: Duration::ZERO };
+            let taken = Delivery::Answered(vec![Answer::Taken]);
+            let delivery = if batch.start == 0 { taken } else { Delivery::Failed(refused) };
+            isolation.learn(batch, call, delivery);
+        }
+        assert_eq!(delivered, [0, 1]);
+        let fates = isolation.fates();
+        assert_eq!((&fates[0], &fates[2]), (&Fate::Delete, &Fate::Back(Wait::None)));
+        assert!(matches!(fates[1], Fate::Failed { .. }));
     }
 }

@@ -20,7 +20,7 @@ use crate::{
 
 /// Later events that a lease looks at, to find the first events of their aggregates.
 const LATER_MAX: i64 = 2000;
-/// The same, if it has found nothing that way.
+/// The same, in a lease that scans everything.
 const LATER_FAR_MAX: i64 = 50_000;
 /// How long a lease is renewed for a receiver that stays away: longer than receivers take to start.
 const HELD_MAX: Duration = Duration::from_secs(600);
@@ -202,11 +202,8 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
         let query = query.clone();
         database.run(move |connection| Box::pin(lease_rows(connection, token, scope, query, (start, later_max)))).await
     };
-    let mut rows = take(LATER_MAX).await?;
     // The oldest later events may all wait for events that are leased. Once a second, it looks further.
-    if rows.is_empty() && start.floor.is_none() {
-        rows = take(LATER_FAR_MAX).await?;
-    }
+    let mut rows = take(if start.floor.is_none() { LATER_FAR_MAX } else { LATER_MAX }).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
     let room = |rows: &[LeasedRow]| {
@@ -299,18 +296,19 @@ async fn lease_rows(
                         WHERE ctid = ANY (ARRAY (
                             SELECT earliest.row
                             FROM (
-                                SELECT DISTINCT aggregate_id
+                                SELECT aggregate_id, min(visible_at) AS oldest
                                 FROM (
-                                    SELECT aggregate_id FROM outbox
+                                    SELECT aggregate_id, visible_at FROM outbox
                                     WHERE subscription_id = $4 AND sequence > 1 AND visible_at <= now()
                                       AND visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
-                                    ORDER BY visible_at LIMIT $9) AS oldest) AS waiting
+                                    ORDER BY visible_at LIMIT $9) AS front
+                                GROUP BY aggregate_id) AS waiting
                             CROSS JOIN LATERAL (
                                 SELECT ctid, sequence, visible_at FROM outbox
                                 WHERE aggregate_id = waiting.aggregate_id AND subscription_id = $4
                                 ORDER BY sequence LIMIT 1) AS earliest (row, sequence, visible_at)
                             WHERE earliest.sequence > 1 AND earliest.visible_at <= now()
-                            LIMIT $2))
+                            ORDER BY waiting.oldest LIMIT $2))
                           AND (SELECT head.visible_at <= now() AND NOT EXISTS (
                               SELECT FROM outbox AS unrouted
                               WHERE unrouted.aggregate_id = head.aggregate_id AND unrouted.subscription_id = 0

@@ -54,7 +54,7 @@ use crate::{
     grpc::Admin,
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
-    maintain::Maintenance,
+    maintain::{Maintenance, Served},
     operate::Descriptors,
     relay::Worker,
     route::Route,
@@ -159,7 +159,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
 }
 
 /// How often reading the subscriptions is tried, a second apart: a database may be just coming back.
-const TRIES: u32 = 10;
+const TRIES: u32 = 15;
 
 /// Finds the subscription of each route, and announces the routes.
 ///
@@ -167,7 +167,8 @@ const TRIES: u32 = 10;
 /// When there is no such subscription, or another relay delivers it elsewhere, or the database fails again and again.
 async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> Result<Vec<Subscription>, RunError> {
     let (relay_id, longest_hidden, mut failure) = (relay.uuid(), longest_hidden(settings), String::new());
-    for _ in 0..TRIES {
+    for tries in 1..=TRIES {
+        let last = tries == TRIES;
         let routes = settings.routes.clone();
         let taken = database.run(move |connection| {
             Box::pin(async move {
@@ -178,7 +179,7 @@ async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> R
                 };
                 Ok(match claim(connection, relay_id, &routes, longest_hidden).await? {
                     None => Ok(Some(found)),
-                    Some(other) if other.may_be_dead => Ok(None),
+                    Some(other) if other.may_be_dead && !last => Ok(None),
                     Some(other) => Err(refuse(other)),
                 })
             })
@@ -188,7 +189,7 @@ async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> R
             Ok(Ok(Some(found))) => return Ok(found),
             Ok(Err(refused)) => return Err(refused),
             Ok(Ok(None)) => {
-                failure = "a relay that has just died delivers one elsewhere".into();
+                failure = "a relay that may have died delivers one to another receiver".into();
                 sleep(Duration::from_secs(1)).await;
             }
             Err(cause) => {
@@ -237,9 +238,16 @@ async fn run_workers(
     // Held until the last lease is settled.
     let _lock = AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), settings.database_url.options())));
     let mut tasks = start(&database, &settings, &relay, subscriptions, &shutdown, &cancel_deliveries);
-    let ended = tokio::select! {
-        () = shutdown.cancelled() => Ok(()),
-        Some(ended) = tasks.join_next() => ended.unwrap_or(Err(RunError::Panicked("a worker"))),
+    let ended = loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break Ok(()),
+            ended = tasks.join_next() => match ended {
+                // Of a route whose subscription has ended.
+                Some(Ok(Ok(()))) => {}
+                Some(ended) => break ended.unwrap_or(Err(RunError::Panicked("a worker"))),
+                None => break Ok(()),
+            },
+        }
     };
     shutdown.cancel();
     let drain = Duration::from_secs(settings.serve.drain_seconds);
@@ -262,10 +270,11 @@ fn start(
     cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
     let poll = Duration::from_millis(settings.poll_ms);
-    let routes: Vec<_> = settings.routes.iter().cloned().map(Route::new).collect();
-    let wakes = Wake::listen(settings.database_url.options(), shutdown, routes.len());
+    let serve = |(route, subscription)| Served { route: Route::new(route), subscription, end: shutdown.child_token() };
+    let served: Vec<_> = settings.routes.iter().cloned().zip(subscriptions).map(serve).collect();
+    let wakes = Wake::listen(settings.database_url.options(), shutdown, served.len());
     let mut tasks = JoinSet::new();
-    for ((route, subscription), wake) in routes.iter().zip(&subscriptions).zip(wakes) {
+    for (Served { route, subscription, end }, wake) in served.iter().zip(wakes) {
         let lease_query = LeaseQuery::of(settings, relay, subscription);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
@@ -283,7 +292,7 @@ fn start(
                 lease_query: lease_query.clone(),
                 wake: wake.clone(),
                 taken: None,
-                shutdown: shutdown.clone(),
+                shutdown: end.clone(),
                 cancel_deliveries: cancel_deliveries.clone(),
             };
             tasks.spawn(worker.run());
@@ -293,8 +302,7 @@ fn start(
     let maintenance = Maintenance {
         database: database.clone(),
         relay: relay.clone(),
-        routes,
-        subscriptions,
+        served,
         poll,
         longest_hidden,
         shutdown: shutdown.clone(),

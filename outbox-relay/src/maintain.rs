@@ -6,7 +6,7 @@ use chassis::{Database, RunError};
 use sqlx::PgConnection;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{error, warn};
 
 use crate::{
     announce::{announce, withdraw},
@@ -30,44 +30,54 @@ const UNHIDE_INTERVAL: Duration = Duration::from_secs(60);
 pub(crate) struct Maintenance {
     pub(crate) database: Database,
     pub(crate) relay: RelayId,
-    pub(crate) routes: Vec<Route>,
-    pub(crate) subscriptions: Vec<Subscription>,
+    pub(crate) served: Vec<Served>,
     pub(crate) poll: Duration,
     /// The longest time for which this relay hides a row.
     pub(crate) longest_hidden: Duration,
     pub(crate) shutdown: CancellationToken,
 }
 
+/// A subscription with its route.
+#[derive(Clone, Debug)]
+pub(crate) struct Served {
+    pub(crate) route: Route,
+    pub(crate) subscription: Subscription,
+    /// Ends the workers of the route.
+    pub(crate) end: CancellationToken,
+}
+
 impl Maintenance {
     /// Runs until shutdown. A task that fails is repeated when it is due again.
     ///
     /// # Errors
-    /// When a subscription of this relay has ended.
-    pub(crate) async fn run(self) -> Result<(), RunError> {
-        let ended = self.shutdown.run_until_cancelled(self.maintain()).await;
-        report("withdraw from outbox_routes", withdraw(&self.database, self.relay.uuid()).await);
+    /// When the last subscription of this relay has ended.
+    pub(crate) async fn run(mut self) -> Result<(), RunError> {
+        let shutdown = self.shutdown.clone();
+        let ended = shutdown.run_until_cancelled(self.maintain()).await;
+        report("withdraw from outbox_routes", withdraw(&self.database, self.relay.uuid(), None).await);
         ended.map_or(Ok(()), |subscription| {
             Err(RunError::Unusable(format!(
-                "subscription {subscription} has ended (`outbox-relay unsubscribe`): take its route away"
+                "subscription {subscription} has ended (`outbox-relay unsubscribe`), and this relay has no other"
             )))
         })
     }
 
-    /// Returns the name of a subscription of this relay that has ended.
-    async fn maintain(&self) -> String {
+    /// Returns the name of the subscription that ended last, once all of this relay have.
+    async fn maintain(&mut self) -> String {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
         let (mut sweeping, mut unhiding) = (every(SWEEP_INTERVAL), every(UNHIDE_INTERVAL));
         loop {
             tokio::select! {
                 _ = parking.tick() => report("park successors", park(&self.database).await),
                 _ = announcing.tick() => {
-                    let announced = announce(&self.database, &self.relay, &self.routes, self.longest_hidden).await;
+                    let routes: Vec<_> = self.served.iter().map(|served| served.route.clone()).collect();
+                    let announced = announce(&self.database, &self.relay, &routes, self.longest_hidden).await;
                     report("announce routes", announced);
                     report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
                     let adopted = adopt_unrouted(&self.database, Unrouted::Newest).await;
                     report("look for events that a new subscription takes", adopted.map(drop));
-                    if let Some(ended) = self.find_ended().await {
-                        return ended;
+                    if let Some(last) = self.end_routes().await {
+                        return last;
                     }
                 }
                 _ = sweeping.tick() => match self.sweep().await {
@@ -101,18 +111,32 @@ impl Maintenance {
         Ok(more)
     }
 
-    async fn find_ended(&self) -> Option<String> {
-        match self.database.run(|connection| Box::pin(read_subscriptions(connection))).await {
-            Ok(there) => {
-                let there: HashSet<_> = there.into_iter().map(|subscription| subscription.id).collect();
-                let ended = self.subscriptions.iter().find(|own| !there.contains(&own.id));
-                ended.map(|subscription| subscription.name.clone())
-            }
+    /// Ends the routes whose subscriptions have ended. The others go on. Returns the name of the last one.
+    async fn end_routes(&mut self) -> Option<String> {
+        let there = match self.database.run(|connection| Box::pin(read_subscriptions(connection))).await {
+            Ok(there) => there,
             Err(cause) => {
                 report("read the subscriptions", Err(cause));
-                None
+                return None;
             }
+        };
+        let there: HashSet<_> = there.into_iter().map(|subscription| subscription.id).collect();
+        let (goes_on, ended): (Vec<_>, Vec<_>) =
+            self.served.drain(..).partition(|served| there.contains(&served.subscription.id));
+        self.served = goes_on;
+        let mut last = None;
+        for Served { subscription, end, .. } in ended {
+            error!(
+                subscription = subscription.name,
+                "this subscription has ended (`outbox-relay unsubscribe`): take its route away before the next start"
+            );
+            end.cancel();
+            let name = subscription.name;
+            let withdrawn = withdraw(&self.database, self.relay.uuid(), Some(name.clone())).await;
+            report("withdraw a route", withdrawn);
+            last = Some(name);
         }
+        last.filter(|_| self.served.is_empty())
     }
 
     /// Such an event stays until a subscription is made for it. This warning and the status are the only signs.

@@ -110,9 +110,13 @@ impl Worker {
     async fn describe(&mut self) -> Result<bool, RunError> {
         match self.receiver.describe().await {
             Description::Ready { retention, types, sources } => {
-                self.route.set_types(types);
-                self.route.set_retention(retention);
-                return Ok(self.check_source(&sources)? && self.check_retention(retention)?);
+                let fits = self.check_source(&sources)? && self.check_retention(retention)?;
+                // What an unfit receiver says counts for nothing. Another worker may be about to lease.
+                if fits {
+                    self.route.set_types(types);
+                    self.route.set_retention(retention);
+                }
+                return Ok(fits);
             }
             Description::Unknown(fault) => self.refuse_receiver(fault)?,
             Description::Unavailable { reason, retry_after } => self.route.mark_down(&reason, retry_after),

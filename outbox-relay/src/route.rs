@@ -27,6 +27,9 @@ const MESSAGE_BYTES_KEPT: Duration = Duration::from_secs(600);
 /// Time between two lines of the log about types that the receiver does not know.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
+/// A receiver may say that it never forgets. The database's times do not reach that far.
+const MAX_AGE_MAX: Duration = Duration::from_hours(100 * 365 * 24);
+
 /// A route: a subscription, and its receiver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteSettings {
@@ -233,7 +236,7 @@ impl Route {
     /// The receiver remembers applied events for this time. They are delivered while they are younger than six sevenths of
     /// it: the rest is for clocks that differ, and for a delivery that takes long.
     pub(crate) fn set_retention(&self, retention: Duration) {
-        self.state.max_age.send_replace(Some(retention / 7 * 6));
+        self.state.max_age.send_replace(Some((retention / 7 * 6).min(MAX_AGE_MAX)));
     }
 
     /// How old an event may be when it is delivered; `None` before the receiver has said how long it remembers.

@@ -17,9 +17,17 @@ use uuid::Uuid;
 
 use super::{
     Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_subscription,
-    check_text, count, decode::answer, discard, discard_piece, list_dead, list_dead::count_dead, pause, print,
-    progress::Progress, read_status, read_totals, refuse::describe, requeue, requeue::Requeued, requeue_piece, resume,
-    show_dead, subscribe, unsubscribe, wake_relays,
+    check_text, count,
+    decode::answer,
+    discard, discard_piece, list_dead,
+    list_dead::count_dead,
+    pause, print,
+    progress::Progress,
+    read_status, read_totals,
+    refuse::{describe, named},
+    requeue,
+    requeue::Requeued,
+    requeue_piece, resume, show_dead, subscribe, unsubscribe, wake_relays,
 };
 use crate::{
     route::is_name,
@@ -61,17 +69,17 @@ Examples:
     Status(StatusArguments),
     /// Make a subscription: a receiver gets the events of these types, in a queue of its own
     ///
-    /// From then on, services enqueue each event of these types once more, for this subscription. It also gets the events
-    /// that match no other one. A relay delivers it: `outbox-relay serve --route NAME=URL`. If it exists with the same
-    /// pattern, nothing is changed, so a deployment can run this command each time.
+    /// From then on, services enqueue each event of these types for this subscription too. Earlier events are not sent,
+    /// but for those that matched no subscription. A relay delivers it: `outbox-relay serve --route NAME=URL`. If the
+    /// subscription exists with the same pattern, nothing is changed, so a deployment can run this command each time.
     #[command(after_long_help = "Examples:
   outbox-relay subscribe inventory 'orders.v1.*'
   outbox-relay subscribe billing orders.v1.OrderCreated")]
     Subscribe(SubscribeArguments),
     /// End a subscription, and discard its events
     ///
-    /// Its events move to the table outbox_discarded, with your name, the time and the reason. Its relays end, and say so.
-    /// Other subscriptions keep their events.
+    /// Its events move to the table outbox_discarded, with your name, the time and the reason, and cannot be brought back.
+    /// Its route ends in each relay, which goes on with its other routes. Other subscriptions keep their events.
     #[command(after_long_help = "Example:
   outbox-relay unsubscribe billing --reason 'billing now reads the invoices'")]
     Unsubscribe(UnsubscribeArguments),
@@ -384,7 +392,7 @@ impl From<OperateError> for CommandError {
             unknown @ OperateError::NoSubscription { .. } => Self::Arguments(unknown.to_string()),
             refused @ (OperateError::NotApplicable(_)
             | OperateError::AlreadyPaused(_)
-            | OperateError::NotPaused
+            | OperateError::NotPaused(_)
             | OperateError::OtherPattern { .. }
             | OperateError::OlderVersion) => Self::Refused(refused.to_string()),
         }
@@ -541,7 +549,7 @@ async fn list_subscriptions(arguments: SubscriptionsArguments) -> Result<(), Com
     let totals = outbox.ask(read_totals).await?;
     let (status, _) = outbox.ask(async |connection| read_status(connection, &totals).await).await?;
     if !json {
-        return say(&print::subscriptions(&status.subscriptions));
+        return say(&print::subscriptions(&status));
     }
     let mut shown = answer(&status)?;
     say_json(&shown["subscriptions"].take())
@@ -669,13 +677,14 @@ async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {
     let PauseArguments { outbox, subscription, reason, by } = arguments;
     let only = subscription.as_deref();
     let paused = outbox.ask(async |connection| pause(connection, only, &by, &reason).await).await?;
-    say(&format!("paused {}\n", describe(&paused)))
+    say(&format!("paused {}{}\n", named(&paused, " "), describe(&paused)))
 }
 
 async fn resume_outbox(arguments: ResumeArguments) -> Result<(), CommandError> {
     let ResumeArguments { outbox, subscription } = arguments;
     let ended = outbox.ask(async |connection| resume(connection, subscription.as_deref()).await).await?;
-    say(&format!("resumed; it was paused {}\n", describe(&ended)))
+    let what = if ended.subscription.is_empty() { String::new() } else { format!(" {}", ended.subscription) };
+    say(&format!("resumed{what}; it was paused {}\n", describe(&ended)))
 }
 
 fn were(number: i64) -> String {

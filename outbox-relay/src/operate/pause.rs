@@ -83,7 +83,9 @@ pub(crate) async fn resume(
     .fetch_optional(&mut *tx)
     .await?;
     tx.commit().await?;
-    let ended = ended.ok_or(OperateError::NotPaused)?;
+    let Some(ended) = ended else {
+        return Err(OperateError::NotPaused(read_pauses(connection).await?));
+    };
     wake_relays(connection).await;
     Ok(ended.into())
 }

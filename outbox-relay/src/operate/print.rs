@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 use proto::relay::v1::{
-    DeadEvent, DeadEventContent, ListDeadEventsResponse, OutboxStatus, Subscription, dead_event_content::Payload,
+    DeadEvent, DeadEventContent, ListDeadEventsResponse, OutboxStatus, dead_event_content::Payload,
 };
 
-use super::refuse::describe;
+use super::refuse::{describe, named};
 
 /// The status.
 pub(super) fn status(status: &OutboxStatus) -> String {
@@ -22,15 +22,14 @@ pub(super) fn status(status: &OutboxStatus) -> String {
         line(["in", &format!("{:.1}/s", status.in_per_second), ""]),
         line(["out", &format!("{:.1}/s", status.out_per_second), ""]),
     ];
-    let paused = status.pause.as_ref().map(|pause| format!("PAUSED {}\n", visible(&describe(pause))));
     let unrouted = match status.unrouted {
         0 => String::new(),
         events => {
             format!("UNROUTED {events} of the waiting events match no subscription: `outbox-relay subscribe` one\n")
         }
     };
-    let numbers = table(&numbers, &[1]) + &paused.unwrap_or_default() + &unrouted;
-    let mut page = format!("{numbers}\n{}\n{}", subscriptions(&status.subscriptions), routes(status));
+    let numbers = table(&numbers, &[1]) + &unrouted;
+    let mut page = format!("{numbers}\n{}\n{}", subscriptions(status), routes(status));
     if !status.types.is_empty() {
         page += "\n";
         page += &types(status);
@@ -42,8 +41,9 @@ pub(super) fn status(status: &OutboxStatus) -> String {
     page
 }
 
-/// The subscriptions with their backlogs.
-pub(super) fn subscriptions(subscriptions: &[Subscription]) -> String {
+/// The subscriptions with their backlogs, and the pauses.
+pub(super) fn subscriptions(status: &OutboxStatus) -> String {
+    let subscriptions = &status.subscriptions;
     if subscriptions.is_empty() {
         return "no subscriptions\n".into();
     }
@@ -54,8 +54,8 @@ pub(super) fn subscriptions(subscriptions: &[Subscription]) -> String {
         let paused = if of.pause.is_some() { "PAUSED" } else { "" };
         [line([&of.name, &of.pattern]), numbers.to_vec(), line([&oldest, paused])].concat()
     }));
-    let paused = subscriptions.iter().filter_map(|of| of.pause.as_ref());
-    let paused = paused.map(|pause| format!("PAUSED {}\n", visible(&describe(pause))));
+    let paused = status.pause.iter().chain(subscriptions.iter().filter_map(|of| of.pause.as_ref()));
+    let paused = paused.map(|pause| format!("PAUSED {}{}\n", named(pause, " "), visible(&describe(pause))));
     table(&rows, &[2, 3, 4, 5, 6]) + &paused.collect::<String>()
 }
 

@@ -12,10 +12,10 @@ pub(crate) enum OperateError {
     /// The command does not apply to some of the events. It changed none of them.
     #[error("{}", join(.0))]
     NotApplicable(Vec<NotApplicable>),
-    #[error("already paused {}", describe(.0))]
+    #[error("{}already paused {}", named(.0, " is "), describe(.0))]
     AlreadyPaused(OutboxPause),
-    #[error("not paused")]
-    NotPaused,
+    #[error("not paused{}", others(.0))]
+    NotPaused(Vec<OutboxPause>),
     #[error("nobody has subscribed {name}; there {}", list(.names))]
     NoSubscription { name: String, names: Vec<String> },
     #[error(
@@ -72,11 +72,23 @@ fn list(names: &[String]) -> String {
     if names.is_empty() { "is no subscription".to_owned() } else { format!("are {}", names.join(", ")) }
 }
 
+/// The name of the paused subscription with `then`; nothing for the pause of all.
+pub(super) fn named(pause: &OutboxPause, then: &str) -> String {
+    if pause.subscription.is_empty() { String::new() } else { format!("{}{then}", pause.subscription) }
+}
+
+fn others(pauses: &[OutboxPause]) -> String {
+    let command = |pause: &OutboxPause| match pause.subscription.as_str() {
+        "" => "`resume` would end the pause of all".to_owned(),
+        name => format!("`resume --subscription {name}` would end the pause of {name}"),
+    };
+    pauses.iter().map(|pause| format!("; {}", command(pause))).collect()
+}
+
 /// The pause, as the end of a sentence.
 pub(super) fn describe(pause: &OutboxPause) -> String {
     let since = pause.pause_time.unwrap_or_default();
-    let what = if pause.subscription.is_empty() { String::new() } else { format!("{} ", pause.subscription) };
-    format!("{what}since {since} by {}: {}", pause.paused_by, pause.reason)
+    format!("since {since} by {}: {}", pause.paused_by, pause.reason)
 }
 
 /// Looks up the state of events that are not dead. It reads the whole outbox, since there is no index for this. Only a

@@ -112,3 +112,15 @@ async fn an_event_that_is_too_old_is_not_delivered_but_kept_as_dead_with_the_rea
     assert!(dead.last_error.as_ref().unwrap().starts_with("EXPIRED: older than 1 h"), "{dead:?}");
     assert_eq!(receiver.read(|log| log.times(ids[1])), 0);
 }
+
+/// Six sevenths of the longest time that the contract allows lie before all times that the database knows.
+#[tokio::test]
+async fn a_receiver_that_never_forgets_gets_its_events() {
+    let outbox = Outbox::create().await;
+    outbox.insert_one().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.describe(|| Ok(Some(Duration::from_secs(315_576_000_000))));
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+}

@@ -259,7 +259,7 @@ async fn a_subscription_that_ends_leaves_its_events_discarded_and_its_relay_ende
     let said = operator.does(&["unsubscribe", "goes", "--reason", "it is gone"]).await;
     assert_eq!(said, "goes is subscribed no more; 6000 events were discarded as ann\n");
     let ended = relay.end().await.unwrap_err().to_string();
-    assert!(ended.contains("subscription goes has ended"), "{ended}");
+    assert!(ended.contains("subscription goes has ended") && ended.contains("has no other"), "{ended}");
     assert_eq!(outbox.count().await, 6000);
     let discarded =
         "SELECT count(*) FROM outbox_discarded WHERE discarded_by = 'ann' AND reason = 'unsubscribed: it is gone'
@@ -334,7 +334,8 @@ async fn a_pause_of_one_subscription_leaves_the_others_running() {
     assert_eq!(status["subscriptions"][0]["pause"]["reason"], "to see");
     assert!(status["pause"].is_null());
     assert!(operator.does(&["status"]).await.contains("PAUSED rests since "));
-    assert!(operator.is_refused(&["resume"]).await.contains("not paused"));
+    let refused = operator.is_refused(&["resume"]).await;
+    assert!(refused.contains("not paused; `resume --subscription rests` would end the pause of rests"), "{refused}");
     operator.does(&["resume", "--subscription", "rests"]).await;
     outbox.wait_until_empty().await;
     assert_eq!(sorted(rests.read(Log::ids)), ids);
@@ -461,6 +462,28 @@ async fn a_subscription_that_does_not_exist_cannot_be_paused_or_resumed() {
         operator.is_misused(&["pause", "--subscription", "other", "--reason", "a"]).await.contains("there are all")
     );
     assert!(operator.is_misused(&["resume", "--subscription", "other"]).await.contains("there are all"));
-    assert!(operator.is_refused(&["resume", "--subscription", "all"]).await.contains("not paused"));
+    let refused = operator.is_refused(&["resume", "--subscription", "all"]).await;
+    assert!(refused.contains("not paused; `resume` would end the pause of all"), "{refused}");
+    assert!(operator.does(&["subscriptions"]).await.contains("PAUSED since "));
     assert_eq!(count(&outbox, "SELECT count(*) FROM outbox_pauses WHERE subscription_id = 0").await, 1);
+}
+
+#[tokio::test]
+async fn the_other_routes_of_a_relay_go_on_when_a_subscription_ends() {
+    let outbox = Outbox::without_subscriptions().await;
+    outbox.subscribe("stays", "*").await;
+    outbox.subscribe("goes", "*").await;
+    let (stays, goes) = (Receiver::start(Reply::apply).await, Receiver::start(Reply::apply).await);
+    let relay = start(&outbox, &[("stays", stays.address), ("goes", goes.address)]).await;
+    outbox.enqueue(CREATED, 10).await;
+    outbox.wait_until_empty().await;
+    Operator::of(&outbox).does(&["unsubscribe", "goes", "--reason", "gone"]).await;
+    let only = [("stays".to_owned(), "OPEN".to_owned())];
+    until("its route has ended", async || outbox.route_states().await == only).await;
+    let ids = outbox.enqueue(CREATED, 10).await;
+    outbox.wait_until_empty().await;
+    assert!(!relay.has_ended());
+    relay.stop().await;
+    assert!(stays.read(|log| ids.iter().all(|id| log.times(*id) == 1)));
+    assert_eq!(goes.read(|log| log.ids().len()), 10);
 }
