@@ -20,6 +20,8 @@ use testkit::{
 /// The first of the five ports that `harness up` uses by default.
 pub const FIRST_PORT: u16 = 50051;
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
+/// No process of an earlier version works on these databases, so nothing has to be kept for one.
+const MIGRATE: [&str; 2] = ["migrate", "--contract"];
 /// More than the drain time of a process (5 s).
 const GRACE: Duration = Duration::from_secs(8);
 
@@ -229,26 +231,26 @@ impl Layout {
     pub async fn prepare(&self) -> Result<()> {
         let orders = self.server.url_for("orders_owner", &self.orders);
         let inventory = self.server.url_for("inventory_owner", &self.inventory);
-        self.run_once(Service::Orders, "migrate", &orders).await?;
-        self.run_once(Service::Inventory, "migrate", &inventory).await?;
+        self.run_once(Service::Orders, &MIGRATE, &orders).await?;
+        self.run_once(Service::Inventory, &MIGRATE, &inventory).await?;
         self.subscribe(Service::OrdersRelay, "inventory", "orders.v1.*").await?;
         self.subscribe(Service::InventoryRelay, "orders", "inventory.v1.*").await?;
         if let Some(loyalty) = &self.loyalty {
             let url = self.server.url_for("loyalty_owner", &loyalty.database);
-            self.run_once(Service::Loyalty, "migrate", &url).await?;
+            self.run_once(Service::Loyalty, &MIGRATE, &url).await?;
             self.subscribe(Service::OrdersRelay, "loyalty", "orders.v1.*").await?;
         }
-        self.run_once(Service::Inventory, "seed", &inventory).await
+        self.run_once(Service::Inventory, &["seed"], &inventory).await
     }
 
     async fn subscribe(&self, relay: Service, name: &str, pattern: &str) -> Result<()> {
         self.operate(relay, &["subscribe", name, pattern, "--by", "harness"]).await.map(drop)
     }
 
-    async fn run_once(&self, service: Service, command: &str, url: &str) -> Result<()> {
+    async fn run_once(&self, service: Service, command: &[&str], url: &str) -> Result<()> {
         let variables =
             ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "LOYALTY_DATABASE_URL"].map(|name| (name, url));
-        self.spawn(service, command, &variables)?.finish(command).await
+        self.spawn(service, command, &variables)?.finish(command[0]).await
     }
 
     /// Starts a process and waits until it is healthy.
@@ -279,7 +281,7 @@ impl Layout {
             ("RELAY_ROUTES", &routes),
             ("RELAY_SOURCE", source.name()),
         ];
-        let mut process = self.spawn(service, "serve", &environment)?;
+        let mut process = self.spawn(service, &["serve"], &environment)?;
         process.wait_healthy(address, HEALTHY_LIMIT).await?;
         Ok(process)
     }
@@ -305,12 +307,12 @@ impl Layout {
         operate(&self.server.url_for("outbox_relay", database), arguments).await
     }
 
-    fn spawn(&self, service: Service, command: &str, environment: &[(&str, &str)]) -> Result<Process> {
+    fn spawn(&self, service: Service, command: &[&str], environment: &[(&str, &str)]) -> Result<Process> {
         fs::create_dir_all(&self.logs).with_context(|| self.logs.display().to_string())?;
         let environment = environment.iter().copied();
         let settings = self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let program = binary(service.binary())?;
-        Process::spawn(service.name(), &program, [command], environment.chain(settings), &self.log(service))
+        Process::spawn(service.name(), &program, command, environment.chain(settings), &self.log(service))
     }
 
     /// The log file of a process.
