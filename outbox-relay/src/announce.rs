@@ -7,7 +7,7 @@ use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::{
-    live::{RelayId, is_dead},
+    live::{RelayId, SILENT_AFTER, is_dead},
     route::{Condition, Route, RouteSettings},
 };
 
@@ -74,6 +74,8 @@ pub(crate) async fn claim(
     for other in find_others(&mut tx, relay_id, &subscriptions, &receivers).await? {
         let is_dead = other.holds_lock && is_dead(&mut tx, other.relay_id).await?;
         if !is_dead || !other.silent {
+            // Gives up the locks at once: one may be that of a relay that comes back.
+            tx.rollback().await?;
             let OtherRow { relay_id, subscription, receiver, .. } = other;
             return Ok(Some(OtherReceiver {
                 relay_id,
@@ -119,7 +121,7 @@ async fn find_others(
         OtherRow,
         r#"-- relay: find other receivers
         SELECT other.relay_id, other.route AS subscription, other.receiver, other.holds_lock,
-            other.seen_at < now() - interval '2 s' AS "silent!"
+            other.seen_at < now() - make_interval(secs => $4) AS "silent!"
         FROM outbox_routes AS other
         JOIN unnest($2::text[], $3::text[]) AS own (subscription, receiver)
             ON own.subscription = other.route AND own.receiver <> other.receiver
@@ -128,6 +130,7 @@ async fn find_others(
         relay_id,
         subscriptions,
         receivers,
+        SILENT_AFTER.as_secs_f64(),
     )
     .fetch_all(connection)
     .await

@@ -14,8 +14,8 @@ use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
 
 use crate::operate::{
-    self, Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
-    check_subscription, check_text, list_dead, read_status, read_totals, requeue_piece, show_dead,
+    self, Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk, check_text,
+    find_subscription, list_dead, read_status, read_totals, requeue_piece, show_dead,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
@@ -147,7 +147,7 @@ impl Admin {
             None => {
                 self.run(|connection| {
                     Box::pin(async move {
-                        check_subscription(connection, filter.subscription.as_deref()).await?;
+                        find_subscription(connection, filter.subscription.as_deref()).await?;
                         Ok(Walk::begin(connection, filter).await?)
                     })
                 })

@@ -15,7 +15,7 @@ use crate::{
     lease::{LeaseQuery, Scope, lease},
     live::RelayId,
     park::park,
-    subscription::Subscription,
+    subscription::read_subscriptions,
 };
 
 const BATCH: u32 = 100;
@@ -53,7 +53,9 @@ impl Outbox {
             Database::connect(&settings.database_url, &settings.database, &[], &never).await.unwrap().unwrap();
         let pool = test.pool().await;
         sqlx::raw_sql(SUBSCRIBE_ALL).execute(&pool).await.unwrap();
-        let subscription = Subscription { id: 1, name: "all".into(), type_like: "%".into() };
+        let mut connection = pool.acquire().await.unwrap();
+        let subscription = read_subscriptions(&mut connection).await.unwrap().remove(0);
+        drop(connection);
         let lease_query = LeaseQuery::of(&settings, &RelayId::new(), &subscription);
         Self { pool, database, lease_query, _test: test }
     }

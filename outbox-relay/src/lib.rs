@@ -55,7 +55,7 @@ use crate::{
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
     maintain::{Maintenance, Served},
-    operate::Descriptors,
+    operate::{Descriptors, OperateError},
     relay::Worker,
     route::Route,
     subscription::{Subscription, read_subscriptions},
@@ -166,9 +166,10 @@ const TRIES: u32 = 15;
 /// # Errors
 /// When there is no such subscription, or another relay delivers it elsewhere, or the database fails again and again.
 async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> Result<Vec<Subscription>, RunError> {
-    let (relay_id, longest_hidden, mut failure) = (relay.uuid(), longest_hidden(settings), String::new());
-    for tries in 1..=TRIES {
-        let last = tries == TRIES;
+    let (relay_id, longest_hidden) = (relay.uuid(), longest_hidden(settings));
+    let mut tries_left = TRIES;
+    loop {
+        tries_left -= 1;
         let routes = settings.routes.clone();
         let taken = database.run(move |connection| {
             Box::pin(async move {
@@ -179,7 +180,7 @@ async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> R
                 };
                 Ok(match claim(connection, relay_id, &routes, longest_hidden).await? {
                     None => Ok(Some(found)),
-                    Some(other) if other.may_be_dead && !last => Ok(None),
+                    Some(other) if other.may_be_dead && tries_left > 0 => Ok(None),
                     Some(other) => Err(refuse(other)),
                 })
             })
@@ -187,19 +188,15 @@ async fn take_up(database: &Database, relay: &RelayId, settings: &Settings) -> R
         let taken: Result<_, sqlx::Error> = taken.await;
         match taken {
             Ok(Ok(Some(found))) => return Ok(found),
+            Ok(Ok(None)) => {}
             Ok(Err(refused)) => return Err(refused),
-            Ok(Ok(None)) => {
-                failure = "a relay that may have died delivers one to another receiver".into();
-                sleep(Duration::from_secs(1)).await;
+            Err(cause) if tries_left == 0 => {
+                return Err(RunError::Unusable(format!("cannot take up the subscriptions: {cause}")));
             }
-            Err(cause) => {
-                warn!(%cause, "cannot read the subscriptions");
-                failure = cause.to_string();
-                sleep(Duration::from_secs(1)).await;
-            }
+            Err(cause) => warn!(%cause, "cannot take up the subscriptions"),
         }
+        sleep(Duration::from_secs(1)).await;
     }
-    Err(RunError::Unusable(format!("cannot take up the subscriptions: {failure}")))
 }
 
 fn find(there: &[Subscription], routes: &[RouteSettings]) -> Result<Vec<Subscription>, RunError> {
@@ -208,13 +205,8 @@ fn find(there: &[Subscription], routes: &[RouteSettings]) -> Result<Vec<Subscrip
     if unknown.is_empty() {
         return Ok(routes.iter().filter_map(|route| of(&route.subscription)).cloned().collect());
     }
-    let names: Vec<_> = there.iter().map(|subscription| &*subscription.name).collect();
-    Err(RunError::Arguments(format!(
-        "nobody has subscribed {}; there {}: subscribe it with `outbox-relay subscribe {} PATTERN`",
-        unknown.join(", "),
-        if names.is_empty() { "is no subscription".to_owned() } else { format!("are {}", names.join(", ")) },
-        unknown[0],
-    )))
+    let nobody = OperateError::no_subscription(&unknown, there);
+    Err(RunError::Arguments(format!("{nobody}: subscribe it with `outbox-relay subscribe {} PATTERN`", unknown[0])))
 }
 
 fn refuse(other: OtherReceiver) -> RunError {

@@ -31,6 +31,9 @@ use crate::leased_row::LeaseToken;
 
 /// How long connecting, or an answer, may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// A relay whose lock is free is taken for dead once it has not reported for this long. After a restart of the database
+/// all locks are free for a moment.
+pub(crate) const SILENT_AFTER: Duration = Duration::from_secs(2);
 /// Time between two looks whether the lock is held, and before a new connection.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// The server ends a session whose client has vanished after about 20 s.
@@ -151,8 +154,9 @@ async fn find_silent(connection: &mut PgConnection, own: Uuid) -> Result<Vec<Uui
         SELECT DISTINCT relay_id
         FROM outbox_routes
         WHERE holds_lock AND relay_id <> $1
-          AND (seen_at < now() - interval '2 s' OR seen_at > now() + interval '1 minute')",
+          AND (seen_at < now() - make_interval(secs => $2) OR seen_at > now() + interval '1 minute')",
         own,
+        SILENT_AFTER.as_secs_f64(),
     )
     .fetch_all(connection)
     .await

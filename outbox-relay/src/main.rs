@@ -1,6 +1,7 @@
 //! The command line of outbox-relay.
 
 use std::{
+    fmt::Display,
     net::SocketAddr,
     process::{self, ExitCode},
 };
@@ -31,31 +32,31 @@ enum Command {
     },
 }
 
+/// As for a flag that does not exist.
+const WRONG_ARGUMENTS: i32 = 2;
+/// As of a process that SIGINT has ended.
+const INTERRUPTED: i32 = 130;
+
+/// Ends with a code that says more than 1.
+fn end(code: i32, error: &impl Display) -> ! {
+    eprintln!("error: {error}");
+    process::exit(code)
+}
+
 fn main() -> ExitCode {
     chassis::main(async |command| {
         match command {
             Command::Serve(settings) => {
                 chassis::log_to_stdout();
                 match serve_until_signal(settings.listen, *settings, outbox_relay::run).await {
-                    Err(RunError::Arguments(what)) => {
-                        eprintln!("error: {what}");
-                        // As for any other argument that is wrong.
-                        process::exit(2);
-                    }
+                    Err(wrong @ RunError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
                     ended => ended?,
                 }
             }
             // No logs: stdout is for the command's output.
             Command::Operate(command) => match operate::run(*command).await {
-                Err(interrupted @ operate::CommandError::Interrupted { .. }) => {
-                    eprintln!("error: {interrupted}");
-                    // As of a process that SIGINT has ended.
-                    process::exit(130);
-                }
-                Err(operate::CommandError::Arguments(what)) => {
-                    eprintln!("error: {what}");
-                    process::exit(2);
-                }
+                Err(interrupted @ operate::CommandError::Interrupted { .. }) => end(INTERRUPTED, &interrupted),
+                Err(wrong @ operate::CommandError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
                 ended => ended?,
             },
             Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,

@@ -30,10 +30,8 @@ pub(crate) use refuse::{OperateError, Reason};
 pub(crate) use requeue::requeue;
 pub(crate) use requeue_all::{PIECE, Walk, requeue_piece};
 pub(crate) use show_dead::show_dead;
-pub(crate) use status::{SAMPLE, read_status, read_totals};
-pub(crate) use subscribe::{
-    check_subscription, discard_ended, discard_piece, read_subscriptions, subscribe, unsubscribe,
-};
+pub(crate) use status::{SAMPLE, read_backlogs, read_status, read_totals};
+pub(crate) use subscribe::{discard_ended, discard_piece, find_subscription, subscribe, unsubscribe};
 
 /// Which dead or failing events a command is about. Without a field, all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Subscriptions, as the relay sees them: which rows of the outbox a route delivers.
 
 use chassis::Database;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tracing::info;
 
 /// The subscription of events that matched none when they were enqueued.
@@ -14,8 +14,11 @@ const ROWS_MAX: i64 = 5000;
 pub(crate) struct Subscription {
     pub(crate) id: i16,
     pub(crate) name: String,
-    /// The pattern of its event types, in the syntax of SQL's LIKE.
+    pub(crate) pattern: String,
+    /// The pattern, in the syntax of SQL's LIKE.
     pub(crate) type_like: String,
+    pub(crate) created_at: OffsetDateTime,
+    pub(crate) created_by: String,
 }
 
 /// Reads all subscriptions, ordered by name.
@@ -26,7 +29,7 @@ pub(crate) async fn read_subscriptions(connection: &mut PgConnection) -> Result<
     sqlx::query_as!(
         Subscription,
         "-- relay: read subscriptions
-        SELECT subscription_id AS id, name, type_like
+        SELECT subscription_id AS id, name, pattern, type_like, created_at, created_by
         FROM outbox_subscriptions
         WHERE ended_at IS NULL
         ORDER BY name"

@@ -9,21 +9,20 @@ use std::{
 use chassis::DatabaseUrl;
 use clap::{Args, Subcommand};
 use outbox::EventId;
-use proto::relay::v1::{OutboxStatus, Subscription, dead_event_content::Payload};
+use proto::relay::v1::{OutboxStatus, dead_event_content::Payload};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_subscription,
-    check_text, count,
+    Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_text, count,
     decode::answer,
-    discard, discard_piece, list_dead,
+    discard, discard_piece, find_subscription, list_dead,
     list_dead::count_dead,
     pause, print,
     progress::Progress,
-    read_status, read_totals,
+    read_backlogs, read_status, read_totals,
     refuse::{describe, named},
     requeue,
     requeue::Requeued,
@@ -31,7 +30,7 @@ use super::{
 };
 use crate::{
     route::is_name,
-    subscription::{Unrouted, adopt_piece},
+    subscription::{Subscription, Unrouted, adopt_piece},
 };
 
 /// How long connecting may take.
@@ -546,8 +545,7 @@ async fn in_pieces(
 
 async fn list_subscriptions(arguments: SubscriptionsArguments) -> Result<(), CommandError> {
     let SubscriptionsArguments { outbox, json } = arguments;
-    let totals = outbox.ask(read_totals).await?;
-    let (status, _) = outbox.ask(async |connection| read_status(connection, &totals).await).await?;
+    let status = outbox.ask(read_backlogs).await?;
     if !json {
         return say(&print::subscriptions(&status));
     }
@@ -643,8 +641,9 @@ fn unfinished(cause: CommandError, requeued: i64) -> CommandError {
 /// Asks the operator to confirm the number of events, unless `yes` is set. Returns the number.
 async fn confirm(outbox: &Outbox, filter: &Filter, yes: bool) -> Result<i64, CommandError> {
     let only = filter.subscription.as_deref();
-    outbox.ask(async |connection| check_subscription(connection, only).await).await?;
-    let dead = outbox.ask(async |connection| count_dead(connection, filter).await).await?;
+    let event_type = filter.event_type.as_deref();
+    let subscription_id = outbox.ask(async |connection| find_subscription(connection, only).await).await?;
+    let dead = outbox.ask(async |connection| count_dead(connection, event_type, subscription_id).await).await?;
     let of_type = filter.event_type.as_deref().map(|event_type| format!(" of type {event_type}"));
     let of_type = of_type.unwrap_or_default() + &only.map(|name| format!(" for {name}")).unwrap_or_default();
     if dead == 0 {

@@ -8,7 +8,7 @@ use sqlx::{
 };
 
 use super::{
-    OperateError, Position, begin_durable, check_subscription, count, free_late_successors, free_successors,
+    OperateError, Position, begin_durable, count, find_subscription, free_late_successors, free_successors,
     refuse::explain, wake_relays,
 };
 
@@ -32,7 +32,7 @@ pub(crate) async fn discard(
     by: &str,
     reason: &str,
 ) -> Result<DiscardDeadEventResponse, OperateError> {
-    check_subscription(connection, subscription).await?;
+    let subscription_id = find_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let discarded = sqlx::query_as!(
         DiscardedRow,
@@ -40,7 +40,7 @@ pub(crate) async fn discard(
         WITH given_up AS (
             DELETE FROM outbox
             WHERE visible_at = 'infinity' AND event_id = $1
-              AND ($4::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $4 AND ended_at IS NULL))
+              AND ($4::smallint IS NULL OR subscription_id = $4)
             RETURNING event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
                 tracestate, last_error)
         INSERT INTO outbox_discarded (event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type,
@@ -52,7 +52,7 @@ pub(crate) async fn discard(
         event_id as EventId,
         by,
         reason,
-        subscription,
+        subscription_id,
     )
     .fetch_all(&mut *tx)
     .await?;

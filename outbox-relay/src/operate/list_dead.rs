@@ -5,7 +5,7 @@ use proto::relay::v1::{DeadEvent, ListDeadEventsResponse};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use uuid::Uuid;
 
-use super::{Filter, OperateError, check_subscription};
+use super::{Filter, OperateError, find_subscription};
 
 /// The page to read.
 #[derive(Clone, Debug)]
@@ -78,12 +78,17 @@ pub(crate) async fn list_dead(
     connection: &mut PgConnection,
     page: &Page,
 ) -> Result<ListDeadEventsResponse, OperateError> {
-    check_subscription(connection, page.filter.subscription.as_deref()).await?;
-    let mut rows = if page.failing { read_failing(connection, page).await } else { read_dead(connection, page).await }?;
+    let only = find_subscription(connection, page.filter.subscription.as_deref()).await?;
+    let mut rows = if page.failing {
+        read_failing(connection, page, only).await
+    } else {
+        read_dead(connection, page, only).await
+    }?;
     let more = rows.len() > usize::from(page.size);
     if more {
         rows.pop();
     }
+    let event_type = page.filter.event_type.as_deref();
     let list = Page::list(&page.filter, page.failing);
     let last = rows.last().filter(|_| more);
     let next_page_token =
@@ -92,13 +97,13 @@ pub(crate) async fn list_dead(
         dead_events: rows.into_iter().map(DeadEvent::from).collect(),
         next_page_token: next_page_token.unwrap_or_default(),
         total_size: match page.failing {
-            true => count_failing(connection, &page.filter).await?,
-            false => count_dead(connection, &page.filter).await?,
+            true => count_failing(connection, event_type, only).await?,
+            false => count_dead(connection, event_type, only).await?,
         },
     })
 }
 
-async fn read_dead(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadRow>, sqlx::Error> {
+async fn read_dead(connection: &mut PgConnection, page: &Page, only: Option<i16>) -> Result<Vec<DeadRow>, sqlx::Error> {
     sqlx::query_as!(
         DeadRow,
         r#"-- operate: list dead
@@ -113,21 +118,25 @@ async fn read_dead(connection: &mut PgConnection, page: &Page) -> Result<Vec<Dea
         FROM outbox AS dead
         WHERE visible_at = 'infinity' AND event_id <= $1 AND (event_id, subscription_id) < ($1, $4)
           AND ($2::text IS NULL OR event_type = $2)
-          AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+          AND ($5::smallint IS NULL OR subscription_id = $5)
         ORDER BY event_id DESC, subscription_id DESC
         LIMIT $3"#,
         page.before.0 as EventId,
         page.filter.event_type,
         i64::from(page.size) + 1,
         page.before.1,
-        page.filter.subscription,
+        only,
     )
     .fetch_all(connection)
     .await
 }
 
 /// Reads the whole outbox, like the status: an index would cost every row that fails, and this is rarely asked.
-async fn read_failing(connection: &mut PgConnection, page: &Page) -> Result<Vec<DeadRow>, sqlx::Error> {
+async fn read_failing(
+    connection: &mut PgConnection,
+    page: &Page,
+    only: Option<i16>,
+) -> Result<Vec<DeadRow>, sqlx::Error> {
     sqlx::query_as!(
         DeadRow,
         r#"-- operate: list failing
@@ -143,28 +152,32 @@ async fn read_failing(connection: &mut PgConnection, page: &Page) -> Result<Vec<
         WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
           AND (event_id, subscription_id) < ($1, $4)
           AND ($2::text IS NULL OR event_type = $2)
-          AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+          AND ($5::smallint IS NULL OR subscription_id = $5)
         ORDER BY event_id DESC, subscription_id DESC
         LIMIT $3"#,
         page.before.0 as EventId,
         page.filter.event_type,
         i64::from(page.size) + 1,
         page.before.1,
-        page.filter.subscription,
+        only,
     )
     .fetch_all(connection)
     .await
 }
 
-async fn count_failing(connection: &mut PgConnection, filter: &Filter) -> Result<i64, sqlx::Error> {
+async fn count_failing(
+    connection: &mut PgConnection,
+    event_type: Option<&str>,
+    only: Option<i16>,
+) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count failing
         SELECT count(*) AS "count!" FROM outbox
         WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
           AND ($1::text IS NULL OR event_type = $1)
-          AND ($2::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $2 AND ended_at IS NULL))"#,
-        filter.event_type,
-        filter.subscription,
+          AND ($2::smallint IS NULL OR subscription_id = $2)"#,
+        event_type,
+        only,
     )
     .fetch_one(connection)
     .await
@@ -174,14 +187,18 @@ async fn count_failing(connection: &mut PgConnection, filter: &Filter) -> Result
 ///
 /// # Errors
 /// Those of the database.
-pub(super) async fn count_dead(connection: &mut PgConnection, filter: &Filter) -> Result<i64, sqlx::Error> {
+pub(super) async fn count_dead(
+    connection: &mut PgConnection,
+    event_type: Option<&str>,
+    only: Option<i16>,
+) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count dead
         SELECT count(*) AS "count!" FROM outbox
         WHERE visible_at = 'infinity' AND ($1::text IS NULL OR event_type = $1)
-          AND ($2::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $2 AND ended_at IS NULL))"#,
-        filter.event_type,
-        filter.subscription,
+          AND ($2::smallint IS NULL OR subscription_id = $2)"#,
+        event_type,
+        only,
     )
     .fetch_one(connection)
     .await

@@ -3,7 +3,10 @@
 use proto::relay::v1::OutboxPause;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::{OperateError, begin_durable, subscribe::check_subscription, wake_relays};
+use super::{OperateError, begin_durable, subscribe::find_subscription, wake_relays};
+
+/// Stands for all subscriptions.
+const ALL: i16 = 0;
 
 struct PauseRow {
     subscription: String,
@@ -30,22 +33,20 @@ pub(crate) async fn pause(
     by: &str,
     reason: &str,
 ) -> Result<OutboxPause, OperateError> {
+    let name = subscription.unwrap_or_default();
     loop {
-        check_subscription(connection, subscription).await?;
+        let subscription_id = find_subscription(connection, subscription).await?.unwrap_or(ALL);
         let mut tx = begin_durable(connection).await?;
         let paused = sqlx::query_as!(
             PauseRow,
             r#"-- operate: pause
-            INSERT INTO outbox_pauses (subscription_id, paused_by, reason)
-            SELECT paused.id, $2, $3
-            FROM (SELECT 0 WHERE $1::text IS NULL
-                  UNION ALL
-                  SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL) AS paused (id)
+            INSERT INTO outbox_pauses (subscription_id, paused_by, reason) VALUES ($1, $2, $3)
             ON CONFLICT DO NOTHING
-            RETURNING coalesce($1, '') AS "subscription!", paused_at, paused_by, reason"#,
-            subscription,
+            RETURNING $4::text AS "subscription!", paused_at, paused_by, reason"#,
+            subscription_id,
             by,
             reason,
+            name,
         )
         .fetch_optional(&mut *tx)
         .await?;
@@ -53,7 +54,6 @@ pub(crate) async fn pause(
         if let Some(paused) = paused {
             return Ok(paused.into());
         }
-        let name = subscription.unwrap_or_default();
         if let Some(pause) = read_pauses(connection).await?.into_iter().find(|pause| pause.subscription == name) {
             return Err(OperateError::AlreadyPaused(pause));
         }
@@ -69,16 +69,16 @@ pub(crate) async fn resume(
     connection: &mut PgConnection,
     subscription: Option<&str>,
 ) -> Result<OutboxPause, OperateError> {
-    check_subscription(connection, subscription).await?;
+    let subscription_id = find_subscription(connection, subscription).await?.unwrap_or(ALL);
     let mut tx = begin_durable(connection).await?;
     let ended = sqlx::query_as!(
         PauseRow,
         r#"-- operate: resume
         DELETE FROM outbox_pauses
-        WHERE CASE WHEN $1::text IS NULL THEN subscription_id = 0 ELSE subscription_id =
-            (SELECT subscription_id FROM outbox_subscriptions WHERE name = $1 AND ended_at IS NULL) END
-        RETURNING coalesce($1, '') AS "subscription!", paused_at, paused_by, reason"#,
-        subscription,
+        WHERE subscription_id = $1
+        RETURNING $2::text AS "subscription!", paused_at, paused_by, reason"#,
+        subscription_id,
+        subscription.unwrap_or_default(),
     )
     .fetch_optional(&mut *tx)
     .await?;

@@ -6,6 +6,8 @@ use outbox::EventId;
 use proto::relay::v1::OutboxPause;
 use sqlx::PgConnection;
 
+use crate::subscription::Subscription;
+
 /// Why a command failed. Nothing was changed, except that a database that failed in the middle may have committed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OperateError {
@@ -16,8 +18,9 @@ pub(crate) enum OperateError {
     AlreadyPaused(OutboxPause),
     #[error("not paused{}", others(.0))]
     NotPaused(Vec<OutboxPause>),
-    #[error("nobody has subscribed {name}; there {}", list(.names))]
-    NoSubscription { name: String, names: Vec<String> },
+    /// The names that nobody has subscribed, and those there are.
+    #[error("nobody has subscribed {unknown}; there {}", are(.there))]
+    NoSubscription { unknown: String, there: String },
     #[error(
         "{name} is subscribed to {pattern} already: choose another name; to `unsubscribe` it would discard its events"
     )]
@@ -68,8 +71,16 @@ fn join(events: &[NotApplicable]) -> String {
     events.iter().map(NotApplicable::to_string).collect::<Vec<_>>().join("; ")
 }
 
-fn list(names: &[String]) -> String {
-    if names.is_empty() { "is no subscription".to_owned() } else { format!("are {}", names.join(", ")) }
+impl OperateError {
+    /// Nobody has subscribed these names.
+    pub(crate) fn no_subscription(unknown: &[&str], there: &[Subscription]) -> Self {
+        let there: Vec<_> = there.iter().map(|subscription| &*subscription.name).collect();
+        Self::NoSubscription { unknown: unknown.join(", "), there: there.join(", ") }
+    }
+}
+
+fn are(names: &str) -> String {
+    if names.is_empty() { "is no subscription".to_owned() } else { format!("are {names}") }
 }
 
 /// The name of the paused subscription with `then`; nothing for the pause of all.

@@ -5,7 +5,7 @@ use proto::relay::v1::RequeueDeadEventsResponse;
 use sqlx::{PgConnection, Postgres, Transaction};
 
 use super::{
-    OperateError, Position, Reason, begin_durable, check_subscription, count, free_late_successors, free_successors,
+    OperateError, Position, Reason, begin_durable, count, find_subscription, free_late_successors, free_successors,
     refuse::{NotApplicable, explain},
     wake_relays,
 };
@@ -42,10 +42,10 @@ pub(crate) async fn requeue(
     event_ids: &[EventId],
     subscription: Option<&str>,
 ) -> Result<RequeueDeadEventsResponse, OperateError> {
-    check_subscription(connection, subscription).await?;
+    let subscription_id = find_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let (old, young): (Vec<_>, Vec<_>) =
-        lock_dead(&mut tx, event_ids, subscription).await?.into_iter().partition(|dead| dead.too_old);
+        lock_dead(&mut tx, event_ids, subscription_id).await?.into_iter().partition(|dead| dead.too_old);
     let (rows, young): (Vec<_>, Vec<_>) = young.into_iter().map(|dead| (dead.row, dead.event_id)).unzip();
     refuse_unless_all(&mut tx, event_ids, &young, &old).await?;
     let (positions, Requeued { events, freed }) = commit_requeue(tx, &rows).await?;
@@ -76,7 +76,7 @@ pub(super) async fn tell_of_requeue(connection: &mut PgConnection, positions: &[
 async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
     event_ids: &[EventId],
-    subscription: Option<&str>,
+    subscription_id: Option<i16>,
 ) -> Result<Vec<Dead>, sqlx::Error> {
     sqlx::query_as!(
         Dead,
@@ -91,12 +91,12 @@ async fn lock_dead(
                 SELECT max_age_seconds FROM outbox_subscriptions AS named
                 WHERE named.subscription_id = outbox.subscription_id), $2) / 3600.0::double precision) AS max_age (hours)
         WHERE visible_at = 'infinity' AND event_id = ANY ($1)
-          AND ($3::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $3 AND ended_at IS NULL))
+          AND ($3::smallint IS NULL OR subscription_id = $3)
         ORDER BY event_id, subscription_id
         FOR UPDATE OF outbox"#,
         event_ids as &[EventId],
         MAX_AGE_UNTOLD,
-        subscription,
+        subscription_id,
     )
     .fetch_all(&mut **tx)
     .await

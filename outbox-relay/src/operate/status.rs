@@ -5,7 +5,8 @@ use std::time::Duration;
 use proto::relay::v1::{FailureCount, OutboxStatus, RelayRoute, TypeCount};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::{pause::read_pauses, read_subscriptions};
+use super::pause::read_pauses;
+use crate::subscription::read_subscriptions;
 
 /// Time between the two readings of a rate.
 pub(crate) const SAMPLE: Duration = Duration::from_secs(1);
@@ -60,19 +61,34 @@ pub(crate) async fn read_status(
     let totals = read_totals(connection).await?;
     let (in_per_second, out_per_second) = totals.rates_since(earlier);
     let time = Some(outbox::timestamp(totals.at));
-    let mut status = OutboxStatus { time, in_per_second, out_per_second, ..OutboxStatus::default() };
-    status.subscriptions = read_subscriptions(connection).await?;
+    let backlogs = read_backlogs(connection).await?;
+    let status = OutboxStatus {
+        time,
+        in_per_second,
+        out_per_second,
+        held_back: count_held_back(connection).await?,
+        failing: count_failures(connection).await?,
+        routes: read_routes(connection).await?,
+        ..backlogs
+    };
+    Ok((status, totals))
+}
+
+/// Reads the part of a status that is about subscriptions: the numbers of their events, and the pauses.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn read_backlogs(connection: &mut PgConnection) -> Result<OutboxStatus, sqlx::Error> {
+    let subscriptions = read_subscriptions(connection).await?.into_iter().map(Into::into).collect();
+    let mut status = OutboxStatus { subscriptions, ..OutboxStatus::default() };
     count_events(connection, &mut status).await?;
-    status.held_back = count_held_back(connection).await?;
-    status.failing = count_failures(connection).await?;
     for pause in read_pauses(connection).await? {
         match status.subscriptions.iter_mut().find(|of| of.name == pause.subscription) {
             Some(of) => of.pause = Some(pause),
             None => status.pause = Some(pause),
         }
     }
-    status.routes = read_routes(connection).await?;
-    Ok((status, totals))
+    Ok(status)
 }
 
 /// One scan of the table, however many events there are. An event that is neither dead nor leased nor backing off is

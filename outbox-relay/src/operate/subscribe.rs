@@ -1,24 +1,17 @@
 //! Makes, ends and lists subscriptions.
 
 use chassis::Database;
-use proto::relay::v1::Subscription;
-use sqlx::{PgConnection, types::time::OffsetDateTime};
+use sqlx::PgConnection;
 
 use super::{OperateError, begin_durable};
+use crate::subscription::{Subscription, read_subscriptions};
 
 /// Rows of an ended subscription that one statement discards.
 const PIECE: i64 = 5000;
 
-struct SubscriptionRow {
-    name: String,
-    pattern: String,
-    created_at: OffsetDateTime,
-    created_by: String,
-}
-
-impl From<SubscriptionRow> for Subscription {
-    fn from(row: SubscriptionRow) -> Self {
-        let SubscriptionRow { name, pattern, created_at, created_by } = row;
+impl From<Subscription> for proto::relay::v1::Subscription {
+    fn from(of: Subscription) -> Self {
+        let Subscription { name, pattern, created_at, created_by, .. } = of;
         Self { name, pattern, create_time: Some(outbox::timestamp(created_at)), created_by, ..Self::default() }
     }
 }
@@ -67,10 +60,10 @@ pub(crate) async fn subscribe(
         return Err(OperateError::OlderVersion);
     }
     let made = sqlx::query_as!(
-        SubscriptionRow,
+        Subscription,
         "-- operate: subscribe
         INSERT INTO outbox_subscriptions (name, pattern, created_by) VALUES ($1, $2, $3)
-        RETURNING name, pattern, created_at, created_by",
+        RETURNING subscription_id AS id, name, pattern, type_like, created_at, created_by",
         name,
         pattern,
         by,
@@ -78,7 +71,7 @@ pub(crate) async fn subscribe(
     .fetch_one(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(Subscribed { subscription: made.into(), existed: false })
+    Ok(Subscribed { subscription: made, existed: false })
 }
 
 /// Whether relays of a version without subscriptions still work. They lease whatever they find, and would take the
@@ -92,36 +85,20 @@ async fn allows_older_relays(connection: &mut PgConnection) -> Result<bool, sqlx
     .await
 }
 
-/// All subscriptions that have not ended, ordered by name.
+/// The id of the subscription with this name, if one is given.
 ///
 /// # Errors
-/// Those of the database.
-pub(crate) async fn read_subscriptions(connection: &mut PgConnection) -> Result<Vec<Subscription>, sqlx::Error> {
-    let rows = sqlx::query_as!(
-        SubscriptionRow,
-        "-- operate: read subscriptions
-        SELECT name, pattern, created_at, created_by
-        FROM outbox_subscriptions
-        WHERE ended_at IS NULL
-        ORDER BY name"
-    )
-    .fetch_all(connection)
-    .await?;
-    Ok(rows.into_iter().map(Subscription::from).collect())
-}
-
-/// Refuses a name that nobody has subscribed.
-///
-/// # Errors
-/// [`OperateError::NoSubscription`], and those of the database.
-pub(crate) async fn check_subscription(connection: &mut PgConnection, name: Option<&str>) -> Result<(), OperateError> {
-    let Some(name) = name else { return Ok(()) };
-    let names: Vec<_> =
-        read_subscriptions(connection).await?.into_iter().map(|subscription| subscription.name).collect();
-    if names.iter().any(|there| there == name) {
-        return Ok(());
+/// [`OperateError::NoSubscription`] if nobody has subscribed it, and those of the database.
+pub(crate) async fn find_subscription(
+    connection: &mut PgConnection,
+    name: Option<&str>,
+) -> Result<Option<i16>, OperateError> {
+    let Some(name) = name else { return Ok(None) };
+    let there = read_subscriptions(connection).await?;
+    match there.iter().find(|subscription| subscription.name == name) {
+        Some(found) => Ok(Some(found.id)),
+        None => Err(OperateError::no_subscription(&[name], &there)),
     }
-    Err(OperateError::NoSubscription { name: name.to_owned(), names })
 }
 
 /// Ends a subscription: it gets no further events, and its relays end by themselves. [`discard_piece`] then discards those
@@ -149,7 +126,7 @@ pub(crate) async fn unsubscribe(
     .await?;
     tx.commit().await?;
     if ended.rows_affected() == 0 {
-        check_subscription(connection, Some(name)).await?;
+        find_subscription(connection, Some(name)).await?;
     }
     Ok(())
 }
