@@ -9,12 +9,12 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use crate::{
-    Settings,
     floor::{Floor, Start},
     isolate::Case,
     leased_row::{LeaseToken, LeasedRow},
     live::RelayId,
     run::{Extension, Room, extend, number, predecessors},
+    settings::Settings,
     subscription::Subscription,
 };
 

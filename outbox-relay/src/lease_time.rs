@@ -11,10 +11,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Settings,
     lease::{LeaseQuery, Scope, lease},
     live::RelayId,
     park::park,
+    settings::Settings,
     subscription::read_subscriptions,
 };
 

@@ -28,15 +28,15 @@ mod relay;
 mod reopen;
 mod route;
 mod run;
+mod settings;
 mod settle;
 mod subscription;
 mod unhide;
 mod wake;
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
-use clap::Args;
+use chassis::{Database, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{
@@ -55,7 +55,7 @@ use crate::{
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
     maintain::{Maintenance, Served},
-    operate::{Descriptors, OperateError},
+    operate::OperateError,
     relay::Worker,
     route::Route,
     subscription::{Subscription, read_subscriptions},
@@ -63,67 +63,9 @@ use crate::{
     wake::Wake,
 };
 
-pub use crate::route::RouteSettings;
+pub use crate::{route::RouteSettings, settings::Settings};
 
 static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
-
-/// Settings of the relay.
-#[derive(Args, Clone, Debug)]
-pub struct Settings {
-    /// Address to serve gRPC on.
-    #[arg(long, env = "RELAY_LISTEN", default_value = "127.0.0.1:50053")]
-    pub listen: SocketAddr,
-    /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
-    #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
-    pub database_url: DatabaseUrl,
-    /// Receiver of a subscription, as NAME=URL, such as inventory=http://host:50052. Repeat the flag for more
-    /// subscriptions: each has its own queue. `outbox-relay subscribe` makes a subscription.
-    #[arg(long = "route", env = "RELAY_ROUTES", value_name = "NAME=URL", value_delimiter = ',', required = true)]
-    pub routes: Vec<RouteSettings>,
-    /// Name of the service that owns the outbox. Its events carry this name as `source`.
-    #[arg(long, env = "RELAY_SOURCE")]
-    pub source: String,
-    /// Workers on each route. A worker has one batch in flight at a time. Two workers wake on notifications, the others
-    /// when a batch was full. All of them poll.
-    #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub workers: u32,
-    /// Lease at most this many events at once. A delivery holds all of them, or as many as fit into 3 MiB.
-    #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub batch: u32,
-    /// Lease events with at most this many MiB at once, and at most one event more. A relay holds that much for each
-    /// worker.
-    #[arg(long, env = "RELAY_LEASE_MIB", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub lease_mib: u32,
-    /// Seconds that a lease lasts. A delivery may use three quarters of it.
-    #[arg(long, env = "RELAY_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
-    pub lease_seconds: u32,
-    /// Milliseconds between two polls of the outbox while no notification comes.
-    #[arg(long, env = "RELAY_POLL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
-    pub poll_ms: u64,
-    /// Failures after which an event is dead. One counts only if the receiver took another event since the last.
-    #[arg(long, env = "RELAY_ATTEMPTS", default_value_t = 10, value_parser = clap::value_parser!(i32).range(1..=1000))]
-    pub attempts: i32,
-    /// Back off for at most this many milliseconds after an event's first failure. The limit doubles with each further
-    /// failure. The time within the limit is random.
-    #[arg(long, env = "RELAY_BACK_OFF_MS", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=600_000))]
-    pub back_off_ms: u32,
-    /// Back off for at most this many milliseconds, however often an event has failed.
-    #[arg(long, env = "RELAY_BACK_OFF_MAX_MS", default_value_t = 60_000, value_parser = clap::value_parser!(u32).range(1..=86_400_000))]
-    pub back_off_max_ms: u32,
-    /// Address to serve metrics on, over HTTP in the text format of Prometheus. Without it no metrics are served.
-    #[arg(long, env = "RELAY_METRICS_LISTEN")]
-    pub metrics_listen: Option<SocketAddr>,
-    /// File with the descriptors of your own events: an encoded FileDescriptorSet with all imports. RelayAdmin shows
-    /// their payloads as JSON. Without it RelayAdmin decodes only the events of orders and inventory.
-    #[arg(long, env = "RELAY_DESCRIPTORS", value_name = "FILE")]
-    pub descriptors: Option<Descriptors>,
-    /// Limits on the use of the database.
-    #[command(flatten)]
-    pub database: DatabaseSettings,
-    /// Limits of the server.
-    #[command(flatten)]
-    pub serve: ServeSettings,
-}
 
 /// Relays until `shutdown`. Then it leases nothing more, and settles or releases the events in flight within the drain
 /// time.

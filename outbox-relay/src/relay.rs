@@ -8,7 +8,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use crate::{
-    Settings,
     deliver::Receiver,
     delivery::{Delivery, Failed},
     fate::Fate,
@@ -19,6 +18,7 @@ use crate::{
     measure,
     route::{Admission, Probe, Route},
     run::{LastTaken, wake_next},
+    settings::Settings,
     settle::{Policy, settle},
     wake::Wake,
 };

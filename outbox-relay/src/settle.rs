@@ -10,10 +10,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::{
-    Settings,
     fate::{Fate, RETRY_AFTER_MAX, Wait},
     lease::Lease,
     leased_row::{LeaseToken, LeasedRow},
+    settings::Settings,
 };
 
 /// Longest pause before a failed settlement is repeated. It is random, so that workers do not retry in step.

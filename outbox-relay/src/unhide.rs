@@ -27,7 +27,7 @@ use std::time::Duration;
 use chassis::Database;
 use sqlx::PgConnection;
 
-use crate::Settings;
+use crate::settings::Settings;
 
 /// Rows that one statement examines of each subscription, first and later events: those that are hidden for the longest.
 const ROWS_MAX: i64 = 10_000;
