@@ -83,15 +83,17 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
         measure::serve(address).map_err(unusable)?;
     }
-    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
-    let Some(database) = connecting.await? else { return Ok(()) };
+    let connect = async |url| Database::connect(&url, &settings.database, &MIGRATORS, &shutdown).await;
+    let Some(database) = connect(settings.database_url.with_generic_plans()).await? else { return Ok(()) };
+    // Statements of operators have another plan for other parameters.
+    let Some(of_operators) = connect(settings.database_url.clone()).await? else { return Ok(()) };
     let relay = RelayId::new();
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());
     };
     let working = run_workers(database.clone(), settings.clone(), relay, subscriptions?, shutdown.clone());
     let workers = tokio::spawn(working);
-    let admin = Admin { database: database.clone(), descriptors: settings.descriptors.clone() };
+    let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
     let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
