@@ -3,6 +3,7 @@
 //! It knows nothing of any domain. It runs beside any database with the outbox table, and delivers to any service that
 //! implements `events.v1.EventReceiver`.
 
+mod ahead;
 mod announce;
 #[cfg(test)]
 mod answer_tests;
@@ -49,6 +50,7 @@ use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::{info, warn};
 
 use crate::{
+    ahead::Ahead,
     announce::{OtherReceiver, claim},
     deliver::Receiver,
     grpc::Admin,
@@ -228,6 +230,7 @@ fn start(
                 lease_query: lease_query.clone(),
                 wake: wake.clone(),
                 taken: None,
+                ahead: Ahead::default(),
                 shutdown: end.clone(),
                 cancel_deliveries: cancel_deliveries.clone(),
             };

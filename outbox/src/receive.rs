@@ -223,6 +223,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             retention: Some(prost_types::Duration { seconds, nanos: 0 }),
             types: self.handler.types(),
             sources: self.sources.clone(),
+            ordered: true,
         }))
     }
 }
@@ -246,6 +247,7 @@ async fn apply_batch<H: Handler>(
     let mut arrived: Vec<Result<Arrived<H::Event>, Refusal>> =
         events.iter().map(|event| read(handler, event)).collect();
     let mut accepted = loop {
+        hold_back(events, &mut arrived);
         match apply_once(connection, handler, &arrived, retention).await {
             Ok(accepted) => break accepted,
             Err(ApplyError::Refused(refusals)) => refuse(&mut arrived, &refusals)?,
@@ -255,7 +257,6 @@ async fn apply_batch<H: Handler>(
     let results = events.iter().zip(arrived).map(|(event, arrived)| match arrived {
         Err(refusal) => refused(event, &refusal),
         Ok(Arrived { id, .. }) => match accepted.get(&id) {
-            Some(Acceptance::Stale) => refused(event, &stale(retention)),
             Some(Acceptance::Fresh) => {
                 // If the event is in the batch twice, the second one is a duplicate.
                 accepted.insert(id, Acceptance::Duplicate);
@@ -265,7 +266,9 @@ async fn apply_batch<H: Handler>(
                 info!(event_id = %id, subject = event.subject, "duplicate skipped");
                 result(event, Outcome::Duplicate)
             }
-            None => refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox returned no row for the event")),
+            Some(Acceptance::Stale) | None => {
+                refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox returned no row for the event"))
+            }
         },
     });
     Ok(results.collect())
@@ -291,6 +294,11 @@ async fn apply_once<H: Handler>(
 
     let mut tx = connection.begin().await?;
     let accepted = accept(&mut tx, &ids, retention).await?;
+    let is_stale = |arrived: &&&Arrived<H::Event>| accepted.get(&arrived.id) == Some(&Acceptance::Stale);
+    let refusals: HashMap<_, _> = sound.iter().filter(is_stale).map(|arrived| (arrived.id, stale(retention))).collect();
+    if !refusals.is_empty() {
+        return Err(ApplyError::Refused(refusals));
+    }
     // The first of each id: the same event may stand twice in a batch.
     let mut seen = HashSet::new();
     let fresh = |arrived: &&&Arrived<H::Event>| {
@@ -305,6 +313,20 @@ async fn apply_once<H: Handler>(
         handler.committed();
     }
     Ok(accepted)
+}
+
+/// Holds back the events behind a refused one of the same subject: they would be applied before it.
+fn hold_back<E>(events: &[Event], arrived: &mut [Result<Arrived<E>, Refusal>]) {
+    let mut refused: HashMap<&str, i64> = HashMap::new();
+    for (event, entry) in events.iter().zip(arrived) {
+        if entry.is_ok() && refused.get(event.subject.as_str()).is_some_and(|sequence| event.sequence > *sequence) {
+            *entry = Err(Refusal::retry("BEHIND_REFUSED", "an earlier event of the same subject was not applied"));
+        }
+        if entry.is_err() {
+            let first = refused.entry(&event.subject).or_insert(event.sequence);
+            *first = event.sequence.min(*first);
+        }
+    }
 }
 
 /// Replaces the refused events by their refusals.
