@@ -1,11 +1,12 @@
-//! Gathers small batches of events that wait for a slot, so that they share the next transaction.
+//! Gathers small batches of events, so that they share a transaction.
 //!
-//! Relays that deliver few events at a time, or one, would otherwise pay a transaction for each call. No timer makes a
-//! batch wait for company: only batches that have to wait anyway are put together.
+//! Relays that deliver few events at a time, or one, would otherwise pay a transaction for each call. A lone batch waits
+//! for no other. Those that arrive while one transaction with small batches runs share the next.
 
 use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use proto::events::v1::{Event, EventResult};
@@ -14,6 +15,11 @@ use tonic::Status;
 
 /// Events that share a transaction, unless one batch has more. A transaction with more costs hardly less for each.
 const EVENTS_TOGETHER: usize = 100;
+/// A batch with more events than this is worth a transaction of its own beside others.
+pub(crate) const SMALL: usize = 16;
+/// How long a transaction with small batches may take before the next may begin beside it. One that waits for no lock and
+/// no slow disk is done well before.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(5);
 
 /// The results of a batch, in order, or what its call is refused with.
 pub(crate) type Answer = Result<Vec<EventResult>, Status>;

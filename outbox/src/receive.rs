@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use chassis::{Database, Fields, Refuse};
+use chassis::{Database, Fields, Refuse, may_pass};
 use clap::Args;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
@@ -16,7 +16,7 @@ use proto::events::v1::{
 use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding};
@@ -25,7 +25,7 @@ use tracing::{info, warn};
 use crate::{
     Envelope, EventId,
     accept::{Acceptance, accept},
-    gather::{Answer, Batch, Waiting},
+    gather::{Answer, Batch, PATIENCE, SMALL, Waiting},
     prune::prune_until_shutdown,
 };
 
@@ -116,8 +116,8 @@ pub struct InboxSettings {
     /// before. Relays deliver events up to six sevenths of this.
     #[arg(long, env = "RETENTION_HOURS", default_value_t = 168, value_parser = clap::value_parser!(u32).range(1..=87_600))]
     pub retention_hours: u32,
-    /// Maximum number of batches of events that are applied at once. Others wait. Raise it if batches rarely change the
-    /// same rows.
+    /// Maximum number of transactions that apply batches of events at once. Other batches wait, and small ones share the
+    /// next transaction. Raise it if batches rarely change the same rows.
     #[arg(long, env = "BATCHES_AT_ONCE", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub batches_at_once: u16,
     /// Services whose events are accepted, by the --source of their relays. Batches with events of others are refused.
@@ -150,7 +150,15 @@ pub struct Receiver<H> {
     /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
     /// connection, which other calls may need, nor processor time.
     slots: Arc<Semaphore>,
+    /// A transaction with small batches holds this. They gather while others wait for it.
+    small: Arc<Semaphore>,
     waiting: Arc<Waiting>,
+}
+
+/// What a transaction holds until its end.
+struct Slot {
+    _slot: OwnedSemaphorePermit,
+    _small: Option<OwnedSemaphorePermit>,
 }
 
 impl<H: Handler> Receiver<H> {
@@ -166,7 +174,16 @@ impl<H: Handler> Receiver<H> {
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
         let slots = Arc::new(Semaphore::new(settings.batches_at_once.into()));
         let (database, handler, sources) = (database.clone(), Arc::new(handler), settings.sources());
-        let receiver = Self { database, handler, refuse, retention, sources, slots, waiting: Arc::default() };
+        let receiver = Self {
+            database,
+            handler,
+            refuse,
+            retention,
+            sources,
+            slots,
+            small: Arc::new(Semaphore::new(1)),
+            waiting: Arc::default(),
+        };
         // The limit holds for the size of a message as it comes, and for the size that it has when it is decompressed.
         EventReceiverServer::new(receiver)
             .max_decoding_message_size(BATCH_BYTES_MAX)
@@ -192,18 +209,17 @@ impl<H: Handler> Receiver<H> {
 
     /// Waits for the answer to a batch, and for a slot meanwhile. Whoever gets a slot applies the oldest batches. These may
     /// be without its own, and then it waits for another slot.
-    async fn answer(&self, number: u64, mut answered: oneshot::Receiver<Answer>) -> Answer {
+    async fn answer(&self, number: u64, is_small: bool, mut answered: oneshot::Receiver<Answer>) -> Answer {
         let limit = Instant::now() + WAIT_MAX;
         loop {
             let slot = tokio::select! {
                 biased;
                 answer = &mut answered => return answer.unwrap_or_else(|_| Err(self.refuse_shared())),
-                slot = timeout_at(limit, self.slots.clone().acquire_owned()) => slot,
+                slot = timeout_at(limit, self.slot(is_small)) => slot,
             };
             match slot {
                 Ok(slot) => {
-                    let applied = self.apply_next(slot.expect("the semaphore is never closed")).await;
-                    if let Err(error) = applied {
+                    if let Err(error) = self.apply_next(slot).await {
                         return answered.try_recv().unwrap_or_else(|_| Err(self.refuse.database(&error)));
                     }
                 }
@@ -215,12 +231,18 @@ impl<H: Handler> Receiver<H> {
         }
     }
 
+    /// Waits for a slot. A small batch first waits until no other transaction has small batches, or has had them for long.
+    async fn slot(&self, is_small: bool) -> Slot {
+        let _small = if is_small { timeout(PATIENCE, acquire(&self.small)).await.ok() } else { None };
+        Slot { _slot: acquire(&self.slots).await, _small }
+    }
+
     /// Applies the oldest batches that wait, and answers them. This caller may give up. Then the work holds the slot, even
     /// after its caller is gone: at most until a connection is made and the work is done.
     ///
     /// # Errors
     /// Those of the database. If the work did not begin or end, the batches have no answer.
-    async fn apply_next(&self, slot: OwnedSemaphorePermit) -> Result<(), sqlx::Error> {
+    async fn apply_next(&self, slot: Slot) -> Result<(), sqlx::Error> {
         let group = self.waiting.take();
         if group.is_empty() {
             return Ok(());
@@ -252,8 +274,9 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         self.check_sources(&events)?;
+        let is_small = events.len() <= SMALL;
         let (number, answered) = self.waiting.add(events);
-        let results = self.answer(number, answered).await?;
+        let results = self.answer(number, is_small, answered).await?;
         Ok(Response::new(DeliverResponse { results }))
     }
 
@@ -269,6 +292,10 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             ordered: true,
         }))
     }
+}
+
+async fn acquire(semaphore: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+    semaphore.clone().acquire_owned().await.expect("the semaphore is never closed")
 }
 
 /// A delivered event that its handler has read.
@@ -299,7 +326,7 @@ async fn apply_group<H: Handler>(
     // A caller that is gone gets no answer.
     match apply_batch(connection, handler, &events, retention).await {
         Ok(results) => answers.for_each(|(range, answer)| drop(answer.send(Ok(results[range].to_vec())))),
-        Err(sqlx::Error::Database(_)) if answers.len() > 1 => {
+        Err(error @ sqlx::Error::Database(_)) if answers.len() > 1 && !may_pass(&error) => {
             for (range, answer) in answers {
                 let results = apply_batch(connection, handler, &events[range], retention).await;
                 drop(answer.send(results.map_err(|error| refuse.database(&error))));

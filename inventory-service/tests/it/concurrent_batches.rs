@@ -89,6 +89,25 @@ async fn small_batches_that_wait_share_a_transaction_and_each_gets_its_own_answe
 }
 
 #[tokio::test]
+async fn a_small_batch_that_waits_for_a_lock_holds_up_no_other() {
+    let inventory = Inventory::serve(&LONG_WORK).await;
+    inventory.put_in(&[("MUG", 10), ("KETTLE", 10)]).await;
+    let mut blocking = inventory.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM stock WHERE sku = 'MUG' FOR UPDATE").execute(&mut *blocking).await.unwrap();
+    let waiting = tokio::spawn({
+        let client = inventory.client.clone();
+        async move { client.deliver(&[order(&[("MUG", 1)])]).await }
+    });
+    inventory.wait_for_waiting_sessions(1).await;
+    for _ in 0..3 {
+        assert_eq!(inventory.client.deliver(&[order(&[("KETTLE", 1)])]).await.unwrap(), ["APPLIED"]);
+    }
+    blocking.commit().await.unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap(), ["APPLIED"]);
+    inventory.stop().await;
+}
+
+#[tokio::test]
 async fn an_event_that_the_database_refuses_fails_no_batch_that_shares_its_transaction() {
     let inventory = Inventory::serve(&ONE_SLOT).await;
     inventory.put_in(&[("MUG", 1000), ("CURSED", 10)]).await;
