@@ -454,7 +454,11 @@ impl Isolation {
 
 #[cfg(test)]
 mod tests {
-    use std::{ops::Range, time::Duration};
+    use std::{
+        cell::{Cell, RefCell},
+        ops::Range,
+        time::Duration,
+    };
 
     use proptest::prelude::*;
     use tokio::time::Instant;
@@ -769,7 +773,7 @@ mod tests {
             faults in faults(), from in 0..40_usize, failure in prop::sample::select(&SILENT_OR_REFUSED[..])
         ) {
             let sound = receiver(&faults);
-            let calls = std::cell::Cell::new(0);
+            let calls = Cell::new(0);
             let ended = deliver(fresh(faults.len()), false, |batch| {
                 calls.set(calls.get() + 1);
                 if calls.get() > from { fails(failure) } else { sound(batch) }
@@ -809,5 +813,66 @@ mod tests {
         let fates = isolation.fates();
         assert_eq!((&fates[0], &fates[2]), (&Fate::Delete, &Fate::Back(Wait::None)));
         assert!(matches!(fates[1], Fate::Failed { .. }));
+    }
+
+    /// Runs of up to five events, in waves as a lease has them, and the batches of each wave.
+    fn runs(lengths: &[usize], batch: usize) -> (Vec<Case>, Vec<Range<usize>>) {
+        let (mut cases, mut batches, mut last) = (Vec::new(), Vec::new(), vec![None; lengths.len()]);
+        for wave in 0..5 {
+            let from = cases.len();
+            for run in (0..lengths.len()).filter(|run| lengths[*run] > wave) {
+                cases.push(Case { after: last[run].replace(cases.len()), ..fresh(1)[0] });
+            }
+            let starts = (from..cases.len()).step_by(batch);
+            batches.extend(starts.map(|start| start..cases.len().min(start + batch)));
+        }
+        (cases, batches)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever the receiver answers, and however its calls fail.
+        #[test]
+        fn no_event_is_delivered_before_its_predecessor_was_taken_and_what_is_taken_of_a_run_is_its_beginning(
+            lengths in prop::collection::vec(1..=5_usize, 1..=6),
+            batch in 1..=4_usize,
+            probe: bool,
+            calls in prop::collection::vec(prop_oneof![
+                2 => Just(None),
+                1 => prop::sample::select(&SILENT_OR_REFUSED[..]).prop_map(Some),
+            ], 1..=12),
+            answers in prop::collection::vec(0..8_u8, 1..=31),
+        ) {
+            let (cases, batches) = runs(&lengths, batch);
+            let (taken, made) = (RefCell::new(vec![false; cases.len()]), Cell::new(0));
+            let after: Vec<_> = cases.iter().map(|case| case.after).collect();
+            let ended = deliver_batches(cases, batches, probe, |batch| {
+                let mut taken = taken.borrow_mut();
+                for event in batch.clone() {
+                    assert!(after[event].is_none_or(|before| taken[before]), "{event} of {batch:?} came too early");
+                    assert!(!taken[event], "{event} was taken before");
+                }
+                let call = made.replace(made.get() + 1);
+                if let Some(failure) = calls[call % calls.len()] {
+                    return fails(failure);
+                }
+                let answer = |event: usize| match answers[(call + event) % answers.len()] {
+                    0 => Answer::Rejected("no".into()),
+                    1 => Answer::Retry("not now".into()),
+                    _ => Answer::Taken,
+                };
+                let answers: Vec<_> = batch.clone().map(answer).collect();
+                for (event, answer) in batch.clone().zip(&answers) {
+                    taken[event] = *answer == Answer::Taken;
+                }
+                Delivery::Answered(answers)
+            });
+            for (event, (fate, taken)) in ended.fates.iter().zip(taken.into_inner()).enumerate() {
+                prop_assert_eq!(*fate == Fate::Delete, taken, "event {}", event);
+                let has_begun = after[event].is_none_or(|before| ended.fates[before] == Fate::Delete);
+                prop_assert!(has_begun || matches!(fate, Fate::Back(_)), "event {}: {:?}", event, fate);
+            }
+        }
     }
 }
