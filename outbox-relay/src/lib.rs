@@ -31,6 +31,7 @@ mod run;
 mod settings;
 mod settle;
 mod subscription;
+mod sweep;
 mod unhide;
 mod wake;
 
