@@ -56,12 +56,12 @@ pub(crate) struct LeaseQuery {
 }
 
 impl LeaseQuery {
-    pub(crate) fn of(settings: &Settings, relay: &RelayId, subscription: &Subscription) -> Self {
+    pub(crate) fn of(settings: &Settings, relay: &RelayId, subscription: &Subscription, floor: &Arc<Floor>) -> Self {
         Self {
             subscription: subscription.clone(),
             lease_seconds: settings.lease_seconds,
             lease_bytes: settings.lease_mib * 1024 * 1024,
-            floor: Arc::new(Floor::new()),
+            floor: floor.clone(),
             relay: relay.clone(),
         }
     }
@@ -254,7 +254,7 @@ async fn note(
 
 /// Whether the time limit of a statement, or of database work, has ended it. An operator who cancels the statement looks
 /// the same, and a needless sweep is harmless.
-fn is_cut_off(cause: &sqlx::Error) -> bool {
+pub(crate) fn is_cut_off(cause: &sqlx::Error) -> bool {
     match cause {
         sqlx::Error::Database(cause) => cause.code().is_some_and(|code| code == "57014"),
         sqlx::Error::Io(cause) => cause.kind() == std::io::ErrorKind::TimedOut,
@@ -371,9 +371,8 @@ async fn lease_rows(
                 FROM (
                     SELECT * FROM (
                         SELECT ctid, visible_at, octet_length(payload) FROM outbox
-                        WHERE subscription_id = $4 AND sequence = 1 AND visible_at <= now()
-                          AND visible_at >= coalesce($7::timestamptz, '-infinity')
-                          AND visible_at < coalesce($10::timestamptz, 'infinity')
+                        WHERE subscription_id = $4 AND sequence = 1 AND visible_at >= coalesce($7::timestamptz, '-infinity')
+                          AND visible_at <= now() AND visible_at < coalesce($10::timestamptz, 'infinity')
                         ORDER BY visible_at LIMIT $2 FOR UPDATE SKIP LOCKED) AS first
                     UNION ALL
                     SELECT * FROM (
@@ -384,9 +383,8 @@ async fn lease_rows(
                                 SELECT aggregate_id, min(visible_at) AS oldest
                                 FROM (
                                     SELECT aggregate_id, visible_at FROM outbox
-                                    WHERE subscription_id = $4 AND sequence > 1 AND visible_at <= now()
-                                      AND visible_at >= coalesce($7::timestamptz, '-infinity')
-                                      AND visible_at < coalesce($10::timestamptz, 'infinity')
+                                    WHERE subscription_id = $4 AND sequence > 1 AND visible_at >= coalesce($7::timestamptz, '-infinity')
+                                      AND visible_at <= now() AND visible_at < coalesce($10::timestamptz, 'infinity')
                                     ORDER BY visible_at LIMIT $9) AS front
                                 GROUP BY aggregate_id) AS waiting
                             CROSS JOIN LATERAL (

@@ -35,7 +35,7 @@ mod sweep;
 mod unhide;
 mod wake;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chassis::{Database, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
@@ -52,6 +52,7 @@ use tracing::{info, warn};
 use crate::{
     announce::{OtherReceiver, claim},
     deliver::Receiver,
+    floor::Floor,
     grpc::Admin,
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
@@ -205,12 +206,17 @@ fn start(
     cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
     let poll = Duration::from_millis(settings.poll_ms);
-    let serve = |(route, subscription)| Served { route: Route::new(route), subscription, end: shutdown.child_token() };
+    let serve = |(route, subscription)| Served {
+        route: Route::new(route),
+        subscription,
+        floor: Arc::new(Floor::new()),
+        end: shutdown.child_token(),
+    };
     let served: Vec<_> = settings.routes.iter().cloned().zip(subscriptions).map(serve).collect();
     let wakes = Wake::listen(settings.database_url.options(), shutdown, served.len());
     let mut tasks = JoinSet::new();
-    for (Served { route, subscription, end }, wake) in served.iter().zip(wakes) {
-        let lease_query = LeaseQuery::of(settings, relay, subscription);
+    for (Served { route, subscription, floor, end }, wake) in served.iter().zip(wakes) {
+        let lease_query = LeaseQuery::of(settings, relay, subscription, floor);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
             // load.
