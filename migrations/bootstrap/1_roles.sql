@@ -25,7 +25,8 @@ BEGIN
         EXECUTE format('ALTER ROLE %I SET jit = off', name);
     END LOOP;
     -- No statement of the services has another plan for other parameters, and planning a batch anew each time takes up to as
-    -- long as executing a small one. Operators come in as the relay, and theirs have: all dead events, or these.
+    -- long as executing a small one. Operators come in as the relay, and theirs have: all dead events, or these. So the
+    -- relay says the same for its own sessions.
     ALTER ROLE order_service SET plan_cache_mode = force_generic_plan;
     ALTER ROLE inventory_service SET plan_cache_mode = force_generic_plan;
     ALTER ROLE loyalty_service SET plan_cache_mode = force_generic_plan;

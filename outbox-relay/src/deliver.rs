@@ -43,6 +43,9 @@ pub(crate) enum Description {
         types: Vec<String>,
         /// The services whose events it accepts; none if it accepts any.
         sources: Vec<String>,
+        /// Whether a batch may have several events of an aggregate: it applies them in order, and none behind one that it
+        /// refuses.
+        ordered: bool,
     },
     /// It is up, and does not say how long it remembers applied events. The text says what to do.
     Unknown(&'static str),
@@ -146,10 +149,10 @@ fn ping_interval(lease: Duration) -> Duration {
 }
 
 fn read_description(description: DescribeResponse) -> Description {
-    let DescribeResponse { retention, types, sources } = description;
+    let DescribeResponse { retention, types, sources, ordered } = description;
     // The conversion fails for a negative duration.
     match retention.and_then(|retention| retention.try_into().ok()) {
-        Some(retention) => Description::Ready { retention, types, sources },
+        Some(retention) => Description::Ready { retention, types, sources, ordered },
         None => Description::Unknown(
             "does not say how long it remembers applied events: make its Describe answer a retention",
         ),

@@ -51,7 +51,7 @@ pub(crate) struct Case {
     pub(crate) quiet: bool,
     /// Its size in a message.
     pub(crate) bytes: usize,
-    /// The event before it, which the receiver has to take first.
+    /// The event before it, which the receiver has to take first. It may do so in the same call, if they share a batch.
     pub(crate) after: Option<usize>,
 }
 
@@ -187,7 +187,7 @@ impl Isolation {
             if self.repeated[batch.start] && !self.has_witness(batch.start) {
                 continue;
             }
-            let Some(waiting) = batch.clone().find(|event| self.waits(*event)) else {
+            let Some(waiting) = batch.clone().find(|event| self.waits(*event, &batch)) else {
                 self.queue.push_front(batch.clone());
                 return Step::Deliver(batch);
             };
@@ -198,9 +198,13 @@ impl Isolation {
         self.conclude()
     }
 
-    /// Whether the receiver has not taken the event before it.
-    fn waits(&self, event: usize) -> bool {
-        self.cases[event].after.is_some_and(|before| !matches!(self.findings[before], Finding::Taken))
+    /// Whether the receiver has not taken the event before it, and does not get that in the same batch.
+    fn waits(&self, event: usize, batch: &Range<usize>) -> bool {
+        self.cases[event].after.is_some_and(|before| !batch.contains(&before) && !self.is_taken(before))
+    }
+
+    fn is_taken(&self, event: usize) -> bool {
+        matches!(self.findings[event], Finding::Taken)
     }
 
     /// All events were delivered.
@@ -304,6 +308,8 @@ impl Isolation {
             match answer {
                 Answer::Taken => self.findings[event] = Finding::Taken,
                 Answer::Rejected(reason) => self.findings[event] = Finding::Rejected(reason),
+                // The event before it was not applied, so the receiver has not tried this one.
+                Answer::Retry(_) if self.cases[event].after.is_some_and(|before| !self.is_taken(before)) => {}
                 Answer::Retry(reason) => {
                     let failed = Failed { failure: Failure::Refused, reason, retry_after: Duration::ZERO };
                     self.fails_alone(event, call, took, failed);

@@ -1,6 +1,13 @@
 //! Leases events: hides them from other workers for a while. The only place that makes a [`Lease`].
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use chassis::Database;
 use outbox::AggregateId;
@@ -13,7 +20,7 @@ use crate::{
     isolate::Case,
     leased_row::{LeaseToken, LeasedRow},
     live::RelayId,
-    run::{Extension, Room, extend, number, predecessors},
+    run::{Extension, Room, extend, number_waves, predecessors},
     settings::Settings,
     subscription::Subscription,
     sweep::Found,
@@ -35,6 +42,10 @@ pub(crate) struct Lease {
     pub(crate) rows: Vec<LeasedRow>,
     /// Whether there may be more events: it has as many events, or bytes, as a lease may have.
     pub(crate) is_full: bool,
+    /// Whether any later event of an aggregate was visible. It may be free once this lease is settled.
+    others_wait: bool,
+    /// Its number among the leases that the workers of this route have asked for.
+    number: u64,
     /// When the oldest of the events was created.
     pub(crate) oldest: OffsetDateTime,
     /// When it was last requested: by its own statement, or by its last renewal.
@@ -53,6 +64,8 @@ pub(crate) struct LeaseQuery {
     lease_bytes: u32,
     pub(crate) floor: Arc<Floor>,
     relay: RelayId,
+    /// How many leases the workers of this route have asked for.
+    leases: Arc<AtomicU64>,
 }
 
 impl LeaseQuery {
@@ -63,7 +76,17 @@ impl LeaseQuery {
             lease_bytes: settings.lease_mib * 1024 * 1024,
             floor: floor.clone(),
             relay: relay.clone(),
+            leases: Arc::default(),
         }
+    }
+
+    /// Whether a lease right after the settlement of this one may find events that no notification announces.
+    ///
+    /// If it is not full, all that were free are taken. A notification for a later one wakes a worker, now or at its next
+    /// wait. But an event behind one of this lease is only free once that is settled, and its notification may have woken
+    /// another worker before. That worker has asked for a lease of its own, and found nothing.
+    pub(crate) fn may_leave_events(&self, lease: &Lease) -> bool {
+        lease.is_full || lease.others_wait || self.leases.load(Ordering::Relaxed) != lease.number
     }
 }
 
@@ -102,10 +125,12 @@ impl Lease {
         self.requested_at + self.length / 4 * quarters
     }
 
-    /// The events to deliver, as ranges of rows. Events that have never failed alone share a batch, as many as a message
-    /// of `bytes_max` holds. Each event that has failed alone is alone again: it is likely to fail, and must not fail
-    /// others with it. No two events of a wave are of the same aggregate, so any order of them is right.
-    pub(crate) fn batches(&self, bytes_max: usize) -> Vec<Range<usize>> {
+    /// The events to deliver, as ranges of rows. Events that have never failed alone share a batch, as many as `limits`
+    /// allow. Each event that has failed alone is alone again: it is likely to fail, and must not fail others with it. No
+    /// two events of a wave are of the same aggregate, so any order of them is right. Only a receiver that applies events
+    /// of an aggregate in their order gets those of several waves at once.
+    pub(crate) fn batches(&self, limits: BatchLimits) -> Vec<Range<usize>> {
+        let BatchLimits { events: events_max, bytes: bytes_max, ordered } = limits;
         let live = self.rows.partition_point(|row| !row.is_set_aside());
         let mut batches: Vec<Range<usize>> = Vec::new();
         let mut bytes = 0;
@@ -114,10 +139,10 @@ impl Lease {
             bytes += size;
             let fits = |last: usize| {
                 let (last, next) = (&self.rows[last], &self.rows[row]);
-                last.wave == next.wave && last.failures == 0 && next.failures == 0 && bytes <= bytes_max
+                (ordered || last.wave == next.wave) && last.failures == 0 && next.failures == 0 && bytes <= bytes_max
             };
             match batches.last_mut() {
-                Some(batch) if fits(row - 1) => batch.end = row + 1,
+                Some(batch) if batch.len() < events_max && fits(row - 1) => batch.end = row + 1,
                 _ => {
                     batches.push(row..row + 1);
                     bytes = size;
@@ -179,6 +204,15 @@ impl Lease {
             .await?;
         Ok(renewed.len() == self.rows.len() && renewed.into_iter().filter(|expired| !expired).count() == live)
     }
+}
+
+/// What one call of the receiver may deliver.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BatchLimits {
+    pub(crate) events: usize,
+    pub(crate) bytes: usize,
+    /// Whether it may have several events of an aggregate.
+    pub(crate) ordered: bool,
 }
 
 /// What one lease may take.
@@ -280,6 +314,7 @@ async fn lease_from(
     let Scope { limit, runs, max_age } = scope;
     let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
+    let number = query.leases.fetch_add(1, Ordering::Relaxed) + 1;
     let take = async |later_max| {
         let query = query.clone();
         let scan = start.scan;
@@ -297,10 +332,11 @@ async fn lease_from(
         };
         (room.events > 0 && room.bytes > 0).then_some(room)
     };
+    // Those behind an event of a window may lie in another window, which was scanned before.
+    let others_wait = start.scan.until().is_some() || rows.iter().any(|row| row.others_wait);
     if let Some(room) = room(&rows)
         && runs
-        // Those behind an event of a window may lie in another one, which was scanned before.
-        && (start.scan.until().is_some() || rows.iter().any(|row| row.others_wait))
+        && others_wait
     {
         let Subscription { id: subscription_id, type_like, .. } = query.subscription.clone();
         let extension = Extension { token, subscription_id, type_like, lease_seconds: query.lease_seconds, max_age };
@@ -309,7 +345,7 @@ async fn lease_from(
             Ok(more) => rows.extend(more),
             Err(cause) => warn!(%cause, "cannot take further events of the same aggregates"),
         }
-        number(&mut rows);
+        number_waves(&mut rows);
     }
     // Rows come in no promised order. Ids are UUID v7, and so in order of time.
     sort(&mut rows);
@@ -319,6 +355,8 @@ async fn lease_from(
         subscription_id: query.subscription.id,
         rows,
         is_full,
+        others_wait,
+        number,
         oldest,
         requested_at,
         first_requested_at: requested_at,

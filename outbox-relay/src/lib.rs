@@ -3,6 +3,7 @@
 //! It knows nothing of any domain. It runs beside any database with the outbox table, and delivers to any service that
 //! implements `events.v1.EventReceiver`.
 
+mod ahead;
 mod announce;
 #[cfg(test)]
 mod answer_tests;
@@ -50,6 +51,7 @@ use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::{info, warn};
 
 use crate::{
+    ahead::Ahead,
     announce::{OtherReceiver, claim},
     deliver::Receiver,
     floor::Floor,
@@ -85,15 +87,17 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
         measure::serve(address).map_err(unusable)?;
     }
-    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
-    let Some(database) = connecting.await? else { return Ok(()) };
+    let connect = async |url| Database::connect(&url, &settings.database, &MIGRATORS, &shutdown).await;
+    let Some(database) = connect(settings.database_url.with_generic_plans()).await? else { return Ok(()) };
+    // Statements of operators have another plan for other parameters.
+    let Some(of_operators) = connect(settings.database_url.clone()).await? else { return Ok(()) };
     let relay = RelayId::new();
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());
     };
     let working = run_workers(database.clone(), settings.clone(), relay, subscriptions?, shutdown.clone());
     let workers = tokio::spawn(working);
-    let admin = Admin { database: database.clone(), descriptors: settings.descriptors.clone() };
+    let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
     let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
@@ -233,6 +237,7 @@ fn start(
                 lease_query: lease_query.clone(),
                 wake: wake.clone(),
                 taken: None,
+                ahead: Ahead::default(),
                 shutdown: end.clone(),
                 cancel_deliveries: cancel_deliveries.clone(),
             };

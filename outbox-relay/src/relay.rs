@@ -8,12 +8,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use crate::{
+    ahead::Ahead,
     deliver::Receiver,
     delivery::{Delivery, Failed},
     fate::Fate,
     floor::RESCAN_INTERVAL,
     isolate::{Before, Call, Conclusion, Isolation, Step},
-    lease::{Lease, LeaseQuery, Scope, lease},
+    lease::{BatchLimits, Lease, LeaseQuery, Scope, lease},
     leased_row::LeasedRow,
     measure,
     route::{Admission, Probe, Route},
@@ -35,6 +36,7 @@ pub(crate) struct Worker {
     pub(crate) wake: Wake,
     /// The latest begin of a delivery on its connection of which the receiver took an event.
     pub(crate) taken: Option<Instant>,
+    pub(crate) ahead: Ahead,
     /// Stops leasing.
     pub(crate) shutdown: CancellationToken,
     /// Cancels the deliveries in flight.
@@ -56,13 +58,24 @@ pub(crate) enum Round {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum BatchOutcome {
     /// The receiver has answered every delivery, if only with a refusal. Events that are too old needed none. The
-    /// settlement may have failed. The batch held this many events; with none, the outbox had no free event.
-    Completed { events: usize, is_full: bool },
+    /// settlement may have failed.
+    Completed(Completed),
     /// Some events were not delivered, or the receiver did not take them. It was unavailable or barred this relay, the
     /// lease was nearly over, or this process is about to end.
     Interrupted,
     /// The database failed, so no events were leased.
     LeaseFailed,
+}
+
+/// A lease whose deliveries were all answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Completed {
+    /// With none, the outbox had no free event.
+    pub(crate) events: usize,
+    /// Whether it had as many as a lease may have.
+    pub(crate) is_full: bool,
+    /// Whether the next lease may find events that no notification announces.
+    pub(crate) leaves_events: bool,
 }
 
 /// Workers of a route that notifications wake. A worker that leases a full batch wakes another one. If every idle
@@ -99,15 +112,23 @@ impl Worker {
         match self.shutdown.run_until_cancelled(route.admit()).await {
             None => Ok(Round::Idle),
             Some(Admission::Probe(probe)) => self.reopen(probe).await,
-            Some(Admission::Open { .. }) => Ok(match self.process_batch(self.settings.batch, None).await {
-                BatchOutcome::Completed { events: 0, .. } => Round::Idle,
-                BatchOutcome::Completed { is_full: false, .. } if !self.is_notified() => {
-                    self.wake.wake_notified();
-                    Round::Idle
-                }
-                BatchOutcome::Completed { .. } | BatchOutcome::Interrupted => Round::Worked,
-                BatchOutcome::LeaseFailed => Round::Failed,
-            }),
+            Some(Admission::Open { .. }) => Ok(self.process_open().await),
+        }
+    }
+
+    async fn process_open(&mut self) -> Round {
+        let began = Instant::now();
+        let outcome = self.process_batch(self.ahead.events(self.settings.batch), None).await;
+        let is_full = matches!(outcome, BatchOutcome::Completed(Completed { is_full: true, .. }));
+        self.ahead = self.ahead.after(is_full, began.elapsed());
+        match outcome {
+            BatchOutcome::Completed(Completed { leaves_events: false, .. }) => Round::Idle,
+            BatchOutcome::Completed(Completed { is_full: false, .. }) if !self.is_notified() => {
+                self.wake.wake_notified();
+                Round::Idle
+            }
+            BatchOutcome::Completed(_) | BatchOutcome::Interrupted => Round::Worked,
+            BatchOutcome::LeaseFailed => Round::Failed,
         }
     }
 
@@ -119,21 +140,26 @@ impl Worker {
         let scope = Scope { limit, runs: probe.is_none(), max_age };
         let mut lease = match lease(&self.database, &self.lease_query, scope).await {
             Ok(Some(lease)) => lease,
-            Ok(None) => return BatchOutcome::Completed { events: 0, is_full: false },
+            Ok(None) => return BatchOutcome::Completed(Completed::default()),
             Err(cause) => {
                 error!(%cause, "cannot lease");
                 return BatchOutcome::LeaseFailed;
             }
         };
-        let (events, is_full) = (lease.rows.len(), lease.is_full);
-        if probe.is_none() && is_full {
+        if probe.is_none() && lease.is_full {
             self.wake.wake_any();
         }
         self.set_unknown_aside(&mut lease).await;
         let (fates, conclusion) = self.deliver(&mut lease, probe).await;
+        let is_gone = fates.iter().all(|fate| *fate == Fate::Delete);
+        let completed = Completed {
+            events: lease.rows.len(),
+            is_full: lease.is_full,
+            leaves_events: !is_gone || self.lease_query.may_leave_events(&lease),
+        };
         // First the route is closed, then the events are visible again. The other way round, other workers would
         // deliver them once more.
-        let outcome = self.conclude(conclusion, BatchOutcome::Completed { events, is_full });
+        let outcome = self.conclude(conclusion, BatchOutcome::Completed(completed));
         self.settle(lease, &fates).await;
         outcome
     }
@@ -167,7 +193,9 @@ impl Worker {
             taken: self.taken,
             others_fail: unwitnessed.is_some_and(|event_id| lease.rows.iter().all(|row| row.event_id != event_id)),
         };
-        let batches = lease.batches(self.route.message_bytes_max());
+        let ordered = self.route.is_ordered();
+        let events = self.settings.batch as usize;
+        let batches = lease.batches(BatchLimits { events, bytes: self.route.message_bytes_max(), ordered });
         let mut isolation = Isolation::of(lease.cases(), batches, before);
         let conclusion = loop {
             match isolation.next() {

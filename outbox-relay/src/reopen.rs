@@ -11,7 +11,7 @@ use crate::{
     deliver::Description,
     isolate::FIRST_BATCH,
     lease::Lease,
-    relay::{BatchOutcome, Round, Worker},
+    relay::{BatchOutcome, Completed, Round, Worker},
     route::{Condition, Probe},
 };
 
@@ -39,8 +39,8 @@ impl Worker {
             let (events, all) = match self.process_batch(limit, Some(&mut probe)).await {
                 BatchOutcome::LeaseFailed => return Ok(Round::Failed),
                 BatchOutcome::Interrupted => return Ok(Round::Worked),
-                BatchOutcome::Completed { .. } if self.shutdown.is_cancelled() => return Ok(Round::Idle),
-                BatchOutcome::Completed { events, is_full } => (events, !is_full),
+                BatchOutcome::Completed(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),
+                BatchOutcome::Completed(Completed { events, is_full, .. }) => (events, !is_full),
             };
             if all && !probe.is_alone() {
                 // Deliveries from before are still in flight, and are likely to release their events. Those are free
@@ -109,11 +109,12 @@ impl Worker {
 
     async fn describe(&mut self) -> Result<bool, RunError> {
         match self.receiver.describe().await {
-            Description::Ready { retention, types, sources } => {
+            Description::Ready { retention, types, sources, ordered } => {
                 let fits = self.check_source(&sources)? && self.check_retention(retention)?;
                 // What an unfit receiver says counts for nothing. Another worker may be about to lease.
                 if fits {
                     self.route.set_types(types);
+                    self.route.set_ordered(ordered);
                     self.route.set_retention(retention);
                 }
                 return Ok(fits);

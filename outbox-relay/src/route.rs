@@ -1,6 +1,13 @@
 //! Routes: which receiver an event goes to, and whether that receiver takes deliveries.
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use outbox::EventId;
 use tokio::{
@@ -109,6 +116,8 @@ struct State {
     message_bytes_max: watch::Sender<Option<(usize, Instant)>>,
     /// The types of events that the receiver knows, and when it said so.
     types: watch::Sender<(Vec<String>, Instant)>,
+    /// Whether the receiver applies the events of an aggregate in a batch in order.
+    ordered: AtomicBool,
     /// How old an event may be, by how long the receiver remembers those that it applied.
     max_age: watch::Sender<Option<Duration>>,
     /// When the log last said that the receiver does not know a type.
@@ -163,6 +172,7 @@ impl Route {
             probing: Mutex::default(),
             message_bytes_max: watch::Sender::new(None),
             types: watch::Sender::new((Vec::new(), Instant::now())),
+            ordered: AtomicBool::new(false),
             max_age: watch::Sender::new(None),
             warned: watch::Sender::new(None),
         };
@@ -231,6 +241,16 @@ impl Route {
     /// The receiver knows these types of events; all, if there are none.
     pub(crate) fn set_types(&self, types: Vec<String>) {
         self.state.types.send_replace((types, Instant::now()));
+    }
+
+    /// Whether a batch may have several events of an aggregate.
+    pub(crate) fn set_ordered(&self, ordered: bool) {
+        self.state.ordered.store(ordered, Ordering::Relaxed);
+    }
+
+    /// The receiver applies the events of an aggregate in a batch in order, and none behind one that it refuses.
+    pub(crate) fn is_ordered(&self) -> bool {
+        self.state.ordered.load(Ordering::Relaxed)
     }
 
     /// The receiver remembers applied events for this time. They are delivered while they are younger than six sevenths of

@@ -2,8 +2,8 @@
 //!
 //! Without them, an aggregate with many events would need a lease for each. A worker that holds the first event of an
 //! aggregate may take those behind it under the same token: nobody else can, since an earlier one is left. It delivers
-//! them one after the other, and an event only once its predecessor was taken ([`crate::isolate`]). So a receiver never
-//! gets two events of an aggregate in one batch.
+//! them one after the other, and an event only once its predecessor was taken ([`crate::isolate`]). Several of them share a
+//! batch only if the receiver says that it applies them in order, and none behind one that it refuses.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -60,7 +60,7 @@ pub(crate) async fn extend(
 ///
 /// The statement takes no lock before it updates. What it takes may have been changed after its snapshot, as by an
 /// operator, and is then missing: the row is no longer at its `ctid`. So each row tells which one it follows, and
-/// [`number`] finds a gap.
+/// [`number_waves`] finds a gap.
 async fn take_runs(
     connection: &mut PgConnection,
     Extension { token, subscription_id, type_like, lease_seconds, max_age }: Extension,
@@ -137,7 +137,7 @@ async fn take_runs(
 
 /// Numbers the events of each run: the first of an aggregate is of wave 0, the next of wave 1. An event behind a gap is
 /// adrift: it is not delivered.
-pub(crate) fn number(rows: &mut [LeasedRow]) {
+pub(crate) fn number_waves(rows: &mut [LeasedRow]) {
     rows.sort_unstable_by_key(|row| (row.aggregate_id, row.sequence));
     let mut before: Option<(AggregateId, i32, i32)> = None;
     for row in rows {

@@ -36,6 +36,7 @@
 mod accept;
 mod enqueue;
 mod envelope;
+mod gather;
 mod id;
 mod prune;
 mod receive;

@@ -14,7 +14,10 @@ use proto::events::v1::{
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::{Instant, timeout_at},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding};
 use tracing::{info, warn};
@@ -22,6 +25,7 @@ use tracing::{info, warn};
 use crate::{
     Envelope, EventId,
     accept::{Acceptance, accept},
+    gather::{Answer, Batch, Waiting},
     prune::prune_until_shutdown,
 };
 
@@ -146,6 +150,7 @@ pub struct Receiver<H> {
     /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
     /// connection, which other calls may need, nor processor time.
     slots: Arc<Semaphore>,
+    waiting: Arc<Waiting>,
 }
 
 impl<H: Handler> Receiver<H> {
@@ -161,7 +166,7 @@ impl<H: Handler> Receiver<H> {
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
         let slots = Arc::new(Semaphore::new(settings.batches_at_once.into()));
         let (database, handler, sources) = (database.clone(), Arc::new(handler), settings.sources());
-        let receiver = Self { database, handler, refuse, retention, sources, slots };
+        let receiver = Self { database, handler, refuse, retention, sources, slots, waiting: Arc::default() };
         // The limit holds for the size of a message as it comes, and for the size that it has when it is decompressed.
         EventReceiverServer::new(receiver)
             .max_decoding_message_size(BATCH_BYTES_MAX)
@@ -184,6 +189,57 @@ impl<H: Handler> Receiver<H> {
         );
         Err(self.refuse.with(Code::PermissionDenied, "SOURCE_NOT_ACCEPTED", message))
     }
+
+    /// Waits for the answer to a batch, and for a slot meanwhile. Whoever gets a slot applies the oldest batches. These may
+    /// be without its own, and then it waits for another slot.
+    async fn answer(&self, number: u64, mut answered: oneshot::Receiver<Answer>) -> Answer {
+        let limit = Instant::now() + WAIT_MAX;
+        loop {
+            let slot = tokio::select! {
+                biased;
+                answer = &mut answered => return answer.unwrap_or_else(|_| Err(self.refuse_shared())),
+                slot = timeout_at(limit, self.slots.clone().acquire_owned()) => slot,
+            };
+            match slot {
+                Ok(slot) => {
+                    let applied = self.apply_next(slot.expect("the semaphore is never closed")).await;
+                    if let Err(error) = applied {
+                        return answered.try_recv().unwrap_or_else(|_| Err(self.refuse.database(&error)));
+                    }
+                }
+                Err(_) if self.waiting.remove(number) => {
+                    return Err(self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again"));
+                }
+                Err(_) => return answered.await.unwrap_or_else(|_| Err(self.refuse_shared())),
+            }
+        }
+    }
+
+    /// Applies the oldest batches that wait, and answers them. This caller may give up. Then the work holds the slot, even
+    /// after its caller is gone: at most until a connection is made and the work is done.
+    ///
+    /// # Errors
+    /// Those of the database. If the work did not begin or end, the batches have no answer.
+    async fn apply_next(&self, slot: OwnedSemaphorePermit) -> Result<(), sqlx::Error> {
+        let group = self.waiting.take();
+        if group.is_empty() {
+            return Ok(());
+        }
+        let (handler, refuse, retention) = (self.handler.clone(), self.refuse, self.retention);
+        self.database
+            .run(move |connection| {
+                Box::pin(async move {
+                    let _slot = slot;
+                    apply_group(connection, &*handler, group, (retention, refuse)).await
+                })
+            })
+            .await
+    }
+
+    /// The refusal of a batch that shared a transaction which another caller began. That one has logged the cause.
+    fn refuse_shared(&self) -> Status {
+        self.refuse.database_logged(&sqlx::Error::PoolTimedOut)
+    }
 }
 
 #[tonic::async_trait]
@@ -196,22 +252,9 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         self.check_sources(&events)?;
-        let (handler, retention) = (self.handler.clone(), self.retention);
-        // The caller waits for the slot, and may give up. Then the work holds it, even after its caller is gone: at
-        // most until a connection is made and the work is done.
-        let waiting = timeout(WAIT_MAX, self.slots.clone().acquire_owned());
-        let busy = |_| self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again");
-        let slot = waiting.await.map_err(busy)?.expect("the semaphore is never closed");
-        self.database
-            .run(move |connection| {
-                Box::pin(async move {
-                    let _slot = slot;
-                    apply_batch(connection, &*handler, &events, retention).await
-                })
-            })
-            .await
-            .map(|results| Response::new(DeliverResponse { results }))
-            .map_err(|error| self.refuse.database(&error))
+        let (number, answered) = self.waiting.add(events);
+        let results = self.answer(number, answered).await?;
+        Ok(Response::new(DeliverResponse { results }))
     }
 
     /// Pings the database too: relays take an answer as the sign that a delivery can be applied.
@@ -223,6 +266,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             retention: Some(prost_types::Duration { seconds, nanos: 0 }),
             types: self.handler.types(),
             sources: self.sources.clone(),
+            ordered: true,
         }))
     }
 }
@@ -232,6 +276,42 @@ struct Arrived<E> {
     id: EventId,
     time: OffsetDateTime,
     event: E,
+}
+
+/// Applies the batches in one transaction, and answers each after the commit.
+///
+/// If the database refuses the data of an event, that must not fail the batches of others. Then each is applied in a
+/// transaction of its own.
+async fn apply_group<H: Handler>(
+    connection: &mut PgConnection,
+    handler: &H,
+    mut group: Vec<Batch>,
+    (retention, refuse): (Duration, Refuse),
+) -> Result<(), sqlx::Error> {
+    let mut begin = 0;
+    let mut ranges = Vec::new();
+    for batch in &group {
+        ranges.push(begin..begin + batch.events.len());
+        begin += batch.events.len();
+    }
+    let events: Vec<Event> = group.iter_mut().flat_map(|batch| std::mem::take(&mut batch.events)).collect();
+    let answers = ranges.into_iter().zip(group.into_iter().map(|batch| batch.answer));
+    // A caller that is gone gets no answer.
+    match apply_batch(connection, handler, &events, retention).await {
+        Ok(results) => answers.for_each(|(range, answer)| drop(answer.send(Ok(results[range].to_vec())))),
+        Err(sqlx::Error::Database(_)) if answers.len() > 1 => {
+            for (range, answer) in answers {
+                let results = apply_batch(connection, handler, &events[range], retention).await;
+                drop(answer.send(results.map_err(|error| refuse.database(&error))));
+            }
+        }
+        Err(error) => {
+            let refusal = refuse.database(&error);
+            answers.for_each(|(_, answer)| drop(answer.send(Err(refusal.clone()))));
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 /// Applies a batch, and returns one result per event, in order, after the commit.
@@ -246,6 +326,7 @@ async fn apply_batch<H: Handler>(
     let mut arrived: Vec<Result<Arrived<H::Event>, Refusal>> =
         events.iter().map(|event| read(handler, event)).collect();
     let mut accepted = loop {
+        hold_back(events, &mut arrived);
         match apply_once(connection, handler, &arrived, retention).await {
             Ok(accepted) => break accepted,
             Err(ApplyError::Refused(refusals)) => refuse(&mut arrived, &refusals)?,
@@ -255,7 +336,6 @@ async fn apply_batch<H: Handler>(
     let results = events.iter().zip(arrived).map(|(event, arrived)| match arrived {
         Err(refusal) => refused(event, &refusal),
         Ok(Arrived { id, .. }) => match accepted.get(&id) {
-            Some(Acceptance::Stale) => refused(event, &stale(retention)),
             Some(Acceptance::Fresh) => {
                 // If the event is in the batch twice, the second one is a duplicate.
                 accepted.insert(id, Acceptance::Duplicate);
@@ -265,7 +345,9 @@ async fn apply_batch<H: Handler>(
                 info!(event_id = %id, subject = event.subject, "duplicate skipped");
                 result(event, Outcome::Duplicate)
             }
-            None => refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox returned no row for the event")),
+            Some(Acceptance::Stale) | None => {
+                refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox returned no row for the event"))
+            }
         },
     });
     Ok(results.collect())
@@ -291,6 +373,11 @@ async fn apply_once<H: Handler>(
 
     let mut tx = connection.begin().await?;
     let accepted = accept(&mut tx, &ids, retention).await?;
+    let is_stale = |arrived: &&&Arrived<H::Event>| accepted.get(&arrived.id) == Some(&Acceptance::Stale);
+    let refusals: HashMap<_, _> = sound.iter().filter(is_stale).map(|arrived| (arrived.id, stale(retention))).collect();
+    if !refusals.is_empty() {
+        return Err(ApplyError::Refused(refusals));
+    }
     // The first of each id: the same event may stand twice in a batch.
     let mut seen = HashSet::new();
     let fresh = |arrived: &&&Arrived<H::Event>| {
@@ -305,6 +392,20 @@ async fn apply_once<H: Handler>(
         handler.committed();
     }
     Ok(accepted)
+}
+
+/// Holds back the events behind a refused one of the same subject: they would be applied before it.
+fn hold_back<E>(events: &[Event], arrived: &mut [Result<Arrived<E>, Refusal>]) {
+    let mut refused: HashMap<&str, i64> = HashMap::new();
+    for (event, entry) in events.iter().zip(arrived) {
+        if entry.is_ok() && refused.get(event.subject.as_str()).is_some_and(|sequence| event.sequence > *sequence) {
+            *entry = Err(Refusal::retry("BEHIND_REFUSED", "an earlier event of the same subject was not applied"));
+        }
+        if entry.is_err() {
+            let first = refused.entry(&event.subject).or_insert(event.sequence);
+            *first = event.sequence.min(*first);
+        }
+    }
 }
 
 /// Replaces the refused events by their refusals.

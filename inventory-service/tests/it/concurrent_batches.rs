@@ -1,12 +1,14 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use fastrand::Rng;
-use proto::events::v1::Event;
+use proto::events::v1::{DescribeRequest, Event, event_receiver_client::EventReceiverClient};
 use tokio::sync::Barrier;
+use tonic::Status;
 use uuid::Uuid;
 
 use crate::{
     client::{Client, refusal},
+    failed_batch::FAIL_THE_STATEMENT,
     inventory::{Inventory, at_once},
     orders::{cancellation_of, order},
 };
@@ -32,6 +34,77 @@ async fn an_event_in_twenty_batches_at_once_is_applied_once() {
     }
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 950);
     assert_eq!(inventory.client.get_stock("KETTLE").await.unwrap(), 900);
+    inventory.stop().await;
+}
+
+/// Has this many calls wait for the one slot, each with its events, until all have arrived. Returns their outcomes.
+async fn deliver_waiting(inventory: &Inventory, batches: Vec<Vec<Event>>) -> Vec<Result<Vec<String>, Status>> {
+    let blocking = inventory.lock_stock().await;
+    let first = tokio::spawn({
+        let client = inventory.client.clone();
+        async move { client.deliver(&[order(&[("MUG", 1)])]).await }
+    });
+    inventory.wait_for_waiting_sessions(1).await;
+    let client = inventory.client.clone();
+    let call = move |batch: Vec<Event>| {
+        let client = client.clone();
+        async move { client.deliver(&batch).await }
+    };
+    let calls = tokio::spawn(at_once(batches.into_iter().map(call)));
+    // Calls of one connection arrive in order, so those that are answered at once are behind the others.
+    let mut describing = EventReceiverClient::new(inventory.client.channel.clone());
+    for _ in 0..10 {
+        describing.describe(DescribeRequest {}).await.unwrap();
+    }
+    blocking.commit().await.unwrap();
+    assert_eq!(first.await.unwrap().unwrap(), ["APPLIED"]);
+    calls.await.unwrap()
+}
+
+const ONE_SLOT: [&str; 6] = ["--database-work-ms", "60000", "--request-seconds", "60", "--batches-at-once", "1"];
+
+#[tokio::test]
+async fn small_batches_that_wait_share_a_transaction_and_each_gets_its_own_answers() {
+    let inventory = Inventory::serve(&ONE_SLOT).await;
+    inventory.put_in(&[("MUG", 1000)]).await;
+    let twice = order(&[("MUG", 1)]);
+    let mut batches: Vec<_> = (0..38).map(|_| vec![order(&[("MUG", 1)])]).collect();
+    batches.insert(0, vec![twice.clone(), Event::default(), order(&[("MUG", 1)])]);
+    batches.push(vec![twice]);
+
+    let mut outcomes: Vec<_> =
+        deliver_waiting(&inventory, batches).await.into_iter().map(|outcomes| outcomes.unwrap()).collect();
+
+    let (one, other) = (outcomes.remove(0), outcomes.pop().unwrap());
+    assert_eq!([&one[1..], &[]].concat(), ["REJECTED UNDECODABLE", "APPLIED"]);
+    let mut twice = [&*one[0], &*other[0]];
+    twice.sort_unstable();
+    assert_eq!((twice, other.len()), (["APPLIED", "DUPLICATE"], 1));
+    assert_eq!(outcomes, vec![vec!["APPLIED"]; 38]);
+    // xmin is the transaction that wrote a row. The first batch was alone.
+    let transactions = inventory.count("SELECT count(DISTINCT xmin::text) FROM processed_messages").await;
+    assert!(transactions <= 1 + 10, "{transactions} transactions for 40 calls");
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 1000 - 41);
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_that_the_database_refuses_fails_no_batch_that_shares_its_transaction() {
+    let inventory = Inventory::serve(&ONE_SLOT).await;
+    inventory.put_in(&[("MUG", 1000), ("CURSED", 10)]).await;
+    sqlx::raw_sql(FAIL_THE_STATEMENT).execute(&inventory.pool).await.unwrap();
+    let batches = (0..20).map(|number| vec![order(&[(if number == 7 { "CURSED" } else { "MUG" }, 1)])]).collect();
+
+    let outcomes = deliver_waiting(&inventory, batches).await;
+
+    for (number, outcome) in outcomes.into_iter().enumerate() {
+        if number == 7 {
+            assert_eq!(refusal(&outcome.unwrap_err()), "Internal INTERNAL");
+        } else {
+            assert_eq!(outcome.unwrap(), ["APPLIED"], "{number}");
+        }
+    }
+    assert_eq!(inventory.client.get_stock("CURSED").await.unwrap(), 10);
     inventory.stop().await;
 }
 

@@ -6,7 +6,7 @@ use uuid::Uuid;
 use crate::{
     client::refusal,
     inventory::Inventory,
-    orders::{id_of, order, order_created, order_id_of},
+    orders::{cancellation_of, event_of, hours_ago, id_of, order, order_created, order_id_of},
 };
 
 #[tokio::test]
@@ -65,6 +65,30 @@ async fn an_event_that_is_twice_in_a_batch_is_applied_then_a_duplicate() {
 
     assert_eq!(outcomes, ["APPLIED", "APPLIED", "DUPLICATE"]);
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 5);
+    inventory.stop().await;
+}
+
+/// Also if it is refused for its age, which only the database knows.
+#[tokio::test]
+async fn no_event_is_applied_before_an_earlier_one_of_its_subject_in_the_batch() {
+    let inventory = Inventory::serve(&["--retention-hours", "24"]).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    let unreadable = Event { data: vec![255].into(), ..order(&[("MUG", 1)]) };
+    let old = hours_ago(&order(&[("MUG", 1)]), 25);
+    let (twice, sound) = (order(&[("MUG", 1)]), order(&[("MUG", 2)]));
+    let again = Event { sequence: 2, ..event_of(order_id_of(&twice), &[("MUG", 1)]) };
+    for (first, refused) in [(&unreadable, "REJECTED UNDECODABLE"), (&old, "REJECTED STALE")] {
+        let behind = cancellation_of(first);
+        let outcomes = inventory.client.deliver([first, &sound, &behind]).await.unwrap();
+        assert_eq!([&*outcomes[0], &*outcomes[2]], [refused, "RETRY BEHIND_REFUSED"]);
+        assert!(!inventory.is_in_inbox(&behind).await);
+    }
+    // The handler refuses this one.
+    let behind = Event { sequence: 3, ..cancellation_of(&twice) };
+    let outcomes = inventory.client.deliver([&twice, &again, &behind]).await.unwrap();
+    assert_eq!(outcomes, ["APPLIED", "REJECTED ALREADY_DECIDED", "RETRY BEHIND_REFUSED"]);
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 7, "the others of the batches are applied");
+    assert_eq!(inventory.client.deliver([&behind]).await.unwrap(), ["APPLIED"]);
     inventory.stop().await;
 }
 

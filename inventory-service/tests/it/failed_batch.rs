@@ -4,7 +4,7 @@ use tonic::{Code, Status};
 use crate::{client::refusal, inventory::Inventory, orders::order};
 
 /// No movement of the SKU CURSED can be written.
-const FAIL_THE_STATEMENT: &str = "
+pub(crate) const FAIL_THE_STATEMENT: &str = "
     CREATE FUNCTION curse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'stock_ledger is cursed'; END $$;
     CREATE TRIGGER curse BEFORE INSERT ON stock_ledger

@@ -33,7 +33,7 @@ const ONE_ATTEMPT: [&str; 2] = ["--attempts", "1"];
 fn description(sources: &[&str]) -> DescribeResponse {
     let retention = Some(Duration::from_secs(7 * 24 * 3600).try_into().unwrap());
     let sources = sources.iter().map(|source| (*source).to_owned()).collect();
-    DescribeResponse { retention, sources, types: vec!["test.v1.Happened".into()] }
+    DescribeResponse { retention, sources, types: vec!["test.v1.Happened".into()], ordered: false }
 }
 
 type Script = Box<dyn FnMut(DeliverRequest) -> HttpReply + Send>;

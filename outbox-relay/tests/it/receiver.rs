@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -136,6 +139,7 @@ const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 struct State {
     script: Mutex<Script>,
     description: Mutex<Description>,
+    ordered: AtomicBool,
     log: watch::Sender<Log>,
 }
 
@@ -183,7 +187,8 @@ impl EventReceiver for Service {
         let described = (self.0.description.lock().unwrap())();
         let retention = described.map_err(|code| Status::new(code, "as the test wants it"))?;
         let retention = retention.map(|retention| retention.try_into().unwrap());
-        Ok(Response::new(DescribeResponse { retention, ..DescribeResponse::default() }))
+        let ordered = self.0.ordered.load(Ordering::Relaxed);
+        Ok(Response::new(DescribeResponse { retention, ordered, ..DescribeResponse::default() }))
     }
 }
 
@@ -205,6 +210,7 @@ impl Receiver {
         let state = Arc::new(State {
             script: Mutex::new(Box::new(script)),
             description: Mutex::new(Box::new(|| Ok(Some(RETENTION)))),
+            ordered: AtomicBool::new(false),
             log: watch::Sender::new(Log::default()),
         });
         let stop = CancellationToken::new();
@@ -223,6 +229,11 @@ impl Receiver {
     /// Answers Describe like this from the next call on.
     pub(crate) fn describe(&self, description: impl FnMut() -> Result<Option<Duration>, Code> + Send + 'static) {
         *self.state.description.lock().unwrap() = Box::new(description);
+    }
+
+    /// Describes itself as one that applies the events of an aggregate in order.
+    pub(crate) fn is_ordered(&self) {
+        self.state.ordered.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn read<T>(&self, read: impl FnOnce(&Log) -> T) -> T {

@@ -1,4 +1,5 @@
-//! Aggregates with many events: a lease takes a run of them, and delivers one after the other.
+//! Aggregates with many events: a lease takes a run of them. It delivers one after the other, or several in a call if the
+//! receiver applies them in order.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -48,9 +49,31 @@ async fn thousands_of_events_of_one_aggregate_are_delivered_in_sequence_within_s
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receiver_that_applies_in_order_gets_a_line_in_full_batches() {
+    let outbox = Outbox::create().await;
+    let line = insert_line(&outbox, 6000).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.is_ordered();
+    let relay = Relay::start(&outbox, receiver.address, &["--batch", "500"]).await;
+    outbox.wait_until_empty_within(Duration::from_secs(60)).await;
+    relay.stop().await;
+    assert_eq!(receiver.read(Log::ids), line);
+    assert_eq!(receiver.read(|log| log.disorders.clone()), Vec::<String>::new());
+    // Each lease is a batch, but for what other workers take between a settlement and the next lease.
+    let calls = receiver.read(|log| log.deliveries.len());
+    assert!(calls < 6000 / 100, "{calls} calls");
+}
+
 /// Many lines at once, and receivers that now and then fail an event: each line arrives in sequence, without gaps.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_event_is_taken_before_its_predecessor_whatever_fails() {
+    for ordered in [false, true] {
+        deliver_lines(ordered).await;
+    }
+}
+
+async fn deliver_lines(ordered: bool) {
     let outbox = Outbox::create().await;
     let mut lines = Vec::new();
     for events in [1, 2, 3, 7, 40, 400] {
@@ -60,8 +83,10 @@ async fn no_event_is_taken_before_its_predecessor_whatever_fails() {
     let taken: Arc<Mutex<HashMap<String, Vec<Uuid>>>> = Arc::default();
     let log = taken.clone();
     let receiver = Receiver::start(move |events| {
+        let mut refused = HashSet::new();
         Reply::each(events, |event| {
-            if fastrand::u8(..100) < 3 {
+            if refused.contains(&event.subject) || fastrand::u8(..100) < 3 {
+                refused.insert(event.subject.clone());
                 return retry(event);
             }
             log.lock().unwrap().entry(event.subject.clone()).or_default().push(id_of(event));
@@ -69,11 +94,44 @@ async fn no_event_is_taken_before_its_predecessor_whatever_fails() {
         })
     })
     .await;
+    if ordered {
+        receiver.is_ordered();
+    }
     let relay = Relay::start(&outbox, receiver.address, &["--back-off-ms", "20", "--attempts", "1000"]).await;
     outbox.wait_until_empty_within(Duration::from_secs(60)).await;
     relay.stop().await;
+    assert_eq!(
+        receiver.read(|log| log.deliveries.iter().any(|call| subjects(&call.events) < call.events.len())),
+        ordered
+    );
     let taken: HashSet<Vec<Uuid>> = taken.lock().unwrap().values().cloned().collect();
     assert_eq!(taken, lines.into_iter().collect());
+}
+
+/// The receiver answers RETRY for the events behind one that it refuses. They have not failed.
+#[tokio::test]
+async fn events_behind_one_that_fails_in_the_same_batch_are_charged_nothing() {
+    let outbox = Outbox::create().await;
+    outbox.record_charges().await;
+    let line = insert_line(&outbox, 20).await;
+    let bad = line[9];
+    let receiver = Receiver::start(move |events| {
+        let mut refused = false;
+        Reply::each(events, |event| {
+            refused |= id_of(event) == bad;
+            if refused { retry(event) } else { applied(event) }
+        })
+    })
+    .await;
+    receiver.is_ordered();
+    let relay = Relay::start(&outbox, receiver.address, &["--back-off-ms", "1", "--attempts", "3"]).await;
+    let dead = outbox.wait_for_dead_beside_others(1).await;
+    relay.stop().await;
+    assert_eq!(dead.iter().map(|row| row.event_id).collect::<Vec<_>>(), [bad]);
+    assert_eq!(outbox.charges().await, [bad; 3]);
+    let behind: Vec<_> = outbox.rows().await.into_iter().filter(|row| line[10..].contains(&row.event_id)).collect();
+    assert_eq!(behind.len(), 10);
+    assert!(behind.iter().all(|row| row.failures == 0 && row.last_error.is_none()), "{behind:?}");
 }
 
 #[tokio::test]

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::{
-    outbox::Outbox,
+    outbox::{NewEvent, Outbox},
     receiver::{Log, Receiver, Reply},
     relay::Relay,
     wait::until,
@@ -49,6 +51,54 @@ async fn a_notification_wakes_it_long_before_the_poll() {
     outbox.wait_until_empty_within(Duration::from_secs(20)).await;
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), [event_id]);
+}
+
+/// After a lease that took all there was, a worker waits for the next notification. It does not look once more.
+#[tokio::test]
+async fn an_event_that_comes_alone_costs_one_lease() {
+    const EVENTS: i64 = 40;
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
+    wait_until_it_sleeps(&outbox).await;
+    outbox.count_leases().await;
+    for _ in 0..EVENTS {
+        outbox.insert_one().await;
+        outbox.notify().await;
+        outbox.wait_until_empty().await;
+    }
+    wait_until_it_sleeps(&outbox).await;
+    let leases = outbox.leases().await;
+    // A lease that did not scan everything is followed by one that does, within a second.
+    assert!((EVENTS..EVENTS * 3 / 2).contains(&leases), "{leases} for {EVENTS} events");
+    relay.stop().await;
+}
+
+/// The notification for the second event wakes the other worker while the first is in flight. So only the worker that
+/// settles the first can know that the second is free.
+#[tokio::test]
+async fn an_event_that_came_while_its_predecessor_was_in_flight_follows_at_once() {
+    let outbox = Outbox::create().await;
+    let settled = CancellationToken::new();
+    let held = settled.clone();
+    let receiver = Receiver::start(move |events| Reply::apply(events).held(&held)).await;
+    let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
+    wait_until_it_sleeps(&outbox).await;
+    let aggregate_id = Uuid::new_v4();
+    outbox.count_leases().await;
+    outbox.insert(&[NewEvent::of(aggregate_id, 1)]).await;
+    outbox.notify().await;
+    receiver.wait_for_deliveries(1).await;
+    outbox.insert(&[NewEvent::of(aggregate_id, 2)]).await;
+    let before = outbox.leases().await;
+    outbox.notify().await;
+    until("the other worker has looked", async || outbox.leases().await > before).await;
+    let began = Instant::now();
+    settled.cancel();
+    receiver.wait_for_deliveries(2).await;
+    // A worker that has looked in vain looks again within a second.
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    relay.stop().await;
 }
 
 #[tokio::test]
