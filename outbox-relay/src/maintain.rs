@@ -25,8 +25,8 @@ const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 /// Before the next piece of a sweep.
 const SWEEP_PAUSE: Duration = Duration::from_millis(50);
-/// Before parking is tried again that took too long. Meanwhile the rest is done on time, and leases may be slower.
-const PARK_PAUSE: Duration = Duration::from_secs(60);
+/// Before parking is tried again after it took too long. Meanwhile the rest is done on time, and leases may be slower.
+const PARK_PAUSE: Duration = Duration::from_secs(10);
 /// Rare, since clocks are set right rarely.
 const UNHIDE_INTERVAL: Duration = Duration::from_secs(60);
 

@@ -42,6 +42,14 @@ async fn insert_aged(outbox: &Outbox, seconds: f64, aggregate_id: Uuid, sequence
     inserted.fetch_one(&outbox.pool).await.unwrap()
 }
 
+async fn insert_behind_a_dead_one(outbox: &Outbox) -> Uuid {
+    let insert = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at, last_error)
+        VALUES ($1, 1, gen_random_uuid(), 'test.v1.Happened', '', 'infinity', 'dead')";
+    let line = Uuid::new_v4();
+    sqlx::query(insert).bind(line).execute(&outbox.pool).await.unwrap();
+    insert_aged(outbox, 0.0, line, 2).await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_that_starts_behind_more_delivered_rows_than_a_lease_can_scan_delivers_new_and_old_events() {
     let outbox = Outbox::create().await;
@@ -62,6 +70,7 @@ async fn a_relay_that_starts_behind_more_delivered_rows_than_a_lease_can_scan_de
     let began = Instant::now();
     let relay = Relay::start(&outbox, receiver.address, &["--database-work-ms", WORK_MS]).await;
     outbox.wait_for_route_state("OPEN").await;
+    let waiting = insert_behind_a_dead_one(&outbox).await;
     let mut slowest = Duration::ZERO;
     let mut arrived = None;
     while arrived.is_none() || slowest.is_zero() {
@@ -79,6 +88,12 @@ async fn a_relay_that_starts_behind_more_delivered_rows_than_a_lease_can_scan_de
         sleep(Duration::from_millis(50)).await;
     }
     println!("a new event took at most {slowest:.1?}, and the old ones arrived within {:.1?}", arrived.unwrap());
+
+    until_within(Duration::from_secs(30), "an event behind a dead one is parked", async || {
+        outbox.row(waiting).await.is_some_and(|row| !row.visible)
+    })
+    .await;
+    sqlx::query("DELETE FROM outbox").execute(&outbox.pool).await.unwrap();
 
     // When the rows can be removed, all is as before: a late event is found by a scan of everything.
     holder.rollback().await.unwrap();
