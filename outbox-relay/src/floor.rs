@@ -34,10 +34,10 @@ const MARGIN: Duration = Duration::from_secs(1);
 ///   events are found late but never lost, and only the first batch of them waits.
 ///
 /// With millions of such rows, a scan of everything takes longer than a statement may. A relay that starts then would
-/// never get a floor. So once a scan is too slow, the floor becomes the database's present, and new events flow. In place
-/// of full scans, a [`Sweep`] looks at everything below, part by part, until a whole sweep is quick. Meanwhile
-/// nothing takes the floor below the top of the sweep, or the leases above the floor would become slow too. What
-/// lies there is found by this sweep or the next one: late, but never lost.
+/// never get a floor. So if its scan is too slow, the floor becomes the database's present, and new events flow. In
+/// place of full scans, a [`Sweep`] looks at everything below, part by part, until a whole sweep is quick. Meanwhile
+/// nothing takes the floor below the top of the sweep, or the leases above the floor would become slow too. What lies
+/// there is found by this sweep or the next one: late, but never lost.
 ///
 /// All times are the database's. None is compared with this process's clock.
 #[derive(Debug)]
@@ -196,7 +196,7 @@ impl Floor {
         })
     }
 
-    /// Whether a worker that found nothing should scan again: it has not scanned above the floor yet, or a window is due.
+    /// Whether a worker that found nothing should scan again: it has not scanned above the floor, or a window is due.
     pub(crate) fn goes_on(&self, start: Start, now: Instant) -> bool {
         self.with(|state| matches!(start.scan, Scan::Part(_)) || (state.sweeping.is_some() && now >= state.rescan_at))
     }

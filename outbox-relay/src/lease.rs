@@ -228,7 +228,7 @@ pub(crate) struct Scope {
 
 /// Leases as many events, or bytes, as a lease may have; `None` when no event is free, or the outbox is paused.
 ///
-/// While scans of everything take too long, it scans parts of what lies below the floor by turns with what lies above it.
+/// While scans of everything take too long, it scans parts of what lies below the floor, by turns with what lies above.
 /// [`Floor`] says which, and for how long.
 ///
 /// # Errors
@@ -286,8 +286,8 @@ async fn note(
     Ok(())
 }
 
-/// Whether the time limit of a statement, or of database work, has ended it. An operator who cancels the statement looks
-/// the same, and a needless sweep is harmless.
+/// Whether the time limit of a statement, or of database work, has ended it. An operator who cancels the statement
+/// looks the same, and a needless sweep is harmless.
 pub(crate) fn is_cut_off(cause: &sqlx::Error) -> bool {
     match cause {
         sqlx::Error::Database(cause) => cause.code().is_some_and(|code| code == "57014"),

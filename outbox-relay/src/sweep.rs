@@ -65,8 +65,8 @@ pub(crate) struct Sweep {
     spent: Duration,
 }
 
-/// Windows down to `end` are no wider than this. Otherwise all those before the rows that are many would grow, until they
-/// are cut off again.
+/// Windows down to `end` are no wider than this. Otherwise they would grow again before they reach the many rows, and be
+/// cut off again.
 #[derive(Clone, Copy, Debug)]
 struct Dense {
     end: OffsetDateTime,
@@ -122,8 +122,8 @@ impl Sweep {
         false
     }
 
-    /// It grows unless the scan was slow. Otherwise a sweep would never end if each statement takes a while, however few
-    /// rows it scans. For the same reason a slow scan alone makes it no narrower than at first.
+    /// It grows unless the scan was slow. Otherwise a sweep would never end if each statement takes a while, however
+    /// few rows it scans. For the same reason a slow scan alone makes it no narrower than at first.
     fn next_width(&self, took: Duration) -> Duration {
         if took > SLOW {
             return (self.width / 2).max(WIDTH_FIRST.min(self.width));
