@@ -13,16 +13,17 @@ use chassis::Database;
 use outbox::AggregateId;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{debug, info, warn};
 
 use crate::{
-    floor::{Floor, Start},
+    floor::{Floor, RESCAN_INTERVAL, Scan, Start},
     isolate::Case,
     leased_row::{LeaseToken, LeasedRow},
     live::RelayId,
     run::{Extension, Room, extend, number_waves, predecessors},
     settings::Settings,
     subscription::Subscription,
+    sweep::Found,
 };
 
 /// Later events that a lease looks at, to find the first events of their aggregates.
@@ -68,12 +69,12 @@ pub(crate) struct LeaseQuery {
 }
 
 impl LeaseQuery {
-    pub(crate) fn of(settings: &Settings, relay: &RelayId, subscription: &Subscription) -> Self {
+    pub(crate) fn of(settings: &Settings, relay: &RelayId, subscription: &Subscription, floor: &Arc<Floor>) -> Self {
         Self {
             subscription: subscription.clone(),
             lease_seconds: settings.lease_seconds,
             lease_bytes: settings.lease_mib * 1024 * 1024,
-            floor: Arc::new(Floor::new()),
+            floor: floor.clone(),
             relay: relay.clone(),
             leases: Arc::default(),
         }
@@ -226,19 +227,101 @@ pub(crate) struct Scope {
 }
 
 /// Leases as many events, or bytes, as a lease may have; `None` when no event is free, or the outbox is paused.
+///
+/// While scans of everything take too long, it scans parts of what lies below the floor, by turns with what lies above.
+/// [`Floor`] says which, and for how long.
+///
+/// # Errors
+/// Those of the database. If a scan was cut off, the next lease begins elsewhere.
 pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope) -> Result<Option<Lease>, sqlx::Error> {
+    loop {
+        let requested_at = Instant::now();
+        let start = query.floor.start(requested_at);
+        let leased = lease_from(database, query, scope, (start, requested_at)).await;
+        let cut_off = leased.as_ref().is_err_and(is_cut_off);
+        note(database, query, start, requested_at.elapsed(), &leased).await?;
+        match leased {
+            Ok(None) if query.floor.goes_on(start, Instant::now()) => {}
+            Err(_) if cut_off && start.scan.until().is_some() => {}
+            leased => return leased,
+        }
+    }
+}
+
+/// Tells the floor how a scan has ended.
+async fn note(
+    database: &Database,
+    query: &LeaseQuery,
+    start: Start,
+    took: Duration,
+    leased: &Result<Option<Lease>, sqlx::Error>,
+) -> Result<(), sqlx::Error> {
+    let found = match leased {
+        Ok(None) => Found::Nothing,
+        Ok(Some(lease)) if lease.is_full => Found::More(lease.oldest),
+        Ok(Some(_)) => Found::All,
+        Err(cause) if is_cut_off(cause) => Found::CutOff,
+        Err(_) => return Ok(()),
+    };
+    let name = &query.subscription.name;
+    if let Scan::Part(window) = start.scan {
+        debug!(subscription = name, ?window, ?found, ?took, "scanned a part of the outbox");
+        if query.floor.swept(window, found, took, Instant::now()) {
+            info!(subscription = name, "a lease can scan the whole outbox again");
+        }
+        return Ok(());
+    }
+    // Above the floor, a lease that found events has raised it to them.
+    let in_vain = matches!(found, Found::CutOff | Found::Nothing) || start.scan == Scan::Everything;
+    if found == Found::CutOff || (in_vain && took > RESCAN_INTERVAL) {
+        let present = database.run(|connection| Box::pin(read_present(connection))).await?;
+        if query.floor.too_slow(start, took, present, Instant::now()) {
+            warn!(
+                subscription = name,
+                ?took,
+                "leases scan the outbox in parts, since a scan of all takes too long: is a transaction open for long?"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Whether the time limit of a statement, or of database work, has ended it. An operator who cancels the statement
+/// looks the same, and a needless sweep is harmless.
+pub(crate) fn is_cut_off(cause: &sqlx::Error) -> bool {
+    match cause {
+        sqlx::Error::Database(cause) => cause.code().is_some_and(|code| code == "57014"),
+        sqlx::Error::Io(cause) => cause.kind() == std::io::ErrorKind::TimedOut,
+        _ => false,
+    }
+}
+
+async fn read_present(connection: &mut PgConnection) -> Result<OffsetDateTime, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- relay: read the present
+        SELECT now() AS "now!""#
+    )
+    .fetch_one(connection)
+    .await
+}
+
+async fn lease_from(
+    database: &Database,
+    query: &LeaseQuery,
+    scope: Scope,
+    (start, requested_at): (Start, Instant),
+) -> Result<Option<Lease>, sqlx::Error> {
     let Scope { limit, runs, max_age } = scope;
     let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
-    let requested_at = Instant::now();
     let number = query.leases.fetch_add(1, Ordering::Relaxed) + 1;
-    let start = query.floor.start(requested_at);
     let take = async |later_max| {
         let query = query.clone();
-        database.run(move |connection| Box::pin(lease_rows(connection, token, scope, query, (start, later_max)))).await
+        let scan = start.scan;
+        database.run(move |connection| Box::pin(lease_rows(connection, token, scope, query, (scan, later_max)))).await
     };
-    // The oldest later events may all wait for events that are leased. Once a second, it looks further.
-    let mut rows = take(if start.floor.is_none() { LATER_FAR_MAX } else { LATER_MAX }).await?;
+    // The oldest later events may all wait for events that are leased. Below the floor, it looks further.
+    let mut rows = take(if matches!(start.scan, Scan::Above(_)) { LATER_MAX } else { LATER_FAR_MAX }).await?;
     let Some(oldest) = rows.iter().map(|row| row.created_at).min() else { return Ok(None) };
     query.floor.took(start, oldest);
     let room = |rows: &[LeasedRow]| {
@@ -249,7 +332,8 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
         };
         (room.events > 0 && room.bytes > 0).then_some(room)
     };
-    let others_wait = rows.iter().any(|row| row.others_wait);
+    // Those behind an event of a window may lie in another window, which was scanned before.
+    let others_wait = start.scan.until().is_some() || rows.iter().any(|row| row.others_wait);
     if let Some(room) = room(&rows)
         && runs
         && others_wait
@@ -302,8 +386,8 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
 /// the plan into a join over a large outbox.
 ///
 /// The scan begins one second below the floor. So it sees events that were committed up to a second after others of the
-/// same time. Without a floor it begins at the start of the index. Two indexes serve it: the first and the later events
-/// of one subscription, in the order of `visible_at`.
+/// same time. Without a floor it begins at the start of the index, and in a sweep it has both bounds. Two indexes serve
+/// it: the first and the later events of one subscription, in the order of `visible_at`.
 ///
 /// The pause is checked here, and in the renewal. So no relay begins a lease after a pause is committed.
 async fn lease_rows(
@@ -311,7 +395,7 @@ async fn lease_rows(
     token: LeaseToken,
     Scope { limit, max_age, .. }: Scope,
     query: LeaseQuery,
-    (start, later_max): (Start, i64),
+    (scan, later_max): (Scan, i64),
 ) -> Result<Vec<LeasedRow>, sqlx::Error> {
     sqlx::query_as!(
         LeasedRow,
@@ -325,8 +409,8 @@ async fn lease_rows(
                 FROM (
                     SELECT * FROM (
                         SELECT ctid, visible_at, octet_length(payload) FROM outbox
-                        WHERE subscription_id = $4 AND sequence = 1 AND visible_at <= now()
-                          AND visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
+                        WHERE subscription_id = $4 AND sequence = 1 AND visible_at >= coalesce($7::timestamptz, '-infinity')
+                          AND visible_at <= now() AND visible_at < coalesce($10::timestamptz, 'infinity')
                         ORDER BY visible_at LIMIT $2 FOR UPDATE SKIP LOCKED) AS first
                     UNION ALL
                     SELECT * FROM (
@@ -337,8 +421,8 @@ async fn lease_rows(
                                 SELECT aggregate_id, min(visible_at) AS oldest
                                 FROM (
                                     SELECT aggregate_id, visible_at FROM outbox
-                                    WHERE subscription_id = $4 AND sequence > 1 AND visible_at <= now()
-                                      AND visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')
+                                    WHERE subscription_id = $4 AND sequence > 1 AND visible_at >= coalesce($7::timestamptz, '-infinity')
+                                      AND visible_at <= now() AND visible_at < coalesce($10::timestamptz, 'infinity')
                                     ORDER BY visible_at LIMIT $9) AS front
                                 GROUP BY aggregate_id) AS waiting
                             CROSS JOIN LATERAL (
@@ -366,16 +450,18 @@ async fn lease_rows(
             EXISTS (
                 SELECT FROM outbox AS later
                 WHERE later.subscription_id = $4 AND later.sequence > 1 AND later.visible_at <= now()
-                  AND later.visible_at >= coalesce($7::timestamptz - interval '1 s', '-infinity')) AS "others_wait!", 0 AS "wave!", false AS "adrift!""#,
+                  AND later.visible_at >= coalesce($7::timestamptz, '-infinity')
+                  AND later.visible_at < coalesce($10::timestamptz, 'infinity')) AS "others_wait!", 0 AS "wave!", false AS "adrift!""#,
         token as LeaseToken,
         i64::from(limit),
         f64::from(query.lease_seconds),
         query.subscription.id,
         query.subscription.type_like,
         max_age.as_secs_f64(),
-        start.floor,
+        scan.from(),
         i64::from(query.lease_bytes),
         later_max,
+        scan.until(),
     )
     .fetch_all(connection)
     .await

@@ -1,6 +1,6 @@
 //! The time of a lease does not depend on what else is in the outbox.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chassis::Database;
 use clap::Parser;
@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    floor::Floor,
     lease::{LeaseQuery, Scope, lease},
     live::RelayId,
     park::park,
@@ -56,7 +57,7 @@ impl Outbox {
         let mut connection = pool.acquire().await.unwrap();
         let subscription = read_subscriptions(&mut connection).await.unwrap().remove(0);
         drop(connection);
-        let lease_query = LeaseQuery::of(&settings, &RelayId::new(), &subscription);
+        let lease_query = LeaseQuery::of(&settings, &RelayId::new(), &subscription, &Arc::new(Floor::new()));
         Self { pool, database, lease_query, _test: test }
     }
 
@@ -138,7 +139,7 @@ async fn a_lease_is_as_fast_with_a_million_waiting_events_and_200_000_stuck_ones
     let began = Instant::now();
     let visible = "SELECT count(*) FROM outbox WHERE sequence > 1 AND visible_at <= now()";
     while sqlx::query_scalar::<_, i64>(visible).fetch_one(&full.pool).await.unwrap() > 0 {
-        park(&full.database).await.unwrap();
+        park(&full.database, &[]).await.unwrap();
     }
     let parked = began.elapsed();
     // Autovacuum does this by itself within a minute.

@@ -32,10 +32,11 @@ mod run;
 mod settings;
 mod settle;
 mod subscription;
+mod sweep;
 mod unhide;
 mod wake;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chassis::{Database, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
@@ -53,6 +54,7 @@ use crate::{
     ahead::Ahead,
     announce::{OtherReceiver, claim},
     deliver::Receiver,
+    floor::Floor,
     grpc::Admin,
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
@@ -208,12 +210,17 @@ fn start(
     cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
     let poll = Duration::from_millis(settings.poll_ms);
-    let serve = |(route, subscription)| Served { route: Route::new(route), subscription, end: shutdown.child_token() };
+    let serve = |(route, subscription)| Served {
+        route: Route::new(route),
+        subscription,
+        floor: Arc::new(Floor::new()),
+        end: shutdown.child_token(),
+    };
     let served: Vec<_> = settings.routes.iter().cloned().zip(subscriptions).map(serve).collect();
     let wakes = Wake::listen(settings.database_url.options(), shutdown, served.len());
     let mut tasks = JoinSet::new();
-    for (Served { route, subscription, end }, wake) in served.iter().zip(wakes) {
-        let lease_query = LeaseQuery::of(settings, relay, subscription);
+    for (Served { route, subscription, floor, end }, wake) in served.iter().zip(wakes) {
+        let lease_query = LeaseQuery::of(settings, relay, subscription, floor);
         for number in 1..=settings.workers {
             // A channel is one HTTP/2 connection. Each worker has its own, so that a receiver's replicas share the
             // load.

@@ -1,6 +1,6 @@
 //! Periodic maintenance, once per process.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use chassis::{Database, RunError};
 use sqlx::PgConnection;
@@ -10,9 +10,11 @@ use tracing::{error, warn};
 
 use crate::{
     announce::{announce, withdraw},
+    floor::Floor,
+    lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
     operate::discard_ended,
-    park::park,
+    park::{Swept, park},
     route::Route,
     subscription::{Subscription, Unrouted, adopt_unrouted, read_subscriptions},
     unhide::unhide,
@@ -23,6 +25,8 @@ const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 /// Before the next piece of a sweep.
 const SWEEP_PAUSE: Duration = Duration::from_millis(50);
+/// Before parking is tried again after it took too long. Meanwhile the rest is done on time, and leases may be slower.
+const PARK_PAUSE: Duration = Duration::from_secs(10);
 /// Rare, since clocks are set right rarely.
 const UNHIDE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -42,6 +46,7 @@ pub(crate) struct Maintenance {
 pub(crate) struct Served {
     pub(crate) route: Route,
     pub(crate) subscription: Subscription,
+    pub(crate) floor: Arc<Floor>,
     /// Ends the workers of the route.
     pub(crate) end: CancellationToken,
 }
@@ -68,7 +73,13 @@ impl Maintenance {
         let (mut sweeping, mut unhiding) = (every(SWEEP_INTERVAL), every(UNHIDE_INTERVAL));
         loop {
             tokio::select! {
-                _ = parking.tick() => report("park successors", park(&self.database).await),
+                _ = parking.tick() => {
+                    let parked = park(&self.database, &self.swept()).await;
+                    if parked.as_ref().is_err_and(is_cut_off) {
+                        parking.reset_after(PARK_PAUSE);
+                    }
+                    report("park successors", parked);
+                }
                 _ = announcing.tick() => {
                     let routes: Vec<_> = self.served.iter().map(|served| served.route.clone()).collect();
                     let announced = announce(&self.database, &self.relay, &routes, self.longest_hidden).await;
@@ -100,6 +111,14 @@ impl Maintenance {
                 },
             }
         }
+    }
+
+    fn swept(&self) -> Vec<Swept> {
+        let swept = |served: &Served| {
+            let below = served.floor.sweeps_below()?;
+            Some(Swept { subscription_id: served.subscription.id, below })
+        };
+        self.served.iter().filter_map(swept).collect()
     }
 
     /// Returns whether there is more to do.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use chassis::Database;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, types::time::OffsetDateTime};
 
 use crate::run::FAR;
 
@@ -30,18 +30,27 @@ const PARKED_MAX: Duration = Duration::from_secs(300);
 /// ([`crate::run`]). So no wake-up can be lost for longer than that. The infinity of a dead event is not copied, since it
 /// would mark the later ones dead too.
 ///
+/// While a sweep looks for what is below the floor of a subscription, this begins where the sweep did, as leases do.
+///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
+pub(crate) async fn park(database: &Database, swept: &[Swept]) -> Result<(), sqlx::Error> {
     let began = Instant::now();
     for _ in 0..STATEMENTS_MAX {
-        if began.elapsed() > TIME_MAX
-            || database.run(|connection| Box::pin(park_oldest(connection))).await? < WORTH_ANOTHER
-        {
+        let swept = swept.to_owned();
+        let parking = database.run(move |connection| Box::pin(park_oldest(connection, swept)));
+        if began.elapsed() > TIME_MAX || parking.await? < WORTH_ANOTHER {
             break;
         }
     }
     Ok(())
+}
+
+/// A subscription, and the time below which its rows are swept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Swept {
+    pub(crate) subscription_id: i16,
+    pub(crate) below: OffsetDateTime,
 }
 
 /// Examines only the oldest visible rows of each subscription. Leases begin there as well, so a row costs them nothing
@@ -51,16 +60,20 @@ pub(crate) async fn park(database: &Database) -> Result<(), sqlx::Error> {
 /// Concurrent changes to these rows stand. The statement skips a locked row. A row that was changed after the snapshot
 /// is no longer at its `ctid`. A requeue or a discard makes the successors of its event visible too, and waits for the
 /// locks of this statement.
-async fn park_oldest(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
+async fn park_oldest(connection: &mut PgConnection, swept: Vec<Swept>) -> Result<u64, sqlx::Error> {
+    let (subscription_ids, below): (Vec<_>, Vec<_>) =
+        swept.into_iter().map(|swept| (swept.subscription_id, swept.below)).unzip();
     let parked = sqlx::query!(
         "-- relay: park
         WITH front AS MATERIALIZED (
             SELECT oldest.*
             FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
+            LEFT JOIN unnest($4::smallint[], $5::timestamptz[]) AS swept (subscription, below) USING (subscription)
             CROSS JOIN LATERAL (
                 SELECT ctid AS row, subscription_id, aggregate_id, sequence
                 FROM outbox
                 WHERE subscription_id = each.subscription AND sequence > 1 AND visible_at <= now()
+                  AND visible_at >= coalesce(swept.below, '-infinity')
                 ORDER BY visible_at
                 LIMIT $1) AS oldest
         ), hidden AS MATERIALIZED (
@@ -97,6 +110,8 @@ async fn park_oldest(connection: &mut PgConnection) -> Result<u64, sqlx::Error> 
         ROWS_MAX,
         PARKED_MAX.as_secs_f64(),
         i64::from(FAR),
+        &subscription_ids,
+        &below,
     )
     .execute(connection)
     .await?;

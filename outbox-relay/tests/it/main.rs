@@ -22,6 +22,7 @@ mod describe;
 mod drain;
 mod expand;
 mod floor;
+mod held_horizon;
 mod http_answers;
 mod lease;
 mod lease_protocol;
