@@ -14,7 +14,7 @@ use crate::{
     lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
     operate::discard_ended,
-    park::{Swept, park},
+    park::{Leased, Swept, park},
     route::Route,
     subscription::{Subscription, Unrouted, adopt_unrouted, read_subscriptions},
     unhide::unhide,
@@ -71,10 +71,11 @@ impl Maintenance {
     async fn maintain(&mut self) -> String {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
         let (mut sweeping, mut unhiding) = (every(SWEEP_INTERVAL), every(UNHIDE_INTERVAL));
+        let mut leased = Leased::default();
         loop {
             tokio::select! {
                 _ = parking.tick() => {
-                    let parked = park(&self.database, &self.swept()).await;
+                    let parked = park(&self.database, &self.swept(), &mut leased).await;
                     if parked.as_ref().is_err_and(is_cut_off) {
                         parking.reset_after(PARK_PAUSE);
                     }

@@ -1,8 +1,12 @@
 //! Parks events that wait for a predecessor: hides them from the scans of leases.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use chassis::Database;
+use outbox::AggregateId;
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
 use crate::run::FAR;
@@ -22,8 +26,9 @@ const PARKED_MAX: Duration = Duration::from_secs(300);
 /// Parks the oldest visible rows whose aggregate's first event cannot be delivered now. Otherwise each lease would look at
 /// them in vain.
 ///
-/// The first event is backing off or dead. Or it is leased, and the row is so far behind it that no run reaches it: a row
-/// nearby may be the first within a moment, and is not worth it.
+/// The first event is backing off or dead. Or it is leased since the pass before, and the row is so far behind it that no
+/// run reaches it: a row nearby may be the first within a moment, and is not worth it. A line of which run after run is
+/// delivered is shorter in a moment, and parking it would take longer than delivering it.
 ///
 /// A parked row becomes visible by time alone: when the first event does, or after a few minutes if that is earlier. Then
 /// it is leased, or parked again. A row may also be taken in a run, and a far one is woken when it comes first
@@ -34,11 +39,14 @@ const PARKED_MAX: Duration = Duration::from_secs(300);
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn park(database: &Database, swept: &[Swept]) -> Result<(), sqlx::Error> {
+pub(crate) async fn park(database: &Database, swept: &[Swept], leased: &mut Leased) -> Result<(), sqlx::Error> {
     let began = Instant::now();
+    let (before, all_swept) = (std::mem::take(&mut leased.firsts), swept.to_owned());
+    leased.firsts = database.run(move |connection| Box::pin(find_leased(connection, all_swept))).await?;
+    let stuck: Vec<_> = leased.firsts.intersection(&before).map(|first| first.aggregate_id).collect();
     for _ in 0..STATEMENTS_MAX {
-        let swept = swept.to_owned();
-        let parking = database.run(move |connection| Box::pin(park_oldest(connection, swept)));
+        let (swept, stuck) = (swept.to_owned(), stuck.clone());
+        let parking = database.run(move |connection| Box::pin(park_oldest(connection, swept, stuck)));
         if began.elapsed() > TIME_MAX || parking.await? < WORTH_ANOTHER {
             break;
         }
@@ -53,6 +61,52 @@ pub(crate) struct Swept {
     pub(crate) below: OffsetDateTime,
 }
 
+/// The first events of lines that were leased at the last pass.
+#[derive(Debug, Default)]
+pub(crate) struct Leased {
+    firsts: HashSet<First>,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct First {
+    subscription_id: i16,
+    aggregate_id: AggregateId,
+    sequence: i32,
+}
+
+/// Looks at the same rows as [`park_oldest`].
+async fn find_leased(connection: &mut PgConnection, swept: Vec<Swept>) -> Result<HashSet<First>, sqlx::Error> {
+    let (subscription_ids, below): (Vec<_>, Vec<_>) =
+        swept.into_iter().map(|swept| (swept.subscription_id, swept.below)).unzip();
+    let firsts = sqlx::query_as!(
+        First,
+        r#"-- relay: find lines whose first is leased
+        SELECT line.subscription_id AS "subscription_id!", line.aggregate_id AS "aggregate_id!", first.sequence
+        FROM (
+            SELECT DISTINCT oldest.subscription_id, oldest.aggregate_id
+            FROM (SELECT 0 UNION ALL SELECT subscription_id FROM outbox_subscriptions) AS each (subscription)
+            LEFT JOIN unnest($2::smallint[], $3::timestamptz[]) AS swept (subscription, below) USING (subscription)
+            CROSS JOIN LATERAL (
+                SELECT subscription_id, aggregate_id
+                FROM outbox
+                WHERE subscription_id = each.subscription AND sequence > 1 AND visible_at <= now()
+                  AND visible_at >= coalesce(swept.below, '-infinity')
+                ORDER BY visible_at
+                LIMIT $1) AS oldest) AS line
+        CROSS JOIN LATERAL (
+            SELECT sequence, visible_at, lease_token
+            FROM outbox
+            WHERE aggregate_id = line.aggregate_id AND subscription_id = line.subscription_id
+            ORDER BY sequence
+            LIMIT 1) AS first
+        WHERE first.visible_at > now() AND first.lease_token IS NOT NULL"#,
+        ROWS_MAX,
+        &subscription_ids,
+        &below,
+    );
+    Ok(firsts.fetch_all(connection).await?.into_iter().collect())
+}
+
 /// Examines only the oldest visible rows of each subscription. Leases begin there as well, so a row costs them nothing
 /// before it is among these. The first event is looked up once for each aggregate, since rows that VACUUM cannot remove yet
 /// may lie before it. The arrays are there so that no statistics can make the plan read more.
@@ -60,7 +114,11 @@ pub(crate) struct Swept {
 /// Concurrent changes to these rows stand. The statement skips a locked row. A row that was changed after the snapshot
 /// is no longer at its `ctid`. A requeue or a discard makes the successors of its event visible too, and waits for the
 /// locks of this statement.
-async fn park_oldest(connection: &mut PgConnection, swept: Vec<Swept>) -> Result<u64, sqlx::Error> {
+async fn park_oldest(
+    connection: &mut PgConnection,
+    swept: Vec<Swept>,
+    stuck: Vec<AggregateId>,
+) -> Result<u64, sqlx::Error> {
     let (subscription_ids, below): (Vec<_>, Vec<_>) =
         swept.into_iter().map(|swept| (swept.subscription_id, swept.below)).unzip();
     let parked = sqlx::query!(
@@ -94,7 +152,7 @@ async fn park_oldest(connection: &mut PgConnection, swept: Vec<Swept>) -> Result
                 WHERE aggregate_id = line.aggregate_id AND subscription_id = line.subscription_id
                 ORDER BY sequence
                 LIMIT 1) AS first
-            WHERE first.visible_at > now()
+            WHERE first.visible_at > now() AND (first.lease_token IS NULL OR line.aggregate_id = ANY ($6))
         ), waiting AS MATERIALIZED (
             SELECT array_agg(front.row) AS rows, array_agg(hidden.until) AS untils
             FROM front JOIN hidden USING (subscription_id, aggregate_id)
@@ -112,6 +170,7 @@ async fn park_oldest(connection: &mut PgConnection, swept: Vec<Swept>) -> Result
         i64::from(FAR),
         &subscription_ids,
         &below,
+        &stuck as &[AggregateId],
     )
     .execute(connection)
     .await?;

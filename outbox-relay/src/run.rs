@@ -171,15 +171,17 @@ pub(crate) fn predecessors(rows: &[LeasedRow]) -> Vec<Option<usize>> {
 #[derive(Debug)]
 pub(crate) struct LastTaken {
     subscription_id: i16,
-    sequences: HashMap<AggregateId, i32>,
+    /// The sequence of the event, and whether it was not the first of its run.
+    sequences: HashMap<AggregateId, (i32, bool)>,
 }
 
 impl LastTaken {
     pub(crate) fn of(subscription_id: i16, rows: &[LeasedRow], fates: &[Fate]) -> Self {
         let mut sequences = HashMap::new();
         for (row, _) in rows.iter().zip(fates).filter(|(row, fate)| row.sequence >= FAR && **fate == Fate::Delete) {
-            let last = sequences.entry(row.aggregate_id).or_insert(row.sequence);
+            let (last, in_run) = sequences.entry(row.aggregate_id).or_insert((row.sequence, false));
             *last = row.sequence.max(*last);
+            *in_run |= row.wave > 0;
         }
         Self { subscription_id, sequences }
     }
@@ -195,38 +197,111 @@ pub(crate) async fn wake_next(database: &Database, last: LastTaken) -> Result<()
     if last.sequences.is_empty() {
         return Ok(());
     }
-    let (aggregate_ids, sequences): (Vec<_>, Vec<_>) = last.sequences.into_iter().unzip();
-    let waking =
-        database.run(move |connection| Box::pin(wake_rows(connection, last.subscription_id, aggregate_ids, sequences)));
-    waking.await
+    let subscription_id = last.subscription_id;
+    for next in database.run(|connection| Box::pin(find_next(connection, last))).await? {
+        database.run(move |connection| Box::pin(wake(connection, subscription_id, next))).await?;
+    }
+    Ok(())
 }
 
-async fn wake_rows(
+struct Next {
+    aggregate_id: AggregateId,
+    sequence: i32,
+}
+
+/// The events that follow and are hidden, or may be so in a moment: those behind runs. A run may have come so far while a
+/// statement parks what was far behind when it began.
+async fn find_next(
     connection: &mut PgConnection,
-    subscription_id: i16,
-    aggregate_ids: Vec<AggregateId>,
-    sequences: Vec<i32>,
-) -> Result<(), sqlx::Error> {
-    sqlx::query!(
-        "-- relay: wake the next of runs
-        UPDATE outbox
-        SET visible_at = now()
-        WHERE lease_token IS NULL AND failures = 0 AND last_error IS NULL
-          AND visible_at > now() AND visible_at < 'infinity'
-          AND ctid = ANY (ARRAY (
-              SELECT (
-                  SELECT next.ctid
-                  FROM outbox AS next
-                  WHERE next.aggregate_id = handled.aggregate_id AND next.subscription_id = $1
-                    AND next.sequence > handled.sequence
-                  ORDER BY next.sequence
-                  LIMIT 1)
-              FROM unnest($2::uuid[], $3::integer[]) AS handled (aggregate_id, sequence)))",
+    LastTaken { subscription_id, sequences }: LastTaken,
+) -> Result<Vec<Next>, sqlx::Error> {
+    let (aggregate_ids, last): (Vec<_>, Vec<_>) = sequences.into_iter().unzip();
+    let (sequences, in_runs): (Vec<_>, Vec<_>) = last.into_iter().unzip();
+    sqlx::query_as!(
+        Next,
+        r#"-- relay: find the next of runs
+        SELECT handled.aggregate_id AS "aggregate_id!", next.sequence
+        FROM unnest($2::uuid[], $3::integer[], $4::boolean[]) AS handled (aggregate_id, sequence, in_run)
+        CROSS JOIN LATERAL (
+            SELECT sequence, visible_at > now() AS is_hidden
+            FROM outbox
+            WHERE aggregate_id = handled.aggregate_id AND subscription_id = $1 AND sequence > handled.sequence
+            ORDER BY sequence
+            LIMIT 1) AS next
+        WHERE next.is_hidden OR handled.in_run"#,
         subscription_id,
         &aggregate_ids as &[AggregateId],
         &sequences,
+        &in_runs,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Wakes one event, which is found by its key. So this waits for a statement that parks it, and wins. It writes the row
+/// even if it is visible: a statement that is about to park it has an older snapshot, and then finds it changed.
+///
+/// One statement for several events could wait for another that leases them in another order, in a circle.
+async fn wake(
+    connection: &mut PgConnection,
+    subscription_id: i16,
+    Next { aggregate_id, sequence }: Next,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- relay: wake the next of a run
+        UPDATE outbox
+        SET visible_at = now()
+        WHERE aggregate_id = $1 AND subscription_id = $2 AND sequence = $3
+          AND lease_token IS NULL AND failures = 0 AND last_error IS NULL AND visible_at < 'infinity'",
+        aggregate_id as AggregateId,
+        subscription_id,
+        sequence,
     )
     .execute(connection)
     .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, time::Duration};
+
+    use outbox::{AggregateId, EventId};
+    use sqlx::{Connection, PgConnection};
+    use testkit::TestDatabase;
+    use tokio::time::sleep;
+
+    use super::{FAR, LastTaken, find_next, wake};
+
+    /// A statement parks an event, while the run before it comes so far that the event is the first.
+    #[tokio::test]
+    async fn the_next_event_of_a_run_is_visible_though_it_is_being_parked() {
+        let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
+        test.insert_for_subscription(1).await;
+        let (pool, aggregate_id) = (test.pool().await, AggregateId::from(EventId::new().uuid()));
+        let mut relay = PgConnection::connect(&test.url_as("outbox_relay")).await.unwrap();
+        let insert = "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload)
+            VALUES ($1, $2, gen_random_uuid(), 'test.v1.Happened', '')";
+        sqlx::query(insert).bind(aggregate_id).bind(FAR + 7).execute(&pool).await.unwrap();
+
+        let mut parking = pool.begin().await.unwrap();
+        let park = "UPDATE outbox SET visible_at = now() + interval '1 minute'";
+        sqlx::query(park).execute(&mut *parking).await.unwrap();
+        let waking = tokio::spawn(async move {
+            let last = LastTaken { subscription_id: 1, sequences: HashMap::from([(aggregate_id, (FAR + 5, true))]) };
+            for next in find_next(&mut relay, last).await.unwrap() {
+                wake(&mut relay, 1, next).await.unwrap();
+            }
+        });
+        let waits = "SELECT count(*) > 0 FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%wake the next%'";
+        while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap() {
+            assert!(!waking.is_finished(), "it does not wait for the statement that parks");
+            sleep(Duration::from_millis(10)).await;
+        }
+        parking.commit().await.unwrap();
+        waking.await.unwrap();
+        let visible = "SELECT visible_at <= now() FROM outbox";
+        assert!(sqlx::query_scalar::<_, bool>(visible).fetch_one(&pool).await.unwrap());
+    }
 }
