@@ -128,10 +128,13 @@ impl Lease {
     /// The events to deliver, as ranges of rows. Events that have never failed alone share a batch, as many as `limits`
     /// allow. Each event that has failed alone is alone again: it is likely to fail, and must not fail others with it. No
     /// two events of a wave are of the same aggregate, so any order of them is right. Only a receiver that applies events
-    /// of an aggregate in their order gets those of several waves at once.
+    /// of an aggregate in their order gets those of several waves at once. The first wave goes ahead if it has events that
+    /// nothing follows: they should not take as long as a line of another aggregate.
     pub(crate) fn batches(&self, limits: BatchLimits) -> Vec<Range<usize>> {
         let BatchLimits { events: events_max, bytes: bytes_max, ordered } = limits;
         let live = self.rows.partition_point(|row| !row.is_set_aside());
+        let in_wave = |wave| self.rows[..live].iter().filter(|row| row.wave == wave).count();
+        let first_goes_ahead = in_wave(1) < in_wave(0);
         let mut batches: Vec<Range<usize>> = Vec::new();
         let mut bytes = 0;
         for row in 0..live {
@@ -139,7 +142,8 @@ impl Lease {
             bytes += size;
             let fits = |last: usize| {
                 let (last, next) = (&self.rows[last], &self.rows[row]);
-                (ordered || last.wave == next.wave) && last.failures == 0 && next.failures == 0 && bytes <= bytes_max
+                let together = last.wave == next.wave || (ordered && (last.wave > 0 || !first_goes_ahead));
+                together && last.failures == 0 && next.failures == 0 && bytes <= bytes_max
             };
             match batches.last_mut() {
                 Some(batch) if batch.len() < events_max && fits(row - 1) => batch.end = row + 1,

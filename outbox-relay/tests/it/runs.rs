@@ -65,6 +65,21 @@ async fn a_receiver_that_applies_in_order_gets_a_line_in_full_batches() {
     assert!(calls < 6000 / 100, "{calls} calls");
 }
 
+#[tokio::test]
+async fn an_event_that_nothing_follows_shares_no_call_with_a_line() {
+    let outbox = Outbox::create().await;
+    insert_line(&outbox, 40).await;
+    let lone = outbox.insert_unrelated(3).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.is_ordered();
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_until_empty().await;
+    relay.stop().await;
+    let beside = |events: &[Event]| events.iter().any(|event| lone.contains(&id_of(event)));
+    let later = |events: &[Event]| events.iter().any(|event| event.sequence > 1);
+    receiver.read(|log| assert!(!log.deliveries.iter().any(|call| beside(&call.events) && later(&call.events))));
+}
+
 /// Many lines at once, and receivers that now and then fail an event: each line arrives in sequence, without gaps.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_event_is_taken_before_its_predecessor_whatever_fails() {
