@@ -78,10 +78,17 @@ static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "outbox-relay starts");
-    let mut names: Vec<_> = settings.routes.iter().map(|route| &route.subscription).collect();
-    names.sort_unstable();
-    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(RunError::Unusable(format!("two routes for {}: give each subscription one receiver", twice[0])));
+    if let Some([one, _]) = find_pair(&settings.routes, |one, other| one.subscription == other.subscription) {
+        let name = &one.subscription;
+        return Err(RunError::Arguments(format!("two routes for {name}: give each subscription one receiver")));
+    }
+    if let Some([one, other]) = find_pair(&settings.routes, |one, other| one.receiver == other.receiver) {
+        let (subscriptions, receiver) = ([&one.subscription, &other.subscription], &one.receiver);
+        warn!(
+            ?subscriptions,
+            %receiver,
+            "two subscriptions have one receiver: it applies an event that both take once, and calls the other a duplicate"
+        );
     }
     if let Some(address) = settings.metrics_listen {
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
@@ -104,6 +111,15 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let ended = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
     info!("outbox-relay ended");
     ended
+}
+
+/// The first two routes for which this holds.
+fn find_pair(
+    routes: &[RouteSettings],
+    holds: impl Fn(&RouteSettings, &RouteSettings) -> bool,
+) -> Option<[&RouteSettings; 2]> {
+    let later = |(place, one)| routes[place + 1..].iter().map(move |other| [one, other]);
+    routes.iter().enumerate().flat_map(later).find(|[one, other]| holds(one, other))
 }
 
 /// How often reading the subscriptions is tried, a second apart: a database may be just coming back.

@@ -249,7 +249,7 @@ impl Worker {
         let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
         measure::delivered(self.route.name(), delivery.as_str());
         if let Delivery::Failed(Failed { reason, .. }) = &delivery {
-            warn!(worker = self.number, events, reason, "delivery failed");
+            warn!(route = self.route.name(), worker = self.number, events, reason, "delivery failed");
         }
         Some((Call { began, ended: Instant::now(), alone }, delivery))
     }
@@ -306,12 +306,14 @@ impl Worker {
         }
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.name(), &settled);
-        debug!(route = self.route.name(), worker = self.number, events, handled = settled.handled, ?settled, "settled");
+        let route = self.route.name();
+        debug!(route, worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {
-            warn!(worker = self.number, events = settled.lost, "lease lost: another relay has these events");
+            warn!(route, worker = self.number, events = settled.lost, "lease lost: another relay has these events");
         }
         if settled.unsettled > 0 {
             error!(
+                route,
                 worker = self.number,
                 events = settled.unsettled,
                 "events may not be settled: their lease will expire"
@@ -322,10 +324,15 @@ impl Worker {
                 Fate::Failed { reason, .. } => Some(reason.as_str()),
                 Fate::Delete | Fate::Dead(_) | Fate::Held { .. } | Fate::Back(_) => None,
             });
-            warn!(worker = self.number, events = settled.retried, reason, "events failed, and are retried");
+            warn!(route, worker = self.number, events = settled.retried, reason, "events failed, and are retried");
         }
         if settled.died > 0 {
-            error!(worker = self.number, events = settled.died, "events are dead: kept in the outbox with the reason");
+            error!(
+                route,
+                worker = self.number,
+                events = settled.died,
+                "events are dead: kept in the outbox with the reason"
+            );
         }
     }
 

@@ -23,6 +23,14 @@ async fn it_refuses_a_database_without_the_schema_and_says_what_to_do() {
 }
 
 #[tokio::test]
+async fn two_routes_for_one_subscription_are_an_error_of_the_command_line() {
+    let outbox = Outbox::create().await;
+    let routes = ["all=http://127.0.0.1:1", "all=http://127.0.0.1:2"];
+    let refusal = Relay::start_with_routes(&outbox.relay_url(), &routes, &[]).await.end().await.unwrap_err();
+    assert!(matches!(&refusal, RunError::Arguments(text) if text.contains("two routes for all")), "{refusal:?}");
+}
+
+#[tokio::test]
 async fn it_waits_for_a_database_that_is_not_there_yet() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(3).await;
