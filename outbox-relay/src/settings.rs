@@ -27,7 +27,8 @@ pub struct Settings {
     /// when a batch was full. All of them poll.
     #[arg(long, env = "RELAY_WORKERS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub workers: u32,
-    /// Lease at most this many events at once. A delivery holds all of them, or as many as fit into 3 MiB.
+    /// Deliver at most this many events at once, or as many as fit into 3 MiB. A lease holds as many. With a backlog it
+    /// holds up to 64, for several small deliveries one after the other.
     #[arg(long, env = "RELAY_BATCH", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub batch: u32,
     /// Lease events with at most this many MiB at once, and at most one event more. A relay holds that much for each
