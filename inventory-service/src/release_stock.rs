@@ -14,8 +14,8 @@ const SEQUENCE: i32 = 2;
 
 /// Releases all that is reserved for the order, and returns the answer. There is no answer if nothing was reserved.
 ///
-/// A relay delivers an order's cancellation only after its creation is settled. The creation may still be missing here:
-/// it died, and an operator discarded it. Then the cancellation is recorded alone, and refuses the creation if that
+/// A relay delivers an order's cancellation after its creation, or behind it in one batch. The creation may still be
+/// missing here: it died, and an operator discarded it. Then the cancellation is recorded alone, and refuses the creation if that
 /// ever arrives.
 pub(crate) fn release_stock(
     event: &OrderEvent,

@@ -87,8 +87,8 @@ impl Handler for ApplyReplies {
     /// Settles only PENDING orders. An order that was cancelled while the reply was in flight stays CANCELLED.
     /// Inventory puts its stock back when it applies the cancellation, before the reply or after it.
     ///
-    /// Batches cannot deadlock. No two batches at a time contain the same order, since the events of an order are
-    /// delivered one after the other. A cancellation locks only one order.
+    /// Batches cannot deadlock. No two batches at a time contain the same order, since a relay leases the events of an
+    /// order together. A cancellation locks only one order.
     async fn apply(&self, tx: &mut Transaction<'_, Postgres>, replies: &[&Reply]) -> Result<(), ApplyError> {
         let order_ids: Vec<OrderId> = replies.iter().map(|reply| reply.order_id).collect();
         let Settled { confirmed, rejected, rejections } = Settled::of(replies);

@@ -2,80 +2,224 @@
 //!
 //! Relays that deliver few events at a time, or one, would otherwise pay a transaction for each call. A lone batch waits
 //! for no other. Those that arrive while one transaction with small batches runs share the next.
+//!
+//! Each batch brings one turn, a task of its own. A turn takes the batches that are there when it comes, which may be none
+//! or those of other calls. So no batch is left without a turn, and no caller that goes away takes others along.
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use chassis::{Database, Refuse, may_pass};
 use proto::events::v1::{Event, EventResult};
-use tokio::sync::oneshot;
-use tonic::Status;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::timeout,
+};
+use tonic::{Code, Status};
+
+use crate::{apply_batch::apply_batch, handler::Handler};
 
 /// Events that share a transaction, unless one batch has more. A transaction with more costs hardly less for each.
 const EVENTS_TOGETHER: usize = 100;
 /// A batch with more events than this is worth a transaction of its own beside others.
-pub(crate) const SMALL: usize = 16;
-/// How long a transaction with small batches may take before the next may begin beside it. One that waits for no lock and
-/// no slow disk is done well before.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(5);
+const SMALL: usize = 16;
+/// How long a small batch waits for the turn of small batches. A transaction that waits for no lock and no slow disk is
+/// done well before. Then the batch competes with all others.
+const PATIENCE: Duration = Duration::from_millis(5);
+/// How long a batch waits until it is applied. By default, this wait, the wait for a connection and the work together are
+/// shorter than a call may take. A call that is cut off has no answer, and a relay may have to count that against an
+/// event.
+const WAIT_MAX: Duration = Duration::from_secs(3);
 
 /// The results of a batch, in order, or what its call is refused with.
-pub(crate) type Answer = Result<Vec<EventResult>, Status>;
+type Answer = Result<Vec<EventResult>, Status>;
+
+/// Applies batches together.
+#[derive(Debug)]
+pub(crate) struct Gatherer<H> {
+    shared: Arc<Shared<H>>,
+}
+
+#[derive(Debug)]
+struct Shared<H> {
+    applier: Applier<H>,
+    waiting: Waiting,
+    /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
+    /// connection, which other calls may need, nor processor time.
+    slots: Arc<Semaphore>,
+    /// The turn of small batches. They gather while others wait for it.
+    small: Arc<Semaphore>,
+}
+
+/// Applies a batch in a transaction.
+#[derive(Debug)]
+pub(crate) struct Applier<H> {
+    pub(crate) database: Database,
+    pub(crate) handler: Arc<H>,
+    pub(crate) refuse: Refuse,
+    pub(crate) retention: Duration,
+}
+
+impl<H: Handler> Gatherer<H> {
+    pub(crate) fn new(applier: Applier<H>, batches_at_once: u16) -> Self {
+        let (slots, small) = (Arc::new(Semaphore::new(batches_at_once.into())), Arc::new(Semaphore::new(1)));
+        Self { shared: Arc::new(Shared { applier, waiting: Waiting::default(), slots, small }) }
+    }
+
+    /// Applies the events, and returns one result for each, in order, after the commit.
+    ///
+    /// # Errors
+    /// The refusal of the call. The events may be applied all the same, as after any error.
+    pub(crate) async fn apply(&self, events: Vec<Event>) -> Answer {
+        let shared = &self.shared;
+        let is_small = events.len() <= SMALL;
+        let (number, mut answered) = shared.waiting.add(events);
+        // A caller that goes away leaves no batch behind that nobody waits for.
+        let _removed_at_last = Removal { waiting: &shared.waiting, number };
+        tokio::spawn(shared.clone().take_turn(is_small));
+        let answer = match timeout(WAIT_MAX, &mut answered).await {
+            Ok(answer) => answer,
+            Err(_) if shared.waiting.remove(number) => {
+                let refuse = shared.applier.refuse;
+                return Err(refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again"));
+            }
+            Err(_) => answered.await,
+        };
+        // Without an answer, the task that applied the batch has panicked.
+        answer.unwrap_or_else(|_| Err(shared.applier.refuse.database(&sqlx::Error::WorkerCrashed)))
+    }
+}
+
+impl<H: Handler> Shared<H> {
+    /// Waits for a slot, and applies the batches that wait then. A small batch first waits for the turn of small ones.
+    async fn take_turn(self: Arc<Self>, is_small: bool) {
+        let _small = if is_small { timeout(PATIENCE, acquire(&self.small)).await.ok() } else { None };
+        let _slot = acquire(&self.slots).await;
+        self.applier.apply_group(self.waiting.take()).await;
+    }
+}
+
+async fn acquire(semaphore: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+    semaphore.clone().acquire_owned().await.expect("the semaphore is never closed")
+}
+
+impl<H: Handler> Applier<H> {
+    /// Applies the batches in one transaction, and answers each after the commit. If the cause of a failure may lie in one
+    /// of them, each is applied in a transaction of its own.
+    async fn apply_group(&self, group: Vec<Batch>) {
+        let (mut events, mut callers) = (Vec::new(), Vec::new());
+        for batch in group {
+            let begin = events.len();
+            events.extend(batch.events);
+            callers.push((begin..events.len(), batch.answer));
+        }
+        if callers.is_empty() {
+            return;
+        }
+        let events = Arc::new(events);
+        // A caller that is gone gets no answer.
+        match self.apply(&events, 0..events.len()).await {
+            Ok(results) => {
+                for (range, answer) in callers {
+                    drop(answer.send(Ok(results[range].to_vec())));
+                }
+            }
+            Err(error) if callers.len() > 1 && !may_pass(&error) => {
+                for (range, answer) in callers {
+                    let results = self.apply(&events, range).await;
+                    drop(answer.send(results.map_err(|error| self.refuse.database(&error))));
+                }
+            }
+            Err(error) => {
+                let refusal = self.refuse.database(&error);
+                for (_, answer) in callers {
+                    drop(answer.send(Err(refusal.clone())));
+                }
+            }
+        }
+    }
+
+    async fn apply(&self, events: &Arc<Vec<Event>>, range: Range<usize>) -> Result<Vec<EventResult>, sqlx::Error> {
+        let (events, handler, retention) = (events.clone(), self.handler.clone(), self.retention);
+        self.database
+            .run(move |connection| {
+                Box::pin(async move { apply_batch(connection, &*handler, &events[range], retention).await })
+            })
+            .await
+    }
+}
 
 /// A batch of one call.
 #[derive(Debug)]
-pub(crate) struct Batch {
+struct Batch {
     number: u64,
-    pub(crate) events: Vec<Event>,
-    pub(crate) answer: oneshot::Sender<Answer>,
+    events: Vec<Event>,
+    answer: oneshot::Sender<Answer>,
 }
 
 /// The batches that wait, in the order in which they came.
 #[derive(Debug, Default)]
-pub(crate) struct Waiting {
-    batches: Mutex<(u64, VecDeque<Batch>)>,
+struct Waiting {
+    state: Mutex<WaitingState>,
+}
+
+#[derive(Debug, Default)]
+struct WaitingState {
+    last: u64,
+    batches: VecDeque<Batch>,
+}
+
+/// Removes a batch when it is dropped, if that still waits.
+struct Removal<'w> {
+    waiting: &'w Waiting,
+    number: u64,
+}
+
+impl Drop for Removal<'_> {
+    fn drop(&mut self) {
+        self.waiting.remove(self.number);
+    }
 }
 
 impl Waiting {
     /// Adds a batch. Returns its number, and where its answer comes.
-    pub(crate) fn add(&self, events: Vec<Event>) -> (u64, oneshot::Receiver<Answer>) {
+    fn add(&self, events: Vec<Event>) -> (u64, oneshot::Receiver<Answer>) {
         let (answer, answered) = oneshot::channel();
-        let (last, batches) = &mut *self.lock();
-        *last += 1;
-        batches.push_back(Batch { number: *last, events, answer });
-        (*last, answered)
+        let state = &mut *self.lock();
+        state.last += 1;
+        state.batches.push_back(Batch { number: state.last, events, answer });
+        (state.last, answered)
     }
 
-    /// Takes the oldest batch, and those behind it that are small enough to share its transaction. Callers that are gone
-    /// are left out.
-    pub(crate) fn take(&self) -> Vec<Batch> {
-        let (_, batches) = &mut *self.lock();
+    /// Takes the oldest batch, and those behind it that are small enough to share its transaction.
+    fn take(&self) -> Vec<Batch> {
+        let batches = &mut self.lock().batches;
         let (mut group, mut events): (Vec<Batch>, usize) = (Vec::new(), 0);
         while let Some(next) = batches.front() {
-            if !next.answer.is_closed() {
-                events += next.events.len();
-                if !group.is_empty() && events > EVENTS_TOGETHER {
-                    break;
-                }
+            events += next.events.len();
+            if !group.is_empty() && events > EVENTS_TOGETHER {
+                break;
             }
-            group.extend(batches.pop_front().filter(|batch| !batch.answer.is_closed()));
+            group.extend(batches.pop_front());
         }
         group
     }
 
-    /// Removes a batch that has waited too long. Returns false if it is being applied.
-    pub(crate) fn remove(&self, number: u64) -> bool {
-        let (_, batches) = &mut *self.lock();
+    /// Removes a batch. Returns false if it does not wait any more.
+    fn remove(&self, number: u64) -> bool {
+        let batches = &mut self.lock().batches;
         let before = batches.len();
         batches.retain(|batch| batch.number != number);
         batches.len() < before
     }
 
     /// No code here panics half-way, so the state behind a poisoned lock is sound.
-    fn lock(&self) -> MutexGuard<'_, (u64, VecDeque<Batch>)> {
-        self.batches.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, WaitingState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -83,7 +227,7 @@ impl Waiting {
 mod tests {
     use proto::events::v1::Event;
 
-    use super::{EVENTS_TOGETHER, Waiting};
+    use super::{EVENTS_TOGETHER, Removal, Waiting};
 
     fn events(count: usize) -> Vec<Event> {
         vec![Event::default(); count]
@@ -107,10 +251,9 @@ mod tests {
     #[test]
     fn a_batch_whose_caller_is_gone_is_not_taken() {
         let waiting = Waiting::default();
-        let [gone, first, second] = [500, 1, 2].map(|count| waiting.add(events(count)));
-        drop(gone);
+        let [gone, _first, _second] = [500, 1, 2].map(|count| waiting.add(events(count)));
+        drop(Removal { waiting: &waiting, number: gone.0 });
         assert_eq!(sizes(&waiting), [1, 2]);
-        drop((first, second));
     }
 
     #[test]

@@ -34,9 +34,11 @@
 //! privileges to the relay's role `outbox_relay`, so that role must exist.
 
 mod accept;
+mod apply_batch;
 mod enqueue;
 mod envelope;
 mod gather;
+mod handler;
 mod id;
 mod prune;
 mod receive;
@@ -44,8 +46,9 @@ mod wake;
 
 pub use enqueue::{NewEvent, Rows, TraceContext, enqueue};
 pub use envelope::{Envelope, timestamp};
+pub use handler::{ApplyError, Handler, Refusal};
 pub use id::{AggregateId, EventId};
-pub use receive::{ApplyError, Handler, InboxSettings, Receiver, Refusal};
+pub use receive::{InboxSettings, Receiver};
 pub use wake::{CHANNEL, Notifier, listen, notify};
 
 /// Creates the tables of the outbox and the inbox. Its history is separate from the service's own migrations.

@@ -1,31 +1,20 @@
 //! Serves `events.v1.EventReceiver`: applies each event once, and completely or not at all.
 
-use std::{
-    collections::{HashMap, HashSet},
-    future::Future,
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use chassis::{Database, Fields, Refuse, may_pass};
+use chassis::{Database, Fields, Refuse};
 use clap::Args;
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
-use sqlx::{Connection, PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
-    time::{Instant, timeout, timeout_at},
-};
+use sqlx::Connection;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding};
-use tracing::{info, warn};
 
 use crate::{
-    Envelope, EventId,
-    accept::{Acceptance, accept},
-    gather::{Answer, Batch, PATIENCE, SMALL, Waiting},
+    gather::{Applier, Gatherer},
+    handler::Handler,
     prune::prune_until_shutdown,
 };
 
@@ -34,80 +23,6 @@ const EVENTS_MAX: usize = 1000;
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// A source that is not accepted is named with this many characters.
 const SOURCE_CHARS_MAX: usize = 100;
-/// How long a batch waits for a slot. By default, this wait, the wait for a connection and the work together are
-/// shorter than a call may take. A call that is cut off has no answer, and a relay may have to count that against an
-/// event.
-const WAIT_MAX: Duration = Duration::from_secs(3);
-
-/// What a service does with the events that it receives.
-pub trait Handler: Send + Sync + 'static {
-    /// A decoded event.
-    type Event: Send + Sync;
-
-    /// Decodes an event, and checks it as far as that is possible without the database.
-    ///
-    /// # Errors
-    /// The refusal of an event that this service cannot apply.
-    fn read(&self, envelope: &Envelope<'_>) -> Result<Self::Event, Refusal>;
-
-    /// Applies new events, in their order, in the transaction that records their ids. After an error the transaction is
-    /// rolled back, with the ids.
-    ///
-    /// # Errors
-    /// [`ApplyError::Refused`] names events that cannot be applied. `apply` then runs again without them, in a new
-    /// transaction, until it refuses none. At least one of them must be an event that `apply` was given; otherwise the
-    /// delivery fails.
-    fn apply(
-        &self,
-        tx: &mut Transaction<'_, Postgres>,
-        events: &[&Self::Event],
-    ) -> impl Future<Output = Result<(), ApplyError>> + Send;
-
-    /// The full names of the event types that [`Handler::read`] knows, as `M::full_name()` gives them. Relays ask for
-    /// them. An empty list says nothing.
-    fn types(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    /// Runs after each commit of [`Handler::apply`], even if the caller has hung up. Send notifications here.
-    fn committed(&self) {}
-}
-
-/// Why an event is not applied.
-#[derive(Clone, Debug)]
-pub struct Refusal {
-    outcome: Outcome,
-    reason: &'static str,
-    detail: String,
-}
-
-impl Refusal {
-    /// The event can never be applied, so it is dead. `reason` is a constant in UPPER_SNAKE_CASE.
-    pub fn reject(reason: &'static str, detail: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Rejected, reason, detail: detail.into() }
-    }
-
-    /// The event cannot be applied now, and is retried. `reason` is a constant in UPPER_SNAKE_CASE.
-    pub fn retry(reason: &'static str, detail: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Retry, reason, detail: detail.into() }
-    }
-
-    /// This service does not receive events of this type.
-    pub fn unknown_type(envelope: &Envelope<'_>) -> Self {
-        Self::reject("UNKNOWN_TYPE", format!("this service does not know events of type {}", envelope.type_name()))
-    }
-}
-
-/// Why a batch was not applied.
-#[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
-    /// These events cannot be applied.
-    #[error("some events cannot be applied")]
-    Refused(HashMap<EventId, Refusal>),
-    /// The database failed.
-    #[error(transparent)]
-    Database(#[from] sqlx::Error),
-}
 
 /// Settings of the inbox.
 #[derive(Args, Clone, Debug)]
@@ -141,24 +56,13 @@ impl InboxSettings {
 /// Serves `events.v1.EventReceiver` for a service.
 #[derive(Debug)]
 pub struct Receiver<H> {
+    gatherer: Gatherer<H>,
     database: Database,
     handler: Arc<H>,
     refuse: Refuse,
     retention: Duration,
     /// The services whose events are accepted; any if it is empty.
     sources: Vec<String>,
-    /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
-    /// connection, which other calls may need, nor processor time.
-    slots: Arc<Semaphore>,
-    /// A transaction with small batches holds this. They gather while others wait for it.
-    small: Arc<Semaphore>,
-    waiting: Arc<Waiting>,
-}
-
-/// What a transaction holds until its end.
-struct Slot {
-    _slot: OwnedSemaphorePermit,
-    _small: Option<OwnedSemaphorePermit>,
 }
 
 impl<H: Handler> Receiver<H> {
@@ -172,18 +76,10 @@ impl<H: Handler> Receiver<H> {
     ) -> EventReceiverServer<Self> {
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
-        let slots = Arc::new(Semaphore::new(settings.batches_at_once.into()));
         let (database, handler, sources) = (database.clone(), Arc::new(handler), settings.sources());
-        let receiver = Self {
-            database,
-            handler,
-            refuse,
-            retention,
-            sources,
-            slots,
-            small: Arc::new(Semaphore::new(1)),
-            waiting: Arc::default(),
-        };
+        let applier = Applier { database: database.clone(), handler: handler.clone(), refuse, retention };
+        let gatherer = Gatherer::new(applier, settings.batches_at_once);
+        let receiver = Self { gatherer, database, handler, refuse, retention, sources };
         // The limit holds for the size of a message as it comes, and for the size that it has when it is decompressed.
         EventReceiverServer::new(receiver)
             .max_decoding_message_size(BATCH_BYTES_MAX)
@@ -206,62 +102,6 @@ impl<H: Handler> Receiver<H> {
         );
         Err(self.refuse.with(Code::PermissionDenied, "SOURCE_NOT_ACCEPTED", message))
     }
-
-    /// Waits for the answer to a batch, and for a slot meanwhile. Whoever gets a slot applies the oldest batches. These may
-    /// be without its own, and then it waits for another slot.
-    async fn answer(&self, number: u64, is_small: bool, mut answered: oneshot::Receiver<Answer>) -> Answer {
-        let limit = Instant::now() + WAIT_MAX;
-        loop {
-            let slot = tokio::select! {
-                biased;
-                answer = &mut answered => return answer.unwrap_or_else(|_| Err(self.refuse_shared())),
-                slot = timeout_at(limit, self.slot(is_small)) => slot,
-            };
-            match slot {
-                Ok(slot) => {
-                    if let Err(error) = self.apply_next(slot).await {
-                        return answered.try_recv().unwrap_or_else(|_| Err(self.refuse.database(&error)));
-                    }
-                }
-                Err(_) if self.waiting.remove(number) => {
-                    return Err(self.refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again"));
-                }
-                Err(_) => return answered.await.unwrap_or_else(|_| Err(self.refuse_shared())),
-            }
-        }
-    }
-
-    /// Waits for a slot. A small batch first waits until no other transaction has small batches, or has had them for long.
-    async fn slot(&self, is_small: bool) -> Slot {
-        let _small = if is_small { timeout(PATIENCE, acquire(&self.small)).await.ok() } else { None };
-        Slot { _slot: acquire(&self.slots).await, _small }
-    }
-
-    /// Applies the oldest batches that wait, and answers them. This caller may give up. Then the work holds the slot, even
-    /// after its caller is gone: at most until a connection is made and the work is done.
-    ///
-    /// # Errors
-    /// Those of the database. If the work did not begin or end, the batches have no answer.
-    async fn apply_next(&self, slot: Slot) -> Result<(), sqlx::Error> {
-        let group = self.waiting.take();
-        if group.is_empty() {
-            return Ok(());
-        }
-        let (handler, refuse, retention) = (self.handler.clone(), self.refuse, self.retention);
-        self.database
-            .run(move |connection| {
-                Box::pin(async move {
-                    let _slot = slot;
-                    apply_group(connection, &*handler, group, (retention, refuse)).await
-                })
-            })
-            .await
-    }
-
-    /// The refusal of a batch that shared a transaction which another caller began. That one has logged the cause.
-    fn refuse_shared(&self) -> Status {
-        self.refuse.database_logged(&sqlx::Error::PoolTimedOut)
-    }
 }
 
 #[tonic::async_trait]
@@ -274,9 +114,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
         self.check_sources(&events)?;
-        let is_small = events.len() <= SMALL;
-        let (number, answered) = self.waiting.add(events);
-        let results = self.answer(number, is_small, answered).await?;
+        let results = self.gatherer.apply(events).await?;
         Ok(Response::new(DeliverResponse { results }))
     }
 
@@ -292,188 +130,4 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             ordered: true,
         }))
     }
-}
-
-async fn acquire(semaphore: &Arc<Semaphore>) -> OwnedSemaphorePermit {
-    semaphore.clone().acquire_owned().await.expect("the semaphore is never closed")
-}
-
-/// A delivered event that its handler has read.
-struct Arrived<E> {
-    id: EventId,
-    time: OffsetDateTime,
-    event: E,
-}
-
-/// Applies the batches in one transaction, and answers each after the commit.
-///
-/// If the database refuses the data of an event, that must not fail the batches of others. Then each is applied in a
-/// transaction of its own.
-async fn apply_group<H: Handler>(
-    connection: &mut PgConnection,
-    handler: &H,
-    mut group: Vec<Batch>,
-    (retention, refuse): (Duration, Refuse),
-) -> Result<(), sqlx::Error> {
-    let mut begin = 0;
-    let mut ranges = Vec::new();
-    for batch in &group {
-        ranges.push(begin..begin + batch.events.len());
-        begin += batch.events.len();
-    }
-    let events: Vec<Event> = group.iter_mut().flat_map(|batch| std::mem::take(&mut batch.events)).collect();
-    let answers = ranges.into_iter().zip(group.into_iter().map(|batch| batch.answer));
-    // A caller that is gone gets no answer.
-    match apply_batch(connection, handler, &events, retention).await {
-        Ok(results) => answers.for_each(|(range, answer)| drop(answer.send(Ok(results[range].to_vec())))),
-        Err(error @ sqlx::Error::Database(_)) if answers.len() > 1 && !may_pass(&error) => {
-            for (range, answer) in answers {
-                let results = apply_batch(connection, handler, &events[range], retention).await;
-                drop(answer.send(results.map_err(|error| refuse.database(&error))));
-            }
-        }
-        Err(error) => {
-            let refusal = refuse.database(&error);
-            answers.for_each(|(_, answer)| drop(answer.send(Err(refusal.clone()))));
-            return Err(error);
-        }
-    }
-    Ok(())
-}
-
-/// Applies a batch, and returns one result per event, in order, after the commit.
-///
-/// The inbox does not record refused events. So a later version of the service that knows such an event can apply it.
-async fn apply_batch<H: Handler>(
-    connection: &mut PgConnection,
-    handler: &H,
-    events: &[Event],
-    retention: Duration,
-) -> Result<Vec<EventResult>, sqlx::Error> {
-    let mut arrived: Vec<Result<Arrived<H::Event>, Refusal>> =
-        events.iter().map(|event| read(handler, event)).collect();
-    let mut accepted = loop {
-        hold_back(events, &mut arrived);
-        match apply_once(connection, handler, &arrived, retention).await {
-            Ok(accepted) => break accepted,
-            Err(ApplyError::Refused(refusals)) => refuse(&mut arrived, &refusals)?,
-            Err(ApplyError::Database(error)) => return Err(error),
-        }
-    };
-    let results = events.iter().zip(arrived).map(|(event, arrived)| match arrived {
-        Err(refusal) => refused(event, &refusal),
-        Ok(Arrived { id, .. }) => match accepted.get(&id) {
-            Some(Acceptance::Fresh) => {
-                // If the event is in the batch twice, the second one is a duplicate.
-                accepted.insert(id, Acceptance::Duplicate);
-                result(event, Outcome::Applied)
-            }
-            Some(Acceptance::Duplicate) => {
-                info!(event_id = %id, subject = event.subject, "duplicate skipped");
-                result(event, Outcome::Duplicate)
-            }
-            Some(Acceptance::Stale) | None => {
-                refused(event, &Refusal::retry("NOT_ACCEPTED", "the inbox returned no row for the event"))
-            }
-        },
-    });
-    Ok(results.collect())
-}
-
-fn read<H: Handler>(handler: &H, event: &Event) -> Result<Arrived<H::Event>, Refusal> {
-    let envelope = Envelope::read(event)?;
-    Ok(Arrived { id: envelope.id, time: envelope.time, event: handler.read(&envelope)? })
-}
-
-/// Applies the new events in one transaction, and returns what the inbox knew of each.
-async fn apply_once<H: Handler>(
-    connection: &mut PgConnection,
-    handler: &H,
-    arrived: &[Result<Arrived<H::Event>, Refusal>],
-    retention: Duration,
-) -> Result<HashMap<EventId, Acceptance>, ApplyError> {
-    let sound: Vec<&Arrived<H::Event>> = arrived.iter().flatten().collect();
-    if sound.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let ids: Vec<(EventId, OffsetDateTime)> = sound.iter().map(|arrived| (arrived.id, arrived.time)).collect();
-
-    let mut tx = connection.begin().await?;
-    let accepted = accept(&mut tx, &ids, retention).await?;
-    let is_stale = |arrived: &&&Arrived<H::Event>| accepted.get(&arrived.id) == Some(&Acceptance::Stale);
-    let refusals: HashMap<_, _> = sound.iter().filter(is_stale).map(|arrived| (arrived.id, stale(retention))).collect();
-    if !refusals.is_empty() {
-        return Err(ApplyError::Refused(refusals));
-    }
-    // The first of each id: the same event may stand twice in a batch.
-    let mut seen = HashSet::new();
-    let fresh = |arrived: &&&Arrived<H::Event>| {
-        accepted.get(&arrived.id) == Some(&Acceptance::Fresh) && seen.insert(arrived.id)
-    };
-    let fresh: Vec<&H::Event> = sound.iter().filter(fresh).map(|arrived| &arrived.event).collect();
-    if !fresh.is_empty() {
-        handler.apply(&mut tx, &fresh).await?;
-    }
-    tx.commit().await?;
-    if !fresh.is_empty() {
-        handler.committed();
-    }
-    Ok(accepted)
-}
-
-/// Holds back the events behind a refused one of the same subject: they would be applied before it.
-fn hold_back<E>(events: &[Event], arrived: &mut [Result<Arrived<E>, Refusal>]) {
-    let mut refused: HashMap<&str, i64> = HashMap::new();
-    for (event, entry) in events.iter().zip(arrived) {
-        if entry.is_ok() && refused.get(event.subject.as_str()).is_some_and(|sequence| event.sequence > *sequence) {
-            *entry = Err(Refusal::retry("BEHIND_REFUSED", "an earlier event of the same subject was not applied"));
-        }
-        if entry.is_err() {
-            let first = refused.entry(&event.subject).or_insert(event.sequence);
-            *first = event.sequence.min(*first);
-        }
-    }
-}
-
-/// Replaces the refused events by their refusals.
-fn refuse<E>(
-    arrived: &mut [Result<Arrived<E>, Refusal>],
-    refusals: &HashMap<EventId, Refusal>,
-) -> Result<(), sqlx::Error> {
-    let mut found = false;
-    for entry in arrived {
-        if let Some(refusal) = entry.as_ref().ok().and_then(|arrived| refusals.get(&arrived.id)) {
-            *entry = Err(refusal.clone());
-            found = true;
-        }
-    }
-    // Without this the batch would be tried again here for ever. The error is no outage: after INTERNAL a relay looks for
-    // the event at fault at once, and its route stays open.
-    let none = || sqlx::Error::InvalidArgument("the handler refused no event that it was given".into());
-    found.then_some(()).ok_or_else(none)
-}
-
-fn stale(retention: Duration) -> Refusal {
-    let hours = retention.as_secs() / 3600;
-    Refusal::reject(
-        "STALE",
-        format!("older than {hours} hours (--retention-hours): it may have been applied, and its record pruned"),
-    )
-}
-
-fn refused(event: &Event, refusal: &Refusal) -> EventResult {
-    let Refusal { outcome, reason, detail } = refusal;
-    warn!(
-        event_id = event.id,
-        event_type = event.r#type,
-        reason,
-        detail,
-        "event not applied: {}",
-        outcome.as_str_name()
-    );
-    EventResult { reason: (*reason).into(), detail: detail.clone(), ..result(event, *outcome) }
-}
-
-fn result(event: &Event, outcome: Outcome) -> EventResult {
-    EventResult { event_id: event.id.clone(), outcome: outcome.into(), ..EventResult::default() }
 }

@@ -37,7 +37,7 @@ async fn an_event_in_twenty_batches_at_once_is_applied_once() {
     inventory.stop().await;
 }
 
-/// Has this many calls wait for the one slot, each with its events, until all have arrived. Returns their outcomes.
+/// Sends each batch in a call of its own while the one slot is taken, and returns their outcomes.
 async fn deliver_waiting(inventory: &Inventory, batches: Vec<Vec<Event>>) -> Vec<Result<Vec<String>, Status>> {
     let blocking = inventory.lock_stock().await;
     let first = tokio::spawn({
@@ -85,6 +85,65 @@ async fn small_batches_that_wait_share_a_transaction_and_each_gets_its_own_answe
     let transactions = inventory.count("SELECT count(DISTINCT xmin::text) FROM processed_messages").await;
     assert!(transactions <= 1 + 10, "{transactions} transactions for 40 calls");
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 1000 - 41);
+    inventory.stop().await;
+}
+
+/// A sound event stands behind a batch that the database refuses, and that is too large to share its transaction.
+#[tokio::test]
+async fn the_failure_of_a_large_batch_is_no_answer_to_a_small_one() {
+    let inventory = Inventory::serve(&ONE_SLOT).await;
+    inventory.put_in(&[("MUG", 1000), ("CURSED", 10)]).await;
+    sqlx::raw_sql(FAIL_THE_STATEMENT).execute(&inventory.pool).await.unwrap();
+    let mut poisoned: Vec<_> = (0..99).map(|_| order(&[("MUG", 1)])).collect();
+    poisoned.push(order(&[("CURSED", 1)]));
+    let batches = vec![vec![order(&[("MUG", 1)])], poisoned, vec![order(&[("MUG", 1)])]];
+
+    let mut outcomes = deliver_waiting(&inventory, batches).await;
+
+    assert_eq!(refusal(&outcomes.remove(1).unwrap_err()), "Internal INTERNAL");
+    assert_eq!(outcomes.into_iter().map(|outcomes| outcomes.unwrap()).collect::<Vec<_>>(), [["APPLIED"]; 2]);
+    inventory.stop().await;
+}
+
+/// Subjects of two sources may be equal: inventory's answers are about orders too.
+#[tokio::test]
+async fn an_event_is_not_held_back_by_a_refused_one_of_another_source() {
+    let inventory = Inventory::serve(&ONE_SLOT).await;
+    inventory.put_in(&[("MUG", 1000)]).await;
+    let sound = order(&[("MUG", 1)]);
+    let of_another = Event { source: "another".into(), r#type: "another.v1.Event".into(), ..sound.clone() };
+    let of_another = Event { id: Uuid::now_v7().to_string(), ..of_another };
+    let outcomes = deliver_waiting(&inventory, vec![vec![of_another], vec![cancellation_of(&sound)]]).await;
+    let outcomes: Vec<_> = outcomes.into_iter().map(|outcomes| outcomes.unwrap()).collect();
+    assert_eq!(outcomes, [["REJECTED UNKNOWN_TYPE"], ["APPLIED"]]);
+    inventory.stop().await;
+}
+
+#[tokio::test]
+async fn a_caller_that_gives_up_while_it_waits_takes_no_other_along() {
+    let inventory = Inventory::serve(&ONE_SLOT).await;
+    inventory.put_in(&[("MUG", 1000)]).await;
+    let blocking = inventory.lock_stock().await;
+    let call = |event: Event| {
+        let client = inventory.client.clone();
+        tokio::spawn(async move { client.deliver(&[event]).await })
+    };
+    let first = call(order(&[("MUG", 1)]));
+    inventory.wait_for_waiting_sessions(1).await;
+    let abandoned = order(&[("MUG", 1)]);
+    let (gone, waiting) = (call(abandoned.clone()), call(order(&[("MUG", 1)])));
+    let mut describing = EventReceiverClient::new(inventory.client.channel.clone());
+    for round in 0..20 {
+        if round == 10 {
+            gone.abort();
+        }
+        describing.describe(DescribeRequest {}).await.unwrap();
+    }
+    blocking.commit().await.unwrap();
+    for call in [first, waiting] {
+        assert_eq!(call.await.unwrap().unwrap(), ["APPLIED"]);
+    }
+    assert!(!inventory.is_in_inbox(&abandoned).await, "nobody waits for it");
     inventory.stop().await;
 }
 

@@ -68,17 +68,19 @@ async fn an_event_that_is_twice_in_a_batch_is_applied_then_a_duplicate() {
     inventory.stop().await;
 }
 
-/// Also if it is refused for its age, which only the database knows.
+/// It is refused here by what it carries, by its age, which only the database knows, or by the handler.
 #[tokio::test]
 async fn no_event_is_applied_before_an_earlier_one_of_its_subject_in_the_batch() {
     let inventory = Inventory::serve(&["--retention-hours", "24"]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let unreadable = Event { data: vec![255].into(), ..order(&[("MUG", 1)]) };
+    let shouting = Event { subject: unreadable.subject.to_uppercase(), ..unreadable.clone() };
     let old = hours_ago(&order(&[("MUG", 1)]), 25);
     let (twice, sound) = (order(&[("MUG", 1)]), order(&[("MUG", 2)]));
     let again = Event { sequence: 2, ..event_of(order_id_of(&twice), &[("MUG", 1)]) };
-    for (first, refused) in [(&unreadable, "REJECTED UNDECODABLE"), (&old, "REJECTED STALE")] {
-        let behind = cancellation_of(first);
+    let undecodable = "REJECTED UNDECODABLE";
+    for (first, refused) in [(&unreadable, undecodable), (&shouting, undecodable), (&old, "REJECTED STALE")] {
+        let behind = Event { subject: first.subject.to_lowercase(), ..cancellation_of(first) };
         let outcomes = inventory.client.deliver([first, &sound, &behind]).await.unwrap();
         assert_eq!([&*outcomes[0], &*outcomes[2]], [refused, "RETRY BEHIND_REFUSED"]);
         assert!(!inventory.is_in_inbox(&behind).await);

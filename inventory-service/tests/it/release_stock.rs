@@ -87,7 +87,7 @@ async fn a_second_cancellation_of_an_order_is_rejected_and_the_rest_of_its_batch
     inventory.stop().await;
 }
 
-/// Our relay never does this, since it delivers an order's events one after the other. Stock must be conserved all the
+/// Our relay never does this, since only one batch with an order's events is in flight. Stock must be conserved all the
 /// same (`stop` audits it), and a cancelled order must keep nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_creation_and_its_cancellation_at_once_leave_nothing_reserved() {
