@@ -14,6 +14,9 @@ use crate::sweep::{Found, Sweep, Window};
 pub(crate) const RESCAN_INTERVAL: Duration = Duration::from_secs(1);
 /// Scans of a sweep pause after this time, for the rest of an interval. So they occupy a part of one worker.
 const BURST: Duration = Duration::from_millis(200);
+/// A sweep has several scans, each with a round trip. However fast the scan was that somebody cut off, a sweep that takes
+/// half of this is fast enough.
+const QUICK_LEAST: Duration = Duration::from_millis(200);
 /// A worker that has not told after this time how its window ended has failed, and another one scans it.
 const CLAIM: Duration = Duration::from_secs(10);
 /// How far below the floor a scan begins: other events of the same time may be committed later.
@@ -60,6 +63,8 @@ struct State {
 #[derive(Debug)]
 struct Sweeping {
     sweep: Sweep,
+    /// The floor is not lowered below this. It is the top of the sweep, or higher if a scan above that was slow.
+    least: OffsetDateTime,
     /// Full scans are fast enough again once a whole sweep takes less than this.
     quick: Duration,
     /// Time of the scans since the last pause.
@@ -136,7 +141,7 @@ impl Floor {
             return;
         }
         self.with(|state| {
-            let oldest = state.not_below_the_top(oldest);
+            let oldest = state.not_too_low(oldest);
             let unchanged = state.changes == start.changes;
             state.set(if unchanged { Some(oldest) } else { state.floor.min(Some(oldest)) });
         });
@@ -146,7 +151,7 @@ impl Floor {
     /// as a change even if the floor is low enough already.
     pub(crate) fn lower(&self, oldest: OffsetDateTime) {
         self.with(|state| {
-            state.floor = state.floor.min(Some(state.not_below_the_top(oldest)));
+            state.floor = state.floor.min(Some(state.not_too_low(oldest)));
             state.changes += 1;
         });
     }
@@ -154,7 +159,8 @@ impl Floor {
     /// A scan took too long, and the database's time is `present`. Returns whether a sweep begins.
     ///
     /// If everything was scanned, the scans above the floor may be fast, and the floor stays. If a scan above it was
-    /// slow, there is no use in the floor.
+    /// slow, there is no use in the floor. A sweep that goes on is not begun anew: on a slow database it would never get
+    /// far. The next one begins at the floor.
     pub(crate) fn too_slow(&self, start: Start, took: Duration, present: OffsetDateTime, now: Instant) -> bool {
         self.with(|state| {
             let top = match start.scan {
@@ -164,9 +170,13 @@ impl Floor {
                 Scan::Everything | Scan::Above(_) | Scan::Part(_) => return false,
             };
             state.set(Some(top));
-            let quick = took.min(RESCAN_INTERVAL) / 2;
+            if let Some(sweeping) = &mut state.sweeping {
+                sweeping.least = top;
+                return false;
+            }
+            let quick = took.clamp(QUICK_LEAST, RESCAN_INTERVAL) / 2;
             let sweep = Sweep::below(top);
-            state.sweeping = Some(Sweeping { sweep, quick, burst: Duration::ZERO, last_was_window: false });
+            state.sweeping = Some(Sweeping { sweep, least: top, quick, burst: Duration::ZERO, last_was_window: false });
             state.rescan_at = now;
             true
         })
@@ -191,7 +201,8 @@ impl Floor {
                 return true;
             }
             // What was left behind since it began lies below the floor of now.
-            sweeping.sweep = Sweep::below(state.floor.unwrap_or(sweeping.sweep.top()));
+            sweeping.least = state.floor.unwrap_or(sweeping.least);
+            sweeping.sweep = Sweep::below(sweeping.least);
             false
         })
     }
@@ -203,7 +214,7 @@ impl Floor {
 
     /// While it sweeps: where the rows end that are too many for a scan.
     pub(crate) fn sweeps_below(&self) -> Option<OffsetDateTime> {
-        self.with(|state| state.sweeping.as_ref().map(|sweeping| sweeping.sweep.top()))
+        self.with(|state| state.sweeping.as_ref().map(|sweeping| sweeping.least))
     }
 
     /// No code here panics half-way, so the state behind a poisoned lock is sound.
@@ -240,8 +251,8 @@ impl State {
         }
     }
 
-    fn not_below_the_top(&self, time: OffsetDateTime) -> OffsetDateTime {
-        self.sweeping.as_ref().map_or(time, |sweeping| time.max(sweeping.sweep.top()))
+    fn not_too_low(&self, time: OffsetDateTime) -> OffsetDateTime {
+        self.sweeping.as_ref().map_or(time, |sweeping| time.max(sweeping.least))
     }
 }
 
@@ -386,10 +397,12 @@ mod tests {
         assert!(floor.too_slow(one, LIMIT, at(PRESENT), now));
         assert!(!floor.too_slow(other, LIMIT, at(PRESENT + 1), now), "one sweep");
         assert_eq!(next_window(&floor, now).unwrap().until, at(PRESENT));
-        // It becomes slow again before the sweep has ended.
-        let above = floor.start(now);
-        assert!(floor.too_slow(above, LIMIT, at(PRESENT + 60), now));
-        assert_eq!(next_window(&floor, now).unwrap().until, at(PRESENT + 60));
+        // It becomes slow again before the sweep has ended. What is between is for the next one.
+        let again = above(&floor, now);
+        assert!(!floor.too_slow(again, LIMIT, at(PRESENT + 60), now), "the sweep goes on");
+        assert_eq!(next_window(&floor, now).unwrap().until, at(PRESENT));
+        floor.lower(at(PRESENT + 1));
+        assert_eq!(above(&floor, now).scan, Scan::Above(at(PRESENT + 60)));
     }
 
     /// The next scan above the floor.
@@ -532,5 +545,42 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Each lease above the floor is slow too, and says so.
+    #[test]
+    fn a_sweep_gets_on_though_all_statements_are_slow() {
+        let (floor, slow) = (Floor::new(), RESCAN_INTERVAL + BURST);
+        let (mut now, mut present) = (Instant::now(), 1_000_000);
+        assert!(floor.too_slow(floor.start(now), slow, at(present), now));
+        let mut lowest = present;
+        for _ in 0..2000 {
+            let start = floor.start(now);
+            (now, present) = (now + slow, present + 2);
+            match start.scan {
+                Scan::Part(window) => {
+                    lowest = lowest.min(window.until.unix_timestamp());
+                    floor.swept(window, Found::Nothing, slow, now);
+                }
+                Scan::Above(_) => assert!(!floor.too_slow(start, slow, at(present), now), "a sweep is begun anew"),
+                Scan::Everything => panic!("it takes too long"),
+            }
+        }
+        assert!(lowest < 1_000_000 - 900, "it swept down to {lowest}");
+    }
+
+    #[test]
+    fn sweeps_end_however_fast_the_scan_was_that_somebody_cut_off() {
+        let (floor, mut now) = (Floor::new(), Instant::now());
+        assert!(floor.too_slow(floor.start(now), Duration::from_millis(1), at(1_000_000), now));
+        for _ in 0..1000 {
+            now += RESCAN_INTERVAL;
+            match floor.start(now).scan {
+                Scan::Part(window) => drop(floor.swept(window, Found::Nothing, Duration::from_millis(2), now)),
+                Scan::Above(_) => {}
+                Scan::Everything => return,
+            }
+        }
+        panic!("it never scans everything again");
     }
 }

@@ -80,17 +80,29 @@ impl LeaseQuery {
         }
     }
 
-    /// Whether a lease right after the settlement of this one may find events that no notification announces.
+    /// Whether a lease after the settlement of the one that looked last may find events that no notification announces.
     ///
-    /// If it is not full, all that were free are taken. A notification for a later one wakes a worker, now or at its next
-    /// wait. But an event behind one of this lease is only free once that is settled, and its notification may have woken
-    /// another worker before. That worker has asked for a lease of its own, and found nothing.
-    pub(crate) fn may_leave_events(&self, lease: &Lease) -> bool {
-        lease.is_full || lease.others_wait || self.leases.load(Ordering::Relaxed) != lease.number
+    /// If it was not full, all that were free are taken. A notification for a later one wakes a worker, now or at its next
+    /// wait. But an event behind one of that lease is only free once that is settled, and its notification may have woken
+    /// another worker before. That worker has asked for a lease of its own by now, and found nothing. One that asks later
+    /// finds the event.
+    pub(crate) fn may_leave_events(&self, LastLook { number, left_events }: LastLook) -> bool {
+        left_events || self.leases.load(Ordering::Relaxed) != number
     }
 }
 
+/// What a lease saw of events that it did not take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LastLook {
+    number: u64,
+    left_events: bool,
+}
+
 impl Lease {
+    pub(crate) fn last_look(&self) -> LastLook {
+        LastLook { number: self.number, left_events: self.is_full || self.others_wait }
+    }
+
     /// When a delivery under this lease must have ended, by this process's monotonic clock.
     ///
     /// A delivery may use three quarters of the lease, counted from *before* the statement is sent. The database counts
@@ -224,8 +236,6 @@ pub(crate) struct BatchLimits {
 pub(crate) struct Scope {
     /// At most this many events.
     pub(crate) limit: u32,
-    /// Also several events of an aggregate, if there is room.
-    pub(crate) runs: bool,
     /// Older events are not delivered.
     pub(crate) max_age: Duration,
 }
@@ -243,7 +253,10 @@ pub(crate) async fn lease(database: &Database, query: &LeaseQuery, scope: Scope)
         let start = query.floor.start(requested_at);
         let leased = lease_from(database, query, scope, (start, requested_at)).await;
         let cut_off = leased.as_ref().is_err_and(is_cut_off);
-        note(database, query, start, requested_at.elapsed(), &leased).await?;
+        // What is leased is delivered, whatever becomes of this.
+        if let Err(cause) = note(database, query, start, requested_at.elapsed(), &leased).await {
+            warn!(%cause, "cannot find a better place to begin the next scan");
+        }
         match leased {
             Ok(None) if query.floor.goes_on(start, Instant::now()) => {}
             Err(_) if cut_off && start.scan.until().is_some() => {}
@@ -315,7 +328,7 @@ async fn lease_from(
     scope: Scope,
     (start, requested_at): (Start, Instant),
 ) -> Result<Option<Lease>, sqlx::Error> {
-    let Scope { limit, runs, max_age } = scope;
+    let Scope { limit, max_age } = scope;
     let token = query.relay.lease_token();
     let length = Duration::from_secs(query.lease_seconds.into());
     let number = query.leases.fetch_add(1, Ordering::Relaxed) + 1;
@@ -339,7 +352,6 @@ async fn lease_from(
     // Those behind an event of a window may lie in another window, which was scanned before.
     let others_wait = start.scan.until().is_some() || rows.iter().any(|row| row.others_wait);
     if let Some(room) = room(&rows)
-        && runs
         && others_wait
     {
         let Subscription { id: subscription_id, type_like, .. } = query.subscription.clone();

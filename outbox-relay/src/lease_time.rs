@@ -20,7 +20,7 @@ use crate::{
 };
 
 const BATCH: u32 = 100;
-const SCOPE: Scope = Scope { limit: BATCH, runs: false, max_age: Duration::from_hours(144) };
+const SCOPE: Scope = Scope { limit: BATCH, max_age: Duration::from_hours(144) };
 /// Many, since medians of a few dozen scatter too much while other tests run.
 const ROUNDS: usize = 200;
 

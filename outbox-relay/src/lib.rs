@@ -38,7 +38,7 @@ mod wake;
 
 use std::{sync::Arc, time::Duration};
 
-use chassis::{Database, RunError, Services};
+use chassis::{Database, DatabaseSettings, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{
@@ -69,6 +69,9 @@ use crate::{
 
 pub use crate::{route::RouteSettings, settings::Settings};
 
+/// Connections for the calls of RelayAdmin, beside those of the workers.
+const OPERATORS_CONNECTIONS: u32 = 2;
+
 static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
 
 /// Relays until `shutdown`. Then it leases nothing more, and settles or releases the events in flight within the drain
@@ -94,10 +97,13 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
         measure::serve(address).map_err(unusable)?;
     }
-    let connect = async |url| Database::connect(&url, &settings.database, &MIGRATORS, &shutdown).await;
-    let Some(database) = connect(settings.database_url.with_generic_plans()).await? else { return Ok(()) };
+    let url = settings.database_url.with_generic_plans();
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
+    let Some(database) = connecting.await? else { return Ok(()) };
     // Statements of operators have another plan for other parameters.
-    let Some(of_operators) = connect(settings.database_url.clone()).await? else { return Ok(()) };
+    let few = DatabaseSettings { database_connections: OPERATORS_CONNECTIONS, ..settings.database.clone() };
+    let connecting = Database::connect(&settings.database_url, &few, &MIGRATORS, &shutdown);
+    let Some(of_operators) = connecting.await? else { return Ok(()) };
     let relay = RelayId::new();
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());

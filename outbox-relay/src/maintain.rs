@@ -22,9 +22,9 @@ use crate::{
 
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
 /// Rare, since it reads all events without a subscription, and the rows of subscriptions that ended.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
-/// Before the next piece of a sweep.
-const SWEEP_PAUSE: Duration = Duration::from_millis(50);
+const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
+/// Before the next piece of these.
+const UNROUTED_PAUSE: Duration = Duration::from_millis(50);
 /// Before parking is tried again after it took too long. Meanwhile the rest is done on time, and leases may be slower.
 const PARK_PAUSE: Duration = Duration::from_secs(10);
 /// Rare, since clocks are set right rarely.
@@ -70,7 +70,7 @@ impl Maintenance {
     /// Returns the name of the subscription that ended last, once all of this relay have.
     async fn maintain(&mut self) -> String {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
-        let (mut sweeping, mut unhiding) = (every(SWEEP_INTERVAL), every(UNHIDE_INTERVAL));
+        let (mut tidying, mut unhiding) = (every(UNROUTED_INTERVAL), every(UNHIDE_INTERVAL));
         let mut leased = Leased::default();
         loop {
             tokio::select! {
@@ -92,9 +92,9 @@ impl Maintenance {
                         return last;
                     }
                 }
-                _ = sweeping.tick() => match self.sweep().await {
+                _ = tidying.tick() => match self.tidy().await {
                     // The next piece comes after what is due meanwhile: this relay must report that it lives.
-                    Ok(true) => sweeping.reset_after(SWEEP_PAUSE),
+                    Ok(true) => tidying.reset_after(UNROUTED_PAUSE),
                     Ok(false) => {}
                     Err(cause) => report("look for events without a subscription", Err(cause)),
                 },
@@ -122,8 +122,9 @@ impl Maintenance {
         self.served.iter().filter_map(swept).collect()
     }
 
-    /// Returns whether there is more to do.
-    async fn sweep(&self) -> Result<bool, sqlx::Error> {
+    /// Adopts events without a subscription, and discards those of subscriptions that ended. Returns whether there is more
+    /// to do.
+    async fn tidy(&self) -> Result<bool, sqlx::Error> {
         let more = adopt_unrouted(&self.database, Unrouted::All).await? | discard_ended(&self.database).await?;
         if !more {
             self.warn_of_unrouted().await?;

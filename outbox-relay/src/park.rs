@@ -43,6 +43,8 @@ pub(crate) async fn park(database: &Database, swept: &[Swept], leased: &mut Leas
     let began = Instant::now();
     let (before, all_swept) = (std::mem::take(&mut leased.firsts), swept.to_owned());
     leased.firsts = database.run(move |connection| Box::pin(find_leased(connection, all_swept))).await?;
+    // An aggregate that is stuck in one subscription counts as stuck in all. That parks what another is about to deliver,
+    // which wakes it.
     let stuck: Vec<_> = leased.firsts.intersection(&before).map(|first| first.aggregate_id).collect();
     for _ in 0..STATEMENTS_MAX {
         let (swept, stuck) = (swept.to_owned(), stuck.clone());

@@ -48,7 +48,7 @@ pub(crate) struct Worker {
 pub(crate) enum Round {
     /// Events were leased. Their successors may be free now, so the next round follows at once.
     Worked,
-    /// No event was free, or the workers that notifications wake will lease the rest.
+    /// No event is free any more, or the workers that notifications wake will lease the rest.
     Idle,
     /// The database failed.
     Failed,
@@ -137,7 +137,7 @@ impl Worker {
     pub(crate) async fn process_batch(&mut self, limit: u32, probe: Option<&mut Probe<'_>>) -> BatchOutcome {
         // A route that is open, or probed, has described itself.
         let Some(max_age) = self.route.max_age() else { return BatchOutcome::Interrupted };
-        let scope = Scope { limit, runs: probe.is_none(), max_age };
+        let scope = Scope { limit, max_age };
         let mut lease = match lease(&self.database, &self.lease_query, scope).await {
             Ok(Some(lease)) => lease,
             Ok(None) => return BatchOutcome::Completed(Completed::default()),
@@ -151,17 +151,17 @@ impl Worker {
         }
         self.set_unknown_aside(&mut lease).await;
         let (fates, conclusion) = self.deliver(&mut lease, probe).await;
-        let is_gone = fates.iter().all(|fate| *fate == Fate::Delete);
-        let completed = Completed {
-            events: lease.rows.len(),
-            is_full: lease.is_full,
-            leaves_events: !is_gone || self.lease_query.may_leave_events(&lease),
-        };
+        let (events, is_full, last_look) = (lease.rows.len(), lease.is_full, lease.last_look());
         // First the route is closed, then the events are visible again. The other way round, other workers would
         // deliver them once more.
-        let outcome = self.conclude(conclusion, BatchOutcome::Completed(completed));
+        let works = self.conclude(conclusion);
         self.settle(lease, &fates).await;
-        outcome
+        if !works {
+            return BatchOutcome::Interrupted;
+        }
+        let is_gone = fates.iter().all(|fate| *fate == Fate::Delete);
+        let leaves_events = !is_gone || self.lease_query.may_leave_events(last_look);
+        BatchOutcome::Completed(Completed { events, is_full, leaves_events })
     }
 
     /// Sets events aside whose type the receiver does not know: it may be upgraded later. It is asked once more before
@@ -193,7 +193,8 @@ impl Worker {
             taken: self.taken,
             others_fail: unwitnessed.is_some_and(|event_id| lease.rows.iter().all(|row| row.event_id != event_id)),
         };
-        let ordered = self.route.is_ordered();
+        // If the receiver crashes over an event of a run, a probe finds which.
+        let ordered = self.route.is_ordered() && probe.is_none();
         let events = self.settings.batch as usize;
         let batches = lease.batches(BatchLimits { events, bytes: self.route.message_bytes_max(), ordered });
         let mut isolation = Isolation::of(lease.cases(), batches, before);
@@ -283,15 +284,15 @@ impl Worker {
         })
     }
 
-    /// Closes the route if the receiver does not work.
-    fn conclude(&self, conclusion: Conclusion, completed: BatchOutcome) -> BatchOutcome {
+    /// Closes the route if the receiver does not work. Returns whether all events were answered.
+    fn conclude(&self, conclusion: Conclusion) -> bool {
         match conclusion {
-            Conclusion::Works => return completed,
+            Conclusion::Works => return true,
             Conclusion::Outage { reason, retry_after } => self.route.mark_down(&reason, retry_after),
             Conclusion::Barred { reason } => self.route.bar(&reason),
             Conclusion::Unknown => {}
         }
-        BatchOutcome::Interrupted
+        false
     }
 
     /// A settlement that fails does no harm: the lease expires, the events are delivered again, and the receiver

@@ -53,8 +53,9 @@ pub(crate) async fn extend(
     database.run(move |connection| Box::pin(take_runs(connection, extension, aggregate_ids, sequences, room))).await
 }
 
-/// An event belongs to a run while each event before it does, and none of those is unrouted that the subscription takes. It may be visible or parked, and it must not have failed,
-/// since such an event is delivered alone. A parked event has waited for nothing else than its predecessor.
+/// An event belongs to a run while each event before it does, and none of those is unrouted that the subscription takes.
+/// It may be visible or parked, and it must not have failed, since such an event is delivered alone. A parked event has
+/// waited for nothing else than its predecessor.
 ///
 /// The first events still have to carry the token. If the lease has expired meanwhile, another relay may have them.
 ///

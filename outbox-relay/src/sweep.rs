@@ -53,7 +53,6 @@ pub(crate) enum Found {
 /// One pass over everything below `top`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sweep {
-    top: OffsetDateTime,
     /// Everything from here to the top has been scanned.
     until: OffsetDateTime,
     width: Duration,
@@ -75,11 +74,7 @@ struct Dense {
 
 impl Sweep {
     pub(crate) fn below(top: OffsetDateTime) -> Self {
-        Self { top, until: top, width: WIDTH_FIRST, risen: None, dense: None, spent: Duration::ZERO }
-    }
-
-    pub(crate) fn top(&self) -> OffsetDateTime {
-        self.top
+        Self { until: top, width: WIDTH_FIRST, risen: None, dense: None, spent: Duration::ZERO }
     }
 
     /// The time that its scans took so far.
@@ -182,7 +177,7 @@ mod tests {
             (took > LIMIT, took.min(LIMIT))
         }
 
-        /// The windows that a whole sweep scanned to their end, how many were cut off, and the longest time of a scan.
+        /// The windows that a whole sweep scanned to their end, and how many were cut off.
         fn sweep(&self) -> (Vec<Window>, usize) {
             let (mut sweep, mut scanned, mut cuts) = (Sweep::below(at(TOP)), Vec::new(), 0);
             for _ in 0..100_000 {

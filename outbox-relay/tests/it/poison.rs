@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::{
     line::Line,
     operator::Operator,
-    outbox::Outbox,
+    outbox::{NewEvent, Outbox},
     receiver::{Delivery, Receiver, Reply, id_of},
     relay::Relay,
     wait::{until, until_within},
@@ -117,6 +117,25 @@ async fn an_event_that_breaks_the_connection_ends_dead_and_all_others_arrive() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_events_that_break_the_connection_end_dead_and_all_others_arrive() {
     assert_only_fatal_events_spend_attempts(300, &[0, 1, 2, 150, 299], &[], break_connection).await;
+}
+
+/// A run shares a call, if the receiver applies events in order. In a probe it does not: otherwise the receiver would crash
+/// once for each event before the fatal one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_of_a_run_that_breaks_the_connection_is_found_at_once() {
+    let outbox = Outbox::create().await;
+    let aggregate_id = Uuid::new_v4();
+    let line: Vec<_> = (1..=60).map(|sequence| NewEvent::of(aggregate_id, sequence)).collect();
+    outbox.insert(&line).await;
+    let receiver = Receiver::start(Reply::apply).await;
+    receiver.is_ordered();
+    let fatal = line[40].event_id;
+    let address = break_connection(&receiver, vec![fatal]).await;
+    let relay = Relay::start(&outbox, address, &[]).await;
+    until("all before it are delivered", async || outbox.count().await <= 20).await;
+    relay.stop().await;
+    let crashes = receiver.read(|log| log.times(fatal));
+    assert!(crashes <= 4, "{crashes} crashes");
 }
 
 /// New events come as fast as others are delivered. So there are always more events before the fatal one than a probe

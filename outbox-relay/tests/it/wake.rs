@@ -101,6 +101,38 @@ async fn an_event_that_came_while_its_predecessor_was_in_flight_follows_at_once(
     relay.stop().await;
 }
 
+/// The same, while the first is being settled.
+#[tokio::test]
+async fn an_event_that_came_while_its_predecessor_was_settled_follows_at_once() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &NEVER_POLL).await;
+    wait_until_it_sleeps(&outbox).await;
+    outbox.count_leases().await;
+    let slow_settlement = "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN PERFORM pg_advisory_xact_lock(7); RETURN OLD; END';
+        CREATE TRIGGER wait BEFORE DELETE ON outbox FOR EACH ROW EXECUTE FUNCTION wait()";
+    sqlx::raw_sql(slow_settlement).execute(&outbox.pool).await.unwrap();
+    let mut settling = outbox.pool.begin().await.unwrap();
+    sqlx::query("SELECT pg_advisory_xact_lock(7)").execute(&mut *settling).await.unwrap();
+    let aggregate_id = Uuid::new_v4();
+    outbox.insert(&[NewEvent::of(aggregate_id, 1)]).await;
+    outbox.notify().await;
+    let waits = "SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event = 'advisory' AND query LIKE '%relay: settle%'";
+    let waits = async || sqlx::query_scalar::<_, i64>(waits).fetch_one(&outbox.pool).await.unwrap();
+    until("the settlement waits", async || waits().await == 1).await;
+    outbox.insert(&[NewEvent::of(aggregate_id, 2)]).await;
+    let before = outbox.leases().await;
+    outbox.notify().await;
+    until("the other worker has looked", async || outbox.leases().await > before).await;
+    let began = Instant::now();
+    settling.commit().await.unwrap();
+    receiver.wait_for_deliveries(2).await;
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    relay.stop().await;
+}
+
 #[tokio::test]
 async fn one_notification_wakes_as_many_workers_as_a_backlog_needs() {
     let outbox = Outbox::create().await;
