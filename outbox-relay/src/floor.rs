@@ -400,7 +400,7 @@ mod tests {
         // It becomes slow again before the sweep has ended. What is between is for the next one.
         let again = above(&floor, now);
         assert!(!floor.too_slow(again, LIMIT, at(PRESENT + 60), now), "the sweep goes on");
-        assert_eq!(next_window(&floor, now).unwrap().until, at(PRESENT));
+        assert_eq!(next_window(&floor, now + CLAIM).unwrap().until, at(PRESENT));
         floor.lower(at(PRESENT + 1));
         assert_eq!(above(&floor, now).scan, Scan::Above(at(PRESENT + 60)));
     }
