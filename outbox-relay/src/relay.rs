@@ -193,8 +193,7 @@ impl Worker {
             taken: self.taken,
             others_fail: unwitnessed.is_some_and(|event_id| lease.rows.iter().all(|row| row.event_id != event_id)),
         };
-        // If the receiver crashes over an event of a run, a probe finds which.
-        let ordered = self.route.is_ordered() && probe.is_none();
+        let ordered = self.route.is_ordered();
         let events = self.settings.batch as usize;
         let batches = lease.batches(BatchLimits { events, bytes: self.route.message_bytes_max(), ordered });
         let mut isolation = Isolation::of(lease.cases(), batches, before);

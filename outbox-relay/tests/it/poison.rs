@@ -119,8 +119,8 @@ async fn several_events_that_break_the_connection_end_dead_and_all_others_arrive
     assert_only_fatal_events_spend_attempts(300, &[0, 1, 2, 150, 299], &[], break_connection).await;
 }
 
-/// A run shares a call, if the receiver applies events in order. In a probe it does not: otherwise the receiver would crash
-/// once for each event before the fatal one.
+/// A run shares a call, if the receiver applies events in order. A probe takes runs as well: otherwise it would find the
+/// fatal event only once that is the first, after a crash for each event before it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_of_a_run_that_breaks_the_connection_is_found_at_once() {
     let outbox = Outbox::create().await;
