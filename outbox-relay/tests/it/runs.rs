@@ -43,10 +43,10 @@ async fn thousands_of_events_of_one_aggregate_are_delivered_in_sequence_within_s
     .await;
     let began = Instant::now();
     let relay = Relay::start(&outbox, receiver.address, &["--batch", "500"]).await;
-    outbox.wait_until_empty_within(Duration::from_secs(60)).await;
+    outbox.wait_until_empty_within(Duration::from_secs(90)).await;
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), line);
-    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -187,7 +187,7 @@ async fn a_long_line_delays_no_other_aggregate_and_goes_on_at_once_when_its_firs
         if events.iter().any(|event| id_of(event) == first) { reply.held(&held) } else { reply }
     })
     .await;
-    let relay = Relay::start(&outbox, receiver.address, &["--lease-seconds", "30"]).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--lease-seconds", "120"]).await;
     receiver.wait("the first event is in flight", |log| log.ids().contains(&first)).await;
     let parked = "SELECT count(*) FROM outbox WHERE sequence > 1001 AND visible_at > now()";
     let parked = async || sqlx::query_scalar::<_, i64>(parked).fetch_one(&outbox.pool).await.unwrap();
@@ -195,11 +195,11 @@ async fn a_long_line_delays_no_other_aggregate_and_goes_on_at_once_when_its_firs
     let began = Instant::now();
     let short = insert_line(&outbox, 3).await;
     until("a short line is delivered", async || receiver.read(|log| short.iter().all(|id| log.times(*id) == 1))).await;
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
 
     go_on.cancel();
     // The lease of its first event would have expired only later.
-    outbox.wait_until_empty_within(Duration::from_secs(25)).await;
+    outbox.wait_until_empty_within(Duration::from_secs(100)).await;
     relay.stop().await;
     let of_line: HashSet<Uuid> = line.iter().copied().collect();
     let delivered = receiver.read(|log| log.ids().into_iter().filter(|id| of_line.contains(id)).collect::<Vec<_>>());
