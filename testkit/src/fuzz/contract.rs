@@ -12,6 +12,7 @@ use tonic::{
     codegen::http::uri::PathAndQuery,
     transport::Channel,
 };
+use uuid::Uuid;
 
 /// Whether the transport itself refused these bytes because they are too large or no message; asserts that it had a reason
 /// to, and that its status is the one the contract names.
@@ -27,17 +28,26 @@ pub fn is_refused_by_transport<M: Message + Default>(status: &Status, sent: &Byt
     }
 }
 
-/// Asserts that the answer has one result for each event, in the same order, and a reason for each event not applied.
+/// Asserts that the answer has one result for each event, in the same order, and a reason for each event not applied. An
+/// event behind one of its source and subject that was not applied is not applied either.
 pub fn is_result_of_each(events: &[Event], answer: &DeliverResponse) {
     let ids = |result: &EventResult| result.event_id.clone();
     assert!(answer.results.iter().map(ids).eq(events.iter().map(|event| event.id.clone())));
-    for result in &answer.results {
+    let mut refused: Vec<(&str, Uuid, i64)> = Vec::new();
+    for (event, result) in events.iter().zip(&answer.results) {
+        let subject = Uuid::try_parse(&event.subject).ok();
+        let is_behind = refused.iter().any(|(source, of, sequence)| {
+            *source == event.source && Some(*of) == subject && *sequence < event.sequence
+        });
         let applied = match result.outcome() {
             Outcome::Applied | Outcome::Duplicate => true,
             Outcome::Rejected => false,
+            Outcome::Retry if is_behind && result.reason == "BEHIND_REFUSED" => false,
             Outcome::Retry | Outcome::Unspecified => panic!("no input may have this outcome: {result:?}"),
         };
         assert_eq!((result.reason.is_empty(), result.detail.is_empty()), (applied, applied), "{result:?}");
+        assert!(!(applied && is_behind), "it was applied before an earlier one: {result:?}");
+        refused.extend(subject.filter(|_| !applied).map(|subject| (event.source.as_str(), subject, event.sequence)));
     }
 }
 
