@@ -131,10 +131,12 @@ async fn events_behind_one_that_fails_in_the_same_batch_are_charged_nothing() {
     let line = insert_line(&outbox, 20).await;
     let bad = line[9];
     let receiver = Receiver::start(move |events| {
-        let mut refused = false;
+        let mut refused = None;
         Reply::each(events, |event| {
-            refused |= id_of(event) == bad;
-            if refused { retry(event) } else { applied(event) }
+            if id_of(event) == bad {
+                refused = Some(event.subject.clone());
+            }
+            if refused.as_ref() == Some(&event.subject) { retry(event) } else { applied(event) }
         })
     })
     .await;
