@@ -415,6 +415,11 @@ impl Isolation {
         self.cases[batch.clone()].iter().map(|case| case.bytes).sum()
     }
 
+    /// An event that the receiver took though it did not take the one before it.
+    pub(crate) fn taken_out_of_sequence(&self) -> Option<usize> {
+        (0..self.cases.len()).find(|event| self.is_taken(*event) && self.is_behind(*event))
+    }
+
     /// The latest begin of a delivery on this connection of which the receiver took an event.
     pub(crate) fn taken(&self) -> Option<Instant> {
         self.taken
@@ -819,6 +824,19 @@ mod tests {
         let fates = isolation.fates();
         assert_eq!((&fates[0], &fates[2]), (&Fate::Delete, &Fate::Back(Wait::None)));
         assert!(matches!(fates[1], Fate::Failed { .. }));
+    }
+
+    #[test]
+    fn an_event_that_a_receiver_takes_out_of_sequence_is_told() {
+        for (first, told) in [(Answer::Taken, None), (Answer::Rejected("no".into()), Some(1))] {
+            let mut cases = fresh(3);
+            (cases[1].after, cases[2].after) = (Some(0), Some(1));
+            let mut isolation = Isolation::of(cases, std::iter::once(0..3).collect(), OPEN);
+            let now = Instant::now();
+            let answers = vec![first, Answer::Taken, Answer::Taken];
+            isolation.learn(0..3, Call { began: now, ended: now, alone: false }, Delivery::Answered(answers));
+            assert_eq!(isolation.taken_out_of_sequence(), told);
+        }
     }
 
     /// Runs of up to five events, in waves as a lease has them, and the batches of each wave; of all waves together, if

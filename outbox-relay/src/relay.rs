@@ -223,6 +223,14 @@ impl Worker {
 
     /// Keeps what a lease has shown of the receiver.
     fn note(&mut self, lease: &Lease, isolation: &Isolation) {
+        if let Some(event) = isolation.taken_out_of_sequence() {
+            let LeasedRow { event_id, aggregate_id, sequence, .. } = &lease.rows[event];
+            error!(
+                route = self.route.name(), %event_id, %aggregate_id, sequence,
+                "the receiver applied an event though it did not apply the one before: it says that it is ordered, so it \
+                 has to answer RETRY for this one"
+            );
+        }
         self.taken = isolation.taken();
         if isolation.took() {
             self.route.took();
@@ -243,13 +251,19 @@ impl Worker {
         mut probe: Option<&mut Probe<'_>>,
     ) -> Option<(Call, Delivery)> {
         let deadline = self.may_deliver(lease, batch.len(), probe.as_deref_mut()).await?;
-        let alone = probe.is_some_and(|probe| probe.is_alone());
+        let (is_probing, alone) = (probe.is_some(), probe.is_some_and(|probe| probe.is_alone()));
         let (events, began) = (batch.len(), Instant::now());
         let calling = self.receiver.deliver(&lease.rows[batch], deadline);
         let delivery = self.cancel_deliveries.run_until_cancelled(calling).await?;
         measure::delivered(self.route.name(), delivery.as_str());
         if let Delivery::Failed(Failed { reason, .. }) = &delivery {
-            warn!(route = self.route.name(), worker = self.number, events, reason, "delivery failed");
+            let (route, worker) = (self.route.name(), self.number);
+            // While it probes, the log has said already that the route is down. A probe calls many times a second.
+            if is_probing {
+                debug!(route, worker, events, reason, "delivery failed");
+            } else {
+                warn!(route, worker, events, reason, "delivery failed");
+            }
         }
         Some((Call { began, ended: Instant::now(), alone }, delivery))
     }
