@@ -177,7 +177,10 @@ fn read_answers(rows: &[LeasedRow], response: DeliverResponse) -> Delivery {
 
 fn read_result(result: &EventResult) -> Answer {
     let code = if result.reason.is_empty() { result.outcome().as_str_name() } else { &result.reason };
-    let reason = || cut(format!("{code}: {}", result.detail));
+    let reason = || {
+        let detail = if result.detail.is_empty() { "the receiver gave no details" } else { &result.detail };
+        cut(format!("{code}: {detail}"))
+    };
     match result.outcome() {
         Outcome::Applied | Outcome::Duplicate => Answer::Taken,
         Outcome::Rejected => Answer::Rejected(reason()),
@@ -246,7 +249,9 @@ fn is_connect_error(error: &(dyn Error + 'static)) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Failed, Failure, PING_LIMIT, ping_interval, read_code, read_status};
+    use proto::events::v1::{EventResult, Outcome};
+
+    use super::{Answer, Failed, Failure, PING_LIMIT, ping_interval, read_code, read_result, read_status};
     use std::time::Duration;
     use tonic::{Code, ConnectError, Status};
     use tonic_types::{ErrorDetails, StatusExt};
@@ -293,6 +298,14 @@ mod tests {
         assert_eq!(read_status(&never_made).failure, Failure::Unreachable);
         let broken = Status::from_error(Box::new(std::io::Error::other("broken pipe")));
         assert_eq!(read_status(&broken).failure, Failure::Silent);
+    }
+
+    #[test]
+    fn a_result_without_a_reason_says_so() {
+        let mut result = EventResult { outcome: Outcome::Retry.into(), ..EventResult::default() };
+        assert_eq!(read_result(&result), Answer::Retry("OUTCOME_RETRY: the receiver gave no details".into()));
+        (result.reason, result.detail) = ("BUSY".into(), "later".into());
+        assert_eq!(read_result(&result), Answer::Retry("BUSY: later".into()));
     }
 
     #[test]

@@ -180,7 +180,8 @@ impl Worker {
             let (route, event_type) = (route.name(), &row.event_type);
             warn!(
                 route,
-                event_type, "events wait: the receiver does not know their type; upgrade it, or correct the route"
+                event_type,
+                "events wait: the receiver does not know their type; upgrade it, correct the route, or narrow the subscription"
             );
         }
     }

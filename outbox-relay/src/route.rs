@@ -301,10 +301,11 @@ impl Route {
     /// The receiver is unavailable: only a probe calls it, and not before `retry_after`.
     pub(crate) fn mark_down(&self, reason: &str, retry_after: Duration) {
         let before = self.close(Condition::Down, retry_after);
+        let (route, receiver) = (self.name(), &self.state.settings.receiver);
         if before == Condition::Down {
-            debug!(route = self.name(), reason, "receiver still unavailable");
+            debug!(route, %receiver, reason, "receiver still unavailable");
         } else {
-            warn!(route = self.name(), reason, "route down: receiver unavailable");
+            warn!(route, %receiver, reason, "route down: receiver unavailable");
         }
     }
 
@@ -313,7 +314,12 @@ impl Route {
     pub(crate) fn bar(&self, reason: &str) {
         self.close(Condition::Barred, Duration::ZERO);
         let (route, receiver) = (self.name(), &self.state.settings.receiver);
-        error!(route, %receiver, reason, "route barred: check its URL, and whether this relay may deliver to it");
+        error!(
+            route,
+            %receiver,
+            reason,
+            "route barred: check its URL, whether this relay may deliver to it, and whether it answers each event by its id"
+        );
     }
 
     fn close(&self, condition: Condition, retry_after: Duration) -> Condition {
