@@ -41,12 +41,7 @@ type Answer = Result<Vec<EventResult>, Status>;
 /// Applies batches together.
 #[derive(Debug)]
 pub(crate) struct Gatherer<H> {
-    shared: Arc<Shared<H>>,
-}
-
-#[derive(Debug)]
-struct Shared<H> {
-    applier: Applier<H>,
+    applier: Arc<Applier<H>>,
     waiting: Waiting,
     /// Batches that change the same rows wait for each other in any case. Waiting for a slot here takes neither a
     /// connection, which other calls may need, nor processor time.
@@ -59,42 +54,38 @@ struct Shared<H> {
 #[derive(Debug)]
 pub(crate) struct Applier<H> {
     pub(crate) database: Database,
-    pub(crate) handler: Arc<H>,
+    pub(crate) handler: H,
     pub(crate) refuse: Refuse,
     pub(crate) retention: Duration,
 }
 
 impl<H: Handler> Gatherer<H> {
-    pub(crate) fn new(applier: Applier<H>, batches_at_once: u16) -> Self {
+    pub(crate) fn new(applier: Arc<Applier<H>>, batches_at_once: u16) -> Arc<Self> {
         let (slots, small) = (Arc::new(Semaphore::new(batches_at_once.into())), Arc::new(Semaphore::new(1)));
-        Self { shared: Arc::new(Shared { applier, waiting: Waiting::default(), slots, small }) }
+        Arc::new(Self { applier, waiting: Waiting::default(), slots, small })
     }
 
     /// Applies the events, and returns one result for each, in order, after the commit.
     ///
     /// # Errors
     /// The refusal of the call. The events may be applied all the same, as after any error.
-    pub(crate) async fn apply(&self, events: Vec<Event>) -> Answer {
-        let shared = &self.shared;
+    pub(crate) async fn apply(self: &Arc<Self>, events: Vec<Event>) -> Answer {
         let is_small = events.len() <= SMALL;
-        let (number, mut answered) = shared.waiting.add(events);
+        let (number, mut answered) = self.waiting.add(events);
         // A caller that goes away leaves no batch behind that nobody waits for.
-        let _removed_at_last = Removal { waiting: &shared.waiting, number };
-        tokio::spawn(shared.clone().take_turn(is_small));
+        let _removed_at_last = Removal { waiting: &self.waiting, number };
+        tokio::spawn(self.clone().take_turn(is_small));
         let answer = match timeout(WAIT_MAX, &mut answered).await {
             Ok(answer) => answer,
-            Err(_) if shared.waiting.remove(number) => {
-                let refuse = shared.applier.refuse;
-                return Err(refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again"));
+            Err(_) if self.waiting.remove(number) => {
+                return Err(self.applier.refuse.later(Code::Unavailable, "BUSY", "busy with other batches; try again"));
             }
             Err(_) => answered.await,
         };
         // Without an answer, the task that applied the batch has panicked.
-        answer.unwrap_or_else(|_| Err(shared.applier.refuse.database(&sqlx::Error::WorkerCrashed)))
+        answer.unwrap_or_else(|_| Err(self.applier.refuse.database(&sqlx::Error::WorkerCrashed)))
     }
-}
 
-impl<H: Handler> Shared<H> {
     /// Waits for a slot, and applies the batches that wait then. A small batch first waits for the turn of small ones.
     async fn take_turn(self: Arc<Self>, is_small: bool) {
         let _small = if is_small { timeout(PATIENCE, acquire(&self.small)).await.ok() } else { None };
@@ -110,7 +101,7 @@ async fn acquire(semaphore: &Arc<Semaphore>) -> OwnedSemaphorePermit {
 impl<H: Handler> Applier<H> {
     /// Applies the batches in one transaction, and answers each after the commit. If the cause of a failure may lie in one
     /// of them, each is applied in a transaction of its own.
-    async fn apply_group(&self, group: Vec<Batch>) {
+    async fn apply_group(self: &Arc<Self>, group: Vec<Batch>) {
         let (mut events, mut callers) = (Vec::new(), Vec::new());
         for batch in group {
             let begin = events.len();
@@ -124,8 +115,9 @@ impl<H: Handler> Applier<H> {
         // A caller that is gone gets no answer.
         match self.apply(&events, 0..events.len()).await {
             Ok(results) => {
+                let mut results = results.into_iter();
                 for (range, answer) in callers {
-                    drop(answer.send(Ok(results[range].to_vec())));
+                    drop(answer.send(Ok(results.by_ref().take(range.len()).collect())));
                 }
             }
             Err(error) if callers.len() > 1 && !may_pass(&error) => {
@@ -143,11 +135,17 @@ impl<H: Handler> Applier<H> {
         }
     }
 
-    async fn apply(&self, events: &Arc<Vec<Event>>, range: Range<usize>) -> Result<Vec<EventResult>, sqlx::Error> {
-        let (events, handler, retention) = (events.clone(), self.handler.clone(), self.retention);
+    async fn apply(
+        self: &Arc<Self>,
+        events: &Arc<Vec<Event>>,
+        range: Range<usize>,
+    ) -> Result<Vec<EventResult>, sqlx::Error> {
+        let (applier, events) = (self.clone(), events.clone());
         self.database
             .run(move |connection| {
-                Box::pin(async move { apply_batch(connection, &*handler, &events[range], retention).await })
+                Box::pin(
+                    async move { apply_batch(connection, &applier.handler, &events[range], applier.retention).await },
+                )
             })
             .await
     }

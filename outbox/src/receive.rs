@@ -56,11 +56,8 @@ impl InboxSettings {
 /// Serves `events.v1.EventReceiver` for a service.
 #[derive(Debug)]
 pub struct Receiver<H> {
-    gatherer: Gatherer<H>,
-    database: Database,
-    handler: Arc<H>,
-    refuse: Refuse,
-    retention: Duration,
+    applier: Arc<Applier<H>>,
+    gatherer: Arc<Gatherer<H>>,
     /// The services whose events are accepted; any if it is empty.
     sources: Vec<String>,
 }
@@ -76,10 +73,9 @@ impl<H: Handler> Receiver<H> {
     ) -> EventReceiverServer<Self> {
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
-        let (database, handler, sources) = (database.clone(), Arc::new(handler), settings.sources());
-        let applier = Applier { database: database.clone(), handler: handler.clone(), refuse, retention };
-        let gatherer = Gatherer::new(applier, settings.batches_at_once);
-        let receiver = Self { gatherer, database, handler, refuse, retention, sources };
+        let applier = Arc::new(Applier { database: database.clone(), handler, refuse, retention });
+        let gatherer = Gatherer::new(applier.clone(), settings.batches_at_once);
+        let receiver = Self { applier, gatherer, sources: settings.sources() };
         // The limit holds for the size of a message as it comes, and for the size that it has when it is decompressed.
         EventReceiverServer::new(receiver)
             .max_decoding_message_size(BATCH_BYTES_MAX)
@@ -100,7 +96,7 @@ impl<H: Handler> Receiver<H> {
              add the source to --accept-sources (ACCEPT_SOURCES) of this service",
             accepted.join(", ")
         );
-        Err(self.refuse.with(Code::PermissionDenied, "SOURCE_NOT_ACCEPTED", message))
+        Err(self.applier.refuse.with(Code::PermissionDenied, "SOURCE_NOT_ACCEPTED", message))
     }
 }
 
@@ -112,7 +108,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         if events.len() > EVENTS_MAX {
             fields.refuse("events", format!("must be at most {EVENTS_MAX}, and are {}", events.len()));
         }
-        let events = fields.finish(events).map_err(|bad| self.refuse.invalid("INVALID_BATCH", bad))?;
+        let events = fields.finish(events).map_err(|bad| self.applier.refuse.invalid("INVALID_BATCH", bad))?;
         self.check_sources(&events)?;
         let results = self.gatherer.apply(events).await?;
         Ok(Response::new(DeliverResponse { results }))
@@ -120,12 +116,13 @@ impl<H: Handler> EventReceiver for Receiver<H> {
 
     /// Pings the database too: relays take an answer as the sign that a delivery can be applied.
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        let answers = self.database.run(|connection| Box::pin(connection.ping()));
-        answers.await.map_err(|error| self.refuse.database(&error))?;
-        let seconds = self.retention.as_secs().cast_signed();
+        let Applier { database, handler, refuse, retention } = &*self.applier;
+        let answers = database.run(|connection| Box::pin(connection.ping()));
+        answers.await.map_err(|error| refuse.database(&error))?;
+        let seconds = retention.as_secs().cast_signed();
         Ok(Response::new(DescribeResponse {
             retention: Some(prost_types::Duration { seconds, nanos: 0 }),
-            types: self.handler.types(),
+            types: handler.types(),
             sources: self.sources.clone(),
             ordered: true,
         }))
