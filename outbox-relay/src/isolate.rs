@@ -200,7 +200,7 @@ impl Isolation {
 
     /// Whether the receiver has not taken the event before it, and does not get that in the same batch.
     fn waits(&self, event: usize, batch: &Range<usize>) -> bool {
-        self.is_behind(event) && self.cases[event].after.is_some_and(|before| !batch.contains(&before))
+        self.cases[event].after.is_some_and(|before| !batch.contains(&before) && !self.is_taken(before))
     }
 
     /// Whether the event before it was not taken.

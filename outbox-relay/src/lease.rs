@@ -42,10 +42,7 @@ pub(crate) struct Lease {
     pub(crate) rows: Vec<LeasedRow>,
     /// Whether there may be more events: it has as many events, or bytes, as a lease may have.
     pub(crate) is_full: bool,
-    /// Whether any later event of an aggregate was visible. It may be free once this lease is settled.
-    others_wait: bool,
-    /// Its number among the leases that the workers of this route have asked for.
-    number: u64,
+    pub(crate) last_look: LastLook,
     /// When the oldest of the events was created.
     pub(crate) oldest: OffsetDateTime,
     /// When it was last requested: by its own statement, or by its last renewal.
@@ -94,15 +91,13 @@ impl LeaseQuery {
 /// What a lease saw of events that it did not take.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LastLook {
+    /// The number of the lease among those that the workers of this route have asked for.
     number: u64,
+    /// There may be more events, or a later event of an aggregate was visible. It may be free once the lease is settled.
     left_events: bool,
 }
 
 impl Lease {
-    pub(crate) fn last_look(&self) -> LastLook {
-        LastLook { number: self.number, left_events: self.is_full || self.others_wait }
-    }
-
     /// When a delivery under this lease must have ended, by this process's monotonic clock.
     ///
     /// A delivery may use three quarters of the lease, counted from *before* the statement is sent. The database counts
@@ -371,8 +366,7 @@ async fn lease_from(
         subscription_id: query.subscription.id,
         rows,
         is_full,
-        others_wait,
-        number,
+        last_look: LastLook { number, left_events: is_full || others_wait },
         oldest,
         requested_at,
         first_requested_at: requested_at,

@@ -14,7 +14,7 @@ use crate::{
     floor::Floor,
     lease::{LeaseQuery, Scope, lease},
     live::RelayId,
-    park::{Leased, park},
+    park::{Leased, Swept, park},
     settings::Settings,
     subscription::read_subscriptions,
 };
@@ -139,7 +139,7 @@ async fn a_lease_is_as_fast_with_a_million_waiting_events_and_200_000_stuck_ones
     let began = Instant::now();
     let visible = "SELECT count(*) FROM outbox WHERE sequence > 1 AND visible_at <= now()";
     while sqlx::query_scalar::<_, i64>(visible).fetch_one(&full.pool).await.unwrap() > 0 {
-        park(&full.database, &[], &mut Leased::default()).await.unwrap();
+        park(&full.database, &Swept::default(), &mut Leased::default()).await.unwrap();
     }
     let parked = began.elapsed();
     // Autovacuum does this by itself within a minute.

@@ -114,12 +114,10 @@ impl Maintenance {
         }
     }
 
-    fn swept(&self) -> Vec<Swept> {
-        let swept = |served: &Served| {
-            let below = served.floor.sweeps_below()?;
-            Some(Swept { subscription_id: served.subscription.id, below })
-        };
-        self.served.iter().filter_map(swept).collect()
+    fn swept(&self) -> Swept {
+        let swept = |served: &Served| Some((served.subscription.id, served.floor.sweeps_below()?));
+        let (subscription_ids, below) = self.served.iter().filter_map(swept).unzip();
+        Swept { subscription_ids, below }
     }
 
     /// Adopts events without a subscription, and discards those of subscriptions that ended. Returns whether there is more

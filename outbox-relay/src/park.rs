@@ -39,15 +39,15 @@ const PARKED_MAX: Duration = Duration::from_secs(300);
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn park(database: &Database, swept: &[Swept], leased: &mut Leased) -> Result<(), sqlx::Error> {
+pub(crate) async fn park(database: &Database, swept: &Swept, leased: &mut Leased) -> Result<(), sqlx::Error> {
     let began = Instant::now();
-    let (before, all_swept) = (std::mem::take(&mut leased.firsts), swept.to_owned());
+    let (before, all_swept) = (std::mem::take(&mut leased.firsts), swept.clone());
     leased.firsts = database.run(move |connection| Box::pin(find_leased(connection, all_swept))).await?;
     // An aggregate that is stuck in one subscription counts as stuck in all. That parks what another is about to deliver,
     // which wakes it.
     let stuck: Vec<_> = leased.firsts.intersection(&before).map(|first| first.aggregate_id).collect();
     for _ in 0..STATEMENTS_MAX {
-        let (swept, stuck) = (swept.to_owned(), stuck.clone());
+        let (swept, stuck) = (swept.clone(), stuck.clone());
         let parking = database.run(move |connection| Box::pin(park_oldest(connection, swept, stuck)));
         if began.elapsed() > TIME_MAX || parking.await? < WORTH_ANOTHER {
             break;
@@ -56,11 +56,11 @@ pub(crate) async fn park(database: &Database, swept: &[Swept], leased: &mut Leas
     Ok(())
 }
 
-/// A subscription, and the time below which its rows are swept.
-#[derive(Clone, Copy, Debug)]
+/// The subscriptions that are swept, and the time below which the rows of each are, as the arrays that the statements take.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Swept {
-    pub(crate) subscription_id: i16,
-    pub(crate) below: OffsetDateTime,
+    pub(crate) subscription_ids: Vec<i16>,
+    pub(crate) below: Vec<OffsetDateTime>,
 }
 
 /// The first events of lines that were leased at the last pass.
@@ -77,9 +77,7 @@ struct First {
 }
 
 /// Looks at the same rows as [`park_oldest`].
-async fn find_leased(connection: &mut PgConnection, swept: Vec<Swept>) -> Result<HashSet<First>, sqlx::Error> {
-    let (subscription_ids, below): (Vec<_>, Vec<_>) =
-        swept.into_iter().map(|swept| (swept.subscription_id, swept.below)).unzip();
+async fn find_leased(connection: &mut PgConnection, swept: Swept) -> Result<HashSet<First>, sqlx::Error> {
     let firsts = sqlx::query_as!(
         First,
         r#"-- relay: find lines whose first is leased
@@ -103,8 +101,8 @@ async fn find_leased(connection: &mut PgConnection, swept: Vec<Swept>) -> Result
             LIMIT 1) AS first
         WHERE first.visible_at > now() AND first.lease_token IS NOT NULL"#,
         ROWS_MAX,
-        &subscription_ids,
-        &below,
+        &swept.subscription_ids,
+        &swept.below,
     );
     Ok(firsts.fetch_all(connection).await?.into_iter().collect())
 }
@@ -116,13 +114,7 @@ async fn find_leased(connection: &mut PgConnection, swept: Vec<Swept>) -> Result
 /// Concurrent changes to these rows stand. The statement skips a locked row. A row that was changed after the snapshot
 /// is no longer at its `ctid`. A requeue or a discard makes the successors of its event visible too, and waits for the
 /// locks of this statement.
-async fn park_oldest(
-    connection: &mut PgConnection,
-    swept: Vec<Swept>,
-    stuck: Vec<AggregateId>,
-) -> Result<u64, sqlx::Error> {
-    let (subscription_ids, below): (Vec<_>, Vec<_>) =
-        swept.into_iter().map(|swept| (swept.subscription_id, swept.below)).unzip();
+async fn park_oldest(connection: &mut PgConnection, swept: Swept, stuck: Vec<AggregateId>) -> Result<u64, sqlx::Error> {
     let parked = sqlx::query!(
         "-- relay: park
         WITH front AS MATERIALIZED (
@@ -170,8 +162,8 @@ async fn park_oldest(
         ROWS_MAX,
         PARKED_MAX.as_secs_f64(),
         i64::from(FAR),
-        &subscription_ids,
-        &below,
+        &swept.subscription_ids,
+        &swept.below,
         &stuck as &[AggregateId],
     )
     .execute(connection)

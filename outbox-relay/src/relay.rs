@@ -151,7 +151,7 @@ impl Worker {
         }
         self.set_unknown_aside(&mut lease).await;
         let (fates, conclusion) = self.deliver(&mut lease, probe).await;
-        let (events, is_full, last_look) = (lease.rows.len(), lease.is_full, lease.last_look());
+        let (events, is_full, last_look) = (lease.rows.len(), lease.is_full, lease.last_look);
         // First the route is closed, then the events are visible again. The other way round, other workers would
         // deliver them once more.
         let works = self.conclude(conclusion);

@@ -74,6 +74,14 @@ async fn an_event_that_comes_alone_costs_one_lease() {
     relay.stop().await;
 }
 
+/// Inserts the event, and waits until a worker was woken for it and has looked.
+async fn wake_the_other_worker(outbox: &Outbox, event: NewEvent) {
+    outbox.insert(&[event]).await;
+    let before = outbox.leases().await;
+    outbox.notify().await;
+    until("the other worker has looked", async || outbox.leases().await > before).await;
+}
+
 /// The notification for the second event wakes the other worker while the first is in flight. So only the worker that
 /// settles the first can know that the second is free.
 #[tokio::test]
@@ -89,10 +97,7 @@ async fn an_event_that_came_while_its_predecessor_was_in_flight_follows_at_once(
     outbox.insert(&[NewEvent::of(aggregate_id, 1)]).await;
     outbox.notify().await;
     receiver.wait_for_deliveries(1).await;
-    outbox.insert(&[NewEvent::of(aggregate_id, 2)]).await;
-    let before = outbox.leases().await;
-    outbox.notify().await;
-    until("the other worker has looked", async || outbox.leases().await > before).await;
+    wake_the_other_worker(&outbox, NewEvent::of(aggregate_id, 2)).await;
     let began = Instant::now();
     settled.cancel();
     receiver.wait_for_deliveries(2).await;
@@ -122,10 +127,7 @@ async fn an_event_that_came_while_its_predecessor_was_settled_follows_at_once() 
         WHERE datname = current_database() AND wait_event = 'advisory' AND query LIKE '%relay: settle%'";
     let waits = async || sqlx::query_scalar::<_, i64>(waits).fetch_one(&outbox.pool).await.unwrap();
     until("the settlement waits", async || waits().await == 1).await;
-    outbox.insert(&[NewEvent::of(aggregate_id, 2)]).await;
-    let before = outbox.leases().await;
-    outbox.notify().await;
-    until("the other worker has looked", async || outbox.leases().await > before).await;
+    wake_the_other_worker(&outbox, NewEvent::of(aggregate_id, 2)).await;
     let began = Instant::now();
     settling.commit().await.unwrap();
     receiver.wait_for_deliveries(2).await;
