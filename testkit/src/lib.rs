@@ -4,7 +4,9 @@
 //! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster.
 //! - [`bootstrap`]: what the superuser creates once per server: roles and databases.
 //! - [`processes`]: child processes, their signals and logs; free ports.
+//! - [`pgbouncer`]: PgBouncer before a server.
 //! - [`ports`]: waits for a port that another process holds; which process has a connection.
+//! - [`OwnServer`]: a server whose settings a test may change.
 //! - [`Scratch`]: a directory for one test.
 //! - `fuzz`: property tests of a running service.
 //!
@@ -13,11 +15,14 @@
 pub mod bootstrap;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+mod own_server;
+pub mod pgbouncer;
 pub mod ports;
 pub mod postgres;
 pub mod processes;
 mod scratch;
 mod test_database;
 
+pub use own_server::OwnServer;
 pub use scratch::Scratch;
 pub use test_database::TestDatabase;

@@ -26,8 +26,8 @@ use crate::{
 const REMOVE_LIMIT: Duration = Duration::from_secs(2);
 
 static SERVER: OnceCell<Server> = OnceCell::const_new();
-/// Templates that are known to be complete.
-static TEMPLATES: Mutex<BTreeSet<String>> = Mutex::const_new(BTreeSet::new());
+/// Templates that are known to be complete, each with its server.
+static TEMPLATES: Mutex<BTreeSet<(String, String)>> = Mutex::const_new(BTreeSet::new());
 
 /// A new database on the server of `POSTGRES_URL`. It is dropped with this value. If the test fails, it is kept, and its URL
 /// is printed.
@@ -47,6 +47,14 @@ impl TestDatabase {
     /// If the server refuses.
     pub async fn create(owner_role: &str, migrators: &[&Migrator]) -> TestDatabase {
         let server = SERVER.get_or_init(bootstrapped_server).await.clone();
+        Self::create_on(server, owner_role, migrators).await
+    }
+
+    /// The same on a server of the test's own, whose roles are made.
+    ///
+    /// # Panics
+    /// If the server refuses.
+    pub async fn create_on(server: Server, owner_role: &str, migrators: &[&Migrator]) -> TestDatabase {
         let template = template(&server, owner_role, migrators).await.expect("the schema of the test's database");
         let database = TestDatabase { name: format!("outbox_test_{}", Uuid::new_v4().simple()), server };
         let created = create_database(&database.server, &database.name, &template, owner_role).await;
@@ -125,11 +133,12 @@ async fn template(server: &Server, owner_role: &str, migrators: &[&Migrator]) ->
     }
     let name = format!("outbox_template_{:016x}", hash(owner_role, migrators));
     let mut known = TEMPLATES.lock().await;
-    if !known.contains(&name) {
+    let of_server = (server.url().to_owned(), name.clone());
+    if !known.contains(&of_server) {
         if !exists(server, &name).await? {
             create_template(server, &name, owner_role, migrators).await?;
         }
-        known.insert(name.clone());
+        known.insert(of_server);
     }
     Ok(name)
 }
