@@ -15,14 +15,14 @@ use tonic_health::{
 };
 use tracing::{info, warn};
 
-use crate::database::Probe;
+use crate::probe::Probe;
 
 /// How often the database is probed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Timeout of a health check of another process.
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
-/// Reports SERVING while the database answers, and NOT_SERVING otherwise.
+/// Reports SERVING while the database can be written to, and NOT_SERVING otherwise.
 ///
 /// At `shutdown` it reports NOT_SERVING and then returns. The server stops accepting only after that. So a load
 /// balancer that watches health is told first.
@@ -36,17 +36,18 @@ pub(crate) async fn report_health(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reported = None;
     while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
-        let Some(answers) = shutdown.run_until_cancelled(database.answers()).await else {
+        let Some(asked) = shutdown.run_until_cancelled(database.can_write()).await else {
             break;
         };
-        if reported != Some(answers) {
-            match (reported, answers) {
-                (_, false) => warn!("not serving: the database does not answer"),
-                (Some(false), true) => info!("serving: the database answers again"),
+        let can_write = asked.is_ok();
+        if reported != Some(can_write) {
+            match (reported, &asked) {
+                (_, Err(cause)) => warn!(cause, "not serving: the database cannot be written to"),
+                (Some(false), Ok(())) => info!("serving: the database can be written to again"),
                 _ => {}
             }
-            set(&reporter, services, if answers { ServingStatus::Serving } else { ServingStatus::NotServing }).await;
-            reported = Some(answers);
+            set(&reporter, services, if can_write { ServingStatus::Serving } else { ServingStatus::NotServing }).await;
+            reported = Some(can_write);
         }
     }
     set(&reporter, services, ServingStatus::NotServing).await;

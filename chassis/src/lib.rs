@@ -5,18 +5,25 @@
 
 mod cli;
 mod database;
+mod database_url;
 mod entry;
 mod fields;
 mod health;
 mod page;
+mod pooler;
+mod probe;
 mod refuse;
 mod schema;
 mod serve;
+mod session;
+mod sessions;
 mod shutdown;
+mod standby;
 mod telemetry;
 
 pub use cli::parse;
-pub use database::{Database, DatabaseSettings, DatabaseUrl, InvalidDatabaseUrl, Work};
+pub use database::{Database, DatabaseSettings, Work, WorkError};
+pub use database_url::{DatabaseUrl, InvalidDatabaseUrl};
 pub use entry::{RunError, main, serve_until_signal};
 pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
@@ -24,5 +31,6 @@ pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, may_pass};
 pub use schema::{MigrateArguments, MigrateError, SchemaError, migrate};
 pub use serve::{ServeError, ServeSettings, Services, serve};
+pub use session::confirm_seen;
 pub use shutdown::shutdown_signal;
 pub use telemetry::log_to_stdout;

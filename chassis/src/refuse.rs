@@ -6,6 +6,8 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 use tracing::error;
 
+use crate::standby::is_away;
+
 /// When a caller may retry if the database is down or overloaded.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -51,7 +53,9 @@ impl Refuse {
     /// An error for a failure of the database. The caller learns whether a retry may help, and nothing of the SQL. The
     /// cause is logged here, once.
     pub fn database(self, cause: &sqlx::Error) -> Status {
-        error!(%cause, "database work failed");
+        if !is_away(cause) {
+            error!(%cause, "database work failed");
+        }
         self.database_logged(cause)
     }
 

@@ -26,6 +26,9 @@ pub enum SchemaError {
         "migration {0} of the database differs from the one this binary was built with: run the version that migrated it"
     )]
     Different(String),
+    /// A pooler stands before the database, and work behind it is not safe.
+    #[error("cannot work behind this pooler: {0}")]
+    Pooler(String),
     /// The database did not answer, or refused this process.
     #[error("cannot use the database")]
     Database(#[from] sqlx::Error),
@@ -70,7 +73,7 @@ pub async fn migrate(url: &DatabaseUrl, migrators: &[&Migrator], contract: bool)
 
 /// Returns whether contracting migrations are left.
 async fn run_all(url: &DatabaseUrl, migrators: &[&Migrator], contract: bool) -> Result<bool, migrate::MigrateError> {
-    let mut connection = PgConnection::connect_with(&url.options()).await?;
+    let mut connection = url.connect().await?;
     lock(&mut connection).await?;
     let mut left = false;
     for migrator in migrators {

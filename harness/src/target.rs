@@ -8,7 +8,7 @@ use proto::{
     inventory::v1::inventory_service_client::InventoryServiceClient,
     orders::v1::order_service_client::OrderServiceClient,
 };
-use sqlx::{Connection, PgConnection};
+use sqlx::PgConnection;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 const ORDER_SERVICE: &str = "http://127.0.0.1:50051";
@@ -94,7 +94,7 @@ impl Target {
 }
 
 async fn connect(url: &DatabaseUrl) -> Result<PgConnection> {
-    PgConnection::connect_with(&url.options()).await.with_context(|| {
+    url.connect().await.with_context(|| {
         format!(
             "cannot connect to {url}: start the system (`make up`, `docker-compose up`), \
              or say where it is (--help lists the flags and variables)"

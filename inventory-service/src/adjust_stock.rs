@@ -1,6 +1,6 @@
 //! Adjusts stock by hand, once per request id.
 
-use chassis::Fields;
+use chassis::{Fields, WorkError};
 use proto::inventory::v1::{AdjustStockRequest, StockLevel};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 use tonic_types::FieldViolation;
@@ -26,6 +26,15 @@ pub(crate) enum AdjustStockError {
     InsufficientStock { sku: String },
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+}
+
+impl WorkError for AdjustStockError {
+    fn of_database(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Database(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 pub(crate) fn validate_adjustment(request: AdjustStockRequest) -> Result<Adjustment, Vec<FieldViolation>> {
@@ -121,7 +130,9 @@ async fn answer_again(connection: &mut PgConnection, adjustment: Adjustment) -> 
     if (earlier.sku, earlier.delta) != (adjustment.sku.clone(), adjustment.delta) {
         return Err(AdjustStockError::RequestIdReused);
     }
-    Ok(get_stock(connection, &adjustment.sku).await?.ok_or(sqlx::Error::RowNotFound)?)
+    let level = get_stock(connection, &adjustment.sku).await?.ok_or(sqlx::Error::RowNotFound)?;
+    chassis::confirm_seen(connection).await?;
+    Ok(level)
 }
 
 fn violates(error: &sqlx::Error, constraint: &str) -> bool {

@@ -48,7 +48,7 @@ impl InventoryService for Inventory {
         let adjustment =
             validate_adjustment(request.into_inner()).map_err(|bad| REFUSE.invalid("INVALID_ADJUSTMENT", bad))?;
         self.database
-            .run(|connection| Box::pin(adjust_stock(connection, adjustment)))
+            .write(|connection| Box::pin(adjust_stock(connection, adjustment)))
             .await
             .map(Response::new)
             .map_err(refuse_adjust)

@@ -65,9 +65,10 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "inventory-service starts");
-    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let url = settings.database_url.clone().with_generic_plans();
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
-    let relay = Notifier::start(settings.database_url.options(), outbox::CHANNEL);
+    let relay = Notifier::start(database.url().clone(), outbox::CHANNEL);
     let receiver =
         Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, shutdown.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() })

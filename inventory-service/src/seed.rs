@@ -1,7 +1,7 @@
 //! Adds demo stock.
 
 use chassis::DatabaseUrl;
-use sqlx::{Connection, PgConnection};
+use sqlx::Connection;
 use uuid::Uuid;
 
 /// The reference of the opening movements in the ledger.
@@ -22,7 +22,7 @@ const DEMO_STOCK: [(&str, i64); 6] = [
 /// # Errors
 /// Those of the database.
 pub async fn seed(url: &DatabaseUrl) -> Result<u64, sqlx::Error> {
-    let mut connection = PgConnection::connect_with(&url.options()).await?;
+    let mut connection = url.connect().await?;
     let (skus, available): (Vec<String>, Vec<i64>) =
         DEMO_STOCK.iter().map(|(sku, available)| ((*sku).to_owned(), *available)).unzip();
     let added = sqlx::query!(

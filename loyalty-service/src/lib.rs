@@ -54,7 +54,8 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "loyalty-service starts");
-    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let url = settings.database_url.clone().with_generic_plans();
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
     let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, shutdown.clone());
     let loyalty = LoyaltyServiceServer::new(grpc::Loyalty { database: database.clone() })

@@ -1,6 +1,6 @@
 //! Cancels an order, and commits the event that announces it in the same transaction.
 
-use chassis::Fields;
+use chassis::{Fields, WorkError};
 use outbox::{NewEvent, TraceContext};
 use proto::orders::v1::{CancelOrderRequest, Order, OrderCancelled};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
@@ -33,6 +33,15 @@ pub(crate) enum CancelOrderError {
     RequestIdReused,
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+}
+
+impl WorkError for CancelOrderError {
+    fn of_database(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Database(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 /// An order that was cancelled by this call, or by an earlier call with the same request id.
@@ -72,6 +81,9 @@ pub(crate) async fn cancel_order(
         find_cancelled(connection, cancellation).await?;
     }
     let order = get_orders(connection, &[order_id]).await?.pop().ok_or(CancelOrderError::NotFound(order_id))?;
+    if !by_this_call {
+        chassis::confirm_seen(connection).await?;
+    }
     Ok(Cancelled { order, by_this_call })
 }
 

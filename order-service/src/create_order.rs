@@ -26,6 +26,8 @@ pub(crate) enum CreateOrderError {
     RequestIdReused,
     #[error("too many orders are waiting to be placed; try again")]
     Overloaded,
+    #[error("the database waits for its synchronous standby, and so would the order; try again")]
+    StandbyAway,
     /// Logged already; shared by all calls of the transaction that failed.
     #[error(transparent)]
     Database(Arc<sqlx::Error>),
@@ -106,7 +108,12 @@ pub(crate) async fn create_orders(
 ) -> Result<Vec<Outcome>, sqlx::Error> {
     let placed = place_new(connection, drafts).await?;
     let repeated = drafts.iter().filter(|draft| !placed.contains_key(&draft.order_id));
-    let found = find_placed(connection, repeated).await.map_err(Arc::new);
+    let found = match find_placed(connection, repeated).await {
+        Ok(found) => Ok(found),
+        // As the error of the work it also decides what becomes of the session.
+        Err(cause) if placed.is_empty() => return Err(cause),
+        Err(cause) => Err(Arc::new(cause)),
+    };
     let outcome = |draft: &Draft| match (placed.get(&draft.order_id), &found) {
         (Some(created_at), _) => Outcome::Placed(*created_at),
         (None, Ok(found)) => match draft.request_id.and_then(|request_id| found.get(&request_id)) {
@@ -294,8 +301,12 @@ async fn find_placed(
     )
     .fetch_all(&mut *connection)
     .await?;
+    if placed.is_empty() {
+        return Ok(HashMap::new());
+    }
     let order_ids: Vec<OrderId> = placed.iter().map(|row| row.order_id).collect();
     let orders = get_orders(connection, &order_ids).await?;
+    chassis::confirm_seen(connection).await?;
     let by_id: HashMap<String, Order> = orders.into_iter().map(|order| (order.order_id.clone(), order)).collect();
     let found =
         placed.into_iter().filter_map(|row| Some((row.request_id, by_id.get(&row.order_id.to_string())?.clone())));

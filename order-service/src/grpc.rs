@@ -65,7 +65,7 @@ impl OrderService for Orders {
         let (relay, status) = (self.relay.clone(), self.status.clone());
         let cancelled = self
             .database
-            .run(move |connection| {
+            .write(move |connection| {
                 Box::pin(async move {
                     let cancelled = cancel_order(connection, cancellation, trace).await?;
                     if cancelled.by_this_call {
@@ -141,6 +141,7 @@ fn refuse_create(error: CreateOrderError) -> Status {
     let message = error.to_string();
     match error {
         CreateOrderError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", message),
+        CreateOrderError::StandbyAway => REFUSE.later(Code::Unavailable, "DATABASE_UNAVAILABLE", message),
         CreateOrderError::Overloaded => REFUSE.later(Code::ResourceExhausted, "OVERLOADED", message),
         CreateOrderError::Database(cause) => REFUSE.database_logged(&cause),
     }

@@ -93,6 +93,10 @@ async fn place_groups(mut waiting: Waiting, writers: usize, database: Database, 
     loop {
         // Before the check: if this finds the channel closed, the wait below may have nothing left to wait for.
         waiting.receive().now_or_never();
+        // They would wait too, each group in one more session.
+        if database.waits_for_standby() {
+            waiting.refuse_all();
+        }
         if waiting.is_over() {
             break;
         }
@@ -230,6 +234,13 @@ impl Waiting {
         }
     }
 
+    fn refuse_all(&mut self) {
+        for call in self.received.drain(..) {
+            // A caller that has hung up needs no answer.
+            drop(call.answer.send(Err(CreateOrderError::StandbyAway)));
+        }
+    }
+
     fn take_oldest(&mut self, calls: usize) -> Vec<Call> {
         let later = self.received.split_off(calls);
         mem::replace(&mut self.received, later)
@@ -314,7 +325,7 @@ mod tests {
         let shutdown = CancellationToken::new();
         let connected = Database::connect(&url, &settings, &MIGRATORS, &shutdown).await;
         let database = connected.unwrap().unwrap();
-        let relay = Notifier::start(url.options(), outbox::CHANNEL);
+        let relay = Notifier::start(url, outbox::CHANNEL);
         let (_, calls) = mpsc::unbounded_channel();
         let waiting = Waiting::new(calls, Duration::from_secs(1));
         timeout(Duration::from_secs(10), place_groups(waiting, 1, database, relay)).await.unwrap();

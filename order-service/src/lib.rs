@@ -46,6 +46,10 @@ pub struct Settings {
     /// The orders database, as the role order_service: postgres://user:password@host:5432/database.
     #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
+    /// The database itself, if a pooler that shares sessions stands before it: for the one session that listens to
+    /// changes of orders that are watched. Without it they are polled for.
+    #[arg(long, env = "ORDERS_LISTEN_DATABASE_URL", hide_env_values = true)]
+    pub listen_database_url: Option<DatabaseUrl>,
     /// How calls share transactions, and how many may wait.
     #[command(flatten)]
     pub intake: IntakeSettings,
@@ -66,13 +70,15 @@ pub struct Settings {
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "order-service starts");
-    let connecting = Database::connect(&settings.database_url, &settings.database, &MIGRATORS, &shutdown);
+    let url = settings.database_url.clone().with_generic_plans();
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
-    let notifier = |channel| Notifier::start(settings.database_url.options(), channel);
+    let notifier = |channel| Notifier::start(database.url().clone(), channel);
     let status = notifier(watch_order::CHANNEL);
     let replies = ApplyReplies { watchers: status.clone() };
     let receiver = Receiver::start(&database, replies, grpc::REFUSE, &settings.inbox, shutdown.clone());
-    let watchers = Watchers::start(database.clone(), settings.database_url.options(), shutdown.clone());
+    let own_session = database.url_of_own_session(settings.listen_database_url.as_ref()).await?;
+    let watchers = Watchers::start(database.clone(), own_session, shutdown.clone());
     let relay = notifier(outbox::CHANNEL);
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);

@@ -6,9 +6,9 @@ use std::{
     time::Duration,
 };
 
-use chassis::Database;
+use chassis::{Database, DatabaseUrl};
 use proto::orders::v1::{Order, OrderStatus};
-use sqlx::{PgConnection, postgres::PgConnectOptions};
+use sqlx::PgConnection;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
     time::{sleep, timeout},
@@ -24,6 +24,8 @@ pub(crate) const CHANNEL: &str = "order_status";
 
 /// The poll interval, for notifications that are lost.
 const POLL: Duration = Duration::from_secs(1);
+/// The poll interval without notifications.
+const POLL_ONLY: Duration = Duration::from_millis(100);
 /// One query returns at most this many settled orders. A backlog after a long outage is read in pieces, each of which
 /// fits into a unit of work.
 const FOUND_MAX: u16 = 500;
@@ -61,13 +63,20 @@ type Watched = HashMap<OrderId, Vec<oneshot::Sender<Order>>>;
 
 impl Watchers {
     /// Starts the task. At `shutdown` it ends and closes the channels of all watchers.
-    pub(crate) fn start(database: Database, url: PgConnectOptions, shutdown: CancellationToken) -> Self {
+    ///
+    /// It listens at `own_session`. Without one it only polls, more often.
+    pub(crate) fn start(database: Database, own_session: Option<DatabaseUrl>, shutdown: CancellationToken) -> Self {
         let places = Arc::new(Semaphore::new(WATCHERS_MAX));
         let watchers = Self { watched: Arc::default(), places, shutdown: shutdown.clone() };
         let woken = Arc::new(Notify::new());
         let wake = woken.clone();
-        let listening = Box::pin(outbox::listen(url, CHANNEL, move || wake.notify_one()));
-        let telling = watchers.clone().tell_when_settled(database, woken);
+        let poll = if own_session.is_some() { POLL } else { POLL_ONLY };
+        let listening = Box::pin(async move {
+            if let Some(url) = own_session {
+                outbox::listen(url, CHANNEL, move || wake.notify_one()).await;
+            }
+        });
+        let telling = watchers.clone().tell_when_settled(database, woken, poll);
         let ended = watchers.clone();
         tokio::spawn(async move {
             shutdown.run_until_cancelled(async { tokio::join!(listening, telling) }).await;
@@ -89,10 +98,10 @@ impl Watchers {
         Some(Watch { settled, _place: place })
     }
 
-    async fn tell_when_settled(self, database: Database, woken: Arc<Notify>) {
+    async fn tell_when_settled(self, database: Database, woken: Arc<Notify>, poll: Duration) {
         loop {
             // A timeout is the poll.
-            drop(timeout(POLL, woken.notified()).await);
+            drop(timeout(poll, woken.notified()).await);
             let order_ids = self.watched();
             if order_ids.is_empty() {
                 continue;

@@ -9,6 +9,7 @@ mod announce;
 mod answer_tests;
 mod deliver;
 mod delivery;
+mod failures;
 mod fate;
 mod floor;
 mod grpc;
@@ -38,7 +39,7 @@ mod wake;
 
 use std::{sync::Arc, time::Duration};
 
-use chassis::{Database, DatabaseSettings, RunError, Services};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{
@@ -54,6 +55,7 @@ use crate::{
     ahead::Ahead,
     announce::{OtherReceiver, claim},
     deliver::Receiver,
+    failures::Failures,
     floor::Floor,
     grpc::Admin,
     lease::LeaseQuery,
@@ -97,18 +99,21 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
         measure::serve(address).map_err(unusable)?;
     }
-    let url = settings.database_url.with_generic_plans();
+    // Losing a lease or a settlement in a crash only delivers an event again, and its receiver knows it.
+    let for_operators = settings.database_url.clone().with_setting("synchronous_commit", "off");
+    let url = for_operators.clone().with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
     // Statements of operators have another plan for other parameters.
     let few = DatabaseSettings { database_connections: OPERATORS_CONNECTIONS, ..settings.database.clone() };
-    let connecting = Database::connect(&settings.database_url, &few, &MIGRATORS, &shutdown);
+    let connecting = Database::connect(&for_operators, &few, &MIGRATORS, &shutdown);
     let Some(of_operators) = connecting.await? else { return Ok(()) };
     let relay = RelayId::new();
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());
     };
-    let working = run_workers(database.clone(), settings.clone(), relay, subscriptions?, shutdown.clone());
+    let own_session = database.url_of_own_session(settings.listen_database_url.as_ref()).await?;
+    let working = run_workers(database.clone(), own_session, settings.clone(), relay, subscriptions?, shutdown.clone());
     let workers = tokio::spawn(working);
     let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
@@ -191,6 +196,7 @@ fn refuse(other: OtherReceiver) -> RunError {
 /// take longer are cancelled, and their events released. A worker that ends early shuts the process down.
 async fn run_workers(
     database: Database,
+    own_session: Option<DatabaseUrl>,
     settings: Settings,
     relay: RelayId,
     subscriptions: Vec<Subscription>,
@@ -198,8 +204,9 @@ async fn run_workers(
 ) -> Result<(), RunError> {
     let cancel_deliveries = CancellationToken::new();
     // Held until the last lease is settled.
-    let _lock = AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), settings.database_url.options())));
-    let mut tasks = start(&database, &settings, &relay, subscriptions, &shutdown, &cancel_deliveries);
+    let _lock = own_session.clone().map(|url| AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), url))));
+    let wakes = Wake::listen(own_session, &shutdown, settings.routes.len());
+    let mut tasks = start(&database, &settings, &relay, subscriptions, wakes, &shutdown, &cancel_deliveries);
     let ended = loop {
         tokio::select! {
             () = shutdown.cancelled() => break Ok(()),
@@ -228,6 +235,7 @@ fn start(
     settings: &Settings,
     relay: &RelayId,
     subscriptions: Vec<Subscription>,
+    wakes: Vec<Wake>,
     shutdown: &CancellationToken,
     cancel_deliveries: &CancellationToken,
 ) -> JoinSet<Result<(), RunError>> {
@@ -239,7 +247,7 @@ fn start(
         end: shutdown.child_token(),
     };
     let served: Vec<_> = settings.routes.iter().cloned().zip(subscriptions).map(serve).collect();
-    let wakes = Wake::listen(settings.database_url.options(), shutdown, served.len());
+    let lease_failures = Arc::new(Failures::default());
     let mut tasks = JoinSet::new();
     for (Served { route, subscription, floor, end }, wake) in served.iter().zip(wakes) {
         let lease_query = LeaseQuery::of(settings, relay, subscription, floor);
@@ -260,6 +268,7 @@ fn start(
                 wake: wake.clone(),
                 taken: None,
                 ahead: Ahead::default(),
+                lease_failures: lease_failures.clone(),
                 shutdown: end.clone(),
                 cancel_deliveries: cancel_deliveries.clone(),
             };
@@ -273,6 +282,7 @@ fn start(
         served,
         poll,
         longest_hidden,
+        failures: Failures::default(),
         shutdown: shutdown.clone(),
     };
     tasks.spawn(maintenance.run());

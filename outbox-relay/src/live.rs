@@ -21,15 +21,15 @@ use std::{
     time::Duration,
 };
 
-use chassis::Database;
-use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
+use chassis::{Database, DatabaseUrl};
+use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
-use crate::leased_row::LeaseToken;
+use crate::{failures::Failures, leased_row::LeaseToken};
 
-/// How long connecting, or an answer, may take.
+/// How long an answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// A relay whose lock is free is taken for dead once it has not reported for this long. After a restart of the database
 /// all locks are free for a moment.
@@ -82,12 +82,15 @@ fn key(relay_id: Uuid) -> i64 {
 
 /// Holds the lock, in a new session whenever one has ended. It never returns. Drop it once the rows are settled: a relay
 /// that drains still lives.
-pub(crate) async fn hold_lock(relay: RelayId, database: PgConnectOptions) {
-    let database = database.options(KEEPALIVE);
+pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
+    let database = KEEPALIVE.iter().fold(database, |database, (name, value)| database.with_setting(name, value));
+    let failures = Failures::default();
     loop {
-        let ended = hold_once(&relay, &database).await;
+        let ended = hold_once(&relay, &database, &failures).await;
         relay.holds_lock.store(false, Ordering::Relaxed);
-        if let Err(cause) = ended {
+        if let Err(cause) = ended
+            && failures.count()
+        {
             warn!(%cause, "no session shows that this relay lives: if it dies, its leases must expire");
         }
         sleep(INTERVAL).await;
@@ -95,14 +98,19 @@ pub(crate) async fn hold_lock(relay: RelayId, database: PgConnectOptions) {
 }
 
 /// Returns when the session has ended, does not answer, or no longer has the lock.
-async fn hold_once(relay: &RelayId, database: &PgConnectOptions) -> Result<(), sqlx::Error> {
-    let mut session = answered(database.connect()).await?;
+async fn hold_once(relay: &RelayId, database: &DatabaseUrl, failures: &Failures) -> Result<(), sqlx::Error> {
+    let connected = timeout(database.connect_limit(), database.connect()).await;
+    let mut session = connected.unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))?;
     answered(lock(&mut session, key(relay.id))).await?;
     while answered(has_lock(&mut session, key(relay.id))).await? {
         relay.holds_lock.store(true, Ordering::Relaxed);
+        failures.end();
         sleep(INTERVAL).await;
     }
-    Err(sqlx::Error::InvalidArgument("a pooler shares this session: connect the relay to the database itself".into()))
+    Err(sqlx::Error::InvalidArgument(
+        "a pooler shares this session, or its server can only read: name the database itself in --listen-database-url"
+            .into(),
+    ))
 }
 
 async fn answered<T>(answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
@@ -114,13 +122,15 @@ async fn lock(session: &mut PgConnection, key: i64) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// Whether this very session holds the lock. Behind a pooler, statements may run in any session.
+/// Whether this very session holds the lock, at a server that can be written to. Behind a pooler, statements may run in
+/// any session. After a failover the lock of the old server is worth nothing.
 async fn has_lock(session: &mut PgConnection, key: i64) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- relay: check that it holds its lock
         SELECT EXISTS (
             SELECT FROM pg_locks
             WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()
+              AND current_setting('transaction_read_only') = 'off'
               AND classid::bigint << 32 | objid::bigint = $1) AS "held!""#,
         key,
     )

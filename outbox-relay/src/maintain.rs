@@ -10,6 +10,7 @@ use tracing::{error, warn};
 
 use crate::{
     announce::{announce, withdraw},
+    failures::Failures,
     floor::Floor,
     lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
@@ -38,6 +39,7 @@ pub(crate) struct Maintenance {
     pub(crate) poll: Duration,
     /// The longest time for which this relay hides a row.
     pub(crate) longest_hidden: Duration,
+    pub(crate) failures: Failures,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -59,7 +61,7 @@ impl Maintenance {
     pub(crate) async fn run(mut self) -> Result<(), RunError> {
         let shutdown = self.shutdown.clone();
         let ended = shutdown.run_until_cancelled(self.maintain()).await;
-        report("withdraw from outbox_routes", withdraw(&self.database, self.relay.uuid(), None).await);
+        self.report("withdraw from outbox_routes", withdraw(&self.database, self.relay.uuid(), None).await);
         ended.map_or(Ok(()), |subscription| {
             Err(RunError::Unusable(format!(
                 "subscription {subscription} has ended (`outbox-relay unsubscribe`), and this relay has no other"
@@ -79,15 +81,15 @@ impl Maintenance {
                     if parked.as_ref().is_err_and(is_cut_off) {
                         parking.reset_after(PARK_PAUSE);
                     }
-                    report("park successors", parked);
+                    self.report("park successors", parked);
                 }
                 _ = announcing.tick() => {
                     let routes: Vec<_> = self.served.iter().map(|served| served.route.clone()).collect();
                     let announced = announce(&self.database, &self.relay, &routes, self.longest_hidden).await;
-                    report("announce routes", announced);
-                    report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
+                    self.report("announce routes", announced);
+                    self.report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
                     let adopted = adopt_unrouted(&self.database, Unrouted::Newest).await;
-                    report("look for events that a new subscription takes", adopted.map(drop));
+                    self.report("look for events that a new subscription takes", adopted.map(drop));
                     if let Some(last) = self.end_routes().await {
                         return last;
                     }
@@ -96,7 +98,7 @@ impl Maintenance {
                     // The next piece comes after what is due meanwhile: this relay must report that it lives.
                     Ok(true) => tidying.reset_after(UNROUTED_PAUSE),
                     Ok(false) => {}
-                    Err(cause) => report("look for events without a subscription", Err(cause)),
+                    Err(cause) => self.report("look for events without a subscription", Err(cause)),
                 },
                 _ = unhiding.tick() => match unhide(&self.database, self.longest_hidden).await {
                     Ok(0) => {}
@@ -108,9 +110,18 @@ impl Maintenance {
                         // There may be more.
                         unhiding.reset_immediately();
                     }
-                    Err(cause) => report("free events that a wrong clock has hidden", Err(cause)),
+                    Err(cause) => self.report("free events that a wrong clock has hidden", Err(cause)),
                 },
             }
+        }
+    }
+
+    /// In an outage all of it fails, once a second or more often.
+    fn report(&self, what: &str, outcome: Result<(), sqlx::Error>) {
+        match outcome {
+            Ok(()) => _ = self.failures.end(),
+            Err(cause) if self.failures.count() => warn!(%cause, "cannot {what}"),
+            Err(_) => {}
         }
     }
 
@@ -135,7 +146,7 @@ impl Maintenance {
         let there = match self.database.run(|connection| Box::pin(read_subscriptions(connection))).await {
             Ok(there) => there,
             Err(cause) => {
-                report("read the subscriptions", Err(cause));
+                self.report("read the subscriptions", Err(cause));
                 return None;
             }
         };
@@ -152,7 +163,7 @@ impl Maintenance {
             end.cancel();
             let name = subscription.name;
             let withdrawn = withdraw(&self.database, self.relay.uuid(), Some(name.clone())).await;
-            report("withdraw a route", withdrawn);
+            self.report("withdraw a route", withdrawn);
             last = Some(name);
         }
         last.filter(|_| self.served.is_empty())
@@ -173,12 +184,6 @@ fn every(period: Duration) -> Interval {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
-}
-
-fn report(what: &str, outcome: Result<(), sqlx::Error>) {
-    if let Err(cause) = outcome {
-        warn!(%cause, "cannot {what}");
-    }
 }
 
 struct UnroutedType {

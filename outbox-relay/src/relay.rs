@@ -1,16 +1,17 @@
 //! The loop: lease, deliver, settle.
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use chassis::{Database, RunError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     ahead::Ahead,
     deliver::Receiver,
     delivery::{Delivery, Failed},
+    failures::Failures,
     fate::Fate,
     floor::RESCAN_INTERVAL,
     isolate::{Before, Call, Conclusion, Isolation, Step},
@@ -37,6 +38,8 @@ pub(crate) struct Worker {
     /// The latest begin of a delivery on its connection of which the receiver took an event.
     pub(crate) taken: Option<Instant>,
     pub(crate) ahead: Ahead,
+    /// Of all workers.
+    pub(crate) lease_failures: Arc<Failures>,
     /// Stops leasing.
     pub(crate) shutdown: CancellationToken,
     /// Cancels the deliveries in flight.
@@ -138,14 +141,20 @@ impl Worker {
         // A route that is open, or probed, has described itself.
         let Some(max_age) = self.route.max_age() else { return BatchOutcome::Interrupted };
         let scope = Scope { limit, max_age };
-        let mut lease = match lease(&self.database, &self.lease_query, scope).await {
-            Ok(Some(lease)) => lease,
-            Ok(None) => return BatchOutcome::Completed(Completed::default()),
+        let lease = match lease(&self.database, &self.lease_query, scope).await {
+            Ok(lease) => lease,
             Err(cause) => {
-                error!(%cause, "cannot lease");
+                if self.lease_failures.count() {
+                    error!(%cause, "cannot lease; trying again about twice a second, as each worker of this relay does");
+                }
                 return BatchOutcome::LeaseFailed;
             }
         };
+        let failures = self.lease_failures.end();
+        if failures > 0 {
+            info!(failures, "leasing again");
+        }
+        let Some(mut lease) = lease else { return BatchOutcome::Completed(Completed::default()) };
         if probe.is_none() && lease.is_full {
             self.wake.wake_any();
         }

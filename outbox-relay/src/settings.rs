@@ -16,6 +16,11 @@ pub struct Settings {
     /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
+    /// The database itself, if a pooler that shares sessions stands before it: for the two sessions that have to be this
+    /// relay's own. One listens to notifications, one shows that the relay lives. Without it, new events are polled for
+    /// ten times a second, and what a dead relay had leased waits until its leases expire.
+    #[arg(long, env = "RELAY_LISTEN_DATABASE_URL", hide_env_values = true)]
+    pub listen_database_url: Option<DatabaseUrl>,
     /// Receiver of a subscription, as NAME=URL, such as inventory=http://host:50052. Repeat the flag for more
     /// subscriptions: each has its own queue. `outbox-relay subscribe` makes a subscription.
     #[arg(long = "route", env = "RELAY_ROUTES", value_name = "NAME=URL", value_delimiter = ',', required = true)]

@@ -2,9 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use sqlx::postgres::PgConnectOptions;
+use chassis::DatabaseUrl;
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
+
+/// The poll interval without notifications.
+const POLL_ONLY: Duration = Duration::from_millis(100);
 
 /// The idle workers of a route wait on this. Clones share it.
 #[derive(Clone, Debug)]
@@ -13,24 +16,31 @@ pub(crate) struct Wake {
     notified: Arc<Notify>,
     /// Every idle worker waits on this.
     any: Arc<Notify>,
+    /// Whether notifications are heard.
+    hears: bool,
     shutdown: CancellationToken,
 }
 
 impl Wake {
-    /// Listens until `shutdown`, on one connection for all of the `routes`. A notification does not name a route, so it
-    /// wakes one worker of each.
-    pub(crate) fn listen(database: PgConnectOptions, shutdown: &CancellationToken, routes: usize) -> Vec<Self> {
-        let wake = || Self { notified: Arc::default(), any: Arc::default(), shutdown: shutdown.clone() };
+    /// Listens until `shutdown`, in one session for all of the `routes`. A notification does not name a route, so it
+    /// wakes one worker of each. Without a session nothing is heard.
+    pub(crate) fn listen(own_session: Option<DatabaseUrl>, shutdown: &CancellationToken, routes: usize) -> Vec<Self> {
+        let hears = own_session.is_some();
+        let wake = || Self { notified: Arc::default(), any: Arc::default(), hears, shutdown: shutdown.clone() };
         let wakes: Vec<_> = (0..routes).map(|_| wake()).collect();
         let (to_wake, cancelled) = (wakes.clone(), shutdown.clone());
-        let listening = outbox::listen(database, outbox::CHANNEL, move || to_wake.iter().for_each(Self::wake_notified));
-        tokio::spawn(async move { cancelled.run_until_cancelled(listening).await });
+        if let Some(url) = own_session {
+            let wake_all = move || to_wake.iter().for_each(Self::wake_notified);
+            let listening = outbox::listen(url, outbox::CHANNEL, wake_all);
+            tokio::spawn(async move { cancelled.run_until_cancelled(listening).await });
+        }
         wakes
     }
 
     /// Waits for a notification, for [`Self::wake_any`], for at most `poll`, or for shutdown. A wake-up that came while
-    /// all workers were busy is not lost: the next wait returns at once.
+    /// all workers were busy is not lost: the next wait returns at once. Where no notification is heard, it waits less.
     pub(crate) async fn wait(&self, poll: Duration) {
+        let poll = if self.hears { poll } else { poll.min(POLL_ONLY) };
         tokio::select! {
             () = self.notified.notified() => {}
             () = self.wait_without_notifications(poll) => {}

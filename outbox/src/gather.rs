@@ -142,7 +142,7 @@ impl<H: Handler> Applier<H> {
     ) -> Result<Vec<EventResult>, sqlx::Error> {
         let (applier, events) = (self.clone(), events.clone());
         self.database
-            .run(move |connection| {
+            .write(move |connection| {
                 Box::pin(
                     async move { apply_batch(connection, &applier.handler, &events[range], applier.retention).await },
                 )

@@ -22,7 +22,7 @@ const LOCK: i64 = 0x6f75_7462_6f78;
 pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration, shutdown: CancellationToken) {
     let mut pruned = 0;
     while !shutdown.is_cancelled() {
-        match database.run(move |connection| Box::pin(prune(connection, retention))).await {
+        match database.write(move |connection| Box::pin(prune(connection, retention))).await {
             Ok(0) => {}
             Ok(batch) => {
                 pruned += batch;

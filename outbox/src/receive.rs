@@ -8,7 +8,6 @@ use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
-use sqlx::Connection;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding};
 
@@ -114,10 +113,10 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         Ok(Response::new(DeliverResponse { results }))
     }
 
-    /// Pings the database too: relays take an answer as the sign that a delivery can be applied.
+    /// Commits too: relays take an answer as the sign that a delivery can be applied.
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         let Applier { database, handler, refuse, retention } = &*self.applier;
-        let answers = database.run(|connection| Box::pin(connection.ping()));
+        let answers = database.write(|connection| Box::pin(chassis::confirm_seen(connection)));
         answers.await.map_err(|error| refuse.database(&error))?;
         let seconds = retention.as_secs().cast_signed();
         Ok(Response::new(DescribeResponse {

@@ -2,8 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use chassis::DatabaseUrl;
 use sqlx::{
-    ConnectOptions, PgConnection,
+    PgConnection,
     postgres::{PgConnectOptions, PgListener, PgPoolOptions},
 };
 use tokio::{
@@ -44,7 +45,7 @@ pub struct Notifier {
 impl Notifier {
     /// Starts the task that notifies. It connects when it is first needed, and ends with the last clone of this value.
     /// So calls that finish during a shutdown still notify, unless the process ends within a pause.
-    pub fn start(database: PgConnectOptions, channel: &'static str) -> Self {
+    pub fn start(database: DatabaseUrl, channel: &'static str) -> Self {
         let wanted = Arc::new(Notify::new());
         let task = tokio::spawn(notify_when_wanted(database, channel, wanted.clone()));
         Self { wanted, _task: Arc::new(AbortOnDropHandle::new(task)) }
@@ -57,12 +58,14 @@ impl Notifier {
     }
 }
 
-async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, wanted: Arc<Notify>) {
+async fn notify_when_wanted(database: DatabaseUrl, channel: &'static str, wanted: Arc<Notify>) {
     let mut connection = None;
     loop {
         // `Notify` stores one permit, so any number of requests during a round trip and a pause become one more.
         wanted.notified().await;
-        match timeout(NOTIFY_LIMIT, notify_on(connection.take(), &database, channel)).await {
+        // If there is no connection yet, it also connects.
+        let limit = if connection.is_some() { NOTIFY_LIMIT } else { NOTIFY_LIMIT + database.connect_limit() };
+        match timeout(limit, notify_on(connection.take(), &database, channel)).await {
             Ok(Ok(alive)) => {
                 connection = Some(alive);
                 sleep(NOTIFY_PAUSE).await;
@@ -73,10 +76,7 @@ async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, w
                 sleep(RECONNECT_PAUSE).await;
             }
             Err(_) => {
-                warn!(
-                    channel,
-                    "notification took over {NOTIFY_LIMIT:?}; listeners depend on polling until one succeeds"
-                );
+                warn!(channel, "notification took over {limit:?}; listeners depend on polling until one succeeds");
                 wanted.notify_one();
             }
         }
@@ -86,7 +86,7 @@ async fn notify_when_wanted(database: PgConnectOptions, channel: &'static str, w
 /// Returns the connection only if the notification succeeded: it may have broken since the last one.
 async fn notify_on(
     connection: Option<PgConnection>,
-    database: &PgConnectOptions,
+    database: &DatabaseUrl,
     channel: &str,
 ) -> Result<PgConnection, sqlx::Error> {
     let mut connection = match connection {
@@ -109,8 +109,9 @@ pub async fn notify(connection: &mut PgConnection, channel: &str) -> Result<(), 
 
 /// Calls `wake` for every notification of the channel, and whenever one may have been missed. It never returns.
 ///
-/// Callers poll as well, since a notification can be lost.
-pub async fn listen(database: PgConnectOptions, channel: &'static str, wake: impl Fn() + Send + Sync) {
+/// Callers poll as well, since a notification can be lost. The session has to be this process's own: through a pooler
+/// that shares sessions, LISTEN succeeds, hears nothing, and makes the server send notifications to others.
+pub async fn listen(database: DatabaseUrl, channel: &'static str, wake: impl Fn() + Send + Sync) {
     loop {
         if let Err(error) = listen_until_silence(&database, channel, &wake).await {
             warn!(%error, channel, "cannot listen for notifications; polling until it succeeds");
@@ -120,16 +121,11 @@ pub async fn listen(database: PgConnectOptions, channel: &'static str, wake: imp
 }
 
 async fn listen_until_silence(
-    database: &PgConnectOptions,
+    database: &DatabaseUrl,
     channel: &str,
     wake: &(impl Fn() + Send + Sync),
 ) -> Result<(), sqlx::Error> {
-    let pool =
-        PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_LIMIT).connect_lazy_with(database.clone());
-    let mut listener = PgListener::connect_with(&pool).await?;
-    timeout(CONNECT_LIMIT, listener.listen(channel))
-        .await
-        .map_err(|_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
+    let mut listener = database.first_host(|host| listen_at(host, channel)).await?;
     // Listen first, then wake once: the caller finds earlier commits now, and later ones are notified.
     wake();
     while let Ok(notification) = timeout(SILENCE_MAX, listener.try_recv()).await {
@@ -140,4 +136,14 @@ async fn listen_until_silence(
         wake();
     }
     Ok(())
+}
+
+/// Fails at a standby, where nobody can listen.
+async fn listen_at(host: PgConnectOptions, channel: &str) -> Result<PgListener, sqlx::Error> {
+    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_LIMIT).connect_lazy_with(host);
+    let mut listener = PgListener::connect_with(&pool).await?;
+    timeout(CONNECT_LIMIT, listener.listen(channel))
+        .await
+        .map_err(|_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
+    Ok(listener)
 }

@@ -54,7 +54,11 @@ pub(crate) struct Inventory {
 impl Inventory {
     /// Serves on a free port, and waits until health reports it.
     pub(crate) async fn serve(flags: &[&str]) -> Self {
-        let database = TestDatabase::create("inventory_owner", &MIGRATORS).await;
+        Self::serve_on(TestDatabase::create("inventory_owner", &MIGRATORS).await, flags).await
+    }
+
+    /// The same on a given database.
+    pub(crate) async fn serve_on(database: TestDatabase, flags: &[&str]) -> Self {
         let pool = database.pool().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -26,6 +26,7 @@ mod stale;
 mod concurrent_batches;
 
 mod failed_batch;
+mod failover;
 
 mod abandoned_calls;
 

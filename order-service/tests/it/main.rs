@@ -22,6 +22,7 @@ mod cancel_order;
 
 mod watch_order;
 
+mod failover;
 mod fuzz;
 
 mod get_order;
@@ -31,6 +32,7 @@ mod list_orders;
 mod wake_relays;
 
 mod outage;
+mod pooler;
 
 mod serve;
 

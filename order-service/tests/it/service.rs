@@ -34,6 +34,7 @@ const PATIENT: [&str; 2] = ["--database-acquire-ms", "8000"];
 const APART: [&str; 2] = ["--batches-at-once", "100"];
 
 #[derive(Parser)]
+#[command(args_override_self = true)]
 struct Cli {
     #[command(flatten)]
     settings: Settings,

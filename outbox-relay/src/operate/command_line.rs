@@ -452,10 +452,9 @@ impl Outbox {
 
     async fn connect(&self) -> Result<PgConnection, CommandError> {
         let failed = |why: String| CommandError::Connect { database: self.database_url.to_string(), why };
-        let options = self.database_url.options().application_name("outbox-relay operator");
-        // Options of the connection override those of the role.
-        let options = options.options([("statement_timeout", STATEMENT_LIMIT)]);
-        match timeout(CONNECT_LIMIT, PgConnection::connect_with(&options)).await {
+        let url = self.database_url.clone().with_application_name("outbox-relay operator");
+        let url = url.with_setting("statement_timeout", STATEMENT_LIMIT).with_setting("synchronous_commit", "off");
+        match timeout(CONNECT_LIMIT, url.connect()).await {
             Ok(connected) => connected.map_err(|cause| failed(cause.to_string())),
             Err(_) => Err(failed(format!("no answer within {CONNECT_LIMIT:?}"))),
         }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use chassis::WorkError;
 use outbox::EventId;
 use proto::relay::v1::OutboxPause;
 use sqlx::PgConnection;
@@ -32,6 +33,15 @@ pub(crate) enum OperateError {
     OlderVersion,
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+}
+
+impl WorkError for OperateError {
+    fn of_database(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Database(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 /// An event that the command does not apply to.

@@ -31,6 +31,7 @@ mod outage;
 mod park;
 mod pause;
 mod poison;
+mod pooler;
 mod refuse;
 mod relay_admin;
 mod requeue;

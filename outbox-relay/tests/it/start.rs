@@ -35,7 +35,7 @@ async fn it_waits_for_a_database_that_is_not_there_yet() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(3).await;
     let url: DatabaseUrl = outbox.relay_url().parse().unwrap();
-    let mut line = Line::to(url.options().get_host(), url.options().get_port()).await;
+    let mut line = Line::to(url.hosts()[0].get_host(), url.hosts()[0].get_port()).await;
     let url = format!("postgres://outbox_relay:outbox_relay@{}/{}", line.address, outbox.database.name());
     let receiver = Receiver::start(Reply::apply).await;
 

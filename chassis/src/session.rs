@@ -1,0 +1,155 @@
+//! Opens sessions of a database, tells them what work in them relies on, and asks whether they can write.
+
+use std::{io, time::Duration};
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
+use tokio::time::timeout;
+
+use crate::{DatabaseUrl, database_url::Told};
+
+/// How long a host may take, if it is the only one.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long one of several hosts may take, since another may be the one that can write.
+const HOST_LIMIT: Duration = Duration::from_secs(2);
+
+/// What every session relies on. A role, a database or a server may have other defaults.
+///
+/// - Statements are written for read committed. At a higher level they fail when others write, and callers of an order
+///   would see that.
+/// - `public` is where `migrate` makes the tables. A session that looks elsewhere first could find a stranger's.
+/// - A unit of work has a time limit of its own, and a lock that it waits for is part of it. PostgreSQL 17 and later
+///   have a limit for transactions.
+/// - A commit is on disk when it is acknowledged. Any level above `off` is left as it is.
+///
+/// What the URL itself says in `options` wins, even over the last.
+///
+/// sqlx itself sends the time zone (UTC), the format of dates and the encoding when a session starts.
+const EVERY_SESSION: [(&str, &str); 5] = [
+    ("default_transaction_isolation", "read committed"),
+    ("search_path", "public"),
+    ("lock_timeout", "0"),
+    ("transaction_timeout", "0"),
+    ("synchronous_commit", "on"),
+];
+
+impl DatabaseUrl {
+    /// Opens a session that can write, at the first host that offers one.
+    ///
+    /// # Errors
+    /// Those of the server; of several hosts, what each of them said.
+    pub async fn connect(&self) -> Result<PgConnection, sqlx::Error> {
+        self.first_host(|host| async move {
+            let connection = PgConnection::connect_with(&host).await?;
+            prepare(connection, &self.told).await
+        })
+        .await
+    }
+
+    /// How long [`Self::connect`] may take. It does not limit itself.
+    pub fn connect_limit(&self) -> Duration {
+        CONNECT_LIMIT.max(HOST_LIMIT * u32::try_from(self.hosts().len()).unwrap_or(u32::MAX))
+    }
+
+    /// Connects to the first host for which `connect` succeeds. The one that it succeeded for last comes first.
+    ///
+    /// # Errors
+    /// Those of `connect`; of several hosts, what each of them said.
+    pub async fn first_host<T, F>(&self, connect: impl Fn(PgConnectOptions) -> F) -> Result<T, sqlx::Error>
+    where
+        F: Future<Output = Result<T, sqlx::Error>>,
+    {
+        if let [host] = self.hosts() {
+            return connect(host.clone()).await;
+        }
+        let mut failed = Vec::new();
+        for (place, host) in self.hosts_from_last() {
+            let connected = timeout(HOST_LIMIT, connect(host.clone())).await;
+            match connected.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()))) {
+                Ok(connected) => {
+                    self.set_last(place);
+                    return Ok(connected);
+                }
+                Err(cause) => failed.push((host, cause)),
+            }
+        }
+        Err(of_all(failed))
+    }
+}
+
+/// One error for several hosts. If all of them refuse for good, so does this error.
+fn of_all(mut failed: Vec<(&PgConnectOptions, sqlx::Error)>) -> sqlx::Error {
+    if failed.iter().all(|(_, cause)| is_refused(cause)) {
+        return failed.swap_remove(0).1;
+    }
+    let said = |(host, cause): &(&PgConnectOptions, _)| format!("{}:{}: {cause}", host.get_host(), host.get_port());
+    let said: Vec<_> = failed.iter().map(said).collect();
+    sqlx::Error::Io(io::Error::other(said.join("; ")))
+}
+
+/// Whether the server refuses for good: the credentials (SQLSTATE class 28), or a database that does not exist.
+pub(crate) fn is_refused(error: &sqlx::Error) -> bool {
+    let for_good = |code: &str| code.starts_with("28") || code == "3D000";
+    matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| for_good(&code)))
+}
+
+/// Tells the session what it has to know, and refuses it if it can only read.
+///
+/// A session that can only read is of no use: after a failover the old server may still accept some, or a proxy may
+/// lead to a standby. A simple query does it all, in one round trip, and through any pooler.
+async fn prepare(mut connection: PgConnection, told: &Told) -> Result<PgConnection, sqlx::Error> {
+    let settings = match told {
+        Told::Settings(settings) => values(settings),
+        Told::Nothing => String::from("('', '')"),
+    };
+    // Names are constants, and values are quoted.
+    let prepare = AssertSqlSafe(format!(
+        "-- chassis: prepare session
+        SELECT current_setting('transaction_read_only') AS read_only,
+            (SELECT count(set_config(name, told.setting, false))
+             FROM pg_settings JOIN (VALUES {settings}) AS told (name, setting) USING (name)
+             WHERE source <> 'client'
+               AND NOT (name = 'synchronous_commit' AND told.setting = 'on' AND pg_settings.setting <> 'off'))"
+    ));
+    let row = sqlx::raw_sql(prepare).fetch_one(&mut connection).await?;
+    if row.try_get::<String, _>("read_only")? == "on" {
+        drop(timeout(HOST_LIMIT, connection.close()).await);
+        return Err(sqlx::Error::Io(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the server can only read")));
+    }
+    Ok(connection)
+}
+
+/// Makes sure that what this transaction has seen is as durable as its own writes: once its commit is acknowledged, or the
+/// statement if it is a transaction by itself. For whoever answers that earlier work is done, and writes nothing.
+///
+/// To see a commit is not enough. If a server crashes while a commit waits for a synchronous standby, it shows that
+/// commit after its restart. The standby may never have had it, and may take over later. A record in the log is behind
+/// everything that was seen, so what waits for this record waits for all of that.
+///
+/// # Errors
+/// Those of the database.
+pub async fn confirm_seen(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let confirm = "-- chassis: confirm what was seen
+        SELECT pg_logical_emit_message(true, 'outbox.seen', '')::text";
+    sqlx::query(confirm).execute(connection).await.map(drop)
+}
+
+/// The settings as rows. A setting of this URL replaces the one of every session.
+fn values(settings: &[(&'static str, String)]) -> String {
+    let of_url = settings.iter().map(|(name, value)| (*name, value.as_str()));
+    let replaced = |name| settings.iter().any(|(other, _)| *other == name);
+    let all = EVERY_SESSION.into_iter().filter(|(name, _)| !replaced(*name)).chain(of_url);
+    let rows: Vec<_> = all.map(|(name, value)| format!("('{name}', '{}')", value.replace('\'', "''"))).collect();
+    rows.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::values;
+
+    #[test]
+    fn a_setting_of_the_url_replaces_that_of_every_session_and_is_quoted() {
+        let rows = values(&[("synchronous_commit", "off".into()), ("application_name", "it's".into())]);
+        assert!(rows.contains("('synchronous_commit', 'off')") && !rows.contains("('synchronous_commit', 'on')"));
+        assert!(rows.contains("('application_name', 'it''s')") && rows.contains("('lock_timeout', '0')"));
+    }
+}
