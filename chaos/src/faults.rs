@@ -61,6 +61,17 @@ pub(super) enum Fault {
     },
     Overload,
     RollingRestart,
+    /// A database server can only be read: old sessions, or new ones as well.
+    ReadOnly {
+        part: Part,
+        new_sessions: bool,
+        lasts: Duration,
+    },
+    /// The commits of a database server wait for a synchronous standby.
+    StandbyAway {
+        part: Part,
+        lasts: Duration,
+    },
     /// A receiver is stood in for, on the way from every relay.
     StandIn {
         receiver: Part,
@@ -97,7 +108,7 @@ pub(super) enum ReceiverFault {
 }
 
 /// The classes in the order of their numbers, which begin with 1.
-pub(super) const CLASSES: [&str; 24] = [
+pub(super) const CLASSES: [&str; 26] = [
     "a process killed",
     "a crash at a named point",
     "PostgreSQL crashed, a backend killed, or sessions terminated",
@@ -121,10 +132,12 @@ pub(super) const CLASSES: [&str; 24] = [
     "a receiver that answers every call DEADLINE_EXCEEDED",
     "a proxy that answers for a receiver with a page of HTML",
     "a receiver whose answers have no gRPC status",
+    "a server that can only be read, as after a failover",
+    "a synchronous standby that is away",
     "two to four of these at the same time",
 ];
 /// Number of the class for faults at the same time.
-pub(super) const TOGETHER: usize = 24;
+pub(super) const TOGETHER: usize = 26;
 
 impl Fault {
     /// From 1.
@@ -155,6 +168,8 @@ impl Fault {
                 Answer::Page(_) => 22,
                 Answer::NoStatus => 23,
             },
+            Self::ReadOnly { .. } => 24,
+            Self::StandbyAway { .. } => 25,
         }
     }
 
@@ -178,6 +193,8 @@ impl Fault {
                 | Self::WrongClock { .. }
                 | Self::StopPastLease(_)
                 | Self::DeliverAgain
+                | Self::ReadOnly { .. }
+                | Self::StandbyAway { .. }
         )
     }
 
@@ -212,11 +229,16 @@ impl Fault {
             17 => Self::Garbage { part, seed: rng.u64(..) },
             18 => Self::Overload,
             19 => Self::RollingRestart,
+            24 => Self::ReadOnly { part: any(rng, &[Part::Orders, Part::Inventory]), new_sessions: rng.bool(), lasts },
+            // Longer than a unit of work may take.
+            25 => Self::StandbyAway { part: any(rng, &[Part::Orders, Part::Inventory]), lasts: lasts + WORK_LIMIT },
             _ => Self::StandIn { receiver: service, stand_in: draw_stand_in(class, rng), lasts: lasts.mul_f64(1.5) },
         }
     }
 }
 
+/// Longer than a unit of work of any process.
+const WORK_LIMIT: Duration = Duration::from_secs(5);
 /// Links that a fault can break: each process to its database, each relay to its receivers, clients to each service.
 const LINKS: usize = Part::ALL.len() + Route::ALL.len() + Part::SERVICES.len();
 

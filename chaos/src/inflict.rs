@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use sqlx::{Connection, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
@@ -69,6 +69,8 @@ pub(super) async fn inflict(world: &Arc<World>, fault: &Fault) -> Result<bool> {
         Fault::Garbage { part, seed } => send_garbage(world, *part, *seed).await,
         Fault::Overload => Ok(callers::overload(world).await),
         Fault::RollingRestart => restart_each(world).await,
+        Fault::ReadOnly { part, new_sessions, lasts } => make_read_only(world, *part, *new_sessions, *lasts).await,
+        Fault::StandbyAway { part, lasts } => take_standby_away(world, *part, *lasts).await,
         Fault::StandIn { receiver, stand_in, lasts } => Ok(stand_in_for(world, *receiver, *stand_in, *lasts).await),
     }
 }
@@ -279,6 +281,57 @@ async fn terminate_sessions(connection: &mut PgConnection) -> Result<i64> {
         WHERE usename IN ('order_service', 'inventory_service', 'loyalty_service', 'outbox_relay')",
     );
     Ok(ended.fetch_one(connection).await?)
+}
+
+/// Makes the sessions of a server read-only; those that begin from now on only if `new_sessions` is set. Returns whether a
+/// statement was refused for it.
+async fn make_read_only(world: &World, part: Part, new_sessions: bool, lasts: Duration) -> Result<bool> {
+    let log = world.site.cluster(part).lock().await.log();
+    let before = count_in(&log, READ_ONLY)?;
+    let mut superuser = world.site.connect(part).await?;
+    // The settings of roles beat those of the server. A session has them from its beginning.
+    let of_roles =
+        if new_sessions { "RESET default_transaction_read_only" } else { "SET default_transaction_read_only = off" };
+    execute(&mut superuser, "SET default_transaction_read_only = off").await?;
+    execute(&mut superuser, &format!("ALTER ROLE ALL {of_roles}")).await?;
+    set_server(&mut superuser, "default_transaction_read_only = on").await?;
+    sleep(lasts).await;
+    set_server(&mut superuser, "default_transaction_read_only = off").await?;
+    execute(&mut superuser, "ALTER ROLE ALL RESET default_transaction_read_only").await?;
+    Ok(count_in(&log, READ_ONLY)? > before)
+}
+
+/// What PostgreSQL says of a statement that writes in such a session.
+const READ_ONLY: &str = "in a read-only transaction";
+
+/// Makes commits wait for a standby that does not exist. Returns whether one waited.
+async fn take_standby_away(world: &World, part: Part, lasts: Duration) -> Result<bool> {
+    for other in Part::ALL {
+        world.disturb(other, lasts);
+    }
+    let mut superuser = world.site.connect(part).await?;
+    set_server(&mut superuser, "synchronous_standby_names = 'nobody'").await?;
+    sleep(lasts).await;
+    let waiting: i64 = sqlx::query_scalar(
+        "-- chaos: count commits that wait for a standby
+        SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query NOT LIKE '-- chassis%'",
+    )
+    .fetch_one(&mut superuser)
+    .await?;
+    set_server(&mut superuser, "synchronous_standby_names = ''").await?;
+    Ok(waiting > 0)
+}
+
+async fn set_server(superuser: &mut PgConnection, setting: &str) -> Result<()> {
+    execute(superuser, &format!("ALTER SYSTEM SET {setting}")).await?;
+    execute(superuser, "SELECT pg_reload_conf()").await
+}
+
+/// Outside a transaction, and without a plan.
+async fn execute(superuser: &mut PgConnection, statement: &str) -> Result<()> {
+    // Statements of this file, with nothing from outside.
+    sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(superuser).await?;
+    Ok(())
 }
 
 async fn fill_disk(world: &World, lasts: Duration) -> Result<bool> {
