@@ -28,7 +28,8 @@ const DIRECTORY_PREFIX: &str = "target/postgres-";
 ///
 /// Creates this project's roles, sets POSTGRES_URL to the superuser's URL, and exits with the command's exit code. If
 /// POSTGRES_URL is set already, that server is used. Otherwise a private server is started on a free port, and deleted
-/// afterwards. The private server does not wait for the disk, so do not measure with it.
+/// afterwards. POSTGRES_BIN names the directory of its programs, if not those found first are wanted. The private server does
+/// not wait for the disk, so do not measure with it.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Superuser's URL of an existing server, instead of a private one
@@ -60,7 +61,13 @@ async fn prepare(url: Option<&str>) -> Result<(Server, Option<Cluster>)> {
     let (server, cluster) =
         postgres::provide(url, Options { directory, port: None, keep: false, durable: false, settings: Vec::new() })
             .await?;
-    if cluster.is_some() {
+    if let Some(cluster) = &cluster {
+        let installation = cluster.installation();
+        eprintln!(
+            "a private server of PostgreSQL {} from {}",
+            installation.major(),
+            installation.directory().display()
+        );
         postgres::remove_abandoned(Path::new(DIRECTORY_PREFIX)).await?;
     }
     bootstrap(&server).await?;

@@ -1,7 +1,7 @@
 //! A PostgreSQL server: the one of `POSTGRES_URL`, or a private cluster.
 //!
-//! A private cluster runs the PostgreSQL binaries of this machine ([`find()`]), which apt installs if it can. It has a
-//! directory of its own and listens on 127.0.0.1 only. For root it runs as an unprivileged user. It ends with its harness:
+//! A private cluster runs the PostgreSQL binaries of this machine ([`find()`]), which apt installs if it can. POSTGRES_BIN
+//! names others. It has a directory of its own and listens on 127.0.0.1 only. For root it runs as an unprivileged user. It ends with its harness:
 //! if a killed harness left one behind, the next start in the same directory stops it.
 
 mod server;
@@ -35,9 +35,9 @@ pub async fn provide(url: Option<&str>, options: Options) -> Result<(Server, Opt
 
 /// Whether a test of a private cluster can run: this machine has the programs, and POSTGRES_URL is set. Without the variable
 /// [`TestDatabase::create`](crate::TestDatabase::create), called by another test, ends the whole process at any moment. That
-/// would leave the cluster behind.
+/// would leave the cluster behind. If POSTGRES_BIN is wrong, the test runs, and fails with the reason.
 pub fn can_test_clusters() -> bool {
-    env::var_os("POSTGRES_URL").is_some_and(|url| !url.is_empty()) && find().is_ok()
+    env::var_os("POSTGRES_URL").is_some_and(|url| !url.is_empty()) && (find::is_named() || find().is_ok())
 }
 
 /// Stops and deletes the clusters of killed runs in directories whose path begins with `prefix`. Leaves those in use.

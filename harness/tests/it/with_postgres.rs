@@ -1,5 +1,6 @@
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Output},
     time::{Duration, Instant},
@@ -8,7 +9,7 @@ use std::{
 use rustix::process::Signal;
 use testkit::{
     Scratch,
-    postgres::{Cluster, Options, can_test_clusters},
+    postgres::{Cluster, Options, can_test_clusters, find},
     processes::Process,
 };
 
@@ -62,6 +63,55 @@ fn an_existing_server_that_does_not_answer_is_named_without_its_password() {
 fn without_a_command_the_usage_is_wrong() {
     let status = Command::new(env!("CARGO_BIN_EXE_harness")).arg("with-postgres").output().unwrap().status;
     assert_eq!(status.code(), Some(2));
+}
+
+/// Writes programs that do what those in `real` do, except that the server claims to be of another version.
+fn claim_version(directory: &Path, real: &Path, version: &str) {
+    fs::create_dir_all(directory).unwrap();
+    for program in ["initdb", "pg_ctl", "postgres"] {
+        let claim = format!("[ \"$1\" = --version ] && exec echo 'postgres (PostgreSQL) {version}'");
+        let claim = if program == "postgres" { claim.as_str() } else { "" };
+        let script = format!("#!/bin/sh\n{claim}\nexec '{}' \"$@\"\n", real.join(program).display());
+        let path = directory.join(program);
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+fn with_programs_in(directory: &Path) -> Output {
+    let mut harness = Command::new(env!("CARGO_BIN_EXE_harness"));
+    harness.args(["with-postgres", "--", "true"]).env("POSTGRES_BIN", directory).env_remove("POSTGRES_URL");
+    harness.current_dir(directory.parent().unwrap()).output().unwrap()
+}
+
+#[test]
+fn the_programs_that_postgres_bin_names_run_the_server() {
+    if !can_test_clusters() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let directory = scratch.join("bin");
+    claim_version(&directory, find().unwrap().directory(), "99.1");
+    let output = with_programs_in(&directory);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains(&format!("PostgreSQL 99 from {}", directory.display())), "{said}");
+}
+
+#[test]
+fn no_other_programs_are_used_instead_of_those_that_postgres_bin_names() {
+    let scratch = Scratch::new();
+    let directory = scratch.join("bin");
+    let refusal = |reason: &str| {
+        let output = with_programs_in(&directory);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.starts_with("error: ") && said.contains(reason), "{said}");
+        assert_eq!(clusters(&scratch), 0);
+    };
+    refusal(&format!("POSTGRES_BIN is {}, and that is no", directory.display()));
+    claim_version(&directory, Path::new("/nowhere"), "13.23");
+    refusal(&format!("PostgreSQL 13 in {}, which POSTGRES_BIN names, is too old", directory.display()));
 }
 
 /// A harness that runs a command without end.

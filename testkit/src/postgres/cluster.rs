@@ -158,7 +158,7 @@ async fn initialise(installation: &Installation, home: &Home, durable: bool) -> 
         let version = version.trim();
         ensure!(
             version == installation.major().to_string(),
-            "{} is of PostgreSQL {version}, and the programs found are of {}: delete it, or put initdb of {version} first in PATH",
+            "{} is of PostgreSQL {version}, and the programs found are of {}: delete it, or name the directory of {version} in POSTGRES_BIN",
             data.display(),
             installation.major()
         );

@@ -6,14 +6,17 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 /// PostgreSQL maintains no older version.
 const OLDEST_MAJOR: u32 = 14;
 
 const PROGRAMS: [&str; 3] = ["initdb", "postgres", "pg_ctl"];
 
-pub(super) const WAYS_OUT: &str = "install the package `postgresql`, or put initdb in PATH, \
+/// The environment variable that names the directory of the programs. It is how to choose among several versions.
+const NAMED_BY: &str = "POSTGRES_BIN";
+
+pub(super) const WAYS_OUT: &str = "install the package `postgresql`, or name the directory of initdb in POSTGRES_BIN, \
                         or set POSTGRES_URL to a superuser's URL of an existing server";
 
 /// A directory that holds `initdb`, `postgres` and `pg_ctl`, and their major version.
@@ -24,17 +27,24 @@ pub struct Installation {
 }
 
 impl Installation {
+    /// Where its programs are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The path of one of its programs.
     pub fn program(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    /// The path of a client program of the same version. The directory may hold only links to the server's programs; then
-    /// the clients are beside the files they lead to.
+    /// The path of a client program, of the same version if possible. The directory may hold only links to the server's
+    /// programs; then the clients are beside the files they lead to. Small builds have no clients at all. Then those of
+    /// another installation do: clients speak to servers of other versions.
     pub fn client(&self, name: &str) -> PathBuf {
         let server = fs::canonicalize(self.program("postgres")).unwrap_or_default();
-        let beside_server = server.with_file_name(name);
-        if beside_server.is_file() { beside_server } else { self.program(name) }
+        let own = [server.with_file_name(name), self.program(name)];
+        let others = candidates().map(|directory| directory.join(name));
+        own.into_iter().chain(others).find(|client| client.is_file()).unwrap_or_else(|| self.program(name))
     }
 
     /// The major version, such as 17.
@@ -43,8 +53,48 @@ impl Installation {
     }
 }
 
-/// The first installation that is new enough, from PATH, `pg_config`, Debian (newest first) or Homebrew.
+/// The installation that POSTGRES_BIN names. Without the variable, the first one that is new enough, from PATH, `pg_config`,
+/// Debian (newest first) or Homebrew.
 pub fn find() -> Result<Installation> {
+    match named_directory() {
+        Some(directory) => take_named(&directory),
+        None => take_first(),
+    }
+}
+
+/// Whether there is something to take: a directory that is named, or any version, even an old one.
+pub(super) fn is_installed() -> bool {
+    is_named() || candidates().any(|directory| inspect(&directory).is_some())
+}
+
+/// Whether POSTGRES_BIN names a directory, be it right or wrong.
+pub(super) fn is_named() -> bool {
+    named_directory().is_some()
+}
+
+fn named_directory() -> Option<PathBuf> {
+    // make and compose files pass an empty variable for one that is not set.
+    env::var_os(NAMED_BY).filter(|directory| !directory.is_empty()).map(PathBuf::from)
+}
+
+/// Never another one instead: whoever names a version wants to know about that version.
+fn take_named(directory: &Path) -> Result<Installation> {
+    let Some(installation) = inspect(directory) else {
+        bail!(
+            "{NAMED_BY} is {}, and that is no absolute path of a directory whose initdb, postgres and pg_ctl run here",
+            directory.display()
+        );
+    };
+    ensure!(
+        installation.major >= OLDEST_MAJOR,
+        "PostgreSQL {} in {}, which {NAMED_BY} names, is too old; version {OLDEST_MAJOR} or newer is needed",
+        installation.major,
+        directory.display()
+    );
+    Ok(installation)
+}
+
+fn take_first() -> Result<Installation> {
     let found: Vec<Installation> = candidates().filter_map(|directory| inspect(&directory)).collect();
     match found.iter().find(|installation| installation.major >= OLDEST_MAJOR) {
         Some(installation) => Ok(installation.clone()),
@@ -57,11 +107,6 @@ pub fn find() -> Result<Installation> {
             None => bail!("PostgreSQL is not installed: {WAYS_OUT}"),
         },
     }
-}
-
-/// Whether any version is installed.
-pub(super) fn is_installed() -> bool {
-    candidates().any(|directory| inspect(&directory).is_some())
 }
 
 fn candidates() -> impl Iterator<Item = PathBuf> {
