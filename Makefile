@@ -1,7 +1,7 @@
 # Everything here sets up what it needs by itself; POSTGRES_URL (a superuser's URL) uses an existing server instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up bench bench-soak chaos test broken-variants prepare ci
+.PHONY: help demo up bench bench-soak chaos test test-all-postgres broken-variants prepare ci
 
 help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after a first build of some minutes)'
@@ -11,6 +11,8 @@ help:
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
 	@echo 'make chaos       break it in every way known for four minutes, and check that nothing is lost or applied twice'
 	@echo 'make test        every test, each with a database of its own'
+	@echo '                 (make test POSTGRES=14 installs PostgreSQL 14 for it, if need be; so for 15, 16, 17 and 18)'
+	@echo 'make test-all-postgres  every test on each of these five versions: half an hour'
 	@echo 'make broken-variants  whether harness chaos finds ten ways to break the pattern: half an hour (more the first time)'
 	@echo 'make prepare     renew the data that SQL is checked against at compile time, after changing SQL'
 	@echo 'make ci          all that a change has to pass'
@@ -37,10 +39,17 @@ chaos: release
 
 # The tests bring all binaries with them, the harness that lends them a server among them. They wait (for leases to expire,
 # for back-offs) more than they work, so more of them run at once than there are cores.
-test: export RUST_TEST_THREADS ?= 6
+test test-all-postgres: export RUST_TEST_THREADS ?= 6
 test:
+ifdef POSTGRES
+	.ci/test-postgres $(POSTGRES)
+else
 	cargo test --workspace --locked --no-run
 	target/debug/harness with-postgres -- cargo test --workspace --locked
+endif
+
+test-all-postgres:
+	.ci/test-postgres 14 15 16 17 18
 
 broken-variants:
 	.ci/broken-variants
