@@ -111,7 +111,7 @@ async fn check_role(client: &mut PgConnection, is_durable: bool) -> Result<(), S
     if isolation != "read committed" {
         wrong.push(format!("ALTER ROLE {role} SET default_transaction_isolation = 'read committed'"));
     }
-    if schema != "public" {
+    if schema.is_empty() {
         wrong.push(format!("ALTER ROLE {role} SET search_path = public"));
     }
     if is_durable && commit == "off" {

@@ -16,7 +16,8 @@ const HOST_LIMIT: Duration = Duration::from_secs(2);
 ///
 /// - Statements are written for read committed. At a higher level they fail when others write, and callers of an order
 ///   would see that.
-/// - `public` is where `migrate` makes the tables. A session that looks elsewhere first could find a stranger's.
+/// - `migrate` makes the tables in the first schema of the path that exists. The path then ends there: a session that
+///   looks elsewhere too could find a stranger's tables.
 /// - A unit of work has a time limit of its own, and a lock that it waits for is part of it. PostgreSQL 17 and later
 ///   have a limit for transactions.
 /// - A commit is on disk when it is acknowledged. Any level above `off` is left as it is.
@@ -105,7 +106,8 @@ async fn prepare(mut connection: PgConnection, told: &Told) -> Result<PgConnecti
     let prepare = AssertSqlSafe(format!(
         "-- chassis: prepare session
         SELECT current_setting('transaction_read_only') AS read_only,
-            (SELECT count(set_config(name, told.setting, false))
+            (SELECT count(set_config(name, CASE name
+                WHEN 'search_path' THEN coalesce(quote_ident(current_schema()), told.setting) ELSE told.setting END, false))
              FROM pg_settings JOIN (VALUES {settings}) AS told (name, setting) USING (name)
              WHERE source <> 'client'
                AND NOT (name = 'synchronous_commit' AND told.setting = 'on' AND pg_settings.setting <> 'off'))"

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, process::ExitCode};
 
 use anyhow::Context;
-use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal};
+use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use inventory_service::{MIGRATORS, Settings};
 
@@ -44,7 +44,9 @@ fn main() -> ExitCode {
         chassis::log_to_stdout();
         match command {
             Command::Serve(settings) => serve_until_signal(settings.listen, settings, inventory_service::run).await?,
-            Command::Migrate { database_url: url, how } => chassis::migrate(&url, &MIGRATORS, how.contract).await?,
+            Command::Migrate { database_url, how } => {
+                chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
+            }
             Command::Seed { database_url: url } => {
                 let added = inventory_service::seed(&url).await.with_context(|| format!("cannot seed {url}"))?;
                 tracing::info!("{added} SKUs added to {url}");

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal};
+use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use loyalty_service::{MIGRATORS, Settings};
 
@@ -33,7 +33,9 @@ fn main() -> ExitCode {
         chassis::log_to_stdout();
         match command {
             Command::Serve(settings) => serve_until_signal(settings.listen, settings, loyalty_service::run).await?,
-            Command::Migrate { database_url: url, how } => chassis::migrate(&url, &MIGRATORS, how.contract).await?,
+            Command::Migrate { database_url, how } => {
+                chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
+            }
             Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
         }
         anyhow::Ok(())

@@ -12,13 +12,13 @@ use crate::service::{ONE_ORDER, Service, eventually, order};
 const BINARY: &str = env!("CARGO_BIN_EXE_order-service");
 
 /// The binary with these arguments and an empty environment.
-fn order_service(arguments: &[&str]) -> Command {
+pub(crate) fn order_service(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command.args(arguments).env_clear().kill_on_drop(true);
     command
 }
 
-async fn run(arguments: &[&str]) -> Output {
+pub(crate) async fn run(arguments: &[&str]) -> Output {
     order_service(arguments).output().await.unwrap()
 }
 

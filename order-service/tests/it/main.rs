@@ -38,6 +38,8 @@ mod serve;
 
 mod migrate;
 
+mod migrate_under_load;
+
 mod command_line;
 
 mod describe;

@@ -1,4 +1,4 @@
-use chassis::{DatabaseUrl, RunError, SchemaError};
+use chassis::{DatabaseUrl, MigrateArguments, RunError, SchemaError};
 use order_service::MIGRATORS;
 use testkit::TestDatabase;
 use tokio::{net::TcpListener, time::timeout};
@@ -8,7 +8,7 @@ use crate::service::{LIMIT, ONE_ORDER, Service, order, settings};
 
 async fn migrate(database: &TestDatabase) {
     let url: DatabaseUrl = database.url_as("orders_owner").parse().unwrap();
-    chassis::migrate(&url, &MIGRATORS, false).await.unwrap();
+    chassis::migrate(&url, &MIGRATORS, &MigrateArguments::default(), &CancellationToken::new()).await.unwrap();
 }
 
 async fn serves(database: TestDatabase) {

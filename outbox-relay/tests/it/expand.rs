@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use chassis::DatabaseUrl;
+use chassis::{DatabaseUrl, MigrateArguments};
 use sqlx::{Connection, PgConnection, migrate::Migrator, types::time::OffsetDateTime};
 use testkit::TestDatabase;
 use tokio::{task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -152,7 +153,8 @@ async fn migrated_to(version: i64) -> Outbox {
 
 async fn migrate(outbox: &Outbox, contract: bool) {
     let url: DatabaseUrl = outbox.database.url_as("orders_owner").parse().unwrap();
-    chassis::migrate(&url, &[&outbox::MIGRATOR], contract).await.unwrap();
+    let how = MigrateArguments { contract, ..MigrateArguments::default() };
+    chassis::migrate(&url, &[&outbox::MIGRATOR], &how, &CancellationToken::new()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
