@@ -1,7 +1,7 @@
 //! Runs the whole system on one machine.
 //!
 //! The binary of the same name only reads the command line. Each subcommand has a module: [`up`], [`demo`], [`stress`],
-//! [`replay`], [`mod@audit`] and [`with_postgres`]. They share:
+//! [`replay`], [`mod@audit`], [`upgrade`] and [`with_postgres`]. They share:
 //!
 //! - [`system`]: PostgreSQL, the three services and the two relays as processes;
 //! - [`target`]: where a running system is;
@@ -15,4 +15,5 @@ pub mod stress;
 pub mod system;
 pub mod target;
 pub mod up;
+pub mod upgrade;
 pub mod with_postgres;

@@ -4,7 +4,7 @@ use std::{ffi::OsString, os::unix::process::CommandExt, process::ExitCode};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use harness::{audit, demo, replay, stress, up, with_postgres};
+use harness::{audit, demo, replay, stress, up, upgrade, with_postgres};
 use testkit::processes::binary;
 
 /// Run the whole system on one machine.
@@ -25,6 +25,7 @@ enum Command {
     Stress(stress::Arguments),
     Replay(replay::Arguments),
     Audit(audit::Arguments),
+    Upgrade(upgrade::Arguments),
     /// Measure the system against PostgreSQL and gRPC alone
     ///
     /// Runs the program `bench` beside this one with the same arguments.
@@ -73,6 +74,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Stress(arguments) => stress::run(arguments).await,
         Command::Replay(arguments) => replay::run(arguments).await,
         Command::Audit(arguments) => audit::run(arguments).await,
+        Command::Upgrade(arguments) => upgrade::run(arguments).await,
         Command::WithPostgres(arguments) => with_postgres::run(arguments).await,
         Command::Bench(_) | Command::Chaos(_) => unreachable!("these are programs of their own"),
     }

@@ -161,25 +161,29 @@ async fn place_until_done(
         }
         let started = Instant::now();
         let request = request(number);
-        let order = place_order(&mut client, &request, load.retry_for).await?;
-        check_reply(&request, &order)?;
+        let (order, _) = place_order(&mut client, &request, load.retry_for).await?;
         placed.push((order.order_id, started.elapsed()));
         bar.inc(1);
     }
 }
 
-/// Places one order. Retries the call, with the same request id, while the service is unavailable or overloaded.
-async fn place_order(
+/// Places one order, and checks the reply. Retries the call, with the same request id, while the service is unavailable or
+/// overloaded. Returns how often.
+pub(crate) async fn place_order(
     client: &mut OrderServiceClient<Channel>,
     content: &CreateOrderRequest,
     retry_for: Duration,
-) -> Result<Order> {
+) -> Result<(Order, u32)> {
     let started = Instant::now();
-    loop {
+    for retries in 0.. {
         let mut request = Request::new(content.clone());
         request.set_timeout(CALL_LIMIT);
         let status = match client.create_order(request).await {
-            Ok(order) => return Ok(order.into_inner()),
+            Ok(order) => {
+                let order = order.into_inner();
+                check_reply(content, &order)?;
+                return Ok((order, retries));
+            }
             Err(status) => status,
         };
         // A status with a source comes from a broken connection, not from the service, and its code means nothing.
@@ -190,9 +194,10 @@ async fn place_order(
         }
         sleep(RETRY_PAUSE).await;
     }
+    unreachable!("the loop ends by a return")
 }
 
-fn request(number: u32) -> CreateOrderRequest {
+pub(crate) fn request(number: u32) -> CreateOrderRequest {
     let item = |number: u32| OrderItem {
         sku: SKUS[number as usize % SKUS.len()].into(),
         quantity: 1 + (number % 3).cast_signed(),

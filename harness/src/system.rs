@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tokio::process::Command;
 
 use crate::target::{self, Databases, Target};
@@ -81,6 +81,8 @@ pub struct Layout {
     pub logs: PathBuf,
     /// More environment variables for each process.
     pub settings: Vec<(String, String)>,
+    /// Directory of the programs, if they are not those beside this one.
+    pub programs: Option<PathBuf>,
 }
 
 /// Where loyalty-service is.
@@ -133,6 +135,10 @@ impl Service {
         }
     }
 
+    fn owns_database(self) -> bool {
+        !matches!(self, Self::OrdersRelay | Self::InventoryRelay)
+    }
+
     /// The binary's name.
     fn binary(self) -> &'static str {
         match self {
@@ -175,6 +181,7 @@ impl Layout {
             loyalty: None,
             logs: logs.to_owned(),
             settings: Vec::new(),
+            programs: None,
         }
     }
 
@@ -229,28 +236,57 @@ impl Layout {
     /// # Errors
     /// If one of the commands fails; the error shows its output.
     pub async fn prepare(&self) -> Result<()> {
-        let orders = self.server.url_for("orders_owner", &self.orders);
-        let inventory = self.server.url_for("inventory_owner", &self.inventory);
-        self.run_once(Service::Orders, &MIGRATE, &orders).await?;
-        self.run_once(Service::Inventory, &MIGRATE, &inventory).await?;
+        for service in self.services().into_iter().filter(|service| service.owns_database()) {
+            self.start_migrate(service, &MIGRATE[1..])?.finish(MIGRATE[0]).await?;
+        }
+        self.subscribe_receivers().await?;
+        self.seed().await
+    }
+
+    /// Starts `migrate` of a service.
+    ///
+    /// # Errors
+    /// If the service has no database, or is not in this system.
+    pub fn start_migrate(&self, service: Service, flags: &[&str]) -> Result<Process> {
+        let url = match service {
+            Service::Orders => self.server.url_for("orders_owner", &self.orders),
+            Service::Inventory => self.server.url_for("inventory_owner", &self.inventory),
+            Service::Loyalty => self.server.url_for("loyalty_owner", &self.loyalty()?.database),
+            Service::OrdersRelay | Service::InventoryRelay => bail!("{} has no database", service.name()),
+        };
+        self.spawn_once(service, &[&MIGRATE[..1], flags].concat(), &url)
+    }
+
+    /// Subscribes each service to the events that it receives.
+    ///
+    /// # Errors
+    /// If one of the commands fails; the error shows its output.
+    pub async fn subscribe_receivers(&self) -> Result<()> {
         self.subscribe(Service::OrdersRelay, "inventory", "orders.v1.*").await?;
         self.subscribe(Service::InventoryRelay, "orders", "inventory.v1.*").await?;
-        if let Some(loyalty) = &self.loyalty {
-            let url = self.server.url_for("loyalty_owner", &loyalty.database);
-            self.run_once(Service::Loyalty, &MIGRATE, &url).await?;
+        if self.loyalty.is_some() {
             self.subscribe(Service::OrdersRelay, "loyalty", "orders.v1.*").await?;
         }
-        self.run_once(Service::Inventory, &["seed"], &inventory).await
+        Ok(())
+    }
+
+    /// Adds the demo stock.
+    ///
+    /// # Errors
+    /// If the command fails; the error shows its output.
+    pub async fn seed(&self) -> Result<()> {
+        let url = self.server.url_for("inventory_owner", &self.inventory);
+        self.spawn_once(Service::Inventory, &["seed"], &url)?.finish("seed").await
     }
 
     async fn subscribe(&self, relay: Service, name: &str, pattern: &str) -> Result<()> {
         self.operate(relay, &["subscribe", name, pattern, "--by", "harness"]).await.map(drop)
     }
 
-    async fn run_once(&self, service: Service, command: &[&str], url: &str) -> Result<()> {
+    fn spawn_once(&self, service: Service, command: &[&str], url: &str) -> Result<Process> {
         let variables =
             ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "LOYALTY_DATABASE_URL"].map(|name| (name, url));
-        self.spawn(service, command, &variables)?.finish(command[0]).await
+        self.spawn(service, command, &variables)
     }
 
     /// Starts a process and waits until it is healthy.
@@ -304,15 +340,19 @@ impl Layout {
     /// If the command fails; the error shows its message.
     pub async fn operate(&self, relay: Service, arguments: &[&str]) -> Result<String> {
         let database = if relay == Service::InventoryRelay { &self.inventory } else { &self.orders };
-        operate(&self.server.url_for("outbox_relay", database), arguments).await
+        operate_with(&self.program("outbox-relay")?, &self.server.url_for("outbox_relay", database), arguments).await
     }
 
     fn spawn(&self, service: Service, command: &[&str], environment: &[(&str, &str)]) -> Result<Process> {
         fs::create_dir_all(&self.logs).with_context(|| self.logs.display().to_string())?;
         let environment = environment.iter().copied();
         let settings = self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let program = binary(service.binary())?;
+        let program = self.program(service.binary())?;
         Process::spawn(service.name(), &program, command, environment.chain(settings), &self.log(service))
+    }
+
+    fn program(&self, name: &str) -> Result<PathBuf> {
+        self.programs.as_ref().map_or_else(|| binary(name), |directory| Ok(directory.join(name)))
     }
 
     /// The log file of a process.
@@ -348,7 +388,11 @@ fn on_loopback(port: u16) -> SocketAddr {
 /// # Errors
 /// If the command fails; the error shows its message.
 pub async fn operate(database_url: &str, arguments: &[&str]) -> Result<String> {
-    let mut command = Command::new(binary("outbox-relay")?);
+    operate_with(&binary("outbox-relay")?, database_url, arguments).await
+}
+
+async fn operate_with(program: &Path, database_url: &str, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(program);
     command.args(arguments).env("RELAY_DATABASE_URL", database_url);
     let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;
     let message = String::from_utf8_lossy(&output.stderr);

@@ -164,9 +164,11 @@ async fn watch(
                 if !blocking.is_empty() && blocking != said {
                     info!("migration {name} waits for {}", list(&blocking));
                 }
-                if !blocking.is_empty() && patience.is_over() && cancelled.is_none() {
+                let gives_up = !blocking.is_empty() && patience.is_over();
+                // Again if it was cancelled before: the first time, it may have been between two statements.
+                if gives_up || cancelled.is_some() {
                     cancel(observer, pid).await?;
-                    cancelled = Some(Cause::GaveUp);
+                    cancelled = cancelled.or(Some(Cause::GaveUp));
                 }
                 said = blocking;
             }
@@ -174,7 +176,7 @@ async fn watch(
     }
 }
 
-/// Between two statements it does nothing. Then the migration ends by itself, and the next one is not begun.
+/// It ends the statement that is executed at this moment, if there is one.
 async fn cancel(observer: &mut PgConnection, pid: i32) -> Result<(), sqlx::Error> {
     let cancel = sqlx::query("-- migrate: cancel\nSELECT pg_cancel_backend($1)").bind(pid);
     cancel.execute(observer).await.map(drop)
