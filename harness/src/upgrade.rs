@@ -112,7 +112,7 @@ async fn finish(mut migrate: Process) -> Result<()> {
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
-    unless_interrupted(async { upgrade(&arguments).await.map(|()| ExitCode::SUCCESS) }).await
+    unless_interrupted(Box::pin(async { upgrade(&arguments).await.map(|()| ExitCode::SUCCESS) })).await
 }
 
 async fn upgrade(arguments: &Arguments) -> Result<()> {
@@ -176,7 +176,7 @@ impl Running {
         version.migrate(flags).await?;
         let took = began.elapsed();
         self.load.gets_through().await?;
-        self.say(&format!("migrate {}of {} took {took:.1?}", flags.join(" ") + " ", version.name));
+        self.say(&format!("{} of {} took {took:.1?}", [&["migrate"], flags].concat().join(" "), version.name));
         Ok(())
     }
 

@@ -25,7 +25,11 @@ impl<'s> Patience<'s> {
             return Err(Cause::GaveUp);
         }
         let left = self.deadline.map_or(pause, |deadline| deadline.saturating_duration_since(Instant::now()));
-        self.unless_stopped(async { Ok(sleep(pause.min(left)).await) }).await
+        let sleeping = async {
+            sleep(pause.min(left)).await;
+            Ok(())
+        };
+        self.unless_stopped(sleeping).await
     }
 
     /// Does work that may be dropped when the signal comes.

@@ -5,6 +5,7 @@ use std::{pin::pin, time::Duration};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use sqlx::{
     Connection, Executor, PgConnection, Postgres, QueryBuilder,
+    error::DatabaseError,
     migrate::{self, Migrate, Migration},
 };
 use tokio::{
@@ -187,7 +188,7 @@ fn is_in_the_way(error: &migrate::MigrateError) -> bool {
     let (migrate::MigrateError::Execute(cause) | migrate::MigrateError::ExecuteMigration(cause, _)) = error else {
         return false;
     };
-    let code = cause.as_database_error().and_then(|error| error.code());
+    let code = cause.as_database_error().and_then(DatabaseError::code);
     code.is_some_and(|code| ["55P03", "40P01"].contains(&&*code))
 }
 
