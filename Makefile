@@ -1,7 +1,7 @@
 # Everything here sets up what it needs by itself; POSTGRES_URL (a superuser's URL) uses an existing server instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up bench bench-soak chaos test test-all-postgres broken-variants rolling-upgrade prepare ci
+.PHONY: help demo up bench bench-soak chaos test test-all-postgres broken-variants rolling-upgrade failover prepare ci
 
 help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after a first build of some minutes)'
@@ -10,6 +10,7 @@ help:
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
 	@echo 'make chaos       break it in every way known for four minutes, and check that nothing is lost or applied twice'
+	@echo 'make failover    have the databases fail over under load (needs patroni, etcd and haproxy): half an hour'
 	@echo 'make test        every test, each with a database of its own'
 	@echo '                 (make test POSTGRES=14 installs PostgreSQL 14 for it, if need be; so for 15, 16, 17 and 18)'
 	@echo 'make test-all-postgres  every test on each of these five versions: half an hour'
@@ -37,6 +38,10 @@ bench-soak: release
 
 chaos: release
 	@target/release/harness chaos
+
+failover: release
+	@target/release/harness failover --patroni
+	@target/release/harness failover --standby
 
 # The tests bring all binaries with them, the harness that lends them a server among them. They wait (for leases to expire,
 # for back-offs) more than they work, so more of them run at once than there are cores.

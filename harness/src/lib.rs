@@ -1,7 +1,7 @@
 //! Runs the whole system on one machine.
 //!
 //! The binary of the same name only reads the command line. Each subcommand has a module: [`up`], [`demo`], [`stress`],
-//! [`replay`], [`mod@audit`], [`upgrade`] and [`with_postgres`]. They share:
+//! [`failover`], [`replay`], [`mod@audit`], [`upgrade`] and [`with_postgres`]. They share:
 //!
 //! - [`system`]: PostgreSQL, the three services and the two relays as processes;
 //! - [`target`]: where a running system is;
@@ -9,6 +9,7 @@
 
 pub mod audit;
 pub mod demo;
+pub mod failover;
 pub mod interrupt;
 pub mod replay;
 pub mod stress;

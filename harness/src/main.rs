@@ -4,7 +4,7 @@ use std::{ffi::OsString, os::unix::process::CommandExt, process::ExitCode};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use harness::{audit, demo, replay, stress, up, upgrade, with_postgres};
+use harness::{audit, demo, failover, replay, stress, up, upgrade, with_postgres};
 use testkit::processes::binary;
 
 /// Run the whole system on one machine.
@@ -24,6 +24,7 @@ enum Command {
     Demo(demo::Arguments),
     Stress(stress::Arguments),
     Replay(replay::Arguments),
+    Failover(failover::Arguments),
     Audit(audit::Arguments),
     Upgrade(upgrade::Arguments),
     /// Measure the system against PostgreSQL and gRPC alone
@@ -73,6 +74,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo(arguments) => demo::run(arguments).await,
         Command::Stress(arguments) => stress::run(arguments).await,
         Command::Replay(arguments) => replay::run(arguments).await,
+        Command::Failover(arguments) => failover::run(arguments).await,
         Command::Audit(arguments) => audit::run(arguments).await,
         Command::Upgrade(arguments) => upgrade::run(arguments).await,
         Command::WithPostgres(arguments) => with_postgres::run(arguments).await,

@@ -197,6 +197,7 @@ pub(crate) async fn place_order(
     unreachable!("the loop ends by a return")
 }
 
+/// An order of two items whose stock does not run out.
 pub(crate) fn request(number: u32) -> CreateOrderRequest {
     let item = |number: u32| OrderItem {
         sku: SKUS[number as usize % SKUS.len()].into(),

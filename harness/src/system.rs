@@ -83,6 +83,9 @@ pub struct Layout {
     pub settings: Vec<(String, String)>,
     /// Directory of the programs, if they are not those beside this one.
     pub programs: Option<PathBuf>,
+    /// Where the processes look for the databases, as `host:port,host:port`: several servers, of which one can write.
+    /// If empty, they connect to [`Self::server`].
+    pub hosts: String,
 }
 
 /// Where loyalty-service is.
@@ -182,6 +185,7 @@ impl Layout {
             logs: logs.to_owned(),
             settings: Vec::new(),
             programs: None,
+            hosts: String::new(),
         }
     }
 
@@ -302,7 +306,7 @@ impl Layout {
             Service::OrdersRelay => ("outbox_relay", self.orders.as_str()),
             Service::InventoryRelay => ("outbox_relay", self.inventory.as_str()),
         };
-        let (url, listen) = (self.server.url_for(role, database), address.to_string());
+        let (url, listen) = (self.url_for(role, database), address.to_string());
         let source = if service == Service::InventoryRelay { Service::Inventory } else { Service::Orders };
         let routes = self.routes(service);
         let environment = [
@@ -320,6 +324,13 @@ impl Layout {
         let mut process = self.spawn(service, &["serve"], &environment)?;
         process.wait_healthy(address, HEALTHY_LIMIT).await?;
         Ok(process)
+    }
+
+    fn url_for(&self, role: &str, database: &str) -> String {
+        if self.hosts.is_empty() {
+            return self.server.url_for(role, database);
+        }
+        format!("postgres://{role}:{role}@{}/{database}?target_session_attrs=read-write", self.hosts)
     }
 
     /// The routes of a relay: the subscriptions that it delivers, each with its receiver.

@@ -20,6 +20,7 @@ use anyhow::Result;
 
 pub use cluster::{Cluster, FixedPort, Options};
 pub use find::{Installation, find};
+pub use home::Home;
 pub use install::try_to_install;
 pub use server::Server;
 

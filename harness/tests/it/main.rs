@@ -4,6 +4,7 @@
 mod site;
 
 mod command_line;
+mod failover;
 mod interleavings;
 mod plans;
 mod system;

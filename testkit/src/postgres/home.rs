@@ -28,7 +28,7 @@ const LOCK: &str = "lock";
 
 /// A directory that no other harness uses until this is dropped. Then it is deleted, unless `keep` is set.
 #[derive(Debug)]
-pub(super) struct Home {
+pub struct Home {
     directory: PathBuf,
     user: Option<User>,
     keep: bool,
@@ -46,7 +46,10 @@ struct User {
 
 impl Home {
     /// Creates the directory, or takes over that of an earlier run.
-    pub(super) fn open(directory: &Path, keep: bool) -> Result<Home> {
+    ///
+    /// # Errors
+    /// If another harness uses it, or the server's user cannot reach it.
+    pub fn open(directory: &Path, keep: bool) -> Result<Home> {
         let directory = std::path::absolute(directory)?;
         if !geteuid().is_root() {
             make(&directory, None)?;
@@ -55,6 +58,11 @@ impl Home {
         let user = unprivileged_user()?;
         let directory = make_reachable(directory, &user)?;
         Ok(Home { _lock: lock(&directory)?, directory, user: Some(user), keep })
+    }
+
+    /// Where it is: the directory asked for, or its stand-in if the server's user cannot reach that one.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     pub(super) fn data(&self) -> PathBuf {
@@ -71,7 +79,10 @@ impl Home {
     }
 
     /// Writes a file that only the server's user can read.
-    pub(super) fn write_secret(&self, name: &str, content: &str) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_secret(&self, name: &str, content: &str) -> Result<PathBuf> {
         // Nobody else can enter the directory, so nobody can read the file before its owner changes.
         let path = self.directory.join(name);
         fs::write(&path, content)?;
@@ -80,7 +91,7 @@ impl Home {
     }
 
     /// A command that runs as the server's user, in this directory: that user may not enter the current one.
-    pub(super) fn command(&self, program: &Path) -> Command {
+    pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.current_dir(&self.directory).stdin(Stdio::null()).env("LC_ALL", "C");
         if let Some(user) = &self.user {
