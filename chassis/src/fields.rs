@@ -57,6 +57,18 @@ impl Fields {
         })
     }
 
+    /// Parses a UUID that the caller chooses, and refuses the nil UUID. That is what a client sends that forgot to choose
+    /// one, and two such calls would pass for one.
+    pub fn chosen_uuid(&mut self, field: impl Into<String>, text: &str) -> Uuid {
+        match Uuid::try_parse(text) {
+            Ok(id) if id.is_nil() => {
+                self.refuse(field, "must be a UUID that you choose, and is the nil UUID");
+                id
+            }
+            _ => self.uuid(field, text),
+        }
+    }
+
     /// Returns `value` if no field is bad.
     ///
     /// # Errors

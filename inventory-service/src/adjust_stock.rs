@@ -39,7 +39,7 @@ impl WorkError for AdjustStockError {
 
 pub(crate) fn validate_adjustment(request: AdjustStockRequest) -> Result<Adjustment, Vec<FieldViolation>> {
     let mut fields = Fields::default();
-    let request_id = fields.uuid("request_id", &request.request_id);
+    let request_id = fields.chosen_uuid("request_id", &request.request_id);
     fields.name("sku", &request.sku);
     fields.number("delta", request.delta, -DELTA_MAX..=DELTA_MAX);
     if request.delta == 0 {

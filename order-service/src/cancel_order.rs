@@ -53,7 +53,8 @@ pub(crate) struct Cancelled {
 
 pub(crate) fn validate_cancellation(request: &CancelOrderRequest) -> Result<Cancellation, Vec<FieldViolation>> {
     let mut fields = Fields::default();
-    let request_id = (!request.request_id.is_empty()).then(|| fields.uuid("request_id", &request.request_id).into());
+    let request_id =
+        (!request.request_id.is_empty()).then(|| fields.chosen_uuid("request_id", &request.request_id).into());
     let order_id = fields.uuid("order_id", &request.order_id).into();
     fields.finish(Cancellation { order_id, request_id })
 }

@@ -23,7 +23,8 @@ pub(crate) struct NewOrder {
 /// Checks every field, so that one answer names all bad fields.
 pub(crate) fn validate_order(request: CreateOrderRequest) -> Result<NewOrder, Vec<FieldViolation>> {
     let mut fields = Fields::default();
-    let request_id = (!request.request_id.is_empty()).then(|| fields.uuid("request_id", &request.request_id).into());
+    let request_id =
+        (!request.request_id.is_empty()).then(|| fields.chosen_uuid("request_id", &request.request_id).into());
     fields.name("customer_id", &request.customer_id);
     if Currency::from_code(&request.currency_code).is_none() {
         fields.refuse("currency_code", "must be an ISO 4217 code, such as EUR");

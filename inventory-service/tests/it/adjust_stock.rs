@@ -118,6 +118,7 @@ async fn every_bad_field_of_an_adjustment_is_named() {
         (&good, "MU\0G", 1, "sku"),
         (&good, &too_long, 1, "sku"),
         ("17", "MUG", 1, "request_id"),
+        ("00000000-0000-0000-0000-000000000000", "MUG", 1, "request_id"),
     ];
     for (id, sku, delta, fields) in bad {
         let refused = inventory.client.adjust_stock(id, sku, delta).await.unwrap_err();

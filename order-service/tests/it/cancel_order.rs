@@ -37,6 +37,12 @@ async fn an_order_that_cannot_be_cancelled_stays_as_it_is_and_the_error_says_why
     assert_eq!(service.events_of(&order_id).await, [CREATED]);
 
     let order_id = service.place(order()).await.order_id;
+    let nil = refusal(service.cancel(&order_id, &Uuid::nil().to_string()).await);
+    nil.is(Code::InvalidArgument, "INVALID_CANCELLATION");
+    assert_eq!(
+        (nil.bad_fields, service.events_of(&order_id).await),
+        (vec!["request_id".to_owned()], vec![CREATED.to_owned()])
+    );
     service.cancel(&order_id, "").await.unwrap();
     for request_id in [String::new(), Uuid::new_v4().to_string()] {
         refusal(service.cancel(&order_id, &request_id).await).is(Code::FailedPrecondition, "ORDER_CANCELLED");

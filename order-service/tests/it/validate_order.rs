@@ -1,5 +1,6 @@
 use proto::orders::v1::{CreateOrderRequest, OrderItem};
 use tonic::Code;
+use uuid::Uuid;
 
 use crate::service::{NOTHING, Service, order, refusal};
 
@@ -32,6 +33,15 @@ async fn one_answer_names_every_bad_field_and_nothing_is_written() {
     assert_eq!(refused_fields(&service, bad).await, all);
     let empty = ["customer_id", "currency_code", "items"];
     assert_eq!(refused_fields(&service, CreateOrderRequest::default()).await, empty);
+    assert_eq!(service.written().await, NOTHING);
+    service.end().await;
+}
+
+#[tokio::test]
+async fn the_nil_uuid_is_no_request_id_that_anybody_has_chosen() {
+    let service = Service::start().await;
+    let nil = CreateOrderRequest { request_id: Uuid::nil().into(), customer_id: "a b".into(), ..order() };
+    assert_eq!(refused_fields(&service, nil).await, ["request_id", "customer_id"]);
     assert_eq!(service.written().await, NOTHING);
     service.end().await;
 }
