@@ -33,8 +33,9 @@ FOR NO KEY UPDATE OF stock;
 WITH given AS MATERIALIZED (
     SELECT * FROM bench_batches WHERE batch = :batch::integer
 ), inserted AS (
-    INSERT INTO reservations (order_id, event_id, status, rejection, cancelled_by, cancelled_at)
-    SELECT order_id, event_id, status, rejection, cancelled_by, CASE WHEN cancelled_by IS NOT NULL THEN now() END
+    INSERT INTO reservations (order_id, event_id, status, rejection, cancelled_by, cancelled_at, derived_ids)
+    SELECT order_id, event_id, status, rejection, cancelled_by, CASE WHEN cancelled_by IS NOT NULL THEN now() END,
+        CASE WHEN cancelled_by IS NULL THEN 1 ELSE 3 END
     FROM given CROSS JOIN unnest(order_ids, event_ids, statuses, no_texts, no_ids)
         AS new (order_id, event_id, status, rejection, cancelled_by)
     ORDER BY order_id
@@ -44,7 +45,8 @@ WITH given AS MATERIALIZED (
     UPDATE reservations
     SET status = (SELECT no_texts[array_position(no_ids, order_id)] FROM given),
         cancelled_by = (SELECT no_ids[array_position(no_ids, order_id)] FROM given),
-        cancelled_at = now()
+        cancelled_at = now(),
+        derived_ids = derived_ids | 2
     WHERE ctid = ANY (ARRAY (
         SELECT (SELECT found.ctid FROM reservations AS found WHERE found.order_id = cancelled.order_id)
         FROM given CROSS JOIN unnest(no_ids) AS cancelled (order_id)))

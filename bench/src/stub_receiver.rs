@@ -5,7 +5,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Result;
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, EventResult, Outcome,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, EventResult, Outcome, RecallRequest,
+    RecallResponse,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use sqlx::PgConnection;
@@ -74,5 +75,9 @@ impl EventReceiver for Service {
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         let retention = RETENTION.try_into().map_err(|_| Status::internal("the retention is out of range"))?;
         Ok(Response::new(DescribeResponse { retention: Some(retention), ..DescribeResponse::default() }))
+    }
+
+    async fn recall(&self, _: Request<RecallRequest>) -> Result<Response<RecallResponse>, Status> {
+        Err(Status::unimplemented("nobody asks this receiver what it has applied"))
     }
 }

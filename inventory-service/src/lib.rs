@@ -9,6 +9,7 @@ mod grpc;
 mod lock_batch;
 mod order_event;
 mod release_stock;
+mod resend;
 mod reservations;
 mod reserve_stock;
 mod seed;
@@ -19,7 +20,7 @@ use std::net::SocketAddr;
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
-use outbox::{InboxSettings, Notifier, Receiver};
+use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
 use proto::{
     events::v1::event_receiver_server,
     inventory::v1::inventory_service_server::{self, InventoryServiceServer},
@@ -82,4 +83,12 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     info!("inventory-service ended");
     Ok(())
+}
+
+/// Sends answers again that a receiver has lost.
+///
+/// # Errors
+/// [`ResendError`].
+pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments) -> Result<(), ResendError> {
+    outbox::resend(url, arguments, &resend::SentByInventory).await
 }

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Follows the answer to the order itself.
-const SEQUENCE: i32 = 2;
+pub(crate) const SEQUENCE: i32 = 2;
 
 /// Releases all that is reserved for the order, and returns the answer. There is no answer if nothing was reserved.
 ///

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The answer is inventory's first event about an order.
-const SEQUENCE: i32 = 1;
+pub(crate) const SEQUENCE: i32 = 1;
 
 /// Takes all quantities of the order from stock, or none, and returns the answer.
 ///
@@ -55,6 +55,29 @@ fn describe(shortage: &Shortage) -> String {
         ShortageReason::UnknownSku => format!("UNKNOWN_SKU {sku}"),
         _ => format!("INSUFFICIENT_STOCK {sku}: {wanted} wanted, {available} available"),
     }
+}
+
+/// Reads the shortages of a stored rejection, as `describe` has written them. The quantity that an order wanted of an
+/// unknown SKU is not stored, and is 0.
+pub(crate) fn read_shortages(rejection: &str) -> Vec<Shortage> {
+    rejection.split("; ").map(|text| read_shortage(text).unwrap_or_else(|| unreadable(text))).collect()
+}
+
+fn read_shortage(text: &str) -> Option<Shortage> {
+    if let Some(sku) = text.strip_prefix("UNKNOWN_SKU ") {
+        let reason = ShortageReason::UnknownSku.into();
+        return Some(Shortage { sku: sku.to_owned(), reason, wanted: 0, available: 0 });
+    }
+    let (sku, quantities) = text.strip_prefix("INSUFFICIENT_STOCK ")?.rsplit_once(": ")?;
+    let (wanted, available) = quantities.strip_suffix(" available")?.split_once(" wanted, ")?;
+    let (wanted, available) = (wanted.parse().ok()?, available.parse().ok()?);
+    let reason = ShortageReason::InsufficientStock.into();
+    Some(Shortage { sku: sku.to_owned(), reason, wanted, available })
+}
+
+/// Of a SKU whose name looks like the text around it. The order's status does not depend on it.
+fn unreadable(text: &str) -> Shortage {
+    Shortage { sku: text.to_owned(), reason: ShortageReason::Unspecified.into(), wanted: 0, available: 0 }
 }
 
 #[cfg(test)]
@@ -110,6 +133,18 @@ mod tests {
         let new = NewRows::of(&reservations);
         let why = "INSUFFICIENT_STOCK MUG: 2 wanted, 1 available";
         assert_eq!((new.statuses, new.rejections), (vec!["REJECTED"], vec![Some(why)]));
+    }
+
+    #[test]
+    fn stored_shortages_are_read_as_they_were_but_for_what_was_wanted_of_an_unknown_sku() {
+        let shortages = [
+            shortage("MUG: big", ShortageReason::InsufficientStock, 2, 1),
+            shortage("TEAPOT", ShortageReason::UnknownSku, 0, 0),
+            shortage("KETTLE", ShortageReason::InsufficientStock, 9_000_000_000, 0),
+        ];
+        let stored = shortages.iter().map(describe).collect::<Vec<_>>().join("; ");
+        assert_eq!(read_shortages(&stored), shortages);
+        assert_eq!(read_shortages("OUT OF SPACE"), [shortage("OUT OF SPACE", ShortageReason::Unspecified, 0, 0)]);
     }
 
     #[test]

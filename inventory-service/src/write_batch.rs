@@ -42,8 +42,9 @@ pub(crate) async fn write_batch(
     let written = sqlx::query!(
         r#"-- inventory: write batch
         WITH inserted AS (
-            INSERT INTO reservations (order_id, event_id, status, rejection, cancelled_by, cancelled_at)
-            SELECT order_id, event_id, status, rejection, cancelled_by, CASE WHEN cancelled_by IS NOT NULL THEN now() END
+            INSERT INTO reservations (order_id, event_id, status, rejection, cancelled_by, cancelled_at, derived_ids)
+            SELECT order_id, event_id, status, rejection, cancelled_by, CASE WHEN cancelled_by IS NOT NULL THEN now() END,
+                CASE WHEN cancelled_by IS NULL THEN 1 ELSE 3 END
             FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[])
                 AS new (order_id, event_id, status, rejection, cancelled_by)
             ORDER BY order_id
@@ -53,7 +54,7 @@ pub(crate) async fn write_batch(
             UPDATE reservations
             SET status = ($7::text[])[array_position($6, order_id)],
                 cancelled_by = ($8::uuid[])[array_position($6, order_id)],
-                cancelled_at = now()
+                cancelled_at = now(), derived_ids = derived_ids | 2
             WHERE ctid = ANY (ARRAY (
                 SELECT (SELECT found.ctid FROM reservations AS found WHERE found.order_id = cancelled.order_id)
                 FROM unnest($6::uuid[]) AS cancelled (order_id)))

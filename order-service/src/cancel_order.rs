@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// `OrderCancelled` follows `OrderCreated` and is an order's last event.
-const SEQUENCE: i32 = 2;
+pub(crate) const SEQUENCE: i32 = 2;
 
 /// A valid request to cancel an order. Only [`validate_cancellation`] makes one.
 #[derive(Clone, Copy, Debug)]
@@ -94,7 +94,8 @@ async fn set_cancelled(
 ) -> Result<bool, CancelOrderError> {
     let updated = sqlx::query!(
         "-- orders: cancel
-        UPDATE orders SET status = 'CANCELLED', cancel_request_id = $2
+        UPDATE orders
+        SET status = 'CANCELLED', cancel_request_id = $2, cancelled_at = now(), derived_ids = derived_ids | 2
         WHERE order_id = $1 AND status IN ('PENDING', 'CONFIRMED')",
         cancellation.order_id as OrderId,
         cancellation.request_id as Option<RequestId>,

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// `OrderCreated` is the first event of every order.
-const SEQUENCE: i32 = 1;
+pub(crate) const SEQUENCE: i32 = 1;
 
 /// Why an order was not placed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -189,9 +189,9 @@ async fn insert_orders(connection: &mut PgConnection, drafts: &[&Draft]) -> Resu
         WITH repeated AS MATERIALIZED (
             SELECT request_id FROM orders WHERE request_id = ANY ($2)
         ), placed AS (
-            INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor)
+            INSERT INTO orders (order_id, request_id, customer_id, currency_code, total_minor, derived_ids)
             SELECT unnest($1::uuid[]), unnest($2::uuid[]) AS request_id, unnest($3::text[]), unnest($4::text[]),
-                unnest($5::bigint[])
+                unnest($5::bigint[]), 1
             WHERE NOT EXISTS (SELECT FROM repeated)
             ORDER BY request_id
         ), items AS (

@@ -10,6 +10,7 @@ mod grpc;
 mod ids;
 mod intake;
 mod list_orders;
+mod resend;
 mod validate_order;
 mod watch_order;
 
@@ -17,7 +18,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
 use clap::Args;
-use outbox::{InboxSettings, Notifier, Receiver};
+use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
 use proto::{
     events::v1::event_receiver_server,
     orders::v1::order_service_server::{self, OrderServiceServer},
@@ -92,4 +93,12 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
     info!("order-service ended");
     Ok(())
+}
+
+/// Sends orders' events again that a receiver has lost.
+///
+/// # Errors
+/// [`ResendError`].
+pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments) -> Result<(), ResendError> {
+    outbox::resend(url, arguments, &resend::SentByOrders).await
 }

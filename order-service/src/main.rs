@@ -5,6 +5,7 @@ use std::{net::SocketAddr, process::ExitCode};
 use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use order_service::{MIGRATORS, Settings};
+use outbox::ResendArguments;
 
 /// mimalloc needs less processor time for an order than glibc's allocator.
 #[global_allocator]
@@ -24,6 +25,25 @@ enum Command {
         #[command(flatten)]
         how: MigrateArguments,
     },
+    /// Send events of orders again that a receiver has lost: after its database was restored to an earlier state
+    ///
+    /// The events are made again from the orders, under the ids and times that they had. The receiver is asked which of them
+    /// it has; the others are enqueued for its subscription, 500 orders at a time. What waits in the outbox, what was
+    /// discarded, and what is too old for the receiver to remember is left alone. Each event that is enqueued is recorded in
+    /// the table outbox_resent. It is safe to stop the command, and to repeat it.
+    ///
+    /// It prints a line for each event that is lost or refused, and a summary. It exits with 1 if an event is refused.
+    #[command(after_long_help = "Examples:
+  order-service resend --subscription inventory --receiver http://127.0.0.1:50052 --since 2026-11-30T08:00:00Z --dry-run
+  order-service resend --subscription inventory --receiver http://127.0.0.1:50052 --since 2026-11-30T08:00:00Z \\
+    --reason 'inventory was restored to its state of 08:10'")]
+    Resend {
+        /// The orders database, as the role order_service or as its owner.
+        #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
+        database_url: DatabaseUrl,
+        #[command(flatten)]
+        arguments: ResendArguments,
+    },
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
@@ -34,12 +54,16 @@ enum Command {
 
 fn main() -> ExitCode {
     chassis::main(async |command| {
-        chassis::log_to_stdout();
+        // Without logs: stdout is for the command's output.
+        if !matches!(command, Command::Resend { .. }) {
+            chassis::log_to_stdout();
+        }
         match command {
             Command::Serve(settings) => serve_until_signal(settings.listen, settings, order_service::run).await?,
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }
+            Command::Resend { database_url, arguments } => order_service::resend(&database_url, arguments).await?,
             Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
         }
         anyhow::Ok(())

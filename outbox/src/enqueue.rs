@@ -34,23 +34,26 @@ impl TraceContext {
 /// An event to enqueue.
 #[derive(Clone, Debug)]
 pub struct NewEvent {
-    aggregate_id: AggregateId,
-    sequence: i32,
-    event_type: String,
-    payload: Vec<u8>,
+    pub(crate) id: EventId,
+    pub(crate) aggregate_id: AggregateId,
+    pub(crate) sequence: i32,
+    pub(crate) event_type: String,
+    pub(crate) payload: Vec<u8>,
     trace: TraceContext,
 }
 
 impl NewEvent {
-    /// Makes `message` the event number `sequence` of an aggregate. Numbers start at 1 and have no gaps.
+    /// Makes `message` the event number `sequence` of an aggregate. Numbers start at 1 and have no gaps. The same number
+    /// of an aggregate makes the same event id again.
     pub fn of<M: Message + Name>(
         aggregate_id: impl Into<AggregateId>,
         sequence: i32,
         message: &M,
         trace: &TraceContext,
     ) -> Self {
-        let (event_type, payload) = (M::full_name(), message.encode_to_vec());
-        Self { aggregate_id: aggregate_id.into(), sequence, event_type, payload, trace: trace.clone() }
+        let (aggregate_id, event_type) = (aggregate_id.into(), M::full_name());
+        let id = EventId::derive(&event_type, aggregate_id, sequence);
+        Self { id, aggregate_id, sequence, event_type, payload: message.encode_to_vec(), trace: trace.clone() }
     }
 }
 
@@ -103,13 +106,13 @@ pub struct Rows<'e> {
 }
 
 impl<'e> Rows<'e> {
-    /// One row for each event, in their order, each with a new event id.
+    /// One row for each event, in their order.
     pub fn of(events: impl IntoIterator<Item = &'e NewEvent>) -> Self {
         let mut rows = Self::default();
         for event in events {
             rows.aggregate_ids.push(event.aggregate_id);
             rows.sequences.push(event.sequence);
-            rows.event_ids.push(EventId::new());
+            rows.event_ids.push(event.id);
             rows.event_types.push(&event.event_type);
             rows.payloads.push(&event.payload);
             rows.traceparents.push(event.trace.traceparent.as_deref());

@@ -41,7 +41,9 @@ mod gather;
 mod handler;
 mod id;
 mod prune;
+mod recall;
 mod receive;
+mod resend;
 mod wake;
 
 pub use enqueue::{NewEvent, Rows, TraceContext, enqueue};
@@ -49,6 +51,7 @@ pub use envelope::{Envelope, timestamp};
 pub use handler::{ApplyError, Handler, Refusal};
 pub use id::{AggregateId, EventId};
 pub use receive::{InboxSettings, Receiver};
+pub use resend::{Found, ResendArguments, ResendError, Sent, SentEvent, resend};
 pub use wake::{CHANNEL, Notifier, listen, notify};
 
 /// Creates the tables of the outbox and the inbox. Its history is separate from the service's own migrations.

@@ -5,16 +5,19 @@ use std::{sync::Arc, time::Duration};
 use chassis::{Database, Fields, Refuse};
 use clap::Args;
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, RecallRequest, RecallResponse,
+    RecalledEvent,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding};
 
 use crate::{
+    EventId,
     gather::{Applier, Gatherer},
     handler::Handler,
     prune::prune_until_shutdown,
+    recall::{RECALL_MAX, recall},
 };
 
 const EVENTS_MAX: usize = 1000;
@@ -125,5 +128,23 @@ impl<H: Handler> EventReceiver for Receiver<H> {
             sources: self.sources.clone(),
             ordered: true,
         }))
+    }
+
+    async fn recall(&self, request: Request<RecallRequest>) -> Result<Response<RecallResponse>, Status> {
+        let Applier { database, refuse, .. } = &*self.applier;
+        let named = request.into_inner().event_ids;
+        let mut fields = Fields::default();
+        if named.len() > RECALL_MAX {
+            fields.refuse("event_ids", format!("must be at most {RECALL_MAX}, and are {}", named.len()));
+        }
+        let numbered = named.iter().take(RECALL_MAX).enumerate();
+        let event_ids: Vec<EventId> =
+            numbered.map(|(index, id)| fields.uuid(format!("event_ids[{index}]"), id).into()).collect();
+        let event_ids = fields.finish(event_ids).map_err(|bad| refuse.invalid("INVALID_RECALL", bad))?;
+        let recalled =
+            database.run(move |connection| Box::pin(async move { recall(connection, &event_ids).await })).await;
+        let applied = recalled.map_err(|error| refuse.database(&error))?;
+        let event = |(event_id, apply_time)| RecalledEvent { event_id, apply_time };
+        Ok(Response::new(RecallResponse { events: named.into_iter().zip(applied).map(event).collect() }))
     }
 }

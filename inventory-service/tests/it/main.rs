@@ -13,6 +13,8 @@ mod deliver;
 
 mod describe;
 
+mod recall;
+
 mod compressed;
 
 mod reserve_stock;

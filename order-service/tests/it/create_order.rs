@@ -45,7 +45,7 @@ async fn an_order_its_items_and_its_event_are_written_together() {
 
     let event = only_event(&service).await;
     assert_eq!(event.aggregate_id.to_string(), placed.order_id);
-    assert_eq!(event.event_id.get_version_num(), 7);
+    assert_eq!(event.event_id.get_version_num(), 8);
     assert_eq!((event.sequence, event.event_type.as_str()), (1, "orders.v1.OrderCreated"));
     assert_eq!(event.traceparent.as_deref(), Some(TRACEPARENT));
     assert_eq!(event.tracestate.as_deref(), Some("vendor=7"));

@@ -43,3 +43,5 @@ mod migrate_under_load;
 mod command_line;
 
 mod describe;
+
+mod resend;

@@ -11,7 +11,8 @@ use std::{
 };
 
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome, RecallRequest,
+    RecallResponse,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use testkit::processes::free_port;
@@ -189,6 +190,10 @@ impl EventReceiver for Service {
         let retention = retention.map(|retention| retention.try_into().unwrap());
         let ordered = self.0.ordered.load(Ordering::Relaxed);
         Ok(Response::new(DescribeResponse { retention, ordered, ..DescribeResponse::default() }))
+    }
+
+    async fn recall(&self, _: Request<RecallRequest>) -> Result<Response<RecallResponse>, Status> {
+        Err(Status::unimplemented("nobody asks this receiver what it has applied"))
     }
 }
 
