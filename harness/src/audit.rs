@@ -322,6 +322,11 @@ fn disagreement(order_id: Uuid, ordered: &Ordered, done: &Done) -> Option<String
         ("PENDING", None) => told,
         ("PENDING", Some(_)) => answered,
         ("CONFIRMED", Some("RESERVED")) | ("REJECTED", Some("REJECTED")) => true,
+        // An operator has rejected the order, and discarded its event. If inventory had applied that nevertheless, the
+        // order is cancelled there as soon as its reply comes.
+        ("REJECTED", None) => told,
+        ("REJECTED", Some("RESERVED")) => answered || ordered.for_inventory.waiting.cancellations.contains(&order_id),
+        ("REJECTED", Some("RELEASED")) => cancelled,
         ("CANCELLED", _) => cancelled || told,
         _ => false,
     };

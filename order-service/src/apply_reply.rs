@@ -1,14 +1,19 @@
 //! Applies inventory's replies to their orders.
+//!
+//! An operator may reject an order whose event was discarded (`outbox_refuse`). Nobody knows for certain that inventory
+//! has not applied that event: its reply may have been lost. If inventory then answers that it has reserved, the order
+//! is cancelled there, so that the stock comes back.
 
 use std::collections::{HashMap, HashSet};
 
-use outbox::{AggregateId, ApplyError, Envelope, EventId, Handler, Notifier, Refusal};
+use outbox::{AggregateId, ApplyError, Envelope, EventId, Handler, NewEvent, Notifier, Refusal, TraceContext};
 use prost::Name;
 use proto::inventory::v1::{Shortage, ShortageReason, StockRejected, StockReleased, StockReserved};
+use proto::orders::v1::OrderCancelled;
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
-use crate::ids::OrderId;
+use crate::{cancel_order, ids::OrderId};
 
 /// Holds a shortage of every item of the largest order.
 const REJECTION_BYTES_MAX: usize = 16 * 1024;
@@ -95,32 +100,41 @@ impl Handler for ApplyReplies {
         // A subquery finds each order by its id, and cannot be planned as a join. Sessions keep their plans: a join
         // that was right for a few orders would read the whole table once there are many. The test of `status` is
         // outside, where it is repeated for an order that was cancelled meanwhile.
-        let unknown = sqlx::query_scalar!(
+        let written = sqlx::query!(
             r#"-- orders: apply replies
             WITH confirmed AS (
                 UPDATE orders SET status = 'CONFIRMED'
                 WHERE status = 'PENDING' AND ctid = ANY (ARRAY (
                     SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
                     FROM unnest($2::uuid[]) AS reply (order_id)))
+                RETURNING order_id
             ), rejected AS (
                 UPDATE orders SET status = 'REJECTED', rejection = ($4::text[])[array_position($3, order_id)]
                 WHERE status = 'PENDING' AND ctid = ANY (ARRAY (
                     SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
                     FROM unnest($3::uuid[]) AS reply (order_id)))
             )
-            SELECT order_id AS "order_id!: OrderId" FROM unnest($1::uuid[]) AS reply (order_id)
-            WHERE (SELECT true FROM orders WHERE orders.order_id = reply.order_id) IS NULL"#,
+            SELECT ARRAY (
+                    SELECT order_id FROM unnest($1::uuid[]) AS reply (order_id)
+                    WHERE (SELECT true FROM orders WHERE orders.order_id = reply.order_id) IS NULL)
+                    AS "unknown!: Vec<OrderId>",
+                ARRAY (SELECT order_id FROM confirmed) AS "confirmed!: Vec<OrderId>""#,
             &order_ids as &[OrderId],
             &confirmed as &[OrderId],
             &rejected as &[OrderId],
             &rejections as &[&str],
         )
-        .fetch_all(&mut **tx)
+        .fetch_one(&mut **tx)
         .await?;
-        let of_unknown = replies.iter().filter(|reply| unknown.contains(&reply.order_id));
+        let of_unknown = replies.iter().filter(|reply| written.unknown.contains(&reply.order_id));
         let refusals: HashMap<EventId, Refusal> =
             of_unknown.map(|reply| (reply.event_id, unknown_order(reply))).collect();
-        if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused(refusals)) }
+        if !refusals.is_empty() {
+            return Err(ApplyError::Refused(refusals));
+        }
+        let done: HashSet<OrderId> = written.confirmed.into_iter().collect();
+        let not_confirmed = confirmed.into_iter().filter(|order_id| !done.contains(order_id)).collect();
+        Ok(cancel_rejected(tx, not_confirmed).await?)
     }
 
     fn types(&self) -> Vec<String> {
@@ -130,6 +144,33 @@ impl Handler for ApplyReplies {
     fn committed(&self) {
         self.watchers.notify();
     }
+}
+
+/// Tells inventory that these orders are cancelled, those that are REJECTED. An order that inventory has answered with a
+/// reservation was not rejected by inventory.
+///
+/// Nearly always there is none to look at. The status is read after the update, which has waited for whoever was changing
+/// the order, and a REJECTED order stays as it is. One whose cancellation waits already gets no second.
+async fn cancel_rejected(tx: &mut Transaction<'_, Postgres>, order_ids: Vec<OrderId>) -> Result<(), sqlx::Error> {
+    if order_ids.is_empty() {
+        return Ok(());
+    }
+    let rejected = sqlx::query_scalar!(
+        r#"-- orders: find rejected
+        SELECT order_id AS "order_id: OrderId" FROM orders
+        WHERE order_id = ANY ($1) AND status = 'REJECTED'
+          AND NOT EXISTS (SELECT FROM outbox WHERE aggregate_id = order_id AND sequence = $2)"#,
+        &order_ids as &[OrderId],
+        cancel_order::SEQUENCE,
+    )
+    .fetch_all(&mut **tx)
+    .await?;
+    let cancelled = |order_id: &OrderId| {
+        let message = OrderCancelled { order_id: order_id.to_string() };
+        NewEvent::of(*order_id, cancel_order::SEQUENCE, &message, &TraceContext::default())
+    };
+    let events: Vec<NewEvent> = rejected.iter().map(cancelled).collect();
+    outbox::enqueue(tx, &events).await
 }
 
 fn unknown_order(reply: &Reply) -> Refusal {

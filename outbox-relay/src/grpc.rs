@@ -7,15 +7,16 @@ use outbox::EventId;
 use proto::relay::v1::{
     DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetStatusRequest,
     ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest,
-    RequeueDeadEventsResponse, ResumeRequest, relay_admin_server::RelayAdmin,
+    RequeueDeadEventsResponse, RestoreDiscardedEventRequest, RestoreDiscardedEventResponse, ResumeRequest,
+    relay_admin_server::RelayAdmin,
 };
 use sqlx::PgConnection;
 use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
 
 use crate::operate::{
-    self, Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk, check_text,
-    find_subscription, list_dead, read_status, read_totals, requeue_piece, show_dead,
+    self, Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
+    check_text, find_subscription, list_dead, read_status, read_totals, requeue_piece, show_dead,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
@@ -88,15 +89,31 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<DiscardDeadEventRequest>,
     ) -> Result<Response<DiscardDeadEventResponse>, Status> {
-        let DiscardDeadEventRequest { event_id, discarded_by, reason, subscription } = request.into_inner();
+        let DiscardDeadEventRequest { event_id, discarded_by, reason, subscription, refuse } = request.into_inner();
         let mut fields = Fields::default();
         let event_id = EventId::from(fields.uuid("event_id", &event_id));
         let by = read_text(&mut fields, "discarded_by", &discarded_by, NAME_CHARS);
         let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
         let subscription = read_subscription(&mut fields, &subscription);
         fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_DISCARD", bad))?;
+        let asked = Discard { event_id, subscription, by, reason, refuse };
+        self.run(move |connection| Box::pin(async move { operate::discard(connection, &asked).await }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn restore_discarded_event(
+        &self,
+        request: Request<RestoreDiscardedEventRequest>,
+    ) -> Result<Response<RestoreDiscardedEventResponse>, Status> {
+        let RestoreDiscardedEventRequest { event_id, subscription, restored_by } = request.into_inner();
+        let mut fields = Fields::default();
+        let event_id = EventId::from(fields.uuid("event_id", &event_id));
+        let by = read_text(&mut fields, "restored_by", &restored_by, NAME_CHARS);
+        let subscription = read_subscription(&mut fields, &subscription);
+        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_RESTORE", bad))?;
         self.run(move |connection| {
-            Box::pin(async move { operate::discard(connection, event_id, subscription.as_deref(), &by, &reason).await })
+            Box::pin(async move { operate::restore(connection, event_id, subscription.as_deref(), &by).await })
         })
         .await
         .map(Response::new)
@@ -185,12 +202,18 @@ fn refuse(error: &OperateError) -> Status {
         OperateError::NotPaused(_) => (Code::FailedPrecondition, "NOT_PAUSED"),
         OperateError::NoSubscription { .. } => (Code::NotFound, "SUBSCRIPTION_NOT_FOUND"),
         OperateError::OtherPattern { .. } => (Code::AlreadyExists, "OTHER_PATTERN"),
+        OperateError::NoRefusals => (Code::FailedPrecondition, "NO_REFUSALS"),
+        OperateError::NotRefused(_) => (Code::FailedPrecondition, "NOT_REFUSED"),
         OperateError::OlderVersion => (Code::FailedPrecondition, "OLDER_VERSION"),
         // The reason is that of the first event. The message gives the reason of each.
         OperateError::NotApplicable(events) => match events.first().map(|event| &event.reason) {
-            Some(Reason::TooOld { .. }) => (Code::FailedPrecondition, "EVENT_TOO_OLD"),
+            Some(Reason::TooOld { .. } | Reason::Forgotten { .. }) => (Code::FailedPrecondition, "EVENT_TOO_OLD"),
+            Some(Reason::RefusedBy { .. }) => (Code::FailedPrecondition, "EVENT_REFUSED"),
+            Some(Reason::SubscriptionEnded) => (Code::FailedPrecondition, "SUBSCRIPTION_ENDED"),
             Some(Reason::NotDead { .. }) => (Code::FailedPrecondition, "EVENT_NOT_DEAD"),
-            Some(Reason::Unknown | Reason::Discarded { .. }) | None => (Code::NotFound, "EVENT_NOT_FOUND"),
+            Some(Reason::Unknown | Reason::Discarded { .. } | Reason::NotDiscarded) | None => {
+                (Code::NotFound, "EVENT_NOT_FOUND")
+            }
         },
     };
     let mut message = error.to_string();

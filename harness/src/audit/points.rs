@@ -129,7 +129,8 @@ fn disagreement(order_id: Uuid, order: &Order, award: Option<&Award>, queue: &Qu
         ("CANCELLED", false) if order.is_for_loyalty && !told => Some(format!(
             "DISAGREE: order {order_id} is CANCELLED, and its points still count, with nothing on its way"
         )),
-        ("CANCELLED", _) | (_, false) => None,
+        // An order that an operator has rejected may have been cancelled to undo what was done for it.
+        ("CANCELLED" | "REJECTED", _) | (_, false) => None,
         (status, true) => Some(format!("WRONG: order {order_id} is {status}, and its points were taken back")),
     }
 }

@@ -194,3 +194,60 @@ async fn answers_that_orders_has_lost_are_sent_again() {
     let all = system.site.layout.services();
     system.end(&all).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_whose_event_is_discarded_with_a_refusal_is_rejected_and_the_audit_is_clean() {
+    let mut system = System::start().await;
+    system.end(&[Service::OrdersRelay]).await;
+    let target = system.site.layout.target().unwrap();
+    place_orders(&target, Load { orders: 2, concurrency: 1, retry_for: LIMIT }).await.unwrap();
+    let orders = system.site.orders.pool().await;
+    execute(&orders, "UPDATE outbox SET visible_at = 'infinity', last_error = 'dead'").await;
+    let dead: Vec<Uuid> =
+        sqlx::query_scalar("SELECT event_id FROM outbox ORDER BY event_id").fetch_all(&orders).await.unwrap();
+    // Inventory has applied the first one, but its answer to the relay was lost.
+    execute(
+        &orders,
+        "UPDATE outbox SET visible_at = now() WHERE event_id = (SELECT min(event_id::text)::uuid FROM outbox)",
+    )
+    .await;
+    system.end(&[Service::InventoryRelay]).await;
+    system.launch(Service::OrdersRelay).await;
+    let inventory = system.site.inventory.pool().await;
+    wait_for(&inventory, "SELECT count(*) = 1 FROM reservations").await;
+    wait_for(&orders, "SELECT count(*) = 1 FROM outbox").await;
+    execute(
+        &orders,
+        "INSERT INTO outbox (subscription_id, aggregate_id, sequence, event_id, event_type, payload, visible_at, last_error)
+        SELECT subscription_id, order_id, 1, gen_random_uuid(), event_type, payload, 'infinity', 'no reply'
+        FROM outbox, orders WHERE order_id <> aggregate_id",
+    )
+    .await;
+    let unheard: Uuid = sqlx::query_scalar("SELECT event_id FROM outbox WHERE last_error = 'no reply'")
+        .fetch_one(&orders)
+        .await
+        .unwrap();
+    for event_id in [dead[1], unheard] {
+        let discard =
+            ["dead", "discard", &event_id.to_string(), "--refuse", "--reason", "not sold here", "--by", "ann"];
+        system.site.layout.operate(Service::OrdersRelay, &discard).await.unwrap();
+    }
+    let refused = "SELECT count(*) = 2 FROM orders WHERE status = 'REJECTED' AND rejection = 'not sold here'";
+    wait_for(&orders, refused).await;
+    system.launch(Service::InventoryRelay).await;
+    wait_for(&inventory, "SELECT count(*) = 1 FROM reservations WHERE status = 'RELEASED'").await;
+    system.wait_until_delivered().await;
+    let audit = audit(&target.databases).await.unwrap();
+    assert_eq!((audit.findings, audit.released, audit.discarded, audit.stranded), (Vec::new(), 1, 1, 0));
+    let all = system.site.layout.services();
+    system.end(&all).await;
+}
+
+async fn wait_for(database: &PgPool, sql: &'static str) {
+    let holds = async {
+        while !sqlx::query_scalar::<_, bool>(sql).fetch_one(database).await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, holds).await.unwrap_or_else(|_| panic!("not in time: {sql}"));
+}

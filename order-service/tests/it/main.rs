@@ -44,4 +44,6 @@ mod command_line;
 
 mod describe;
 
+mod refuse;
+
 mod resend;

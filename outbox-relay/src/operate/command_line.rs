@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_text, count,
+    Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_text, count,
     decode::answer,
     discard, discard_piece, find_subscription, list_dead,
     list_dead::count_dead,
@@ -26,7 +26,7 @@ use super::{
     refuse::{describe, named},
     requeue,
     requeue::Requeued,
-    requeue_piece, resume, show_dead, subscribe, unsubscribe, wake_relays,
+    requeue_piece, restore, resume, show_dead, subscribe, unsubscribe, wake_relays,
 };
 use crate::{
     route::is_name,
@@ -167,7 +167,7 @@ pub struct SubscriptionsArguments {
 pub enum DeadCommand {
     /// List dead events, newest first
     ///
-    /// Ordered by the time they were enqueued. ATTEMPTS counts the failures that were charged, FAILURES all after
+    /// Ordered by the time of their aggregates. ATTEMPTS counts the failures that were charged, FAILURES all after
     /// which the event backed off. HOLDS BACK counts the later events of the same aggregate, which wait.
     #[command(after_long_help = "Examples:
   outbox-relay dead list
@@ -199,10 +199,23 @@ pub enum DeadCommand {
     Requeue(RequeueArguments),
     /// Discard a dead event, and free the later events that it held back
     ///
-    /// The whole event moves to the table outbox_discarded, with your name, the time and the reason.
-    #[command(after_long_help = "Example:
-  outbox-relay dead discard 0192f0c1-2345-7abc-8def-0123456789ab --reason 'test order of the pilot'")]
+    /// The whole event moves to the table outbox_discarded, with your name, the time and the reason. `dead restore` brings
+    /// it back.
+    ///
+    /// --refuse also ends what the event tells of, in the same transaction: an order that waits is REJECTED with your reason.
+    #[command(after_long_help = "Examples:
+  outbox-relay dead discard 0192f0c1-2345-7abc-8def-0123456789ab --reason 'test order of the pilot'
+  outbox-relay dead discard 0192f0c1-2345-7abc-8def-0123456789ab --refuse --reason 'we no longer sell to this country'")]
     Discard(DiscardArguments),
+    /// Bring a discarded event back, as dead as it was
+    ///
+    /// It is not delivered until you requeue it. Later events of its aggregate that are left wait for it again. An event
+    /// cannot come back if its discard has refused what it tells of, if its subscription has ended, or if it is so old that
+    /// its receiver may not remember whether it applied it.
+    #[command(after_long_help = "Example:
+  outbox-relay dead restore 0192f0c1-2345-7abc-8def-0123456789ab
+  outbox-relay dead requeue 0192f0c1-2345-7abc-8def-0123456789ab")]
+    Restore(RestoreArguments),
 }
 
 /// Arguments of `dead list`.
@@ -278,6 +291,24 @@ pub struct DiscardArguments {
     /// Reason, kept with the event.
     #[arg(long, value_parser = parse_reason)]
     reason: String,
+    /// Also refuse what the event tells of, for this reason. Customers read it. It cannot be undone.
+    #[arg(long)]
+    refuse: bool,
+    /// Your name, kept with the event.
+    #[arg(long, env = "USER", value_parser = parse_name)]
+    by: String,
+}
+
+/// Arguments of `dead restore`.
+#[derive(Args, Debug)]
+pub struct RestoreArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Id of the event.
+    event_id: String,
+    /// Restore it only for this subscription. Otherwise for each in which it was discarded.
+    #[arg(long, value_parser = parse_subscription)]
+    subscription: Option<String>,
     /// Your name, kept with the event.
     #[arg(long, env = "USER", value_parser = parse_name)]
     by: String,
@@ -393,6 +424,8 @@ impl From<OperateError> for CommandError {
             | OperateError::AlreadyPaused(_)
             | OperateError::NotPaused(_)
             | OperateError::OtherPattern { .. }
+            | OperateError::NoRefusals
+            | OperateError::NotRefused(_)
             | OperateError::OlderVersion) => Self::Refused(refused.to_string()),
         }
     }
@@ -427,6 +460,7 @@ pub async fn run(command: Command) -> Result<(), CommandError> {
         Command::Dead(DeadCommand::Show(arguments)) => show(arguments).await,
         Command::Dead(DeadCommand::Requeue(arguments)) => requeue_dead(arguments).await,
         Command::Dead(DeadCommand::Discard(arguments)) => discard_dead(arguments).await,
+        Command::Dead(DeadCommand::Restore(arguments)) => restore_discarded(arguments).await,
         Command::Pause(arguments) => pause_outbox(arguments).await,
         Command::Resume(arguments) => resume_outbox(arguments).await,
     };
@@ -665,10 +699,20 @@ async fn confirm(outbox: &Outbox, filter: &Filter, yes: bool) -> Result<i64, Com
 }
 
 async fn discard_dead(arguments: DiscardArguments) -> Result<(), CommandError> {
-    let DiscardArguments { outbox, event_id, subscription, reason, by } = arguments;
+    let DiscardArguments { outbox, event_id, subscription, reason, refuse, by } = arguments;
+    let event_id = parse_id(&event_id)?;
+    let asked = Discard { event_id, subscription, by, reason, refuse };
+    let done = outbox.ask(async |connection| discard(connection, &asked).await).await?;
+    let (by, refused) = (asked.by, if refuse { ", refused what it tells of" } else { "" });
+    say(&format!("discarded event {event_id} as {by}{refused}, and freed {} that waited for it\n", done.freed))
+}
+
+async fn restore_discarded(arguments: RestoreArguments) -> Result<(), CommandError> {
+    let RestoreArguments { outbox, event_id, subscription, by } = arguments;
     let (event_id, only) = (parse_id(&event_id)?, subscription.as_deref());
-    let done = outbox.ask(async |connection| discard(connection, event_id, only, &by, &reason).await).await?;
-    say(&format!("discarded event {event_id} as {by}, and freed {} that waited for it\n", done.freed))
+    let done = outbox.ask(async |connection| restore(connection, event_id, only, &by).await).await?;
+    let dead = if done.restored == 1 { String::new() } else { format!(" for {} subscriptions", done.restored) };
+    say(&format!("event {event_id} is dead again{dead}; requeue it, so that it is delivered\n"))
 }
 
 async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {

@@ -1,9 +1,9 @@
-//! Discards a dead event.
+//! Discards a dead event, and refuses what it tells of if the operator says so.
 
 use outbox::EventId;
 use proto::relay::v1::DiscardDeadEventResponse;
 use sqlx::{
-    PgConnection,
+    PgConnection, Postgres, Transaction,
     types::{Uuid, time::OffsetDateTime},
 };
 
@@ -16,23 +16,39 @@ struct DiscardedRow {
     subscription_id: i16,
     aggregate_id: Uuid,
     sequence: i32,
+    event_type: String,
     discarded_at: OffsetDateTime,
+}
+
+/// A discard, as an operator asks for it.
+#[derive(Debug)]
+pub(crate) struct Discard {
+    pub(crate) event_id: EventId,
+    /// The subscription in which it is discarded; `None` for each in which it is dead.
+    pub(crate) subscription: Option<String>,
+    pub(crate) by: String,
+    pub(crate) reason: String,
+    /// Whether to refuse what the event tells of, with the reason.
+    pub(crate) refuse: bool,
 }
 
 /// Moves the whole event into `outbox_discarded`, with the operator's name and reason, and frees its successors. One
 /// statement deletes and inserts, so at any moment the event is in exactly one of the two tables. That goes for each
 /// subscription in which it is dead, or for the given one.
 ///
+/// A refusal is made by the service that owns the database, in the same transaction. So nobody is told of a refusal
+/// while the event may still be delivered.
+///
 /// # Errors
-/// [`OperateError::NotApplicable`] when it is not dead, and those of the database.
+/// [`OperateError::NotApplicable`] when it is not dead, [`OperateError::NoRefusals`] and [`OperateError::NotRefused`] if
+/// nothing can be refused, and those of the database.
 pub(crate) async fn discard(
     connection: &mut PgConnection,
-    event_id: EventId,
-    subscription: Option<&str>,
-    by: &str,
-    reason: &str,
+    discard: &Discard,
 ) -> Result<DiscardDeadEventResponse, OperateError> {
-    let subscription_id = find_subscription(connection, subscription).await?;
+    let Discard { event_id, subscription, by, reason, refuse } = discard;
+    let event_id = *event_id;
+    let subscription_id = find_subscription(connection, subscription.as_deref()).await?;
     let mut tx = begin_durable(connection).await?;
     let discarded = sqlx::query_as!(
         DiscardedRow,
@@ -44,21 +60,26 @@ pub(crate) async fn discard(
             RETURNING event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
                 tracestate, last_error)
         INSERT INTO outbox_discarded (event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type,
-            payload, traceparent, tracestate, last_error, discarded_by, reason)
+            payload, traceparent, tracestate, last_error, discarded_by, reason, refused)
         SELECT event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
-            tracestate, last_error, $2, $3
+            tracestate, last_error, $2, $3, $5
         FROM given_up
-        RETURNING subscription_id, aggregate_id, sequence, discarded_at",
+        RETURNING subscription_id, aggregate_id, sequence, event_type, discarded_at",
         event_id as EventId,
         by,
         reason,
         subscription_id,
+        refuse,
     )
     .fetch_all(&mut *tx)
     .await?;
-    let Some(discarded_at) = discarded.first().map(|event| event.discarded_at) else {
+    let Some(first) = discarded.first() else {
         return Err(OperateError::NotApplicable(explain(&mut tx, &[event_id]).await?));
     };
+    if *refuse {
+        refuse_event(&mut tx, first, reason).await?;
+    }
+    let discarded_at = first.discarded_at;
     let position = |event: &DiscardedRow| Position {
         subscription_id: event.subscription_id,
         aggregate_id: event.aggregate_id.into(),
@@ -71,4 +92,30 @@ pub(crate) async fn discard(
     wake_relays(connection).await;
     let discard_time = Some(outbox::timestamp(discarded_at));
     Ok(DiscardDeadEventResponse { freed: count(freed), discard_time })
+}
+
+/// The function is not named in a statement before it is known to be there: not every service defines it.
+async fn refuse_event(
+    tx: &mut Transaction<'_, Postgres>,
+    event: &DiscardedRow,
+    reason: &str,
+) -> Result<(), OperateError> {
+    let is_defined = sqlx::query_scalar!(
+        r#"-- operate: look for refusals
+        SELECT to_regprocedure('outbox_refuse(uuid, text, text)') IS NOT NULL AS "is_defined!""#
+    );
+    if !is_defined.fetch_one(&mut **tx).await? {
+        return Err(OperateError::NoRefusals);
+    }
+    let refused = sqlx::query_scalar!(
+        "-- operate: refuse
+        SELECT outbox_refuse($1, $2, $3)",
+        event.aggregate_id,
+        event.event_type,
+        reason,
+    );
+    match refused.fetch_one(&mut **tx).await? {
+        None => Ok(()),
+        Some(why) => Err(OperateError::NotRefused(why)),
+    }
 }

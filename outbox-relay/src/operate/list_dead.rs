@@ -70,7 +70,8 @@ impl From<DeadRow> for DeadEvent {
     }
 }
 
-/// Newest first, since ids are UUID v7. Reads one row more than the page holds, to know whether another page follows.
+/// Newest aggregates first: the ids of their events begin with their time. Reads one row more than the page holds, to know
+/// whether another page follows.
 ///
 /// # Errors
 /// Those of the database.

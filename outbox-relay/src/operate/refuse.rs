@@ -31,6 +31,14 @@ pub(crate) enum OperateError {
          of the first: when none does, run the `migrate --contract` command of the service that owns the database"
     )]
     OlderVersion,
+    #[error(
+        "the service that owns this outbox defines no function outbox_refuse, so a discard can refuse nothing: discard \
+         without it, and end by hand what waits for the event"
+    )]
+    NoRefusals,
+    /// Why the service that owns the outbox cannot refuse what the event tells of.
+    #[error("nothing was discarded, since it cannot be refused: {0}; discard the event without it")]
+    NotRefused(String),
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -58,6 +66,10 @@ pub(crate) enum Reason {
     Discarded { by: String, at: prost_types::Timestamp, reason: String },
     NotDead { state: String, requeued: bool },
     TooOld { age_hours: f64, max_age_hours: f64 },
+    NotDiscarded,
+    RefusedBy { by: String, at: prost_types::Timestamp },
+    SubscriptionEnded,
+    Forgotten { age_hours: f64, max_age_hours: f64 },
 }
 
 impl fmt::Display for NotApplicable {
@@ -72,6 +84,17 @@ impl fmt::Display for NotApplicable {
                 f,
                 "is {age_hours:.0} hours old; after {max_age_hours:.0} its receiver may not remember whether \
                  it applied the event: repair the effect by hand, then discard the event"
+            ),
+            Reason::NotDiscarded => write!(f, "is not among the discarded events"),
+            Reason::RefusedBy { by, at } => write!(
+                f,
+                "was discarded by {by} at {at} with a refusal: what it tells of has ended, and others know it"
+            ),
+            Reason::SubscriptionEnded => write!(f, "was for a subscription that has ended, so nobody would deliver it"),
+            Reason::Forgotten { age_hours, max_age_hours } => write!(
+                f,
+                "is {age_hours:.0} hours old; after {max_age_hours:.0} its receiver may not remember whether \
+                 it applied the event: repair the effect by hand"
             ),
         }
     }

@@ -7,9 +7,8 @@
 //!
 //! A walk visits each id once, since each piece begins behind the last. An event that dies again during the walk keeps
 //! its id, which lies behind the walk. So no event is requeued for ever, however fast it dies. The walk ends at the
-//! largest id that was dead when it began, and ids are UUID v7. So events that are enqueued and die during the walk
-//! cannot prolong it. Only an event that was enqueued before, and that dies ahead of the walk for the first time, is
-//! requeued along with the others: once.
+//! largest id that was dead when it began, and ids begin with the time of their aggregate. So new aggregates cannot prolong
+//! it. An event that dies ahead of the walk is requeued along with the others: once.
 //!
 //! Each piece costs the same. The index of dead rows keeps an entry for each row that was requeued until VACUUM removes
 //! it, which it cannot do while an old transaction is open. These entries lie behind the walk as well, so only a later
@@ -206,7 +205,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::{Filter, Piece, Requeued, Walk, requeue_piece};
-    use crate::operate::discard;
+    use crate::operate::{Discard, discard};
 
     /// An outbox with dead events, and an operator's connection.
     struct Outbox {
@@ -448,7 +447,9 @@ mod tests {
         let walk = outbox.piece(walk, 300).await.rest;
         let mut other = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
         // One is gone before its piece, and one goes while its piece waits for it.
-        discard(&mut other, id(900).into(), None, "ann", "a typo").await.unwrap();
+        let (by, reason) = ("ann".to_owned(), "a typo".to_owned());
+        let asked = Discard { event_id: id(900).into(), subscription: None, by, reason, refuse: false };
+        discard(&mut other, &asked).await.unwrap();
         let mut discarding = outbox.pool.begin().await.unwrap();
         sqlx::query("DELETE FROM outbox WHERE event_id = $1").bind(id(450)).execute(&mut *discarding).await.unwrap();
         let mut operator = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();

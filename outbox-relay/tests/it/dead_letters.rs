@@ -278,3 +278,101 @@ async fn an_operators_changes_are_durable_though_other_commits_of_the_role_are_n
     // The commit of the test itself is among them.
     assert_eq!(commits.fetch_all(&outbox.pool).await.unwrap(), ["on"; 5]);
 }
+
+/// A row as it is in the outbox, but for its last error.
+async fn dead_row(outbox: &Outbox) -> String {
+    let row = "SELECT (subscription_id, event_id, aggregate_id, sequence, created_at, attempts, event_type, payload,
+        traceparent, tracestate, visible_at)::text FROM outbox";
+    sqlx::query_scalar(row).fetch_one(&outbox.pool).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_discarded_event_comes_back_as_dead_as_it_was_and_says_who_did_what() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead_order(&outbox).await.to_string();
+    let operator = Operator::of(&outbox);
+    let before = dead_row(&outbox).await;
+    for _ in 0..2 {
+        operator.does(&["dead", "discard", &event_id, "--reason", "a typo", "--by", "bob"]).await;
+        assert_eq!(outbox.count().await, 0);
+        let said = operator.does(&["dead", "restore", &event_id]).await;
+        assert!(said.contains(&event_id) && said.contains("dead again"), "{said}");
+        assert_eq!((dead_row(&outbox).await, count_discarded(&outbox).await), (before.clone(), 0));
+    }
+    let why = operator.reads(&["dead", "show", "--json", &event_id]).await["event"]["reason"].to_string();
+    for part in ["UNDECODABLE: no such type (discarded by bob at 20", ": a typo; restored by ann at 20"] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    let line = operator.is_refused(&["dead", "restore", &event_id]).await;
+    assert!(line.contains("is not among the discarded events"), "{line}");
+    operator.does(&["dead", "requeue", &event_id]).await;
+    assert!(outbox.rows().await[0].visible);
+}
+
+#[tokio::test]
+async fn an_event_that_is_too_old_or_whose_subscription_has_ended_does_not_come_back() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await.to_string();
+    let operator = Operator::of(&outbox);
+    operator.does(&["dead", "discard", &event_id, "--reason", "a typo"]).await;
+    sqlx::raw_sql("UPDATE outbox_discarded SET created_at = now() - interval '145 hours'")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let line = operator.is_refused(&["dead", "restore", &event_id]).await;
+    assert!(line.contains("is 145 hours old; after 144 its receiver may not remember"), "{line}");
+    sqlx::raw_sql("UPDATE outbox_discarded SET created_at = now()").execute(&outbox.pool).await.unwrap();
+    operator.does(&["unsubscribe", "all", "--reason", "no more"]).await;
+    let line = operator.is_refused(&["dead", "restore", &event_id]).await;
+    assert!(line.contains("subscription that has ended"), "{line}");
+    assert_eq!((outbox.count().await, count_discarded(&outbox).await), (0, 1));
+}
+
+/// Refuses what is not of the type bad.v1.Event, and remembers it.
+const REFUSALS: &str = "CREATE TABLE refusals (aggregate_id uuid, reason text);
+    CREATE FUNCTION outbox_refuse(aggregate_id uuid, event_type text, reason text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
+    BEGIN
+        INSERT INTO public.refusals VALUES (aggregate_id, reason);
+        RETURN CASE WHEN event_type = 'bad.v1.Event' THEN 'it was delivered by hand' END;
+    END
+    $$";
+
+#[tokio::test]
+async fn a_refusal_and_its_discard_are_committed_together_or_not_at_all() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    let operator = Operator::of(&outbox);
+    let id = event_id.to_string();
+    let discard = ["dead", "discard", &id, "--refuse", "--reason", "not sold here"];
+    let line = operator.is_refused(&discard).await;
+    assert!(line.contains("defines no function outbox_refuse"), "{line}");
+
+    sqlx::raw_sql(REFUSALS).execute(&outbox.pool).await.unwrap();
+    let count = async || {
+        let refusals: i64 = sqlx::query_scalar("SELECT count(*) FROM refusals").fetch_one(&outbox.pool).await.unwrap();
+        (outbox.count().await, count_discarded(&outbox).await, refusals)
+    };
+    set_payload(&outbox, event_id, "bad.v1.Event", b"").await;
+    let line = operator.is_refused(&discard).await;
+    assert!(line.contains("it was delivered by hand"), "{line}");
+    assert_eq!(count().await, (1, 0, 0));
+
+    set_payload(&outbox, event_id, "good.v1.Event", b"").await;
+    operator.does(&["dead", "discard", &id, "--reason", "without"]).await;
+    operator.does(&["dead", "restore", &id]).await;
+    assert_eq!(count().await, (1, 0, 0));
+    let said = operator.does(&discard).await;
+    assert!(said.contains("refused what it tells of"), "{said}");
+    assert_eq!(count().await, (0, 1, 1));
+    let (aggregate_id, reason): (Uuid, String) = sqlx::query_as(
+        "SELECT refusals.aggregate_id, refusals.reason FROM refusals JOIN outbox_discarded USING (aggregate_id)",
+    )
+    .fetch_one(&outbox.pool)
+    .await
+    .unwrap();
+    assert_eq!((aggregate_id.is_nil(), reason.as_str()), (false, "not sold here"));
+    let line = operator.is_refused(&["dead", "restore", &id]).await;
+    assert!(line.contains("with a refusal"), "{line}");
+    assert_eq!(count().await, (0, 1, 1));
+}

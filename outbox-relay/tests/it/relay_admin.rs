@@ -4,8 +4,8 @@ use std::fmt::Debug;
 
 use proto::relay::v1::{
     DiscardDeadEventRequest, GetDeadEventRequest, GetStatusRequest, ListDeadEventsRequest, PauseRequest,
-    RequeueDeadEventsRequest, ResumeRequest, dead_event_content::Payload, relay_admin_client::RelayAdminClient,
-    relay_admin_server::SERVICE_NAME,
+    RequeueDeadEventsRequest, RestoreDiscardedEventRequest, ResumeRequest, dead_event_content::Payload,
+    relay_admin_client::RelayAdminClient, relay_admin_server::SERVICE_NAME,
 };
 use tonic::{
     Code, Response, Status,
@@ -253,6 +253,7 @@ async fn a_discarded_event_is_gone_and_its_successors_are_delivered() {
         discarded_by: "ann".into(),
         reason: "a typo".into(),
         subscription: String::new(),
+        refuse: false,
     };
     let done = admin.client().discard_dead_event(request()).await.unwrap().into_inner();
     assert!(done.freed == 2 && done.discard_time.is_some(), "{done:?}");
@@ -268,6 +269,35 @@ async fn a_discarded_event_is_gone_and_its_successors_are_delivered() {
     let refused = admin.client().get_dead_event(GetDeadEventRequest { event_id: "x".into() }).await;
     assert_refused(refused, Code::InvalidArgument, "INVALID_EVENT_ID", &["event_id"]);
     assert_eq!(count_discarded(&admin.outbox).await, 1);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn a_discarded_event_is_restored_and_what_nobody_can_refuse_is_not_discarded() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await.to_string();
+    let admin = Admin::start(outbox).await;
+    let discard = |refuse| DiscardDeadEventRequest {
+        event_id: event_id.clone(),
+        discarded_by: "ann".into(),
+        reason: "a typo".into(),
+        refuse,
+        ..DiscardDeadEventRequest::default()
+    };
+    let restore = || RestoreDiscardedEventRequest {
+        event_id: event_id.clone(),
+        restored_by: "bob".into(),
+        ..RestoreDiscardedEventRequest::default()
+    };
+    let refused = admin.client().restore_discarded_event(restore()).await;
+    assert_refused(refused, Code::NotFound, "EVENT_NOT_FOUND", &[]);
+    let refused = admin.client().discard_dead_event(discard(true)).await;
+    assert_refused(refused, Code::FailedPrecondition, "NO_REFUSALS", &[]);
+    admin.client().discard_dead_event(discard(false)).await.unwrap();
+    let done = admin.client().restore_discarded_event(restore()).await.unwrap().into_inner();
+    assert_eq!((done.restored, admin.outbox.count().await, count_discarded(&admin.outbox).await), (1, 1, 0));
+    let refused = admin.client().restore_discarded_event(RestoreDiscardedEventRequest::default()).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_RESTORE", &["event_id", "restored_by"]);
     admin.stop().await;
 }
 
