@@ -35,10 +35,12 @@ BEGIN
         JOIN outbox_subscriptions AS named
             ON named.subscription_id = outbox_resend.subscription AND named.ended_at IS NULL
             AND event.event_type LIKE named.type_like
-        WHERE NOT EXISTS (
-            SELECT FROM outbox AS unrouted
+        -- As a subquery it can only be looked up by the key. As a join, a plan that was made over a small outbox would read
+        -- all of a large one.
+        WHERE (
+            SELECT true FROM outbox AS unrouted
             WHERE unrouted.aggregate_id = event.aggregate_id AND unrouted.subscription_id = 0
-              AND unrouted.sequence = event.sequence)
+              AND unrouted.sequence = event.sequence) IS NULL
         ON CONFLICT DO NOTHING
         RETURNING outbox.event_id, outbox.subscription_id, outbox.aggregate_id, outbox.sequence
     )

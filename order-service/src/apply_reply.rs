@@ -159,7 +159,7 @@ async fn cancel_rejected(tx: &mut Transaction<'_, Postgres>, order_ids: Vec<Orde
         r#"-- orders: find rejected
         SELECT order_id AS "order_id: OrderId" FROM orders
         WHERE order_id = ANY ($1) AND status = 'REJECTED'
-          AND NOT EXISTS (SELECT FROM outbox WHERE aggregate_id = order_id AND sequence = $2)"#,
+          AND (SELECT true FROM outbox WHERE aggregate_id = order_id AND sequence = $2 LIMIT 1) IS NULL"#,
         &order_ids as &[OrderId],
         cancel_order::SEQUENCE,
     )
