@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
-use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use sqlx::{Connection, PgConnection, Postgres, QueryBuilder};
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
@@ -329,8 +329,7 @@ async fn set_server(superuser: &mut PgConnection, setting: &str) -> Result<()> {
 
 /// Outside a transaction, and without a plan.
 async fn execute(superuser: &mut PgConnection, statement: &str) -> Result<()> {
-    // Statements of this file, with nothing from outside.
-    sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(superuser).await?;
+    QueryBuilder::<Postgres>::new(statement).build().persistent(false).execute(superuser).await?;
     Ok(())
 }
 

@@ -247,8 +247,8 @@ async fn try_to_connect(
 ///
 /// A plan that was made over nearly empty tables would later scan full ones, and JIT would add to that.
 fn with_limits(url: DatabaseUrl, work_ms: u64) -> DatabaseUrl {
-    url.with_setting("statement_timeout", (work_ms * 9).div_ceil(10))
-        .with_setting("idle_in_transaction_session_timeout", work_ms.saturating_mul(2))
+    url.with_setting("statement_timeout", (work_ms * 9).div_ceil(10).to_string())
+        .with_setting("idle_in_transaction_session_timeout", work_ms.saturating_mul(2).to_string())
         .with_setting("enable_seqscan", "off")
         .with_setting("jit", "off")
 }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use sqlx::postgres::PgConnectOptions;
+use tokio::sync::{Mutex, MutexGuard};
 
 /// The URL of a database, with one host or several: postgres://user:password@one:5432,other:5432/database.
 ///
@@ -22,6 +23,8 @@ pub struct DatabaseUrl {
     hosts: Vec<PgConnectOptions>,
     /// The host that a session was opened at last. Clones share it.
     last: Arc<AtomicUsize>,
+    /// Held by whoever looks for another.
+    search: Arc<Mutex<()>>,
     pub(crate) told: Told,
 }
 
@@ -54,12 +57,15 @@ impl DatabaseUrl {
         &self.hosts
     }
 
-    /// The same with their places, from the one on that a session was opened at last. A host that is gone, and does not
-    /// refuse, would otherwise cost every new session its time.
-    pub(crate) fn hosts_from_last(&self) -> impl Iterator<Item = (usize, &PgConnectOptions)> {
-        let (before, from) = self.hosts.split_at(self.last.load(Ordering::Relaxed));
-        let from = from.iter().enumerate().map(|(place, host)| (before.len() + place, host));
-        from.chain(before.iter().enumerate())
+    /// The place of the host that a session was opened at last. It comes first: one that is gone, and does not refuse,
+    /// would otherwise cost every new session its time.
+    pub(crate) fn last(&self) -> usize {
+        self.last.load(Ordering::Relaxed)
+    }
+
+    /// Waits until nobody else looks for a host.
+    pub(crate) async fn search(&self) -> MutexGuard<'_, ()> {
+        self.search.lock().await
     }
 
     pub(crate) fn set_last(&self, place: usize) {
@@ -68,10 +74,10 @@ impl DatabaseUrl {
 
     /// The same database, whose sessions have this setting. A setting in the URL's `options` wins.
     #[must_use]
-    pub fn with_setting(mut self, name: &'static str, value: impl ToString) -> Self {
+    pub fn with_setting(mut self, name: &'static str, value: impl Into<String>) -> Self {
         if let Told::Settings(settings) = &mut self.told {
             settings.retain(|(other, _)| *other != name);
-            settings.push((name, value.to_string()));
+            settings.push((name, value.into()));
         }
         self
     }
@@ -124,7 +130,7 @@ impl FromStr for DatabaseUrl {
             Ok(options.extra_float_digits(None))
         };
         let hosts = hosts.split(',').map(one).collect::<Result<_, _>>()?;
-        Ok(Self { hosts, last: Arc::default(), told: Told::Settings(Vec::new()) })
+        Ok(Self { hosts, last: Arc::default(), search: Arc::default(), told: Told::Settings(Vec::new()) })
     }
 }
 

@@ -30,7 +30,7 @@ pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use migrate::{MigrateArguments, MigrateError, migrate};
 pub use page::{decode_page_token, encode_page_token};
-pub use refuse::{Refuse, may_pass};
+pub use refuse::{Refuse, log_failure, may_pass};
 pub use schema::SchemaError;
 pub use serve::{ServeError, ServeSettings, Services, serve};
 pub use session::confirm_seen;

@@ -1,6 +1,10 @@
 //! Makes gRPC errors that tell a caller what to do.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
@@ -11,6 +15,8 @@ use crate::standby::is_away;
 /// When a caller may retry if the database is down or overloaded.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Time between two lines about an outage.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// How many bad fields the message names. The details name more.
 const FIELDS_IN_MESSAGE: usize = 10;
 /// How many bytes of bad fields the details may hold.
@@ -53,9 +59,7 @@ impl Refuse {
     /// An error for a failure of the database. The caller learns whether a retry may help, and nothing of the SQL. The
     /// cause is logged here, once.
     pub fn database(self, cause: &sqlx::Error) -> Status {
-        if !is_away(cause) {
-            error!(%cause, "database work failed");
-        }
+        log_failure(cause, "database work failed");
         self.database_logged(cause)
     }
 
@@ -90,6 +94,28 @@ fn cut_to_size(violations: &mut Vec<FieldViolation>) {
     if unnamed > 0 {
         violations.truncate(fitting);
         violations.push(FieldViolation::new("", format!("{unnamed} more fields are wrong")));
+    }
+}
+
+/// Logs a failure of database work. In an outage every call fails for the same reason, so such failures have a line once
+/// a second, which says how many others there were.
+pub fn log_failure(cause: &sqlx::Error, what: &'static str) {
+    static OUTAGE: Mutex<Option<(Instant, u32)>> = Mutex::new(None);
+    if !may_pass(cause) {
+        error!(%cause, "{what}");
+        return;
+    }
+    if is_away(cause) {
+        // That was said when it began.
+        return;
+    }
+    let mut outage = OUTAGE.lock().unwrap_or_else(PoisonError::into_inner);
+    match &mut *outage {
+        Some((logged_at, others)) if logged_at.elapsed() < LOG_INTERVAL => *others += 1,
+        _ => {
+            let others = outage.replace((Instant::now(), 0)).map_or(0, |(_, others)| others);
+            error!(%cause, others, "{what}");
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
+use sqlx::{Connection, PgConnection, Row, postgres::PgConnectOptions};
 use tokio::time::timeout;
 
 use crate::{DatabaseUrl, database_url::Told};
@@ -62,15 +62,31 @@ impl DatabaseUrl {
         if let [host] = self.hosts() {
             return connect(host.clone()).await;
         }
-        let mut failed = Vec::new();
-        for (place, host) in self.hosts_from_last() {
-            let connected = timeout(HOST_LIMIT, connect(host.clone())).await;
-            match connected.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into()))) {
+        let at = async |place: usize| {
+            let connected = timeout(HOST_LIMIT, connect(self.hosts()[place].clone())).await;
+            connected.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into())))
+        };
+        let first = self.last();
+        let cause = match at(first).await {
+            Err(cause) => cause,
+            connected => return connected,
+        };
+        // One looks at the other hosts for all. After a failover every session is opened anew, and if each of them logged
+        // in everywhere, the server that can write would have no time for it.
+        let _search = self.search().await;
+        if self.last() != first
+            && let Ok(connected) = at(self.last()).await
+        {
+            return Ok(connected);
+        }
+        let mut failed = vec![(&self.hosts()[first], cause)];
+        for place in (0..self.hosts().len()).filter(|place| *place != first) {
+            match at(place).await {
                 Ok(connected) => {
                     self.set_last(place);
                     return Ok(connected);
                 }
-                Err(cause) => failed.push((host, cause)),
+                Err(cause) => failed.push((&self.hosts()[place], cause)),
             }
         }
         Err(of_all(failed))
@@ -93,31 +109,39 @@ pub(crate) fn is_refused(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| for_good(&code)))
 }
 
-/// Tells the session what it has to know, and refuses it if it can only read.
+/// Refuses a session that can only read, and tells another what it has to know.
 ///
 /// A session that can only read is of no use: after a failover the old server may still accept some, or a proxy may
-/// lead to a standby. A simple query does it all, in one round trip, and through any pooler.
+/// lead to a standby.
 async fn prepare(mut connection: PgConnection, told: &Told) -> Result<PgConnection, sqlx::Error> {
-    let settings = match told {
-        Told::Settings(settings) => values(settings),
-        Told::Nothing => String::from("('', '')"),
-    };
-    // Names are constants, and values are quoted.
-    let prepare = AssertSqlSafe(format!(
-        "-- chassis: prepare session
-        SELECT current_setting('transaction_read_only') AS read_only,
-            (SELECT count(set_config(name, CASE name
-                WHEN 'search_path' THEN coalesce(quote_ident(current_schema()), told.setting) ELSE told.setting END, false))
-             FROM pg_settings JOIN (VALUES {settings}) AS told (name, setting) USING (name)
-             WHERE source <> 'client'
-               AND NOT (name = 'synchronous_commit' AND told.setting = 'on' AND pg_settings.setting <> 'off'))"
-    ));
-    let row = sqlx::raw_sql(prepare).fetch_one(&mut connection).await?;
-    if row.try_get::<String, _>("read_only")? == "on" {
+    // A simple query goes through any pooler.
+    let ask = "-- chassis: ask whether it can write\nSELECT current_setting('transaction_read_only')";
+    let read_only: String = sqlx::raw_sql(ask).fetch_one(&mut connection).await?.try_get(0)?;
+    if read_only == "on" {
         drop(timeout(HOST_LIMIT, connection.close()).await);
-        return Err(sqlx::Error::Io(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the server can only read")));
+        return Err(sqlx::Error::Io(io::Error::new(
+            io::ErrorKind::ReadOnlyFilesystem,
+            "this session can only read: it is a standby's, or its default_transaction_read_only is on",
+        )));
+    }
+    if let Told::Settings(of_url) = told {
+        tell(&mut connection, of_url).await?;
     }
     Ok(connection)
+}
+
+/// A server of an earlier version lacks some of the settings, and the limits that they would change.
+async fn tell(connection: &mut PgConnection, of_url: &[(&'static str, String)]) -> Result<(), sqlx::Error> {
+    let (names, settings): (Vec<_>, Vec<_>) = all(of_url).into_iter().unzip();
+    let tell = sqlx::query(
+        "-- chassis: tell session
+        SELECT set_config(name, CASE name
+            WHEN 'search_path' THEN coalesce(quote_ident(current_schema()), told.setting) ELSE told.setting END, false)
+        FROM unnest($1::text[], $2::text[]) AS told (name, setting) JOIN pg_settings USING (name)
+        WHERE source <> 'client'
+          AND NOT (name = 'synchronous_commit' AND told.setting = 'on' AND pg_settings.setting <> 'off')",
+    );
+    tell.bind(names).bind(settings).persistent(false).execute(connection).await.map(drop)
 }
 
 /// Makes sure that what this transaction has seen is as durable as its own writes: once its commit is acknowledged, or the
@@ -135,23 +159,23 @@ pub async fn confirm_seen(connection: &mut PgConnection) -> Result<(), sqlx::Err
     sqlx::query(confirm).execute(connection).await.map(drop)
 }
 
-/// The settings as rows. A setting of this URL replaces the one of every session.
-fn values(settings: &[(&'static str, String)]) -> String {
-    let of_url = settings.iter().map(|(name, value)| (*name, value.as_str()));
-    let replaced = |name| settings.iter().any(|(other, _)| *other == name);
-    let all = EVERY_SESSION.into_iter().filter(|(name, _)| !replaced(*name)).chain(of_url);
-    let rows: Vec<_> = all.map(|(name, value)| format!("('{name}', '{}')", value.replace('\'', "''"))).collect();
-    rows.join(", ")
+/// A setting of the URL replaces the one of every session.
+fn all<'s>(of_url: &'s [(&'static str, String)]) -> Vec<(&'static str, &'s str)> {
+    let replaced = |name| of_url.iter().any(|(other, _)| *other == name);
+    let kept = EVERY_SESSION.into_iter().filter(|(name, _)| !replaced(*name));
+    kept.chain(of_url.iter().map(|(name, setting)| (*name, setting.as_str()))).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::values;
+    use super::{EVERY_SESSION, all};
 
     #[test]
-    fn a_setting_of_the_url_replaces_that_of_every_session_and_is_quoted() {
-        let rows = values(&[("synchronous_commit", "off".into()), ("application_name", "it's".into())]);
-        assert!(rows.contains("('synchronous_commit', 'off')") && !rows.contains("('synchronous_commit', 'on')"));
-        assert!(rows.contains("('application_name', 'it''s')") && rows.contains("('lock_timeout', '0')"));
+    fn a_setting_of_the_url_replaces_that_of_every_session() {
+        let of_url = [("synchronous_commit", "off".into()), ("jit", "off".into())];
+        let told = all(&of_url);
+        assert_eq!(told.len(), EVERY_SESSION.len() + 1);
+        assert!(told.contains(&("synchronous_commit", "off")) && !told.contains(&("synchronous_commit", "on")));
+        assert!(told.contains(&("jit", "off")) && told.contains(&("lock_timeout", "0")));
     }
 }

@@ -140,7 +140,7 @@ impl Sessions {
                 warn!(%cause, database = %self.url, "cannot connect; trying again while a call waits");
             }
             Ok(_) if self.is_unreachable.swap(false, Ordering::Relaxed) => {
-                info!(database = %self.url, "connected again")
+                info!(database = %self.url, "connected again");
             }
             _ => {}
         }

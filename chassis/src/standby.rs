@@ -127,5 +127,5 @@ pub(crate) fn away() -> sqlx::Error {
 
 /// Whether it is that error. It is logged once when it begins, and not for each call.
 pub(crate) fn is_away(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Io(error) if error.get_ref().is_some_and(|inner| inner.is::<Away>()))
+    matches!(error, sqlx::Error::Io(error) if error.get_ref().is_some_and(<dyn Error + Send + Sync>::is::<Away>))
 }

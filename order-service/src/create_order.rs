@@ -8,7 +8,6 @@ use std::{
 use outbox::{AggregateId, EventId, NewEvent, TraceContext};
 use proto::orders::v1::{Order, OrderCreated, OrderStatus};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
-use tracing::error;
 
 use crate::{
     get_order::get_orders,
@@ -34,10 +33,10 @@ pub(crate) enum CreateOrderError {
 }
 
 impl CreateOrderError {
-    /// Logs the cause, once for all the orders that it concerns.
-    pub(crate) fn of_database(cause: impl Into<Arc<sqlx::Error>>, orders: usize) -> Self {
+    /// Logs the cause, once for all the orders that it concerns, and in an outage less often.
+    pub(crate) fn of_database(cause: impl Into<Arc<sqlx::Error>>) -> Self {
         let cause = cause.into();
-        error!(%cause, orders, "orders not placed");
+        chassis::log_failure(&cause, "orders not placed");
         Self::Database(cause)
     }
 }

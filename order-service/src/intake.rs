@@ -83,7 +83,7 @@ impl Intake {
         let (answer, answered) = oneshot::channel();
         // If the task is gone, `answered` returns an error.
         drop(self.queue.send(Call { draft, arrived: Instant::now(), _room: room, answer }));
-        answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed, 1)))
+        answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed)))
     }
 }
 
@@ -264,7 +264,7 @@ async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
 }
 
 fn fail(answers: Vec<Answer>, cause: sqlx::Error) {
-    let failed = CreateOrderError::of_database(cause, answers.len());
+    let failed = CreateOrderError::of_database(cause);
     answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
 }
 
@@ -287,7 +287,7 @@ async fn place_group(
         Outcome::Placed(created_at) => Ok(draft.placed_at(created_at)),
         Outcome::Found(order) => Ok(order),
         Outcome::RequestIdReused => Err(CreateOrderError::RequestIdReused),
-        Outcome::Failed(cause) => Err(CreateOrderError::of_database(cause, 1)),
+        Outcome::Failed(cause) => Err(CreateOrderError::of_database(cause)),
     };
     Ok(drafts.into_iter().zip(outcomes).map(order).collect())
 }

@@ -83,7 +83,7 @@ fn key(relay_id: Uuid) -> i64 {
 /// Holds the lock, in a new session whenever one has ended. It never returns. Drop it once the rows are settled: a relay
 /// that drains still lives.
 pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
-    let database = KEEPALIVE.iter().fold(database, |database, (name, value)| database.with_setting(name, value));
+    let database = KEEPALIVE.iter().fold(database, |database, (name, value)| database.with_setting(name, *value));
     let failures = Failures::default();
     loop {
         let ended = hold_once(&relay, &database, &failures).await;

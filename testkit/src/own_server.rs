@@ -1,6 +1,9 @@
 //! A server of one test's own.
 
-use sqlx::{AssertSqlSafe, Executor, migrate::Migrator};
+use std::time::Duration;
+
+use sqlx::{Executor, Postgres, QueryBuilder, migrate::Migrator};
+use tokio::time::timeout;
 
 use crate::{
     Scratch, TestDatabase,
@@ -51,16 +54,47 @@ impl OwnServer {
     pub async fn execute(&self, statement: &str) {
         let mut connection = self.cluster.server().connect().await.expect("a superuser's connection");
         for statement in ["SET default_transaction_read_only = off", statement] {
-            connection.execute(AssertSqlSafe(statement.to_owned())).await.expect(statement);
+            let mut statement = QueryBuilder::<Postgres>::new(statement);
+            connection.execute(statement.build().persistent(false)).await.expect("a statement that succeeds");
         }
     }
 
-    /// Changes a setting, as `name = value`, for all sessions that have no other.
+    /// Has all commits wait for a synchronous standby that does not exist. Returns once they do.
+    ///
+    /// # Panics
+    /// If they do not.
+    pub async fn take_standby_away(&self) {
+        self.set("synchronous_standby_names = 'nobody'").await;
+        // The server needs a moment for it. A commit that does not come back has met the setting.
+        for _ in 0..100 {
+            let mut connection = self.cluster.server().connect().await.expect("a superuser's connection");
+            let commit = sqlx::raw_sql("SELECT pg_logical_emit_message(true, 'testkit', '')").execute(&mut connection);
+            if timeout(Duration::from_millis(500), commit).await.is_err() {
+                return;
+            }
+        }
+        panic!("commits wait for nobody");
+    }
+
+    /// Ends that.
+    pub async fn need_no_standby(&self) {
+        self.set("synchronous_standby_names = ''").await;
+    }
+
+    /// Changes a setting, as `name = value`, for all sessions that have no other. Returns once new sessions have it: the
+    /// server has then told the old ones, who read it before their next statement.
     ///
     /// # Panics
     /// If there is no such setting.
     pub async fn set(&self, setting: &str) {
         self.execute(&format!("ALTER SYSTEM SET {setting}")).await;
         self.execute("SELECT pg_reload_conf()").await;
+        let name = setting.split_whitespace().next().expect("the name of a setting");
+        let mut is_read = false;
+        while !is_read {
+            let mut connection = self.cluster.server().connect().await.expect("a superuser's connection");
+            let ask = "SELECT current_setting($1) = setting FROM pg_file_settings WHERE name = $1 ORDER BY seqno DESC LIMIT 1";
+            is_read = sqlx::query_scalar(ask).bind(name).fetch_one(&mut connection).await.expect("the setting");
+        }
     }
 }

@@ -203,7 +203,7 @@ async fn find_itself(url: &DatabaseUrl) -> Result<(), Cause> {
 /// A migration takes as long as it takes.
 async fn connect(url: &DatabaseUrl) -> Result<PgConnection, Cause> {
     let unlimited = ["statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"];
-    let url = unlimited.into_iter().fold(url.clone(), |url, name| url.with_setting(name, 0));
+    let url = unlimited.into_iter().fold(url.clone(), |url, name| url.with_setting(name, "0"));
     Ok(url.with_setting("standard_conforming_strings", "on").connect().await?)
 }
 

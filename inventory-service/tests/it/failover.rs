@@ -18,15 +18,15 @@ async fn a_duplicate_is_not_acknowledged_before_the_standby_has_its_effect() {
     let inventory = Inventory::serve_on(database, &["--database-work-ms", "1000"]).await;
     inventory.put_in(&[("MUG", 10)]).await;
     let event = order(&[("MUG", 2)]);
-    assert_eq!(inventory.client.deliver(&[event.clone()]).await.unwrap(), ["APPLIED"]);
+    assert_eq!(inventory.client.deliver(std::slice::from_ref(&event)).await.unwrap(), ["APPLIED"]);
 
-    server.set("synchronous_standby_names = 'nobody'").await;
-    let refused = inventory.client.deliver(&[event.clone()]).await.unwrap_err();
+    server.take_standby_away().await;
+    let refused = inventory.client.deliver(std::slice::from_ref(&event)).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     eventually("health is NOT_SERVING", async || inventory.health("").await == Some(ServingStatus::NotServing)).await;
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 8, "stock can be read all the time");
 
-    server.set("synchronous_standby_names = ''").await;
+    server.need_no_standby().await;
     eventually("health is SERVING", async || inventory.health("").await == Some(ServingStatus::Serving)).await;
     assert_eq!(inventory.client.deliver(&[event]).await.unwrap(), ["DUPLICATE"]);
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 8);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use chassis::{Database, DatabaseSettings, DatabaseUrl};
 use order_service::MIGRATORS;
 use proto::orders::v1::{CreateOrderRequest, GetOrderRequest};
-use sqlx::AssertSqlSafe;
+use sqlx::{Postgres, QueryBuilder};
 use testkit::{OwnServer, TestDatabase};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -18,7 +18,7 @@ async fn place_in_the_end(service: &Service, request: &CreateOrderRequest) -> us
     for failed in 0..200 {
         match service.orders().create_order(request.clone()).await {
             Ok(_) => return failed,
-            Err(status) => drop(refusal::<()>(Err(status)).asks_to_retry()),
+            Err(status) => refusal::<()>(Err(status)).asks_to_retry(),
         }
         sleep(Duration::from_millis(20)).await;
     }
@@ -113,10 +113,6 @@ async fn of_several_hosts_the_one_that_can_write_is_used_and_followed() {
     service.end().await;
 }
 
-/// A standby that does not exist is always away.
-const AWAY: &str = "synchronous_standby_names = 'nobody'";
-const NOT_NEEDED: &str = "synchronous_standby_names = ''";
-
 async fn sessions(service: &Service) -> i64 {
     let count = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'order_service'";
     sqlx::query_scalar(count).fetch_one(&service.pool).await.unwrap()
@@ -128,7 +124,7 @@ async fn while_a_synchronous_standby_is_away_orders_are_refused_at_once_and_no_s
     let flags = ["--writers", "2", "--database-work-ms", "1000", "--database-acquire-ms", "500"];
     let service = Service::start_on(server.database("orders_owner", &MIGRATORS).await, &flags).await;
     let before = sessions(&service).await;
-    server.set(AWAY).await;
+    server.take_standby_away().await;
     let requests: Vec<_> = (0..10).map(|_| order_once()).collect();
     let calls = requests.iter().map(|request| async {
         refusal(service.orders().create_order(request.clone()).await).asks_to_retry();
@@ -146,7 +142,7 @@ async fn while_a_synchronous_standby_is_away_orders_are_refused_at_once_and_no_s
     let now = sessions(&service).await;
     assert!(now <= before + 4, "{before} sessions became {now}");
 
-    server.set(NOT_NEEDED).await;
+    server.need_no_standby().await;
     for request in &requests {
         place_in_the_end(&service, request).await;
     }
@@ -167,12 +163,12 @@ async fn a_repeated_call_is_not_acknowledged_before_the_standby_has_its_order() 
     let cancelled = service.place(order()).await;
     service.cancel(&cancelled.order_id, &cancel_id).await.unwrap();
 
-    server.set(AWAY).await;
+    server.take_standby_away().await;
     refusal(service.orders().create_order(request.clone()).await).asks_to_retry();
     refusal(service.cancel(&cancelled.order_id, &cancel_id).await).asks_to_retry();
     assert_eq!(service.get(&placed.order_id).await, placed, "orders can be read all the time");
 
-    server.set(NOT_NEEDED).await;
+    server.need_no_standby().await;
     place_in_the_end(&service, &request).await;
     assert_eq!(service.place(request).await, placed);
     eventually("the cancellation is acknowledged", async || {
@@ -189,15 +185,16 @@ async fn sessions_have_the_settings_that_work_relies_on_whatever_the_defaults_of
     let pool = database.pool().await;
     for setting in [
         "default_transaction_isolation = 'serializable'",
-        "search_path = 'nowhere'",
+        "search_path = 'nowhere, public, pg_temp'",
         "lock_timeout = '1ms'",
         "statement_timeout = '700ms'",
         "synchronous_commit = off",
         "enable_seqscan = on",
         "timezone = 'Asia/Tokyo'",
     ] {
-        let set = format!("ALTER ROLE order_service IN DATABASE {} SET {setting}", database.name());
-        sqlx::raw_sql(AssertSqlSafe(set)).execute(&pool).await.unwrap();
+        let mut set = QueryBuilder::<Postgres>::new("ALTER ROLE order_service IN DATABASE ");
+        set.push(database.name()).push(" SET ").push(setting);
+        set.build().persistent(false).execute(&pool).await.unwrap();
     }
     let url: DatabaseUrl = database.url_as("order_service").parse().unwrap();
     let settings = DatabaseSettings { database_connections: 1, database_acquire_ms: 1000, database_work_ms: 5000 };

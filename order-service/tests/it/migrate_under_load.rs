@@ -206,7 +206,6 @@ async fn limits_and_an_isolation_that_were_set_for_the_role_do_not_reach_a_migra
         "lock_timeout = '1ms'",
         "idle_in_transaction_session_timeout = '1ms'",
         "default_transaction_isolation = 'serializable'",
-        "default_transaction_read_only = on",
         "standard_conforming_strings = off",
     ] {
         let mut set = sqlx::QueryBuilder::new("ALTER ROLE orders_owner IN DATABASE ");

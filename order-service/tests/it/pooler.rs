@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError};
 use order_service::MIGRATORS;
-use sqlx::PgPool;
+use sqlx::{PgPool, Postgres, QueryBuilder};
 use testkit::{TestDatabase, pgbouncer, pgbouncer::PgBouncer, postgres::Server};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -102,8 +102,9 @@ async fn shared_sessions_whose_isolation_is_not_read_committed_are_refused_with_
     let Some(pooler) = pooler(|version| version >= CARRIES, "transaction").await else { return };
     let database = TestDatabase::create("orders_owner", &MIGRATORS).await;
     let pool = database.pool().await;
-    let set = format!("ALTER DATABASE {} SET default_transaction_isolation = 'repeatable read'", database.name());
-    sqlx::raw_sql(sqlx::AssertSqlSafe(set)).execute(&pool).await.unwrap();
+    let mut set = QueryBuilder::<Postgres>::new("ALTER DATABASE ");
+    set.push(database.name()).push(" SET default_transaction_isolation = 'repeatable read'");
+    set.build().persistent(false).execute(&pool).await.unwrap();
     let refused = connect(&pooler.url_for("order_service", database.name())).await.unwrap_err().to_string();
     assert!(
         refused.contains("ALTER ROLE order_service SET default_transaction_isolation = 'read committed'"),

@@ -252,6 +252,8 @@ async fn a_subscription_that_ends_leaves_its_events_discarded_and_its_relay_ende
     let receiver = Receiver::start(Reply::apply).await;
     receiver.describe(|| Err(Code::Unavailable));
     let relay = start(&outbox, &[("goes", receiver.address)]).await;
+    until("it has taken its subscription up", async || count(&outbox, "SELECT count(*) FROM outbox_routes").await == 1)
+        .await;
     let ids = outbox.enqueue(CREATED, 6000).await;
     mark_dead_of(&outbox, "goes", ids[0]).await;
     let operator = Operator::of(&outbox);
