@@ -8,8 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use sqlx::{ConnectOptions, Row, postgres::PgConnectOptions};
 use tokio::{
     net::TcpStream,
+    task::JoinSet,
     time::{Instant, sleep},
 };
 
@@ -19,6 +21,8 @@ use crate::{
     processes::{Process, free_port},
 };
 
+/// Sessions of a role and a database.
+const POOL: usize = 20;
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// Its clients. Their passwords are their names (see the bootstrap).
 const ROLES: [&str; 7] = [
@@ -51,7 +55,7 @@ impl PgBouncer {
         let user = if rustix::process::getuid().is_root() { "user = postgres\n" } else { "" };
         let settings = format!(
             "[databases]\n* = host={host} port={server_port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
-             unix_socket_dir =\nauth_type = md5\nauth_file = {}\npool_mode = {mode}\ndefault_pool_size = 20\n\
+             unix_socket_dir =\nauth_type = md5\nauth_file = {}\npool_mode = {mode}\ndefault_pool_size = {POOL}\n\
              max_client_conn = 500\n{user}",
             scratch.join("users").display()
         );
@@ -67,6 +71,28 @@ impl PgBouncer {
             sleep(Duration::from_millis(20)).await;
         }
         Ok(PgBouncer { port, _process: process, _scratch: scratch })
+    }
+
+    /// How many channels its sessions of a role listen to. A session that was given to another client meanwhile shows no
+    /// trace of a LISTEN but this.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    pub async fn listened_channels(&self, role: &str, database: &str) -> i64 {
+        let options: PgConnectOptions = self.url_for(role, database).parse().expect("a URL");
+        let options = options.extra_float_digits(None);
+        // As many at once as there can be sessions, so each session is asked.
+        let mut asking = JoinSet::new();
+        for _ in 0..POOL {
+            let options = options.clone();
+            asking.spawn(async move {
+                let mut client = options.connect().await.expect("a session");
+                let ask = "SELECT (SELECT count(*) FROM pg_listening_channels()) FROM pg_sleep(0.3)";
+                let row = sqlx::raw_sql(ask).fetch_one(&mut client).await.expect("an answer");
+                row.try_get::<i64, _>(0).expect("a number")
+            });
+        }
+        asking.join_all().await.into_iter().sum()
     }
 
     /// The URL of a database for a role.

@@ -65,7 +65,7 @@ async fn behind_a_pooler_that_shares_sessions_the_service_works_and_never_listen
     let service = Service::start_on(database, &["--database-url", &url]).await;
     futures_util::future::join_all((0..100).map(|_| service.place(order()))).await;
     place_and_watch(&service).await;
-    assert_eq!(listeners(&service.pool).await, 0);
+    assert_eq!(pooler.listened_channels("order_service", service.database.name()).await, 0);
     assert_eq!(service.written().await.orders, 101);
     service.end().await;
 }

@@ -44,6 +44,7 @@ async fn it_polls_often_and_leaves_nothing_in_sessions_of_others() {
         outbox.wait_until_empty_within(Duration::from_secs(5)).await;
         assert_eq!(owned_sessions(&outbox).await, (0, 0));
     }
+    assert_eq!(pooler.listened_channels("outbox_relay", outbox.database.name()).await, 0);
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), event_ids);
 }
