@@ -2,14 +2,20 @@
 
 use std::{fs, process::Command};
 
-use testkit::{Scratch, postgres::can_test_clusters, processes::binary};
+use testkit::{
+    Scratch,
+    postgres::{can_test_clusters, find},
+    processes::binary,
+};
 
 /// One crash, to see the whole command work. Its times mean nothing beside other tests, so a target of time may be missed
 /// here.
 #[test]
 fn a_crash_and_the_promotion_of_the_standby_lose_nothing_and_leave_nothing_running() {
-    if !can_test_clusters() || !has("haproxy") {
-        eprintln!("skipped: needs a PostgreSQL of this machine, POSTGRES_URL and haproxy");
+    // Small builds of PostgreSQL lack it, and that of another version does not understand their files.
+    let can_rewind = find().is_ok_and(|installation| installation.program("pg_rewind").is_file());
+    if !can_test_clusters() || !can_rewind || !has("haproxy") {
+        eprintln!("skipped: needs a PostgreSQL of this machine with pg_rewind, POSTGRES_URL and haproxy");
         return;
     }
     let scratch = Scratch::new();
