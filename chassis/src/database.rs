@@ -192,8 +192,6 @@ impl Database {
                 return done;
             }
             error!("database work took over {work_limit:?}: its session is closed");
-            // If the network swallows what is sent, the other sessions are no better.
-            sessions.renew();
             // Later it is dropped, which closes its socket at once. To say goodbye would first write pending bytes. If
             // the network swallows them, that waits until TCP gives up, for a quarter of an hour.
             standby.keep(taken);

@@ -85,7 +85,9 @@ impl Soundness {
     fn of_code(code: &str) -> Self {
         match code.get(..2) {
             Some("22" | "23" | "40" | "P0") => Self::Sound,
-            Some("08" | "57") if code != "57014" => Self::AllUnsound,
+            // A statement that its time limit ended. A new session would first plan the next one, within the same limit.
+            _ if code == "57014" => Self::Sound,
+            Some("08" | "57") => Self::AllUnsound,
             _ if code == "25006" => Self::AllUnsound,
             _ => Self::Unsound,
         }
@@ -227,7 +229,7 @@ mod tests {
             ("0A000", Soundness::Unsound),
             ("26000", Soundness::Unsound),
             ("42501", Soundness::Unsound),
-            ("57014", Soundness::Unsound),
+            ("57014", Soundness::Sound),
             ("55P03", Soundness::Unsound),
             ("", Soundness::Unsound),
             ("25006", Soundness::AllUnsound),
