@@ -13,7 +13,7 @@ use crate::{
     DatabaseUrl, SchemaError, pooler,
     probe::Probe,
     schema::check_schema,
-    session::is_refused,
+    session::{is_refused, timed_out},
     sessions::{Sessions, Soundness},
     standby::{self, Standby},
 };
@@ -52,7 +52,6 @@ pub struct DatabaseSettings {
 pub struct Database {
     sessions: Sessions,
     standby: Standby,
-    is_shared: bool,
     acquire_limit: Duration,
     work_limit: Duration,
 }
@@ -87,12 +86,10 @@ impl Database {
                 info!("waiting for database {url}: {cause}; next try in {delay:.1?}");
             });
         let Some(connected) = shutdown.run_until_cancelled(waiting).await else { return Ok(None) };
-        let is_shared = connected? == pooler::Sessions::Shared;
-        let url = if is_shared { url.shared() } else { url };
+        let url = connected?;
         Ok(Some(Self {
             sessions: Sessions::new(url.clone(), settings.database_connections),
             standby: Standby::of(url),
-            is_shared,
             acquire_limit: Duration::from_millis(settings.database_acquire_ms),
             work_limit: Duration::from_millis(settings.database_work_ms),
         }))
@@ -101,6 +98,14 @@ impl Database {
     /// The database, for sessions that are not among the limited number. They are told what those are told.
     pub fn url(&self) -> &DatabaseUrl {
         &self.sessions.url
+    }
+
+    /// The same database with a limited number of other sessions. They plan a statement by its parameters, for statements
+    /// that have no one good plan. None is opened before it is needed.
+    #[must_use]
+    pub fn with_plans_by_parameters(&self, connections: u32) -> Self {
+        let url = self.sessions.url.clone().with_setting("plan_cache_mode", "auto");
+        Self { sessions: Sessions::new(url, connections), ..self.clone() }
     }
 
     /// The database for a session that is to be its client's alone, such as one that listens: the one that was
@@ -124,7 +129,7 @@ impl Database {
                 Err(other) => Err(other),
             };
         }
-        if self.is_shared {
+        if self.sessions.url.is_shared() {
             warn!(
                 "a pooler shares the sessions of {}, so nobody hears notifications there: this process polls ten times \
                  a second. With --listen-database-url it connects to the database itself",
@@ -178,9 +183,8 @@ impl Database {
         W: for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, E> + Send + 'static,
     {
         let Self { sessions, standby, acquire_limit, work_limit, .. } = self.clone();
-        let (start, started) = oneshot::channel();
+        let (mut start, started) = oneshot::channel();
         let task = tokio::spawn(async move {
-            let mut start = start;
             let mut taken = sessions.take(&mut start).await?;
             if start.send(()).is_err() {
                 sessions.give_back(taken, Soundness::Sound);
@@ -220,10 +224,11 @@ async fn starts_within(limit: Duration, mut started: oneshot::Receiver<()>) -> b
     started.try_recv().is_ok()
 }
 
+/// Returns the database as its sessions are given out.
 async fn try_to_connect(
     url: DatabaseUrl,
     migrations: &'static [&'static Migrator],
-) -> Result<pooler::Sessions, SchemaError> {
+) -> Result<DatabaseUrl, SchemaError> {
     // It connects several times.
     let limit = url.connect_limit() * 2;
     let trying = async {
@@ -232,7 +237,7 @@ async fn try_to_connect(
         let mut connection = url.connect().await?;
         check_schema(&mut connection, migrations).await?;
         connection.close().await?;
-        Ok(sessions)
+        Ok(url)
     };
     // A server that accepts connections but stays silent would otherwise block without a log line.
     timeout(limit, trying).await.unwrap_or_else(|_| Err(timed_out().into()))
@@ -249,8 +254,4 @@ fn with_limits(url: DatabaseUrl, work_ms: u64) -> DatabaseUrl {
         .with_setting("idle_in_transaction_session_timeout", work_ms.saturating_mul(2).to_string())
         .with_setting("enable_seqscan", "off")
         .with_setting("jit", "off")
-}
-
-fn timed_out() -> sqlx::Error {
-    sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
 }

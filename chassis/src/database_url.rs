@@ -106,6 +106,10 @@ impl DatabaseUrl {
     pub(crate) fn shared(self) -> Self {
         Self { told: Told::Nothing, ..self }
     }
+
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.told, Told::Nothing)
+    }
 }
 
 impl FromStr for DatabaseUrl {

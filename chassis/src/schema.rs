@@ -24,6 +24,11 @@ pub enum SchemaError {
     Database(#[from] sqlx::Error),
 }
 
+/// As messages call a migration.
+pub(crate) fn name(migration: &Migration) -> String {
+    format!("{} ({})", migration.version, migration.description)
+}
+
 /// Whether a migration takes away what processes of the version before need.
 pub(crate) fn is_contracting(migration: &Migration) -> bool {
     migration.description.starts_with("contract")
@@ -55,10 +60,9 @@ async fn check(connection: &mut PgConnection, migrator: &Migrator) -> Result<(),
         if is_contracting(expected) && found.is_none() {
             continue;
         }
-        let name = || format!("{} ({})", expected.version, expected.description);
         match found {
-            None => return Err(SchemaError::Missing(name())),
-            Some(found) if found.checksum != expected.checksum => return Err(SchemaError::Different(name())),
+            None => return Err(SchemaError::Missing(name(expected))),
+            Some(found) if found.checksum != expected.checksum => return Err(SchemaError::Different(name(expected))),
             Some(_) => {}
         }
     }

@@ -46,6 +46,14 @@ impl DatabaseUrl {
         .await
     }
 
+    /// The same within [`Self::connect_limit`].
+    ///
+    /// # Errors
+    /// Those of [`Self::connect`], and an [`sqlx::Error::Io`] of kind `TimedOut`.
+    pub async fn connect_in_time(&self) -> Result<PgConnection, sqlx::Error> {
+        timeout(self.connect_limit(), self.connect()).await.unwrap_or_else(|_| Err(timed_out()))
+    }
+
     /// How long [`Self::connect`] may take. It does not limit itself.
     pub fn connect_limit(&self) -> Duration {
         CONNECT_LIMIT.max(HOST_LIMIT * u32::try_from(self.hosts().len()).unwrap_or(u32::MAX))
@@ -64,7 +72,7 @@ impl DatabaseUrl {
         }
         let at = async |place: usize| {
             let connected = timeout(HOST_LIMIT, connect(self.hosts()[place].clone())).await;
-            connected.unwrap_or_else(|_| Err(sqlx::Error::Io(io::ErrorKind::TimedOut.into())))
+            connected.unwrap_or_else(|_| Err(timed_out()))
         };
         let first = self.last();
         let cause = match at(first).await {
@@ -91,6 +99,11 @@ impl DatabaseUrl {
         }
         Err(of_all(failed))
     }
+}
+
+/// The error of whoever gives up waiting for the database.
+pub(crate) fn timed_out() -> sqlx::Error {
+    sqlx::Error::Io(io::ErrorKind::TimedOut.into())
 }
 
 /// One error for several hosts. If all of them refuse for good, so does this error.

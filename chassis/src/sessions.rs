@@ -134,8 +134,7 @@ impl Sessions {
     /// It ends by itself and not with its caller: after an outage every connection is made anew, which on a busy machine
     /// may take longer than a call may wait. If each attempt ended with its caller, none would succeed.
     async fn open(&self) -> Result<PgConnection, sqlx::Error> {
-        let opened = timeout(self.url.connect_limit(), self.url.connect()).await;
-        let opened = opened.unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())));
+        let opened = self.url.connect_in_time().await;
         // Callers are told that it timed out. The log says why, once.
         match &opened {
             Err(cause) if !self.is_unreachable.swap(true, Ordering::Relaxed) => {

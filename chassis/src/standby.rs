@@ -7,7 +7,7 @@
 
 use std::{
     error::Error,
-    fmt, io,
+    fmt, io, mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -63,13 +63,14 @@ impl Standby {
         let (mut connection, mut waited) = (None, false);
         loop {
             match self.ask(&mut connection).await {
-                Some(true) if !waited => {
-                    waited = true;
-                    warn!("commits wait for a synchronous standby: nothing is written until they are done");
+                Some(true) => {
+                    if !mem::replace(&mut waited, true) {
+                        warn!("commits wait for a synchronous standby: nothing is written until they are done");
+                    }
                 }
                 // Once commits are known to wait, a server that does not answer says nothing of them.
-                Some(true) | None if waited => {}
-                Some(_) | None => break,
+                None if waited => {}
+                Some(false) | None => break,
             }
             sleep(INTERVAL).await;
         }
@@ -83,7 +84,7 @@ impl Standby {
     async fn ask(&self, connection: &mut Option<PgConnection>) -> Option<bool> {
         let mut asking = match connection.take() {
             Some(asking) => asking,
-            None => timeout(self.url.connect_limit(), self.url.connect()).await.ok()?.ok()?,
+            None => self.url.connect_in_time().await.ok()?,
         };
         let ask = "-- chassis: ask whether commits wait for a standby
             SELECT EXISTS (

@@ -39,7 +39,7 @@ mod wake;
 
 use std::{sync::Arc, time::Duration};
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, Services};
+use chassis::{Database, DatabaseUrl, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{
@@ -100,14 +100,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         measure::serve(address).map_err(unusable)?;
     }
     // Losing a lease or a settlement in a crash only delivers an event again, and its receiver knows it.
-    let for_operators = settings.database_url.clone().with_setting("synchronous_commit", "off");
-    let url = for_operators.clone().with_generic_plans();
+    let url = settings.database_url.clone().with_setting("synchronous_commit", "off").with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
     let Some(database) = connecting.await? else { return Ok(()) };
-    // Statements of operators have another plan for other parameters.
-    let few = DatabaseSettings { database_connections: OPERATORS_CONNECTIONS, ..settings.database.clone() };
-    let connecting = Database::connect(&for_operators, &few, &MIGRATORS, &shutdown);
-    let Some(of_operators) = connecting.await? else { return Ok(()) };
+    let of_operators = database.with_plans_by_parameters(OPERATORS_CONNECTIONS);
     let relay = RelayId::new();
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());

@@ -99,8 +99,7 @@ pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
 
 /// Returns when the session has ended, does not answer, or no longer has the lock.
 async fn hold_once(relay: &RelayId, database: &DatabaseUrl, failures: &Failures) -> Result<(), sqlx::Error> {
-    let connected = timeout(database.connect_limit(), database.connect()).await;
-    let mut session = connected.unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))?;
+    let mut session = database.connect_in_time().await?;
     answered(lock(&mut session, key(relay.id))).await?;
     while answered(has_lock(&mut session, key(relay.id))).await? {
         relay.holds_lock.store(true, Ordering::Relaxed);

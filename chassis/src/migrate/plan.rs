@@ -2,7 +2,7 @@
 
 use sqlx::migrate::Migration;
 
-use crate::schema::is_contracting;
+use crate::schema::{is_contracting, name};
 
 /// What to do about the migrations of one migrator.
 #[derive(Debug, PartialEq)]
@@ -59,11 +59,6 @@ pub(super) fn plan<'m>(known: &'m [Migration], applied: &[(i64, Vec<u8>)], contr
 
 fn knows(known: &[Migration], version: i64) -> bool {
     known.iter().any(|migration| migration.version == version)
-}
-
-/// As messages call it.
-pub(super) fn name(migration: &Migration) -> String {
-    format!("{} ({})", migration.version, migration.description)
 }
 
 #[cfg(test)]

@@ -18,11 +18,11 @@ use super::{
     Cause, LOCK_INTERVAL,
     holder::{find_blocking, find_open, list},
     patience::Patience,
-    plan::name,
 };
 use crate::{
     DatabaseUrl,
     pooler::{Sessions, find_sessions},
+    schema::name,
 };
 
 /// For how long a migration waits for a lock, and others behind it.
