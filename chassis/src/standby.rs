@@ -50,7 +50,13 @@ impl Standby {
 
     /// Keeps a session whose work took too long until it is known not to wait for a standby. Work is not begun from now
     /// until then: the next transaction would perhaps wait too.
+    ///
+    /// A session that does not commit durably waits for nobody, and ends at once. Kept, it would hold the locks of its
+    /// transaction, and its slot.
     pub(crate) fn keep(&self, session: impl Send + 'static) {
+        if !self.url.is_durable() {
+            return;
+        }
         let mut state = self.lock();
         state.kept.push(Box::new(session));
         if !state.is_asking {
