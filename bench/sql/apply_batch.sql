@@ -9,9 +9,12 @@ BEGIN;
 WITH given AS MATERIALIZED (
     SELECT event_ids, times FROM bench_batches WHERE batch = :batch::integer
 ), arrived AS (
-    SELECT id, max(time) > greatest(
-        now() - make_interval(secs => 604800),
-        (SELECT until + make_interval(secs => 3600) FROM inbox_pruned)) AS young
+    SELECT id, max(time) > coalesce(
+        (SELECT greatest(
+            least(clock, now()) - make_interval(secs => 604800),
+            CASE WHEN until <= now() THEN until + make_interval(secs => 3600) END)
+        FROM inbox_pruned),
+        now() - make_interval(secs => 604800)) AS young
     FROM given CROSS JOIN unnest(event_ids, times) AS event (id, time)
     GROUP BY id
 ), recorded AS (

@@ -1,6 +1,10 @@
 //! The loop: lease, deliver, settle.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use chassis::{Database, RunError};
 use tokio::time::Instant;
@@ -45,6 +49,12 @@ pub(crate) struct Worker {
     /// Cancels the deliveries in flight.
     pub(crate) cancel_deliveries: CancellationToken,
 }
+
+/// The clocks of two sound machines differ by less.
+const CLOCK_MARGIN: Duration = Duration::from_secs(3600);
+/// How long an event waits before the clocks are compared again.
+const DOUBT_PAUSE: Duration = Duration::from_secs(60);
+const DOUBTFUL_AGE: &str = "too old by the database's clock, and not by the relay's: set the wrong one right";
 
 /// How a round of the loop ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -184,7 +194,7 @@ impl Worker {
         let asked = route.types_age() > TYPES_AGE_MAX && self.describes().await;
         let still_unknown = !asked || lease.set_unknown_aside(|event_type| route.knows(event_type));
         if let Some(row) = lease.rows.iter().find(|row| still_unknown && row.unknown)
-            && route.may_warn_of_types()
+            && route.may_warn_of_waiting()
         {
             let (route, event_type) = (route.name(), &row.event_type);
             warn!(
@@ -294,12 +304,16 @@ impl Worker {
         ready.then(|| if events > 1 { lease.split_before() } else { lease.deliver_before() })
     }
 
-    /// The fate of an event that is set aside. One that is too old is dead, undelivered: its receiver may have applied it
-    /// long ago, and forgotten that.
+    /// The fate of an event that is set aside.
     fn fate_aside(&self, row: &LeasedRow) -> Option<Fate> {
         if row.expired {
-            let hours = self.route.max_age().unwrap_or_default().as_secs_f64() / 3600.0;
-            return Some(Fate::Dead(format!("EXPIRED: older than {hours:.0} h: the receiver may have forgotten it")));
+            let max_age = self.route.max_age().unwrap_or_default();
+            #[expect(clippy::disallowed_methods, reason = "a witness, and only against the death of an event")]
+            let fate = fate_of_expired(SystemTime::now(), row.created_at.into(), max_age);
+            if fate != expired(max_age) && self.route.may_warn_of_waiting() {
+                warn!(route = self.route.name(), event_id = %row.event_id, "events wait: {DOUBTFUL_AGE}");
+            }
+            return Some(fate);
         }
         row.unknown.then(|| Fate::Held {
             wait: hold_time(row.age_seconds),
@@ -373,8 +387,50 @@ impl Worker {
     }
 }
 
+/// What becomes of an event that is too old by the database's clock.
+///
+/// It is dead, undelivered: its receiver may have applied it long ago, and forgotten that. But a clock that jumps makes
+/// all events old at once. So the clock of this process has to agree. Otherwise one of them is wrong, and the event waits:
+/// to deliver it could apply it twice, if this one is.
+fn fate_of_expired(now: SystemTime, created_at: SystemTime, max_age: Duration) -> Fate {
+    if now.duration_since(created_at).is_ok_and(|age| age + CLOCK_MARGIN > max_age) {
+        return expired(max_age);
+    }
+    Fate::Held { wait: DOUBT_PAUSE, reason: format!("CLOCK: {DOUBTFUL_AGE}") }
+}
+
+fn expired(max_age: Duration) -> Fate {
+    let hours = max_age.as_secs_f64() / 3600.0;
+    Fate::Dead(format!("EXPIRED: older than {hours:.0} h: the receiver may have forgotten it"))
+}
+
 /// How long to hold an event that its receiver does not know: a part of its age, so that many of them cost little. With
 /// jitter, since those that were enqueued together should not come back together.
 fn hold_time(age_seconds: f64) -> Duration {
     Duration::from_secs_f64((age_seconds / 4.0).clamp(15.0, 300.0)).mul_f64(0.5 + fastrand::f64() / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::{CLOCK_MARGIN, DOUBTFUL_AGE, expired, fate_of_expired};
+    use crate::fate::Fate;
+
+    const MAX_AGE: Duration = Duration::from_hours(144);
+
+    #[test]
+    fn an_event_dies_of_age_only_if_both_clocks_say_so() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_hours(500_000);
+        let at_age = |age| fate_of_expired(now, now - age, MAX_AGE);
+        for age in [MAX_AGE * 2, MAX_AGE, MAX_AGE - CLOCK_MARGIN / 2] {
+            assert_eq!(at_age(age), expired(MAX_AGE));
+        }
+        for age in [Duration::ZERO, Duration::from_secs(5), MAX_AGE - CLOCK_MARGIN * 2] {
+            let fate = at_age(age);
+            assert!(matches!(&fate, Fate::Held { reason, .. } if reason.ends_with(DOUBTFUL_AGE)), "{age:?}: {fate:?}");
+        }
+        // The relay's clock lies before the event was enqueued.
+        assert!(matches!(fate_of_expired(now, now + MAX_AGE, MAX_AGE), Fate::Held { .. }));
+    }
 }

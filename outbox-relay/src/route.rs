@@ -275,8 +275,8 @@ impl Route {
         self.state.types.borrow().1.elapsed()
     }
 
-    /// Whether the log may say again that the receiver does not know a type.
-    pub(crate) fn may_warn_of_types(&self) -> bool {
+    /// Whether the log may say again why events are set aside.
+    pub(crate) fn may_warn_of_waiting(&self) -> bool {
         self.state.warned.send_if_modified(|warned| {
             let due = warned.is_none_or(|at| at.elapsed() > WARNING_INTERVAL);
             if due {

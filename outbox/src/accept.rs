@@ -31,10 +31,11 @@ struct Arrived {
 ///
 /// Ids are inserted in order. So overlapping batches wait for each other in the same order, and cannot deadlock.
 ///
-/// The age of an event is measured by this database's clock, as for pruning. So the record of an event that is not
-/// stale cannot be pruned yet (see `prune`). If the retention is made longer, events that were pruned before stay
-/// stale. An `until` in the future was left by a clock that ran ahead. Every event would be stale until then, so it does
-/// not count; `prune` corrects it, and says why that is right.
+/// The age of an event is measured by the inbox's clock, as for pruning. So the record of an event that is not stale
+/// cannot be pruned yet (see `prune`). A pruner may move that clock after this statement has read it, but by less than the
+/// margin. If the retention is made longer, events that were pruned before stay stale. An `until` in the future was left
+/// by a clock that ran ahead. Every event would be stale until then, so it does not count; `prune` corrects it, and says
+/// why that is right.
 pub(crate) async fn accept(
     tx: &mut Transaction<'_, Postgres>,
     events: &[(EventId, OffsetDateTime)],
@@ -45,9 +46,12 @@ pub(crate) async fn accept(
         Arrived,
         r#"-- inbox: accept
         WITH arrived AS (
-            SELECT id, max(time) > greatest(
-                now() - make_interval(secs => $3),
-                (SELECT until + make_interval(secs => $4) FROM inbox_pruned WHERE until <= now())) AS young
+            SELECT id, max(time) > coalesce(
+                (SELECT greatest(
+                    least(clock, now()) - make_interval(secs => $3),
+                    CASE WHEN until <= now() THEN until + make_interval(secs => $4) END)
+                FROM inbox_pruned),
+                now() - make_interval(secs => $3)) AS young
             FROM unnest($1::uuid[], $2::timestamptz[]) AS event (id, time)
             GROUP BY id
         ), recorded AS (

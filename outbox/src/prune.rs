@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use chassis::Database;
-use sqlx::{Connection, PgConnection};
-use tokio::time::sleep;
+use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -18,11 +18,20 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Key of the advisory lock. Any number will do that nothing else in the database uses.
 const LOCK: i64 = 0x6f75_7462_6f78;
 
+/// How often the inbox's clock advances. A pruned id may be kept for as long in vain.
+const ADVANCE_INTERVAL: Duration = Duration::from_secs(10);
+/// The inbox's clock is at most this much faster than time passes. So it reaches the server's after a stop of the service,
+/// in as much time as that took. Meanwhile the inbox is no larger than it was: it recorded nothing while it stood still.
+const PACE: u32 = 2;
+/// How far it advances at once. It is less than [`CLOCK_MARGIN`], since `accept` may have read it just before. Only a
+/// process that stood still could advance it further.
+const STEP_MAX: Duration = Duration::from_secs(600);
+
 /// Prunes the inbox at intervals, until `shutdown`.
 pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration, shutdown: CancellationToken) {
-    let mut pruned = 0;
+    let (mut pruned, mut clock) = (0, None);
     while !shutdown.is_cancelled() {
-        match database.write(move |connection| Box::pin(prune(connection, retention))).await {
+        match prune_once(&database, retention, &mut clock).await {
             Ok(0) => {}
             Ok(batch) => {
                 pruned += batch;
@@ -38,7 +47,57 @@ pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration
     }
 }
 
-/// Prunes a batch of ids that are older than the retention by the database's clock, oldest first. Returns how many.
+async fn prune_once(database: &Database, retention: Duration, clock: &mut Option<Seen>) -> Result<i64, sqlx::Error> {
+    advance_if_due(database, clock).await?;
+    database.write(move |connection| Box::pin(prune(connection, retention))).await
+}
+
+/// The inbox's clock, as this process read it last.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    clock: OffsetDateTime,
+    /// Before it was read.
+    at: Instant,
+}
+
+impl Seen {
+    /// How far the clock may have advanced by now.
+    fn limit(self, now: Instant) -> OffsetDateTime {
+        self.clock + ((now - self.at) * PACE).min(STEP_MAX)
+    }
+}
+
+/// Advances the inbox's clock towards the server's.
+///
+/// If the server's clock jumps ahead, all that the inbox remembers looks old. If it forgot that, it would have to reject
+/// the sound events of the last hour when the clock is set right: it cannot tell them from those that it has forgotten. So
+/// it ages by a clock that no jump moves. That is kept in the database, since a process that starts cannot tell a jump
+/// from the time in which no process ran. It advances by what has passed on the monotonic clocks of the processes that
+/// watch it. Several do not make it faster: each starts from what it has read, and the furthest one counts.
+async fn advance_if_due(database: &Database, seen: &mut Option<Seen>) -> Result<(), sqlx::Error> {
+    let at = Instant::now();
+    if seen.is_some_and(|seen| at - seen.at < ADVANCE_INTERVAL) {
+        return Ok(());
+    }
+    let limit = seen.map(|seen| seen.limit(at));
+    let clock = database.write(move |connection| Box::pin(advance(connection, limit))).await?;
+    *seen = Some(Seen { clock, at });
+    Ok(())
+}
+
+async fn advance(connection: &mut PgConnection, limit: Option<OffsetDateTime>) -> Result<OffsetDateTime, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"-- inbox: advance clock
+        INSERT INTO inbox_pruned AS inbox (until, clock) VALUES ('-infinity', now())
+        ON CONFLICT (singleton) DO UPDATE SET clock = least(now(), greatest(coalesce(inbox.clock, now()), $1))
+        RETURNING clock AS "clock!""#,
+        limit,
+    )
+    .fetch_one(connection)
+    .await
+}
+
+/// Prunes a batch of ids that are older than the retention by the inbox's clock, oldest first. Returns how many.
 ///
 /// One process prunes at a time. Two would delete the same rows, and wait for each other.
 ///
@@ -63,7 +122,7 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
             DELETE FROM processed_messages
             WHERE ctid = ANY (ARRAY (
                 SELECT ctid FROM processed_messages
-                WHERE processed_at < now() - make_interval(secs => $1)
+                WHERE processed_at < (SELECT least(clock, now()) FROM inbox_pruned) - make_interval(secs => $1)
                 ORDER BY processed_at LIMIT $2))
             RETURNING processed_at
         ), remembered AS (
@@ -86,13 +145,15 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
 ///
 /// A clock that is ahead by a constant time prunes ids at their true age, and only its times are wrong. So no event that
 /// is younger than the retention was forgotten, and the right time is that of pruning by a right clock until now.
-/// Ids from before the clock went ahead are all pruned at once, but they carry right times. `until` is then such a time,
-/// and not in the future. It stays, and what the inbox may have forgotten is rejected as stale.
+/// Ids from before the clock went ahead carry right times. If it was ahead for longer than a relay keeps an event waiting,
+/// they are pruned early. `until` is then such a time, and not in the future. It stays, and what the inbox may have
+/// forgotten is rejected as stale.
 ///
-/// One case remains: the clock jumps ahead twice. If the two leads differ by more than the retention less a relay's
-/// maximum age, ids recorded in between are pruned while they are young. Such an event is applied twice if a relay still
-/// has it. To exclude that, the inbox would have to reject every event from before the correction, for good. That loses
-/// many events for certain, so it is not done. The operator's documentation says what to check.
+/// One case remains: the clock jumps ahead twice, each time for so long that the inbox's clock follows. If the two leads
+/// differ by more than the retention less a relay's maximum age, ids recorded in between are pruned while they are young.
+/// Such an event is applied twice if a relay still has it. To exclude that, the inbox would have to reject every event
+/// from before the correction, for good. That loses many events for certain, so it is not done. The operator's
+/// documentation says what to check.
 async fn correct(tx: &mut PgConnection, retention: Duration) -> Result<(), sqlx::Error> {
     let corrected = sqlx::query!(
         "-- inbox: correct pruned
@@ -108,4 +169,24 @@ async fn correct(tx: &mut PgConnection, retention: Duration) -> Result<(), sqlx:
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use sqlx::types::time::OffsetDateTime;
+    use tokio::time::Instant;
+
+    use super::{ADVANCE_INTERVAL, CLOCK_MARGIN, STEP_MAX, Seen};
+
+    #[test]
+    fn the_clock_catches_up_twice_as_fast_as_time_passes_and_never_by_the_margin_at_once() {
+        let seen = Seen { clock: OffsetDateTime::UNIX_EPOCH, at: Instant::now() };
+        let advances = |after| seen.limit(seen.at + after) - seen.clock;
+        assert_eq!(advances(Duration::ZERO), Duration::ZERO);
+        assert_eq!(advances(ADVANCE_INTERVAL), 2 * ADVANCE_INTERVAL);
+        assert_eq!(advances(Duration::from_hours(24 * 365)), STEP_MAX);
+        assert!(STEP_MAX < CLOCK_MARGIN);
+    }
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
+use inventory_service::MIGRATORS;
 use proto::events::v1::{DescribeRequest, event_receiver_client::EventReceiverClient};
+use sqlx::{Postgres, QueryBuilder};
+use testkit::TestDatabase;
 
 use crate::{
     inventory::{Inventory, eventually},
@@ -10,6 +13,13 @@ use crate::{
 };
 
 const DAY: [&str; 2] = ["--retention-hours", "24"];
+
+/// Sets columns of the inbox's memory, once the service has made its row.
+async fn set_pruned(inventory: &Inventory, columns: &str) {
+    eventually("the inbox has a clock", async || inventory.count("SELECT count(*) FROM inbox_pruned").await == 1).await;
+    let mut update = QueryBuilder::<Postgres>::new("UPDATE inbox_pruned SET ");
+    update.push(columns).build().execute(&inventory.pool).await.unwrap();
+}
 
 #[tokio::test]
 async fn the_receiver_reports_its_retention() {
@@ -69,10 +79,7 @@ async fn ids_are_pruned_once_no_event_that_old_is_accepted() {
 async fn an_event_pruned_under_a_shorter_retention_is_stale_under_a_longer_one() {
     let inventory = Inventory::serve(&["--retention-hours", "168"]).await;
     inventory.put_in(&[("MUG", 10)]).await;
-    sqlx::query("INSERT INTO inbox_pruned (until) VALUES (now() - interval '25 hours')")
-        .execute(&inventory.pool)
-        .await
-        .unwrap();
+    set_pruned(&inventory, "until = now() - interval '25 hours'").await;
     let (pruned, young) = (hours_ago(&order(&[("MUG", 1)]), 30), hours_ago(&order(&[("MUG", 2)]), 23));
     assert_eq!(inventory.client.deliver([&pruned, &young]).await.unwrap(), ["REJECTED STALE", "APPLIED"]);
     inventory.stop().await;
@@ -86,10 +93,7 @@ async fn a_time_in_the_future_until_which_ids_were_pruned_rejects_nothing_and_is
     // Another process's pruner, so that this one corrects nothing yet.
     let mut other = inventory.pool.begin().await.unwrap();
     sqlx::query("SELECT pg_advisory_xact_lock(122550254464888)").execute(&mut *other).await.unwrap();
-    sqlx::query("INSERT INTO inbox_pruned (until) VALUES (now() + interval '1 year')")
-        .execute(&inventory.pool)
-        .await
-        .unwrap();
+    set_pruned(&inventory, "until = now() + interval '1 year'").await;
     let (first, second, third) =
         (order(&[("MUG", 1)]), hours_ago(&order(&[("MUG", 1)]), 23), hours_ago(&order(&[("MUG", 1)]), 23));
     let old = hours_ago(&order(&[("MUG", 1)]), 25);
@@ -102,6 +106,58 @@ async fn a_time_in_the_future_until_which_ids_were_pruned_rejects_nothing_and_is
     let outcomes = inventory.client.deliver([&first, &third, &old]).await.unwrap();
     assert_eq!(outcomes, ["DUPLICATE", "APPLIED", "REJECTED STALE"]);
     assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 7);
+    inventory.stop().await;
+}
+
+/// With an inbox whose clock is behind that of the server.
+async fn serve_behind(interval: &str) -> Inventory {
+    let database = TestDatabase::create("inventory_owner", &MIGRATORS).await;
+    let sql = "INSERT INTO inbox_pruned (until, clock) VALUES ('-infinity', now() - $1::text::interval)";
+    sqlx::query(sql).bind(interval).execute(&database.pool().await).await.unwrap();
+    Inventory::serve_on(database, &DAY).await
+}
+
+/// As when the server's clock has jumped ten days ahead. Nothing of it may reach the inbox, or the events of the hour
+/// before would be stale once it is set right.
+#[tokio::test]
+async fn a_clock_that_jumps_ahead_makes_no_event_old_and_forgets_none() {
+    let inventory = serve_behind("10 days").await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    let applied = hours_ago(&order(&[("MUG", 1)]), 240);
+    assert_eq!(inventory.client.deliver([&applied]).await.unwrap(), ["APPLIED"]);
+    let sql = "UPDATE processed_messages SET processed_at = now() - interval '10 days 1 hour'";
+    sqlx::query(sql).execute(&inventory.pool).await.unwrap();
+    // This one is old by both clocks. So the pruner has been there once it is gone.
+    let old = "INSERT INTO processed_messages VALUES (gen_random_uuid(), now() - interval '12 days')";
+    sqlx::query(old).execute(&inventory.pool).await.unwrap();
+    let ids = "SELECT count(*) FROM processed_messages";
+    eventually("the old id is pruned", async || inventory.count(ids).await == 1).await;
+
+    let young = hours_ago(&order(&[("MUG", 2)]), 240);
+    assert_eq!(inventory.client.deliver([&applied, &young]).await.unwrap(), ["DUPLICATE", "APPLIED"]);
+    inventory.stop().await;
+}
+
+/// After a stop, or a jump that turns out to be right. A service that starts knows neither, and waits.
+#[tokio::test]
+async fn the_inboxs_clock_follows_the_servers_slowly() {
+    let inventory = serve_behind("1 hour").await;
+    let behind = "SELECT round(extract(epoch FROM now() - clock))::bigint FROM inbox_pruned";
+    eventually("the clock advances", async || inventory.count(behind).await < 3600).await;
+    // Some seconds have passed, and the clock has gained as much.
+    let seconds = inventory.count(behind).await;
+    assert!((3540..3600).contains(&seconds), "{seconds}");
+    inventory.stop().await;
+}
+
+/// It was set back after so long that the inbox's clock had followed.
+#[tokio::test]
+async fn a_clock_ahead_of_the_servers_counts_for_nothing() {
+    let inventory = Inventory::serve(&DAY).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    set_pruned(&inventory, "clock = now() + interval '10 days'").await;
+    let (old, young) = (hours_ago(&order(&[("MUG", 1)]), 25), hours_ago(&order(&[("MUG", 2)]), 23));
+    assert_eq!(inventory.client.deliver([&old, &young]).await.unwrap(), ["REJECTED STALE", "APPLIED"]);
     inventory.stop().await;
 }
 
