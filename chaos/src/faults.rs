@@ -72,6 +72,11 @@ pub(super) enum Fault {
         part: Part,
         lasts: Duration,
     },
+    /// The clock of a database server jumps ten days ahead, and is set back.
+    ServerClock {
+        part: Part,
+        lasts: Duration,
+    },
     /// A receiver is stood in for, on the way from every relay.
     StandIn {
         receiver: Part,
@@ -108,7 +113,7 @@ pub(super) enum ReceiverFault {
 }
 
 /// The classes in the order of their numbers, which begin with 1.
-pub(super) const CLASSES: [&str; 26] = [
+pub(super) const CLASSES: [&str; 27] = [
     "a process killed",
     "a crash at a named point",
     "PostgreSQL crashed, a backend killed, or sessions terminated",
@@ -134,10 +139,11 @@ pub(super) const CLASSES: [&str; 26] = [
     "a receiver whose answers have no gRPC status",
     "a server that can only be read, as after a failover",
     "a synchronous standby that is away",
+    "a server whose clock jumps ten days ahead, and is set back",
     "two to four of these at the same time",
 ];
 /// Number of the class for faults at the same time.
-pub(super) const TOGETHER: usize = 26;
+pub(super) const TOGETHER: usize = 27;
 
 impl Fault {
     /// From 1.
@@ -170,6 +176,7 @@ impl Fault {
             },
             Self::ReadOnly { .. } => 24,
             Self::StandbyAway { .. } => 25,
+            Self::ServerClock { .. } => 26,
         }
     }
 
@@ -195,6 +202,7 @@ impl Fault {
                 | Self::DeliverAgain
                 | Self::ReadOnly { .. }
                 | Self::StandbyAway { .. }
+                | Self::ServerClock { .. }
         )
     }
 
@@ -232,6 +240,7 @@ impl Fault {
             24 => Self::ReadOnly { part: any(rng, &[Part::Orders, Part::Inventory]), new_sessions: rng.bool(), lasts },
             // Longer than a unit of work may take.
             25 => Self::StandbyAway { part: any(rng, &[Part::Orders, Part::Inventory]), lasts: lasts + WORK_LIMIT },
+            26 => Self::ServerClock { part: any(rng, &[Part::Orders, Part::Inventory]), lasts: lasts * 2 },
             _ => Self::StandIn { receiver: service, stand_in: draw_stand_in(class, rng), lasts: lasts.mul_f64(1.5) },
         }
     }

@@ -70,6 +70,7 @@ pub(super) async fn inflict(world: &Arc<World>, fault: &Fault) -> Result<bool> {
         Fault::Overload => Ok(callers::overload(world).await),
         Fault::RollingRestart => restart_each(world).await,
         Fault::ReadOnly { part, new_sessions, lasts } => make_read_only(world, *part, *new_sessions, *lasts).await,
+        Fault::ServerClock { part, lasts } => set_server_clock_ahead(world, *part, *lasts).await,
         Fault::StandbyAway { part, lasts } => take_standby_away(world, *part, *lasts).await,
         Fault::StandIn { receiver, stand_in, lasts } => Ok(stand_in_for(world, *receiver, *stand_in, *lasts).await),
     }
@@ -204,13 +205,7 @@ pub(super) fn find_clock() -> Option<PathBuf> {
 async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration) -> Result<bool> {
     let Some(library) = &world.clock else { return Ok(false) };
     let unit = world.site.unit(part);
-    let environment = [
-        ("LD_PRELOAD", library.display().to_string()),
-        ("FAKETIME", if ahead { "+1h" } else { "-1h" }.into()),
-        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".into()),
-        ("DONT_FAKE_MONOTONIC", "1".into()),
-    ];
-    unit.set_extra(environment.map(|(name, value)| (name.to_owned(), value)).into());
+    unit.set_extra(time_of_day(library, if ahead { "+1h" } else { "-1h" }));
     let restarted = unit.restart(RESTART_LIMIT).await;
     sleep(lasts).await;
     let was_wrong = is_wrong(world, part, ahead).await;
@@ -218,6 +213,47 @@ async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration
     unit.restart(RESTART_LIMIT).await?;
     restarted?;
     was_wrong
+}
+
+/// The environment of a process whose time of day differs by this.
+fn time_of_day(library: &Path, difference: &str) -> Vec<(String, String)> {
+    let library = library.display().to_string();
+    let variables = [
+        ("LD_PRELOAD", library.as_str()),
+        ("FAKETIME", difference),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ("DONT_FAKE_MONOTONIC", "1"),
+    ];
+    variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+}
+
+/// Gives a server another clock for a while: it crashes, and has it from its next start to its next crash. Returns whether
+/// an event was applied meanwhile.
+async fn set_server_clock_ahead(world: &World, part: Part, lasts: Duration) -> Result<bool> {
+    let Some(library) = &world.clock else { return Ok(false) };
+    for other in Part::ALL {
+        world.disturb(other, lasts);
+    }
+    let before = count_ahead(world, part).await?;
+    restart_server(world, part, &time_of_day(library, "+10d")).await?;
+    sleep(lasts).await;
+    restart_server(world, part, &[]).await?;
+    Ok(count_ahead(world, part).await? > before)
+}
+
+async fn restart_server(world: &World, part: Part, environment: &[(String, String)]) -> Result<()> {
+    let mut cluster = world.site.cluster(part).lock().await;
+    cluster.crash().await?;
+    cluster.recover_with(environment).await
+}
+
+/// How many events were applied in the future.
+async fn count_ahead(world: &World, part: Part) -> Result<i64> {
+    let applied = sqlx::query_scalar(
+        "-- chaos: count events applied in the future
+        SELECT count(*) FROM processed_messages WHERE processed_at > now() + interval '1 day'",
+    );
+    Ok(applied.fetch_one(&mut world.site.connect(part).await?).await?)
 }
 
 /// Whether the time of day in the log of the process differs from that of its database.

@@ -68,7 +68,9 @@ impl World {
     pub(super) fn of(site: Site, history: History, clock: Option<PathBuf>, seed: u64) -> Result<Self> {
         let mut tally = Tally::default();
         if clock.is_none() {
-            tally.impossible.insert(9, "needs libfaketime (Debian: apt-get install libfaketime)");
+            for class in [9, 26] {
+                tally.impossible.insert(class, "needs libfaketime (Debian: apt-get install libfaketime)");
+            }
         }
         if site.disk.is_none() {
             tally.impossible.insert(12, "needs the right to mount a file system, as root has on Linux");

@@ -70,7 +70,7 @@ impl Cluster {
             None => free_port()?,
         };
         let server = Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{port}/postgres"))?;
-        let process = launch(&installation, &home, port, &options)?;
+        let process = launch(&installation, &home, port, &options, &[])?;
         let mut cluster = Cluster { server, process, installation, port, options, home };
         cluster.wait_until_ready().await?;
         Ok(cluster)
@@ -100,8 +100,13 @@ impl Cluster {
 
     /// Starts the server again, unless it is running. Returns once it has recovered.
     pub async fn recover(&mut self) -> Result<()> {
+        self.recover_with(&[]).await
+    }
+
+    /// The same with more variables in the environment of the server, until it ends.
+    pub async fn recover_with(&mut self, environment: &[(String, String)]) -> Result<()> {
         if !self.process.is_running() {
-            self.process = launch(&self.installation, &self.home, self.port, &self.options)?;
+            self.process = launch(&self.installation, &self.home, self.port, &self.options, environment)?;
         }
         self.wait_until_ready().await
     }
@@ -196,7 +201,13 @@ async fn wait_for_port(port: FixedPort) -> Result<u16> {
     })
 }
 
-fn launch(installation: &Installation, home: &Home, port: u16, options: &Options) -> Result<Process> {
+fn launch(
+    installation: &Installation,
+    home: &Home,
+    port: u16,
+    options: &Options,
+    environment: &[(String, String)],
+) -> Result<Process> {
     let mut postgres = home.command(&installation.program("postgres"));
     postgres.arg("-D").arg(home.data()).args(["-p", &port.to_string()]);
     // No Unix socket: its directory would need an owner too, and all clients here use TCP.
@@ -209,5 +220,6 @@ fn launch(installation: &Installation, home: &Home, port: u16, options: &Options
     for setting in &options.settings {
         postgres.args(["-c", setting]);
     }
+    postgres.envs(environment.iter().map(|(name, value)| (name, value)));
     Process::spawn_command("PostgreSQL", postgres, &home.log())
 }
