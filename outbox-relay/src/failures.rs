@@ -1,37 +1,65 @@
 //! Counts failures that come again and again, so that the log has a few lines for an outage and not thousands.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
-/// A failure is logged if it is the first, and then every so often.
-const LOGGED_EVERY: u32 = 100;
+use tokio::time::Instant;
+
+/// A failure is logged if it is the first, and then one in this time. A later one may have another cause, so a number of
+/// failures would not do: the log could hide that cause for minutes.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Failures of one kind in a row.
 #[derive(Debug, Default)]
-pub(crate) struct Failures(AtomicU32);
+pub(crate) struct Failures {
+    count: AtomicU32,
+    logged_at: Mutex<Option<Instant>>,
+}
 
 impl Failures {
     /// Counts one, and returns whether to log it.
     pub(crate) fn count(&self) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOGGED_EVERY)
+        self.count_at(Instant::now())
+    }
+
+    fn count_at(&self, now: Instant) -> bool {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let mut logged_at = self.logged_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = logged_at.is_none_or(|at| now - at >= LOG_INTERVAL);
+        if due {
+            *logged_at = Some(now);
+        }
+        due
     }
 
     /// Notes a success, and returns how many failures it ends.
     pub(crate) fn end(&self) -> u32 {
         // A success is common, and a write by each worker would be dearer than this read.
-        if self.0.load(Ordering::Relaxed) == 0 { 0 } else { self.0.swap(0, Ordering::Relaxed) }
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return 0;
+        }
+        *self.logged_at.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.count.swap(0, Ordering::Relaxed)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Failures, LOGGED_EVERY};
+    use tokio::time::Instant;
+
+    use super::{Failures, LOG_INTERVAL};
 
     #[test]
-    fn the_first_failure_is_logged_and_then_one_of_many_until_a_success() {
-        let failures = Failures::default();
-        let logged = (0..=LOGGED_EVERY).map(|_| failures.count()).filter(|logged| *logged).count();
-        assert_eq!(logged, 2);
-        assert_eq!((failures.end(), failures.end()), (LOGGED_EVERY + 1, 0));
-        assert!(failures.count());
+    fn the_first_failure_is_logged_and_then_one_in_an_interval_until_a_success() {
+        let (failures, now) = (Failures::default(), Instant::now());
+        let logged = [now, now, now + LOG_INTERVAL / 2, now + LOG_INTERVAL, now + LOG_INTERVAL];
+        assert_eq!(logged.map(|now| failures.count_at(now)), [true, false, false, true, false]);
+        assert_eq!((failures.end(), failures.end()), (5, 0));
+        assert!(failures.count_at(now + LOG_INTERVAL));
     }
 }
