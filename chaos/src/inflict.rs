@@ -201,7 +201,8 @@ pub(super) fn find_clock() -> Option<PathBuf> {
 }
 
 /// Runs the process for a while with another time of day. That must harm nothing: leases, back-off and retention follow
-/// the clock of the database, and timeouts a monotonic clock.
+/// the clock of the database, and timeouts a monotonic clock. A relay asks its own clock only about events that are too
+/// old, and there are none.
 async fn set_clock_wrong(world: &World, part: Part, ahead: bool, lasts: Duration) -> Result<bool> {
     let Some(library) = &world.clock else { return Ok(false) };
     let unit = world.site.unit(part);
@@ -227,8 +228,8 @@ fn time_of_day(library: &Path, difference: &str) -> Vec<(String, String)> {
     variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
 }
 
-/// Gives a server another clock for a while: it crashes, and has it from its next start to its next crash. Returns whether
-/// an event was applied meanwhile.
+/// Crashes a server, starts it with another clock for a while, and crashes it again to set the clock right. Returns
+/// whether an event was applied meanwhile.
 async fn set_server_clock_ahead(world: &World, part: Part, lasts: Duration) -> Result<bool> {
     let Some(library) = &world.clock else { return Ok(false) };
     for other in Part::ALL {

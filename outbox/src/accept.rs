@@ -31,11 +31,11 @@ struct Arrived {
 ///
 /// Ids are inserted in order. So overlapping batches wait for each other in the same order, and cannot deadlock.
 ///
-/// The age of an event is measured by the inbox's clock, as for pruning. So the record of an event that is not stale
-/// cannot be pruned yet (see `prune`). A pruner may move that clock after this statement has read it, but by less than the
-/// margin. If the retention is made longer, events that were pruned before stay stale. An `until` in the future was left
-/// by a clock that ran ahead. Every event would be stale until then, so it does not count; `prune` corrects it, and says
-/// why that is right.
+/// The age of an event is measured by the inbox's clock, or the server's if that is behind it, as for pruning. So the
+/// record of an event that is not stale cannot be pruned yet (see `prune`). A pruner may move that clock after this
+/// statement has read it, but by less than the margin. If the retention is made longer, events that were pruned before
+/// stay stale. An `until` in the future was left by a clock that ran ahead. Every event would be stale until then, so it
+/// does not count; `prune` corrects it, and says why that is right.
 pub(crate) async fn accept(
     tx: &mut Transaction<'_, Postgres>,
     events: &[(EventId, OffsetDateTime)],

@@ -21,7 +21,8 @@ const LOCK: i64 = 0x6f75_7462_6f78;
 /// How often the inbox's clock advances. A pruned id may be kept for as long in vain.
 const ADVANCE_INTERVAL: Duration = Duration::from_secs(10);
 /// The inbox's clock is at most this much faster than time passes. So it reaches the server's after a stop of the service,
-/// in as much time as that took. Meanwhile the inbox is no larger than it was: it recorded nothing while it stood still.
+/// in as much time as that took. Meanwhile it keeps ids for longer. Few are added by that, since none were recorded while
+/// the service stood still.
 const PACE: u32 = 2;
 /// How far it advances at once. It is less than [`CLOCK_MARGIN`], since `accept` may have read it just before. Only a
 /// process that stood still could advance it further.
@@ -61,7 +62,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// How far the clock may have advanced by now.
+    /// The latest time that the clock may show by now.
     fn limit(self, now: Instant) -> OffsetDateTime {
         self.clock + ((now - self.at) * PACE).min(STEP_MAX)
     }
@@ -71,7 +72,7 @@ impl Seen {
 ///
 /// If the server's clock jumps ahead, all that the inbox remembers looks old. If it forgot that, it would have to reject
 /// the sound events of the last hour when the clock is set right: it cannot tell them from those that it has forgotten. So
-/// it ages by a clock that no jump moves. That is kept in the database, since a process that starts cannot tell a jump
+/// it ages by a clock that no jump moves at once. That is kept in the database, since a process that starts cannot tell a jump
 /// from the time in which no process ran. It advances by what has passed on the monotonic clocks of the processes that
 /// watch it. Several do not make it faster: each starts from what it has read, and the furthest one counts.
 async fn advance_if_due(database: &Database, seen: &mut Option<Seen>) -> Result<(), sqlx::Error> {
@@ -89,8 +90,8 @@ async fn advance(connection: &mut PgConnection, limit: Option<OffsetDateTime>) -
     sqlx::query_scalar!(
         r#"-- inbox: advance clock
         INSERT INTO inbox_pruned AS inbox (until, clock) VALUES ('-infinity', now())
-        ON CONFLICT (singleton) DO UPDATE SET clock = least(now(), greatest(coalesce(inbox.clock, now()), $1))
-        RETURNING clock AS "clock!""#,
+        ON CONFLICT (singleton) DO UPDATE SET clock = least(now(), greatest(inbox.clock, $1))
+        RETURNING clock"#,
         limit,
     )
     .fetch_one(connection)
@@ -145,9 +146,9 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
 ///
 /// A clock that is ahead by a constant time prunes ids at their true age, and only its times are wrong. So no event that
 /// is younger than the retention was forgotten, and the right time is that of pruning by a right clock until now.
-/// Ids from before the clock went ahead carry right times. If it was ahead for longer than a relay keeps an event waiting,
-/// they are pruned early. `until` is then such a time, and not in the future. It stays, and what the inbox may have
-/// forgotten is rejected as stale.
+/// Ids from before the clock went ahead carry right times. If it was ahead for longer than a seventh of the retention,
+/// ids of events that a relay may still have are pruned. `until` is then such a time, and not in the future. It stays, and
+/// what the inbox may have forgotten is rejected as stale.
 ///
 /// One case remains: the clock jumps ahead twice, each time for so long that the inbox's clock follows. If the two leads
 /// differ by more than the retention less a relay's maximum age, ids recorded in between are pruned while they are young.

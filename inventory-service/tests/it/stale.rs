@@ -117,8 +117,8 @@ async fn serve_behind(interval: &str) -> Inventory {
     Inventory::serve_on(database, &DAY).await
 }
 
-/// As when the server's clock has jumped ten days ahead. Nothing of it may reach the inbox, or the events of the hour
-/// before would be stale once it is set right.
+/// As when the server's clock has jumped ten days ahead. If the inbox forgot ids by that, the events of the hour before
+/// would be stale once the clock is set right.
 #[tokio::test]
 async fn a_clock_that_jumps_ahead_makes_no_event_old_and_forgets_none() {
     let inventory = serve_behind("10 days").await;
