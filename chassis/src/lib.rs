@@ -33,6 +33,6 @@ pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, log_failure, may_pass};
 pub use schema::SchemaError;
 pub use serve::{ServeError, ServeSettings, Services, serve};
-pub use session::confirm_seen;
+pub use session::{confirm_seen, timed_out};
 pub use shutdown::shutdown_signal;
 pub use telemetry::log_to_stdout;

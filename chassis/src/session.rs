@@ -102,7 +102,7 @@ impl DatabaseUrl {
 }
 
 /// The error of whoever gives up waiting for the database.
-pub(crate) fn timed_out() -> sqlx::Error {
+pub fn timed_out() -> sqlx::Error {
     sqlx::Error::Io(io::ErrorKind::TimedOut.into())
 }
 

@@ -1,14 +1,13 @@
 //! Counts failures that come again and again, so that the log has a few lines for an outage and not thousands.
 
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
 use tokio::time::Instant;
+
+use crate::log_limit::LogLimit;
 
 /// A failure is logged if it is the first, and then one in this time. A later one may have another cause, so a number of
 /// failures would not do: the log could hide that cause for minutes.
@@ -18,7 +17,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(crate) struct Failures {
     count: AtomicU32,
-    logged_at: Mutex<Option<Instant>>,
+    limit: LogLimit,
 }
 
 impl Failures {
@@ -29,12 +28,7 @@ impl Failures {
 
     fn count_at(&self, now: Instant) -> bool {
         self.count.fetch_add(1, Ordering::Relaxed);
-        let mut logged_at = self.logged_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = logged_at.is_none_or(|at| now - at >= LOG_INTERVAL);
-        if due {
-            *logged_at = Some(now);
-        }
-        due
+        self.limit.allows(now, LOG_INTERVAL)
     }
 
     /// Notes a success, and returns how many failures it ends.
@@ -43,7 +37,7 @@ impl Failures {
         if self.count.load(Ordering::Relaxed) == 0 {
             return 0;
         }
-        *self.logged_at.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.limit.reset();
         self.count.swap(0, Ordering::Relaxed)
     }
 }

@@ -15,7 +15,8 @@ pub(crate) enum Fate {
     /// It failed alone, and is delivered again after a back-off, or with its route. The reason is kept with the row,
     /// whether an attempt is charged or not. If that is the last attempt, the event is dead.
     Failed { charge: bool, wait: Wait, reason: String },
-    /// Its receiver does not know its type yet. It is tried again after this time, and the reason is kept with the row.
+    /// Its receiver does not know its type yet, or a clock is wrong. It is tried again after this time, and the reason is
+    /// kept with the row.
     Held { wait: Duration, reason: String },
     /// Nothing was learned about it, and it is delivered again.
     Back(Wait),

@@ -113,7 +113,7 @@ async fn hold_once(relay: &RelayId, database: &DatabaseUrl, failures: &Failures)
 }
 
 async fn answered<T>(answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    timeout(ANSWER_LIMIT, answer).await.unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
+    timeout(ANSWER_LIMIT, answer).await.unwrap_or_else(|_| Err(chassis::timed_out()))
 }
 
 async fn lock(session: &mut PgConnection, key: i64) -> Result<(), sqlx::Error> {

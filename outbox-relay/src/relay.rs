@@ -310,7 +310,7 @@ impl Worker {
             let max_age = self.route.max_age().unwrap_or_default();
             #[expect(clippy::disallowed_methods, reason = "a witness, and only against the death of an event")]
             let fate = fate_of_expired(SystemTime::now(), row.created_at.into(), max_age);
-            if fate != expired(max_age) && self.route.may_warn_of_waiting() {
+            if matches!(fate, Fate::Held { .. }) && self.route.may_warn_of_waiting() {
                 warn!(route = self.route.name(), event_id = %row.event_id, "events wait: {DOUBTFUL_AGE}");
             }
             return Some(fate);
@@ -394,14 +394,10 @@ impl Worker {
 /// to deliver it could apply it twice, if this one is.
 fn fate_of_expired(now: SystemTime, created_at: SystemTime, max_age: Duration) -> Fate {
     if now.duration_since(created_at).is_ok_and(|age| age + CLOCK_MARGIN > max_age) {
-        return expired(max_age);
+        let hours = max_age.as_secs_f64() / 3600.0;
+        return Fate::Dead(format!("EXPIRED: older than {hours:.0} h: the receiver may have forgotten it"));
     }
     Fate::Held { wait: DOUBT_PAUSE, reason: format!("CLOCK: {DOUBTFUL_AGE}") }
-}
-
-fn expired(max_age: Duration) -> Fate {
-    let hours = max_age.as_secs_f64() / 3600.0;
-    Fate::Dead(format!("EXPIRED: older than {hours:.0} h: the receiver may have forgotten it"))
 }
 
 /// How long to hold an event that its receiver does not know: a part of its age, so that many of them cost little. With
@@ -414,7 +410,7 @@ fn hold_time(age_seconds: f64) -> Duration {
 mod tests {
     use std::time::{Duration, SystemTime};
 
-    use super::{CLOCK_MARGIN, DOUBTFUL_AGE, expired, fate_of_expired};
+    use super::{CLOCK_MARGIN, DOUBTFUL_AGE, fate_of_expired};
     use crate::fate::Fate;
 
     const MAX_AGE: Duration = Duration::from_hours(144);
@@ -423,8 +419,9 @@ mod tests {
     fn an_event_dies_of_age_only_if_both_clocks_say_so() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_hours(500_000);
         let at_age = |age| fate_of_expired(now, now - age, MAX_AGE);
+        let expired = Fate::Dead("EXPIRED: older than 144 h: the receiver may have forgotten it".into());
         for age in [MAX_AGE * 2, MAX_AGE, MAX_AGE - CLOCK_MARGIN / 2] {
-            assert_eq!(at_age(age), expired(MAX_AGE));
+            assert_eq!(at_age(age), expired);
         }
         for age in [Duration::ZERO, Duration::from_secs(5), MAX_AGE - CLOCK_MARGIN * 2] {
             let fate = at_age(age);

@@ -17,7 +17,7 @@ use tokio::{
 use tonic::transport::Uri;
 use tracing::{debug, error, info, warn};
 
-use crate::{fate::RETRY_AFTER_MAX, measure};
+use crate::{fate::RETRY_AFTER_MAX, log_limit::LogLimit, measure};
 
 /// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
 /// delivered one by one.
@@ -31,7 +31,7 @@ const BARRED_BACK_OFF: Duration = Duration::from_secs(5);
 /// How long the largest message that a receiver accepted bounds further ones. Then a larger one is tried, since the
 /// receiver may accept it by now.
 const MESSAGE_BYTES_KEPT: Duration = Duration::from_secs(600);
-/// Time between two lines of the log about types that the receiver does not know.
+/// Time between two lines of the log about events that are set aside.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A receiver may say that it never forgets. The database's times do not reach that far.
@@ -120,8 +120,8 @@ struct State {
     ordered: AtomicBool,
     /// How old an event may be, by how long the receiver remembers those that it applied.
     max_age: watch::Sender<Option<Duration>>,
-    /// When the log last said that the receiver does not know a type.
-    warned: watch::Sender<Option<Instant>>,
+    /// Of the lines about events that are set aside.
+    warned: LogLimit,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -174,7 +174,7 @@ impl Route {
             types: watch::Sender::new((Vec::new(), Instant::now())),
             ordered: AtomicBool::new(false),
             max_age: watch::Sender::new(None),
-            warned: watch::Sender::new(None),
+            warned: LogLimit::default(),
         };
         Self { state: Arc::new(state) }
     }
@@ -277,13 +277,7 @@ impl Route {
 
     /// Whether the log may say again why events are set aside.
     pub(crate) fn may_warn_of_waiting(&self) -> bool {
-        self.state.warned.send_if_modified(|warned| {
-            let due = warned.is_none_or(|at| at.elapsed() > WARNING_INTERVAL);
-            if due {
-                *warned = Some(Instant::now());
-            }
-            due
-        })
+        self.state.warned.allows(Instant::now(), WARNING_INTERVAL)
     }
 
     /// The receiver refuses messages larger than this.

@@ -142,8 +142,6 @@ async fn listen_until_silence(
 async fn listen_at(host: PgConnectOptions, channel: &str) -> Result<PgListener, sqlx::Error> {
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_LIMIT).connect_lazy_with(host);
     let mut listener = PgListener::connect_with(&pool).await?;
-    timeout(CONNECT_LIMIT, listener.listen(channel))
-        .await
-        .map_err(|_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))??;
+    timeout(CONNECT_LIMIT, listener.listen(channel)).await.unwrap_or_else(|_| Err(chassis::timed_out()))?;
     Ok(listener)
 }
