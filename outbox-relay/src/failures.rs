@@ -5,9 +5,8 @@ use std::{
     time::Duration,
 };
 
+use chassis::LogLimit;
 use tokio::time::Instant;
-
-use crate::log_limit::LogLimit;
 
 /// A failure is logged if it is the first, and then one in this time. A later one may have another cause, so a number of
 /// failures would not do: the log could hide that cause for minutes.

@@ -20,7 +20,6 @@ mod lease;
 mod lease_time;
 mod leased_row;
 mod live;
-mod log_limit;
 mod maintain;
 mod measure;
 pub mod operate;

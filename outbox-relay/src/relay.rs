@@ -52,7 +52,10 @@ pub(crate) struct Worker {
 
 /// The clocks of two sound machines differ by less.
 const CLOCK_MARGIN: Duration = Duration::from_secs(3600);
-/// How long an event waits before the clocks are compared again.
+/// Nor may the margin be more than this part of the age, or it would cover the age of a receiver that forgets soon. Its
+/// events would then die by one clock alone.
+const CLOCK_MARGIN_PART: u32 = 6;
+/// The longest that an event waits before the clocks are compared again.
 const DOUBT_PAUSE: Duration = Duration::from_secs(60);
 const DOUBTFUL_AGE: &str = "too old by the database's clock, and not by the relay's: set the wrong one right";
 
@@ -194,7 +197,7 @@ impl Worker {
         let asked = route.types_age() > TYPES_AGE_MAX && self.describes().await;
         let still_unknown = !asked || lease.set_unknown_aside(|event_type| route.knows(event_type));
         if let Some(row) = lease.rows.iter().find(|row| still_unknown && row.unknown)
-            && route.may_warn_of_waiting()
+            && route.may_warn_of_types()
         {
             let (route, event_type) = (route.name(), &row.event_type);
             warn!(
@@ -310,7 +313,7 @@ impl Worker {
             let max_age = self.route.max_age().unwrap_or_default();
             #[expect(clippy::disallowed_methods, reason = "a witness, and only against the death of an event")]
             let fate = fate_of_expired(SystemTime::now(), row.created_at.into(), max_age);
-            if matches!(fate, Fate::Held { .. }) && self.route.may_warn_of_waiting() {
+            if matches!(fate, Fate::Held { .. }) && self.route.may_warn_of_clocks() {
                 warn!(route = self.route.name(), event_id = %row.event_id, "events wait: {DOUBTFUL_AGE}");
             }
             return Some(fate);
@@ -393,41 +396,51 @@ impl Worker {
 /// all events old at once. So the clock of this process has to agree. Otherwise one of them is wrong, and the event waits:
 /// to deliver it could apply it twice, if this one is.
 fn fate_of_expired(now: SystemTime, created_at: SystemTime, max_age: Duration) -> Fate {
-    if now.duration_since(created_at).is_ok_and(|age| age + CLOCK_MARGIN > max_age) {
+    let margin = CLOCK_MARGIN.min(max_age / CLOCK_MARGIN_PART);
+    if now.duration_since(created_at).is_ok_and(|age| age + margin > max_age) {
         let hours = max_age.as_secs_f64() / 3600.0;
         return Fate::Dead(format!("EXPIRED: older than {hours:.0} h: the receiver may have forgotten it"));
     }
-    Fate::Held { wait: DOUBT_PAUSE, reason: format!("CLOCK: {DOUBTFUL_AGE}") }
+    Fate::Held { wait: jittered(DOUBT_PAUSE), reason: format!("CLOCK: {DOUBTFUL_AGE}") }
 }
 
-/// How long to hold an event that its receiver does not know: a part of its age, so that many of them cost little. With
-/// jitter, since those that were enqueued together should not come back together.
+/// How long to hold an event that its receiver does not know: a part of its age, so that many of them cost little.
 fn hold_time(age_seconds: f64) -> Duration {
-    Duration::from_secs_f64((age_seconds / 4.0).clamp(15.0, 300.0)).mul_f64(0.5 + fastrand::f64() / 2.0)
+    jittered(Duration::from_secs_f64((age_seconds / 4.0).clamp(15.0, 300.0)))
+}
+
+/// At least half of it. Events that are held together should not come back together.
+fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(0.5 + fastrand::f64() / 2.0)
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, SystemTime};
 
-    use super::{CLOCK_MARGIN, DOUBTFUL_AGE, fate_of_expired};
+    use super::{DOUBTFUL_AGE, fate_of_expired};
     use crate::fate::Fate;
-
-    const MAX_AGE: Duration = Duration::from_hours(144);
 
     #[test]
     fn an_event_dies_of_age_only_if_both_clocks_say_so() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_hours(500_000);
-        let at_age = |age| fate_of_expired(now, now - age, MAX_AGE);
-        let expired = Fate::Dead("EXPIRED: older than 144 h: the receiver may have forgotten it".into());
-        for age in [MAX_AGE * 2, MAX_AGE, MAX_AGE - CLOCK_MARGIN / 2] {
-            assert_eq!(at_age(age), expired);
+        // Those of receivers that remember for a week, for two hours, and for one.
+        for (max_age, margin) in [(6 * 24 * 60, 60), (2 * 60 * 6 / 7, 17), (60 * 6 / 7, 8)] {
+            let [max_age, margin] = [max_age, margin].map(Duration::from_mins);
+            let at_age = |age| fate_of_expired(now, now - age, max_age);
+            for age in [max_age * 2, max_age, max_age - margin / 2] {
+                let fate = at_age(age);
+                assert!(matches!(&fate, Fate::Dead(reason) if reason.starts_with("EXPIRED")), "{age:?}: {fate:?}");
+            }
+            for age in [Duration::ZERO, Duration::from_secs(5), max_age - margin * 2] {
+                let fate = at_age(age);
+                assert!(
+                    matches!(&fate, Fate::Held { reason, .. } if reason.ends_with(DOUBTFUL_AGE)),
+                    "{age:?}: {fate:?}"
+                );
+            }
+            // The relay's clock lies before the event was enqueued.
+            assert!(matches!(fate_of_expired(now, now + max_age, max_age), Fate::Held { .. }));
         }
-        for age in [Duration::ZERO, Duration::from_secs(5), MAX_AGE - CLOCK_MARGIN * 2] {
-            let fate = at_age(age);
-            assert!(matches!(&fate, Fate::Held { reason, .. } if reason.ends_with(DOUBTFUL_AGE)), "{age:?}: {fate:?}");
-        }
-        // The relay's clock lies before the event was enqueued.
-        assert!(matches!(fate_of_expired(now, now + MAX_AGE, MAX_AGE), Fate::Held { .. }));
     }
 }

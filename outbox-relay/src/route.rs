@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use chassis::LogLimit;
 use outbox::EventId;
 use tokio::{
     sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, watch},
@@ -17,7 +18,7 @@ use tokio::{
 use tonic::transport::Uri;
 use tracing::{debug, error, info, warn};
 
-use crate::{fate::RETRY_AFTER_MAX, log_limit::LogLimit, measure};
+use crate::{fate::RETRY_AFTER_MAX, measure};
 
 /// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
 /// delivered one by one.
@@ -120,8 +121,10 @@ struct State {
     ordered: AtomicBool,
     /// How old an event may be, by how long the receiver remembers those that it applied.
     max_age: watch::Sender<Option<Duration>>,
-    /// Of the lines about events that are set aside.
-    warned: LogLimit,
+    /// Of the lines about events whose type the receiver does not know.
+    warned_of_types: LogLimit,
+    /// Of the lines about events whose age is in doubt.
+    warned_of_clocks: LogLimit,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -174,7 +177,8 @@ impl Route {
             types: watch::Sender::new((Vec::new(), Instant::now())),
             ordered: AtomicBool::new(false),
             max_age: watch::Sender::new(None),
-            warned: LogLimit::default(),
+            warned_of_types: LogLimit::default(),
+            warned_of_clocks: LogLimit::default(),
         };
         Self { state: Arc::new(state) }
     }
@@ -275,9 +279,14 @@ impl Route {
         self.state.types.borrow().1.elapsed()
     }
 
-    /// Whether the log may say again why events are set aside.
-    pub(crate) fn may_warn_of_waiting(&self) -> bool {
-        self.state.warned.allows(Instant::now(), WARNING_INTERVAL)
+    /// Whether the log may say again that events wait since the receiver does not know their type.
+    pub(crate) fn may_warn_of_types(&self) -> bool {
+        self.state.warned_of_types.allows(Instant::now(), WARNING_INTERVAL)
+    }
+
+    /// Whether the log may say again that events wait since two clocks disagree about their age.
+    pub(crate) fn may_warn_of_clocks(&self) -> bool {
+        self.state.warned_of_clocks.allows(Instant::now(), WARNING_INTERVAL)
     }
 
     /// The receiver refuses messages larger than this.

@@ -19,8 +19,8 @@
 //! after any expired lease: a settlement by the old holder counts until another worker leases the row, and changes
 //! nothing afterwards. Receivers drop what they have applied, as long as they remember it.
 //!
-//! A freed row that is dated ahead gets the present as its date. Otherwise it would count as young until that date, long
-//! after its receiver may have forgotten it. Dead rows stay as they are: they wait for an operator, not for a time.
+//! A freed row that is dated ahead gets the present as its date. Otherwise it would count as young until that date, longer
+//! than its receiver may remember it. A charge that is dated ahead gets the present too, or the next would be late. Dead rows stay as they are: they wait for an operator, not for a time.
 
 use std::time::Duration;
 
@@ -61,7 +61,8 @@ async fn unhide_farthest(connection: &mut PgConnection, longest_hidden: Duration
     let freed = sqlx::query!(
         "-- relay: unhide
         UPDATE outbox
-        SET visible_at = now(), created_at = least(created_at, now())
+        SET visible_at = now(), created_at = least(created_at, now()),
+            charged_at = CASE WHEN charged_at > now() THEN now() ELSE charged_at END
         WHERE ctid = ANY (ARRAY (
             SELECT hidden.ctid
             FROM outbox AS hidden
@@ -171,8 +172,11 @@ mod tests {
         outbox.insert(kept[2], "-1 hour", "infinity", false).await;
         outbox.insert(kept[3], "1 year", "infinity", false).await;
         outbox.insert("visible", "-1 hour", "-1 hour", false).await;
+        outbox.run("UPDATE outbox SET charged_at = now() + interval '1 year' WHERE last_error LIKE 'leased %'").await;
 
         assert_eq!(outbox.unhide().await, 7);
+        let charged = "SELECT last_error FROM outbox WHERE charged_at <= now() ORDER BY 1";
+        assert_eq!(outbox.names(charged).await, ["leased 1 hour", "leased 1 year"]);
         let hidden = outbox.names("SELECT last_error FROM outbox WHERE visible_at > now() ORDER BY 1").await;
         assert_eq!(hidden, kept);
         let ahead = outbox.names("SELECT last_error FROM outbox WHERE created_at > now()").await;

@@ -9,11 +9,11 @@ use tokio::time::Instant;
 
 /// When it was said last, while it holds.
 #[derive(Debug, Default)]
-pub(crate) struct LogLimit(Mutex<Option<Instant>>);
+pub struct LogLimit(Mutex<Option<Instant>>);
 
 impl LogLimit {
     /// Whether to say it now: for the first time, or once the interval is over.
-    pub(crate) fn allows(&self, now: Instant, interval: Duration) -> bool {
+    pub fn allows(&self, now: Instant, interval: Duration) -> bool {
         let mut said_at = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let due = said_at.is_none_or(|at| now - at >= interval);
         if due {
@@ -23,7 +23,7 @@ impl LogLimit {
     }
 
     /// It holds no more. If it comes again, that is said at once.
-    pub(crate) fn reset(&self) {
+    pub fn reset(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
