@@ -9,7 +9,7 @@ BEGIN;
 WITH given AS MATERIALIZED (
     SELECT event_ids, times FROM bench_batches WHERE batch = :batch::integer
 ), arrived AS (
-    SELECT id, max(time) > coalesce(
+    SELECT id, max(time) AS time, max(time) > coalesce(
         (SELECT greatest(
             least(clock, now()) - make_interval(secs => 604800),
             CASE WHEN until <= now() THEN until + make_interval(secs => 3600) END)
@@ -18,8 +18,8 @@ WITH given AS MATERIALIZED (
     FROM given CROSS JOIN unnest(event_ids, times) AS event (id, time)
     GROUP BY id
 ), recorded AS (
-    INSERT INTO processed_messages (message_id)
-    SELECT id FROM arrived WHERE young ORDER BY id
+    INSERT INTO processed_messages (message_id, processed_at)
+    SELECT id, greatest(time, now()) FROM arrived WHERE young ORDER BY id
     ON CONFLICT DO NOTHING
     RETURNING message_id
 )

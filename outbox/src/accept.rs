@@ -32,10 +32,11 @@ struct Arrived {
 /// Ids are inserted in order. So overlapping batches wait for each other in the same order, and cannot deadlock.
 ///
 /// The age of an event is measured by the inbox's clock, or the server's if that is behind it, as for pruning. So the
-/// record of an event that is not stale cannot be pruned yet (see `prune`). A pruner may move that clock after this
-/// statement has read it, but by less than the margin. If the retention is made longer, events that were pruned before
-/// stay stale. An `until` in the future was left by a clock that ran ahead. Every event would be stale until then, so it
-/// does not count; `prune` corrects it, and says why that is right.
+/// record of an event that is not stale cannot be pruned yet (see `prune`). An event that its sender dates ahead of `now()`
+/// is young for longer, so its record is dated ahead as well. A pruner may move the inbox's clock after this statement has
+/// read it, but by less than the margin. If the retention is made longer, events that were pruned before stay stale. An
+/// `until` in the future was left by a clock that ran ahead. Every event would be stale until then, so it does not count;
+/// `prune` corrects it, and says why that is right.
 pub(crate) async fn accept(
     tx: &mut Transaction<'_, Postgres>,
     events: &[(EventId, OffsetDateTime)],
@@ -46,7 +47,7 @@ pub(crate) async fn accept(
         Arrived,
         r#"-- inbox: accept
         WITH arrived AS (
-            SELECT id, max(time) > coalesce(
+            SELECT id, max(time) AS time, max(time) > coalesce(
                 (SELECT greatest(
                     least(clock, now()) - make_interval(secs => $3),
                     CASE WHEN until <= now() THEN until + make_interval(secs => $4) END)
@@ -55,8 +56,8 @@ pub(crate) async fn accept(
             FROM unnest($1::uuid[], $2::timestamptz[]) AS event (id, time)
             GROUP BY id
         ), recorded AS (
-            INSERT INTO processed_messages (message_id)
-            SELECT id FROM arrived WHERE young ORDER BY id
+            INSERT INTO processed_messages (message_id, processed_at)
+            SELECT id, greatest(time, now()) FROM arrived WHERE young ORDER BY id
             ON CONFLICT DO NOTHING
             RETURNING message_id
         )

@@ -40,6 +40,7 @@ mod envelope;
 mod gather;
 mod handler;
 mod id;
+mod inbox_clock;
 mod prune;
 mod recall;
 mod receive;

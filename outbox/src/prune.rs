@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use chassis::Database;
-use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
-use tokio::time::{Instant, sleep};
+use sqlx::{Connection, PgConnection};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+
+use crate::inbox_clock::InboxClock;
 
 /// Ids are kept for longer than the retention, by this margin. The time of an event comes from the clock of another
 /// database. While the two clocks differ by less than the margin, an event that is young enough to be accepted is on
@@ -18,19 +20,9 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Key of the advisory lock. Any number will do that nothing else in the database uses.
 const LOCK: i64 = 0x6f75_7462_6f78;
 
-/// How often the inbox's clock advances. A pruned id may be kept for as long in vain.
-const ADVANCE_INTERVAL: Duration = Duration::from_secs(10);
-/// The inbox's clock is at most this much faster than time passes. So it reaches the server's after a stop of the service,
-/// in as much time as that took. Meanwhile it keeps ids for longer. Few are added by that, since none were recorded while
-/// the service stood still.
-const PACE: u32 = 2;
-/// How far it advances at once. It is less than [`CLOCK_MARGIN`], since `accept` may have read it just before. Only a
-/// process that stood still could advance it further.
-const STEP_MAX: Duration = Duration::from_secs(600);
-
 /// Prunes the inbox at intervals, until `shutdown`.
 pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration, shutdown: CancellationToken) {
-    let (mut pruned, mut clock) = (0, None);
+    let (mut pruned, mut clock) = (0, InboxClock::default());
     while !shutdown.is_cancelled() {
         match prune_once(&database, retention, &mut clock).await {
             Ok(0) => {}
@@ -48,54 +40,9 @@ pub(crate) async fn prune_until_shutdown(database: Database, retention: Duration
     }
 }
 
-async fn prune_once(database: &Database, retention: Duration, clock: &mut Option<Seen>) -> Result<i64, sqlx::Error> {
-    advance_if_due(database, clock).await?;
+async fn prune_once(database: &Database, retention: Duration, clock: &mut InboxClock) -> Result<i64, sqlx::Error> {
+    clock.move_if_due(database).await?;
     database.write(move |connection| Box::pin(prune(connection, retention))).await
-}
-
-/// The inbox's clock, as this process read it last.
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    clock: OffsetDateTime,
-    /// Before it was read.
-    at: Instant,
-}
-
-impl Seen {
-    /// The latest time that the clock may show by now.
-    fn limit(self, now: Instant) -> OffsetDateTime {
-        self.clock + ((now - self.at) * PACE).min(STEP_MAX)
-    }
-}
-
-/// Advances the inbox's clock towards the server's.
-///
-/// If the server's clock jumps ahead, all that the inbox remembers looks old. If it forgot that, it would have to reject
-/// the sound events of the last hour when the clock is set right: it cannot tell them from those that it has forgotten. So
-/// it ages by a clock that no jump moves at once. That is kept in the database, since a process that starts cannot tell a jump
-/// from the time in which no process ran. It advances by what has passed on the monotonic clocks of the processes that
-/// watch it. Several do not make it faster: each starts from what it has read, and the furthest one counts.
-async fn advance_if_due(database: &Database, seen: &mut Option<Seen>) -> Result<(), sqlx::Error> {
-    let at = Instant::now();
-    if seen.is_some_and(|seen| at - seen.at < ADVANCE_INTERVAL) {
-        return Ok(());
-    }
-    let limit = seen.map(|seen| seen.limit(at));
-    let clock = database.write(move |connection| Box::pin(advance(connection, limit))).await?;
-    *seen = Some(Seen { clock, at });
-    Ok(())
-}
-
-async fn advance(connection: &mut PgConnection, limit: Option<OffsetDateTime>) -> Result<OffsetDateTime, sqlx::Error> {
-    sqlx::query_scalar!(
-        r#"-- inbox: advance clock
-        INSERT INTO inbox_pruned AS inbox (until, clock) VALUES ('-infinity', now())
-        ON CONFLICT (singleton) DO UPDATE SET clock = least(now(), greatest(inbox.clock, $1))
-        RETURNING clock"#,
-        limit,
-    )
-    .fetch_one(connection)
-    .await
 }
 
 /// Prunes a batch of ids that are older than the retention by the inbox's clock, oldest first. Returns how many.
@@ -150,6 +97,10 @@ pub(crate) async fn prune(connection: &mut PgConnection, retention: Duration) ->
 /// ids of events that a relay may still have are pruned. `until` is then such a time, and not in the future. It stays, and
 /// what the inbox may have forgotten is rejected as stale.
 ///
+/// A server's clock that is set back for a moment, by more than the retention, has the same sign, and loses a right time.
+/// Ids that were pruned then look young until the inbox's clock has returned. That is harmless since no relay delivers
+/// events of that age.
+///
 /// One case remains: the clock jumps ahead twice, each time for so long that the inbox's clock follows. If the two leads
 /// differ by more than the retention less a relay's maximum age, ids recorded in between are pruned while they are young.
 /// Such an event is applied twice if a relay still has it. To exclude that, the inbox would have to reject every event
@@ -170,24 +121,4 @@ async fn correct(tx: &mut PgConnection, retention: Duration) -> Result<(), sqlx:
         );
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use sqlx::types::time::OffsetDateTime;
-    use tokio::time::Instant;
-
-    use super::{ADVANCE_INTERVAL, CLOCK_MARGIN, STEP_MAX, Seen};
-
-    #[test]
-    fn the_clock_catches_up_twice_as_fast_as_time_passes_and_never_by_the_margin_at_once() {
-        let seen = Seen { clock: OffsetDateTime::UNIX_EPOCH, at: Instant::now() };
-        let advances = |after| seen.limit(seen.at + after) - seen.clock;
-        assert_eq!(advances(Duration::ZERO), Duration::ZERO);
-        assert_eq!(advances(ADVANCE_INTERVAL), 2 * ADVANCE_INTERVAL);
-        assert_eq!(advances(Duration::from_hours(24 * 365)), STEP_MAX);
-        assert!(STEP_MAX < CLOCK_MARGIN);
-    }
 }

@@ -10,7 +10,7 @@ use crate::{EventId, timestamp};
 /// Ids that one call may name.
 pub(crate) const RECALL_MAX: usize = 1000;
 
-/// When each of the events was applied; `None` for those that are not on record.
+/// When each of the events was applied, or its own time if that is later; `None` for those that are not on record.
 pub(crate) async fn recall(
     connection: &mut PgConnection,
     event_ids: &[EventId],
