@@ -67,9 +67,11 @@ impl FromStr for RouteSettings {
         let uri = receiver.trim().parse::<Uri>().ok().filter(|uri| {
             // The URL appears in logs and in the status. A password in it would leak there, and have no effect.
             let credentials = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
-            uri.scheme_str() == Some("http") && uri.host().is_some() && !credentials
+            // gRPC has the path for its own use.
+            let path = uri.path() != "/" || uri.query().is_some();
+            uri.scheme_str() == Some("http") && uri.host().is_some() && !credentials && !path
         });
-        let receiver = uri.ok_or("not the URL of a receiver; it looks like http://host:50052")?;
+        let receiver = uri.ok_or("not the URL of a receiver; it looks like http://host:50052, without a path")?;
         Ok(Self { subscription: subscription.to_owned(), receiver })
     }
 }
@@ -427,7 +429,9 @@ mod tests {
             assert!(name(bad).is_err(), "{bad}");
         }
         assert!(name("orders.v1.*=http://a:1").unwrap_err().contains("subscribe inventory"));
-        for bad in ["all=", "all=a:1", "all=https://a:1", "all=http://me:secret@a:1"] {
+        for bad in
+            ["all=", "all=a:1", "all=https://a:1", "all=http://me:secret@a:1", "all=http://a:1/x", "all=http://a:1?x"]
+        {
             assert!(name(bad).unwrap_err().contains("http://host"), "{bad}");
         }
     }
