@@ -153,9 +153,7 @@ impl Backlog {
         routes: u64,
         time: Option<Duration>,
     ) -> Result<Drained> {
-        let metrics = SocketAddr::from(([127, 0, 0, 1], free_port()?));
-        let mut layout = layout.clone();
-        layout.settings.push(("RELAY_METRICS_LISTEN".into(), metrics.to_string()));
+        let metrics = layout.address(Service::OrdersRelay)?;
         let relay = layout.start(Service::OrdersRelay).await?;
         timeout(OPEN_LIMIT, wait_until_open(metrics, routes))
             .await

@@ -53,6 +53,8 @@ fn settings() -> Vec<(String, String)> {
         ("ORDER_SERVICE_QUEUE", "256".into()),
         ("DATABASE_WORK_MS", "2500".into()),
         ("BATCHES_AT_ONCE", POOL.to_string()),
+        // No load balancer has to learn that a process ends.
+        ("LAME_DUCK_SECONDS", "0".into()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
@@ -293,7 +295,7 @@ impl Site {
         for name in ["ORDERS_DATABASE_URL", "INVENTORY_DATABASE_URL", "LOYALTY_DATABASE_URL", "RELAY_DATABASE_URL"] {
             set(name, url.clone());
         }
-        for name in ["ORDER_SERVICE_LISTEN", "INVENTORY_SERVICE_LISTEN", "LOYALTY_SERVICE_LISTEN", "RELAY_LISTEN"] {
+        for name in ["ORDER_SERVICE_LISTEN", "INVENTORY_SERVICE_LISTEN", "LOYALTY_SERVICE_LISTEN"] {
             set(name, listen.to_string());
         }
         if !part.is_relay() {
@@ -303,6 +305,7 @@ impl Site {
                 let subscription = route.receiver.database();
                 format!("{subscription}=http://{}", self.to_receiver(route).address)
             });
+            set("OPS_LISTEN", listen.to_string());
             set("RELAY_ROUTES", routes.collect::<Vec<_>>().join(","));
             set("RELAY_SOURCE", part.side().name().into());
         }

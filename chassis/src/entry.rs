@@ -52,10 +52,13 @@ pub async fn serve_until_signal<S, E: From<io::Error>>(
     serve: impl AsyncFnOnce(TcpListener, S, CancellationToken) -> Result<(), E>,
 ) -> Result<(), E> {
     let shutdown = shutdown_signal()?;
+    serve(bind(address).await?, settings, shutdown).await
+}
+
+pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     // The system's message leaves the address out.
     let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
-    let listener = TcpListener::bind(address).await.map_err(named)?;
-    serve(listener, settings, shutdown).await
+    TcpListener::bind(address).await.map_err(named)
 }
 
 /// The end waits for no other thread. A thread that looks a name up cannot be interrupted, and a silent resolver would

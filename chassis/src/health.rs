@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -22,13 +23,39 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Timeout of a health check of another process.
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 
+/// Whether this process can do its work now. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Readiness(Arc<Mutex<State>>);
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum State {
+    #[default]
+    Starts,
+    Serves,
+    /// The database cannot be written to.
+    Hindered {
+        cause: String,
+    },
+    Ends,
+}
+
+impl Readiness {
+    pub(crate) fn state(&self) -> State {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, state: State) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+}
+
 /// Reports SERVING while the database can be written to, and NOT_SERVING otherwise.
 ///
-/// At `shutdown` it reports NOT_SERVING and then returns. The server stops accepting only after that. So a load
-/// balancer that watches health is told first.
+/// At `shutdown` it reports NOT_SERVING and then returns.
 pub(crate) async fn report_health(
     reporter: HealthReporter,
     services: &'static [&'static str],
+    readiness: Readiness,
     mut database: Probe,
     shutdown: CancellationToken,
 ) {
@@ -40,6 +67,7 @@ pub(crate) async fn report_health(
             break;
         };
         let can_write = asked.is_ok();
+        readiness.set(asked.clone().map_or_else(|cause| State::Hindered { cause }, |()| State::Serves));
         if reported != Some(can_write) {
             match (reported, &asked) {
                 (_, Err(cause)) => warn!(cause, "not serving: the database cannot be written to"),
@@ -50,6 +78,7 @@ pub(crate) async fn report_health(
             reported = Some(can_write);
         }
     }
+    readiness.set(State::Ends);
     set(&reporter, services, ServingStatus::NotServing).await;
 }
 

@@ -1,25 +1,26 @@
 //! Serves gRPC until shutdown.
 
-use std::{future::pending, io, time::Duration};
+use std::{io, time::Duration};
 
 use clap::Args;
-use tokio::{net::TcpListener, time::timeout};
+use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     codec::CompressionEncoding,
     service::Routes,
     transport::{Server, server::TcpIncoming},
 };
+use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
-use crate::{Database, health::report_health};
+use crate::{Database, EndSettings, Ending, Ops, health::report_health};
 
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
 /// Limits of a server.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {
-    /// Maximum number of seconds from SIGTERM to the end of the process. Calls that are still open then are cut off.
+    /// Maximum number of seconds for calls in flight to finish at the end. Calls that are still open then are cut off.
     #[arg(long, env = "DRAIN_SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub drain_seconds: u64,
     /// Seconds a call may take. A caller may set a shorter deadline.
@@ -28,6 +29,12 @@ pub struct ServeSettings {
     /// Maximum number of open calls on one connection.
     #[arg(long, env = "CONCURRENT_STREAMS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub concurrent_streams: u32,
+}
+
+impl ServeSettings {
+    pub(crate) fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
 }
 
 /// What a server serves besides health and reflection.
@@ -54,20 +61,38 @@ pub enum ServeError {
     Reflect(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves until `shutdown`. Then it reports NOT_SERVING, accepts no more connections, and lets calls in flight finish.
-///
-/// After the drain time it closes the connections that are left. Without that deadline, a client that stays silent on
-/// an open connection would block the shutdown for ever (hyperium/hyper#4170).
+/// Serves until the end has begun. Health reports NOT_SERVING from when it was announced.
 ///
 /// # Errors
 /// [`ServeError`].
 pub async fn serve(
     listener: TcpListener,
-    settings: &ServeSettings,
+    (settings, end): (&ServeSettings, &EndSettings),
     services: Services,
     database: &Database,
-    shutdown: CancellationToken,
+    ops: &Ops,
+    ending: Ending,
 ) -> Result<(), ServeError> {
+    let names = services.names;
+    let (routes, reporter) = with_health(services)?;
+    let reporting = report_health(reporter, names, ops.readiness.clone(), database.probe(), ending.announced);
+    let stopped = Box::pin(async move {
+        // In this order, so that a load balancer that watches health is told before it finds the door closed.
+        reporting.await;
+        ending.begun.cancelled().await;
+    });
+    let mut server = server(settings);
+    if end.connection_age_seconds > 0 {
+        // Connections of one process may end together. Those of several should not. There is no grace: with one, tonic
+        // would not ask clients to leave, and would cut them off later.
+        let age = Duration::from_secs(end.connection_age_seconds).mul_f64(0.9 + fastrand::f64() / 5.0);
+        server = server.max_connection_age(age);
+    }
+    serve_routes(listener, server, routes, stopped, settings.drain()).await
+}
+
+/// The services, health and reflection.
+pub(crate) fn with_health(services: Services) -> Result<(Routes, HealthReporter), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
@@ -86,26 +111,41 @@ pub async fn serve(
         .add_service(health.accept_compressed(CompressionEncoding::Gzip))
         .add_service(reflection.accept_compressed(CompressionEncoding::Gzip))
         .add_service(reflection_v1alpha.accept_compressed(CompressionEncoding::Gzip));
+    Ok((routes, reporter))
+}
+
+/// Serves until `stopped`. Then it accepts no more connections, and lets calls in flight finish.
+///
+/// After the drain time it closes the connections that are left. Without that deadline, a client that stays silent on
+/// an open connection would block the shutdown for ever (hyperium/hyper#4170).
+pub(crate) async fn serve_routes(
+    listener: TcpListener,
+    mut server: Server,
+    routes: Routes,
+    stopped: impl Future<Output = ()>,
+    drain: Duration,
+) -> Result<(), ServeError> {
     let address = listener.local_addr()?;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
-
-    let reported = Box::pin(report_health(reporter, services.names, database.probe(), shutdown.clone()));
-    let server = server(settings).add_routes(routes).serve_with_incoming_shutdown(incoming, reported);
+    let draining = CancellationToken::new();
+    let stop = async {
+        stopped.await;
+        draining.cancel();
+    };
+    let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, stop);
     info!("listening on {address}");
-
-    let drain = Duration::from_secs(settings.drain_seconds);
     let drained = async {
-        shutdown.cancelled().await;
-        timeout(drain, pending::<()>()).await
+        draining.cancelled().await;
+        sleep(drain).await;
     };
     tokio::select! {
-        ended = server => ended?,
-        _ = drained => warn!("drain time of {drain:?} is over: closing the remaining connections"),
+        ended = serving => ended?,
+        () = drained => warn!("drain time of {drain:?} is over: closing the remaining connections to {address}"),
     }
     Ok(())
 }
 
-fn server(settings: &ServeSettings) -> Server {
+pub(crate) fn server(settings: &ServeSettings) -> Server {
     Server::builder()
         // tonic sets neither limit by default. Without them one connection may open any number of streams, and may
         // cause any number of resets by its own errors.

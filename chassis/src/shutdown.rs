@@ -1,8 +1,12 @@
 //! Makes a signal a graceful shutdown.
 
-use std::{io, process};
+use std::{io, process, time::Duration};
 
-use tokio::signal::unix::{SignalKind, signal};
+use clap::Args;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -32,4 +36,40 @@ pub fn shutdown_signal() -> io::Result<CancellationToken> {
         }
     });
     Ok(token)
+}
+
+/// How a server and its connections end.
+#[derive(Args, Clone, Debug)]
+pub struct EndSettings {
+    /// Seconds for which calls are accepted after SIGTERM, while health says NOT_SERVING already. Load balancers need some
+    /// time to learn of it.
+    #[arg(long, env = "LAME_DUCK_SECONDS", default_value_t = 3, value_parser = clap::value_parser!(u64).range(0..=600))]
+    pub lame_duck_seconds: u64,
+    /// Seconds after which clients are asked to leave a connection, give or take a tenth. They connect again, perhaps to a
+    /// replica that is new. 0 is never.
+    #[arg(long, env = "CONNECTION_AGE_SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub connection_age_seconds: u64,
+}
+
+/// The two steps in which a server ends.
+#[derive(Clone, Debug)]
+pub struct Ending {
+    /// Health says so, and all else goes on.
+    pub announced: CancellationToken,
+    /// Nothing new is accepted.
+    pub begun: CancellationToken,
+}
+
+impl Ending {
+    /// An end that begins some time after it is announced.
+    pub fn after(announced: CancellationToken, settings: &EndSettings) -> Self {
+        let ending = Self { announced, begun: CancellationToken::new() };
+        let (waiting, lame_duck) = (ending.clone(), Duration::from_secs(settings.lame_duck_seconds));
+        tokio::spawn(async move {
+            waiting.announced.cancelled().await;
+            sleep(lame_duck).await;
+            waiting.begun.cancel();
+        });
+        ending
+    }
 }

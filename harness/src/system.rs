@@ -317,10 +317,15 @@ impl Layout {
             ("ORDER_SERVICE_LISTEN", &listen),
             ("INVENTORY_SERVICE_LISTEN", &listen),
             ("LOYALTY_SERVICE_LISTEN", &listen),
-            ("RELAY_LISTEN", &listen),
             ("RELAY_ROUTES", &routes),
             ("RELAY_SOURCE", source.name()),
+            // No load balancer has to learn that a process ends.
+            ("LAME_DUCK_SECONDS", "0"),
         ];
+        // The second name is that of earlier versions, which `harness upgrade` runs.
+        let of_relay = [("OPS_LISTEN", listen.as_str()), ("RELAY_LISTEN", &listen)];
+        let of_relay = of_relay.into_iter().filter(|_| !service.owns_database());
+        let environment: Vec<_> = environment.into_iter().chain(of_relay).collect();
         let mut process = self.spawn(service, &["serve"], &environment)?;
         process.wait_healthy(address, HEALTHY_LIMIT).await?;
         Ok(process)

@@ -163,6 +163,8 @@ fn usage(layout: &Layout, program: &str) -> String {
     let (orders, inventory) = (layout.order_service, layout.inventory_service);
     let balance = layout.loyalty.as_ref().map(|loyalty| balance_usage(loyalty.address)).unwrap_or_default();
     let (addresses, request_id) = (exports(layout), Uuid::new_v4());
+    let (relay, relay_address) = (Path::new(program).with_file_name("outbox-relay"), layout.orders_relay);
+    let (relay, outbox) = (relay.display(), layout.server.url_for("outbox_relay", &layout.orders));
     let speed = if is_optimised(program) { "" } else { NOT_OPTIMISED };
     format!(
         r#"up: everything is up; logs are in {LOGS}
@@ -175,6 +177,9 @@ fn usage(layout: &Layout, program: &str) -> String {
 {balance}  Watch the order, and cancel it, by its order_id:
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
+  Look at the outbox, as an operator does, and at what its relay has delivered:
+    RELAY_DATABASE_URL='{outbox}' {relay} status
+    curl -s http://{relay_address}/metrics
   Put load on it:
     ghz --config harness/ghz.json {orders}
 {addresses}  Put load on it, check every reply, and audit:

@@ -18,7 +18,9 @@ mod write_batch;
 
 use std::net::SocketAddr;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
+use chassis::{
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, OpsSettings, RunError, ServeSettings, Services,
+};
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
 use proto::{
@@ -58,20 +60,28 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// How the server and its connections end.
+    #[command(flatten)]
+    pub end: EndSettings,
+    /// Where operators ask.
+    #[command(flatten)]
+    pub ops: OpsSettings,
 }
 
-/// Serves on `listener` until `shutdown`.
+/// Serves on `listener` until the end that `shutdown` announces.
 ///
 /// # Errors
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "inventory-service starts");
+    let ending = Ending::after(shutdown, &settings.end);
+    let ops = Ops::start(settings.ops.bind().await?, &settings.serve, CancellationToken::new());
     let url = settings.database_url.clone().with_generic_plans();
-    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };
     let relay = Notifier::start(database.url().clone(), outbox::CHANNEL);
     let receiver =
-        Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, shutdown.clone());
+        Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
     let routes = Routes::new(receiver).add_service(inventory);
@@ -80,7 +90,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         names: &[event_receiver_server::SERVICE_NAME, inventory_service_server::SERVICE_NAME],
         descriptors: proto::DESCRIPTORS,
     };
-    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
+    chassis::serve(listener, (&settings.serve, &settings.end), services, &database, &ops, ending).await?;
     info!("inventory-service ended");
     Ok(())
 }

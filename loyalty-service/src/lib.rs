@@ -7,7 +7,9 @@ mod grpc;
 
 use std::net::SocketAddr;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
+use chassis::{
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, OpsSettings, RunError, ServeSettings, Services,
+};
 use clap::Args;
 use outbox::{InboxSettings, Receiver};
 use proto::{
@@ -46,18 +48,26 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// How the server and its connections end.
+    #[command(flatten)]
+    pub end: EndSettings,
+    /// Where operators ask.
+    #[command(flatten)]
+    pub ops: OpsSettings,
 }
 
-/// Serves on `listener` until `shutdown`.
+/// Serves on `listener` until the end that `shutdown` announces.
 ///
 /// # Errors
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "loyalty-service starts");
+    let ending = Ending::after(shutdown, &settings.end);
+    let ops = Ops::start(settings.ops.bind().await?, &settings.serve, CancellationToken::new());
     let url = settings.database_url.clone().with_generic_plans();
-    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };
-    let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let loyalty = LoyaltyServiceServer::new(grpc::Loyalty { database: database.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
     let services = Services {
@@ -65,7 +75,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         names: &[event_receiver_server::SERVICE_NAME, loyalty_service_server::SERVICE_NAME],
         descriptors: proto::DESCRIPTORS,
     };
-    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
+    chassis::serve(listener, (&settings.serve, &settings.end), services, &database, &ops, ending).await?;
     info!("loyalty-service ended");
     Ok(())
 }

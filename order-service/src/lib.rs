@@ -16,7 +16,9 @@ mod watch_order;
 
 use std::{net::SocketAddr, time::Duration};
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, RunError, ServeSettings, Services};
+use chassis::{
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, OpsSettings, RunError, ServeSettings, Services,
+};
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
 use proto::{
@@ -63,23 +65,31 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// How the server and its connections end.
+    #[command(flatten)]
+    pub end: EndSettings,
+    /// Where operators ask.
+    #[command(flatten)]
+    pub ops: OpsSettings,
 }
 
-/// Serves on `listener` until `shutdown`.
+/// Serves on `listener` until the end that `shutdown` announces.
 ///
 /// # Errors
 /// [`RunError`].
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "order-service starts");
+    let ending = Ending::after(shutdown, &settings.end);
+    let ops = Ops::start(settings.ops.bind().await?, &settings.serve, CancellationToken::new());
     let url = settings.database_url.clone().with_generic_plans();
-    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
+    let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };
     let notifier = |channel| Notifier::start(database.url().clone(), channel);
     let status = notifier(watch_order::CHANNEL);
     let replies = ApplyReplies { watchers: status.clone() };
-    let receiver = Receiver::start(&database, replies, grpc::REFUSE, &settings.inbox, shutdown.clone());
+    let receiver = Receiver::start(&database, replies, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let own_session = database.url_of_own_session(settings.listen_database_url.as_ref()).await?;
-    let watchers = Watchers::start(database.clone(), own_session, shutdown.clone());
+    let watchers = Watchers::start(database.clone(), own_session, ending.begun.clone());
     let relay = notifier(outbox::CHANNEL);
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
@@ -90,7 +100,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         names: &[event_receiver_server::SERVICE_NAME, order_service_server::SERVICE_NAME],
         descriptors: proto::DESCRIPTORS,
     };
-    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
+    chassis::serve(listener, (&settings.serve, &settings.end), services, &database, &ops, ending).await?;
     info!("order-service ended");
     Ok(())
 }

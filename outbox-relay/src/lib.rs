@@ -39,7 +39,7 @@ mod wake;
 
 use std::{sync::Arc, time::Duration};
 
-use chassis::{Database, DatabaseUrl, RunError, Services};
+use chassis::{Database, DatabaseUrl, Ops, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{
@@ -95,10 +95,8 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
             "two subscriptions have one receiver: it applies an event that both take once, and calls the other a duplicate"
         );
     }
-    if let Some(address) = settings.metrics_listen {
-        let unusable = |error| RunError::Unusable(format!("cannot serve metrics on {address}: {error}"));
-        measure::serve(address).map_err(unusable)?;
-    }
+    let mut ops = Ops::start(Some(listener), &settings.serve, shutdown.clone());
+    measure::describe();
     // Losing a lease or a settlement in a crash only delivers an event again, and its receiver knows it.
     let url = settings.database_url.clone().with_setting("synchronous_commit", "off").with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
@@ -114,7 +112,8 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
     let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
-    chassis::serve(listener, &settings.serve, services, &database, shutdown).await?;
+    ops.add(services, &database, shutdown)?;
+    ops.ended().await?;
     let ended = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
     info!("outbox-relay ended");
     ended

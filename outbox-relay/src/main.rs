@@ -1,6 +1,7 @@
 //! The command line of outbox-relay.
 
 use std::{
+    env,
     fmt::Display,
     net::SocketAddr,
     process::{self, ExitCode},
@@ -27,8 +28,8 @@ enum Command {
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
-        #[arg(long, env = "RELAY_LISTEN", default_value = "127.0.0.1:50053")]
-        listen: SocketAddr,
+        #[arg(long, env = "OPS_LISTEN", default_value = "127.0.0.1:50053")]
+        ops_listen: SocketAddr,
     },
 }
 
@@ -36,6 +37,21 @@ enum Command {
 const WRONG_ARGUMENTS: i32 = 2;
 /// As of a process that SIGINT has ended.
 const INTERRUPTED: i32 = 130;
+
+/// Environments may still have names that earlier versions read. Then operators would ask at an address where nobody
+/// listens. In a roll-back both versions may be given theirs.
+fn refuse_old_names() {
+    let is_set = |name: &&str| env::var_os(name).is_some();
+    if env::args().any(|argument| argument.starts_with("--ops-listen")) {
+        return;
+    }
+    if let Some(old) =
+        ["RELAY_LISTEN", "RELAY_METRICS_LISTEN"].iter().find(|name| is_set(name) && !is_set(&"OPS_LISTEN"))
+    {
+        let to_do = "give OPS_LISTEN the address for operators: RelayAdmin, health and metrics";
+        end(WRONG_ARGUMENTS, &format!("{old} is no longer read; {to_do}"));
+    }
+}
 
 /// Ends with a code that says more than 1.
 fn end(code: i32, error: &impl Display) -> ! {
@@ -48,7 +64,8 @@ fn main() -> ExitCode {
         match command {
             Command::Serve(settings) => {
                 chassis::log_to_stdout();
-                match serve_until_signal(settings.listen, *settings, outbox_relay::run).await {
+                refuse_old_names();
+                match serve_until_signal(settings.ops_listen, *settings, outbox_relay::run).await {
                     Err(wrong @ RunError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
                     ended => ended?,
                 }
@@ -59,7 +76,7 @@ fn main() -> ExitCode {
                 Err(wrong @ operate::CommandError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
                 ended => ended?,
             },
-            Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
+            Command::Healthcheck { ops_listen } => chassis::healthcheck(ops_listen).await?,
         }
         anyhow::Ok(())
     })

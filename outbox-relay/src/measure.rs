@@ -1,9 +1,6 @@
-//! Metrics of the relay, served over HTTP.
-
-use std::net::SocketAddr;
+//! Metrics of the relay.
 
 use metrics::{counter, describe_counter, describe_gauge, gauge};
-use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 
 use crate::{delivery::Delivery, settle::Settled};
 
@@ -11,12 +8,8 @@ const EVENTS: &str = "outbox_relay_events_total";
 const DELIVERIES: &str = "outbox_relay_deliveries_total";
 const ROUTE_OPEN: &str = "outbox_relay_route_open";
 
-/// Serves the metrics of this process in the text format of Prometheus.
-///
-/// # Errors
-/// When it cannot listen on the address.
-pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
-    PrometheusBuilder::new().with_http_listener(address).install()?;
+/// Says what each metric is.
+pub(crate) fn describe() {
     describe_counter!(
         EVENTS,
         "Leased events by outcome: handled (deleted), retried (failed alone, charged or not), died (kept as dead), released (visible \
@@ -33,7 +26,6 @@ pub(crate) fn serve(address: SocketAddr) -> Result<(), BuildError> {
         ROUTE_OPEN,
         "1 while the receiver of the route takes deliveries, 0 while it is unavailable or bars this relay"
     );
-    Ok(())
 }
 
 /// Creates a route's metrics with zeros, since Prometheus can take no rate of a metric that does not exist yet.

@@ -10,9 +10,10 @@ use crate::{operate::Descriptors, route::RouteSettings};
 /// Settings of the relay.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Address to serve gRPC on.
-    #[arg(long, env = "RELAY_LISTEN", default_value = "127.0.0.1:50053")]
-    pub listen: SocketAddr,
+    /// Address for operators and their tools: gRPC (RelayAdmin, health), and HTTP (/livez, /readyz and /metrics). There
+    /// is no authentication, so bind it to loopback or to a network of your own.
+    #[arg(long, env = "OPS_LISTEN", default_value = "127.0.0.1:50053")]
+    pub ops_listen: SocketAddr,
     /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
@@ -56,9 +57,6 @@ pub struct Settings {
     /// Back off for at most this many milliseconds, however often an event has failed.
     #[arg(long, env = "RELAY_BACK_OFF_MAX_MS", default_value_t = 60_000, value_parser = clap::value_parser!(u32).range(1..=86_400_000))]
     pub back_off_max_ms: u32,
-    /// Address to serve metrics on, over HTTP in the text format of Prometheus. Without it no metrics are served.
-    #[arg(long, env = "RELAY_METRICS_LISTEN")]
-    pub metrics_listen: Option<SocketAddr>,
     /// File with the descriptors of your own events: an encoded FileDescriptorSet with all imports. RelayAdmin shows
     /// their payloads as JSON. Without it RelayAdmin decodes only the events of orders and inventory.
     #[arg(long, env = "RELAY_DESCRIPTORS", value_name = "FILE")]

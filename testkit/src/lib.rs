@@ -3,6 +3,7 @@
 //! - [`TestDatabase`]: a database of its own for every test.
 //! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster.
 //! - [`bootstrap`]: what the superuser creates once per server: roles and databases.
+//! - [`http`]: asks a process over HTTP.
 //! - [`processes`]: child processes, their signals and logs; free ports.
 //! - [`pgbouncer`]: PgBouncer before a server.
 //! - [`ports`]: waits for a port that another process holds; which process has a connection.
@@ -15,6 +16,7 @@
 pub mod bootstrap;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+pub mod http;
 mod own_server;
 pub mod pgbouncer;
 pub mod ports;

@@ -36,7 +36,7 @@ pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     // On a busy machine a hundred calls at once may wait longer than the default for one of 16 connections.
     let given = ["inventory-service", "--database-url", &url, "--database-acquire-ms", "9000"];
     // As with many replicas: only the database keeps batches apart.
-    let given = given.iter().chain(&["--batches-at-once", "100"]);
+    let given = given.iter().chain(&["--batches-at-once", "100", "--lame-duck-seconds", "0"]);
     Cli::parse_from(given.chain(flags)).settings
 }
 

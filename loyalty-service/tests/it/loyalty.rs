@@ -44,7 +44,7 @@ impl Loyalty {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let url = database.url_as("loyalty_service");
-        let given = ["loyalty-service", "--database-url", &url];
+        let given = ["loyalty-service", "--database-url", &url, "--lame-duck-seconds", "0"];
         let settings = Cli::parse_from(given.iter().chain(flags)).settings;
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(loyalty_service::run(listener, settings, shutdown.clone()));

@@ -34,6 +34,8 @@ mod wake_relays;
 mod outage;
 mod pooler;
 
+mod ops;
+
 mod serve;
 
 mod migrate;

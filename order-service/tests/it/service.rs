@@ -30,8 +30,8 @@ use uuid::Uuid;
 pub(crate) const LIMIT: Duration = Duration::from_secs(8);
 /// On a busy machine fifty calls at once wait longer for their connections than by default.
 const PATIENT: [&str; 2] = ["--database-acquire-ms", "8000"];
-/// As with many replicas: only the database keeps batches of replies apart.
-const APART: [&str; 2] = ["--batches-at-once", "100"];
+/// As with many replicas: only the database keeps batches of replies apart. Nobody has to be told of the end.
+const ALWAYS: [&str; 4] = ["--batches-at-once", "100", "--lame-duck-seconds", "0"];
 
 #[derive(Parser)]
 #[command(args_override_self = true)]
@@ -42,8 +42,8 @@ struct Cli {
 
 pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     let url = database.url_as("order_service");
-    let always = ["order-service", "--database-url", &url];
-    Cli::parse_from(always.iter().chain(&APART).chain(flags)).settings
+    let given = ["order-service", "--database-url", &url];
+    Cli::parse_from(given.iter().chain(&ALWAYS).chain(flags)).settings
 }
 
 /// The service, served by this process, with a database of its own.

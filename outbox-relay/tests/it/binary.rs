@@ -5,10 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use testkit::processes::{Process, free_port};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+use testkit::{
+    http::get,
+    processes::{Process, free_port},
 };
 use uuid::Uuid;
 
@@ -17,7 +16,7 @@ use crate::{outbox::Outbox, receiver::Receiver};
 /// The process and its log file, which is deleted with it.
 pub(crate) struct Binary {
     pub(crate) process: Process,
-    metrics: SocketAddr,
+    pub(crate) ops: SocketAddr,
     log: PathBuf,
 }
 
@@ -28,15 +27,15 @@ impl Binary {
 
     pub(crate) fn start_on_route(outbox: &Outbox, route: &str, flags: &[&str]) -> Self {
         let log = std::env::temp_dir().join(format!("outbox-relay-{}", Uuid::new_v4().simple()));
-        let metrics = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+        let ops = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
         let database = outbox.relay_url();
-        let given = ["serve", "--listen", "127.0.0.1:0", "--poll-ms", "50", "--source", "orders"];
-        let listen = metrics.to_string();
-        let peers = ["--database-url", &database, "--route", route, "--metrics-listen", &listen];
+        let given = ["serve", "--poll-ms", "50", "--source", "orders"];
+        let listen = ops.to_string();
+        let peers = ["--database-url", &database, "--route", route, "--ops-listen", &listen];
         let arguments = given.into_iter().chain(peers).chain(flags.iter().copied());
         let program = Path::new(env!("CARGO_BIN_EXE_outbox-relay"));
         let process = Process::spawn("outbox-relay", program, arguments, [("RUST_LOG", "info")], &log).unwrap();
-        Self { process, metrics, log }
+        Self { process, ops, log }
     }
 
     pub(crate) fn log_file(&self) -> PathBuf {
@@ -53,10 +52,8 @@ impl Binary {
     }
 
     pub(crate) async fn metrics(&self) -> String {
-        let mut connection = TcpStream::connect(self.metrics).await.unwrap();
-        connection.write_all(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").await.unwrap();
-        let mut page = String::new();
-        connection.read_to_string(&mut page).await.unwrap();
+        let (status, page) = get(self.ops, "/metrics").await;
+        assert_eq!(status, 200, "{page}");
         page
     }
 }

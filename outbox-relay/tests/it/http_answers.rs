@@ -164,6 +164,7 @@ async fn compressed_requests_of_operators_are_read() {
     let outbox = Outbox::create().await;
     let proxied = Proxied::start(description(&[]), apply).await;
     let relay = Relay::start(&outbox, proxied.address, &[]).await;
+    relay.serves().await;
     let channel = Endpoint::from_shared(format!("http://{}", relay.address)).unwrap().connect_lazy();
     let mut client = RelayAdminClient::new(channel).send_compressed(CompressionEncoding::Gzip);
     client.get_status(GetStatusRequest::default()).await.unwrap();

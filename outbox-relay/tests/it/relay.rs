@@ -1,11 +1,15 @@
 //! The relay under test, run in this process.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use chassis::RunError;
 use clap::Parser;
 use outbox_relay::Settings;
-use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
+use tokio::{
+    net::TcpListener,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{outbox::Outbox, wait::AMPLE};
@@ -46,6 +50,16 @@ impl Relay {
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(outbox_relay::run(listener, settings, shutdown.clone()));
         Self { address, shutdown, task }
+    }
+
+    /// Before that, operators are told to try again.
+    pub(crate) async fn serves(&self) {
+        let asking = async {
+            while chassis::healthcheck(self.address).await.is_err() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(AMPLE, asking).await.expect("the relay serves");
     }
 
     pub(crate) fn shut_down(&self) {

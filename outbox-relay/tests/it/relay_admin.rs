@@ -7,6 +7,7 @@ use proto::relay::v1::{
     RequeueDeadEventsRequest, RestoreDiscardedEventRequest, ResumeRequest, dead_event_content::Payload,
     relay_admin_client::RelayAdminClient, relay_admin_server::SERVICE_NAME,
 };
+use testkit::http::{ask, get};
 use tonic::{
     Code, Response, Status,
     transport::{Channel, Endpoint},
@@ -39,6 +40,7 @@ impl Admin {
         let receiver = Receiver::start(Reply::apply).await;
         // A long limit: on a busy machine a connection may take longer than callers should wait.
         let relay = Relay::start(&outbox, receiver.address, &["--database-acquire-ms", "8000"]).await;
+        relay.serves().await;
         let channel = Endpoint::from_shared(format!("http://{}", relay.address)).unwrap().connect_lazy();
         Self { outbox, receiver, relay, channel }
     }
@@ -327,5 +329,23 @@ async fn its_health_is_served() {
         answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving)
     })
     .await;
+    admin.stop().await;
+}
+
+/// As the page of a stranger in an operator's browser could.
+#[tokio::test]
+async fn a_call_that_is_not_grpc_reaches_no_service() {
+    let admin = Admin::start(Outbox::create().await).await;
+    let body = "\0\0\0\0\0";
+    for content in ["text/plain", "application/grpc"] {
+        let request = format!(
+            "POST /relay.v1.RelayAdmin/Pause HTTP/1.1\r\nHost: relay\r\nContent-Type: {content}\r\nContent-Length: 5\r\n\
+             Connection: close\r\n\r\n{body}"
+        );
+        assert_eq!(ask(admin.relay.address, &request).await.0, 404, "{content}");
+    }
+    // A probe of a path that does not exist must not take it for health.
+    assert_eq!(get(admin.relay.address, "/healthz").await.0, 404);
+    assert!(admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner().pause.is_none());
     admin.stop().await;
 }

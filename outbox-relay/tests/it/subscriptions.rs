@@ -180,7 +180,7 @@ async fn an_event_enqueued_while_its_subscription_is_made_is_neither_lost_nor_ov
 async fn a_route_to_a_name_that_nobody_subscribed_ends_with_2_and_lists_those_there_are() {
     let outbox = Outbox::without_subscriptions().await;
     let operator = Operator::of(&outbox);
-    let serve = ["serve", "--source", "orders", "--listen", "127.0.0.1:0", "--route"];
+    let serve = ["serve", "--source", "orders", "--ops-listen", "127.0.0.1:0", "--route"];
     let arguments = |route| [&serve[..], &[route]].concat();
     let relay = operator.command(&arguments("loyalty=http://a:1")).env("RUST_LOG", "off").output().await.unwrap();
     let said = String::from_utf8(relay.stderr).unwrap();
@@ -197,6 +197,19 @@ async fn a_route_to_a_name_that_nobody_subscribed_ends_with_2_and_lists_those_th
     );
     let old = operator.is_misused(&arguments("orders.v1.*=http://a:1")).await;
     assert!(old.contains("outbox-relay subscribe inventory 'orders.v1.*'"), "{old}");
+}
+
+#[tokio::test]
+async fn an_address_under_a_name_that_is_no_longer_read_ends_with_2_and_names_the_new_one() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    for old in ["RELAY_LISTEN", "RELAY_METRICS_LISTEN"] {
+        let mut serve = operator.command(&["serve", "--source", "orders", "--route", "loyalty=http://a:1"]);
+        let relay = serve.env("RUST_LOG", "off").env(old, "127.0.0.1:0").output().await.unwrap();
+        let said = String::from_utf8(relay.stderr).unwrap();
+        assert_eq!(relay.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("{old} is no longer read; give OPS_LISTEN")), "{said}");
+    }
 }
 
 #[tokio::test]

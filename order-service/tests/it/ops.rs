@@ -1,0 +1,124 @@
+//! What operators and load balancers see of the process.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use order_service::MIGRATORS;
+use proto::orders::v1::order_service_client::OrderServiceClient;
+use testkit::{TestDatabase, http::get, processes::free_port};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+use crate::service::{LIMIT, Service, order, settings};
+
+const PAUSE: Duration = Duration::from_millis(10);
+
+fn loopback() -> SocketAddr {
+    ([127, 0, 0, 1], free_port().unwrap()).into()
+}
+
+/// Until the page has this status. Returns its text.
+async fn becomes(address: SocketAddr, path: &str, expected: u16) -> String {
+    let asking = async {
+        loop {
+            let (status, text) = get(address, path).await;
+            if status == expected {
+                return text;
+            }
+            sleep(PAUSE).await;
+        }
+    };
+    timeout(LIMIT, asking).await.unwrap_or_else(|_| panic!("{path} is not {expected}"))
+}
+
+#[tokio::test]
+async fn a_process_whose_database_is_away_is_alive_and_not_ready() {
+    let (database, ops) = (TestDatabase::create("orders_owner", &MIGRATORS).await, loopback());
+    let mut settings = settings(&database, &["--ops-listen", &ops.to_string()]);
+    settings.database_url = format!("postgres://order_service:x@{}/none", loopback()).parse().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn(order_service::run(listener, settings, shutdown.clone()));
+    while TcpStream::connect(ops).await.is_err() {
+        sleep(PAUSE).await;
+    }
+    assert_eq!(get(ops, "/livez").await, (200, "alive\n".into()));
+    assert_eq!(get(ops, "/readyz").await, (503, "not ready: it starts\n".into()));
+    shutdown.cancel();
+    timeout(LIMIT, running).await.expect("it ends").unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn calls_are_accepted_for_a_while_after_health_has_announced_the_end() {
+    let ops = loopback();
+    let service = Service::start_with(&["--lame-duck-seconds", "5", "--ops-listen", &ops.to_string()]).await;
+    assert_eq!(becomes(ops, "/readyz", 200).await, "ready\n");
+    assert_eq!(get(ops, "/elsewhere").await.0, 404);
+    let announced = Instant::now();
+    service.shut_down();
+    assert_eq!(becomes(ops, "/readyz", 503).await, "not ready: it ends\n");
+    assert_eq!(get(ops, "/livez").await.0, 200);
+    // A caller that the load balancer has not told yet.
+    let late = OrderServiceClient::connect(format!("http://{}", service.address)).await;
+    late.unwrap().create_order(order()).await.unwrap();
+    let address = service.address;
+    service.end().await;
+    assert!(announced.elapsed() >= Duration::from_secs(5), "{:?}", announced.elapsed());
+    assert!(TcpStream::connect(address).await.is_err());
+}
+
+/// Passes connections on, and counts them.
+async fn count_connections(to: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, counted) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+    let count = counted.clone();
+    tokio::spawn(async move {
+        while let Ok((mut from, _)) = listener.accept().await {
+            count.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut to = TcpStream::connect(to).await.unwrap();
+                copy_bidirectional(&mut from, &mut to).await
+            });
+        }
+    });
+    (address, counted)
+}
+
+/// This client has no stream open meanwhile. One that has may lose a call: tonic does not send it, and says CANCELLED.
+#[tokio::test]
+async fn clients_leave_a_connection_at_its_age_and_no_call_fails_by_that() {
+    let service = Service::start_with(&["--connection-age-seconds", "1"]).await;
+    let (address, connections) = count_connections(service.address).await;
+    let orders = OrderServiceClient::connect(format!("http://{address}")).await.unwrap();
+    let place = async |mut orders: OrderServiceClient<Channel>| {
+        while connections.load(Ordering::Relaxed) < 4 {
+            orders.create_order(order()).await.unwrap();
+        }
+    };
+    let placing = futures_util::future::join_all((0..8).map(|_| place(orders.clone())));
+    timeout(LIMIT, placing).await.expect("further connections");
+    service.end().await;
+}
+
+#[tokio::test]
+async fn a_connection_on_which_an_operators_tool_asks_now_and_then_does_not_delay_the_end() {
+    let ops = loopback();
+    let service = Service::start_with(&["--drain-seconds", "600", "--ops-listen", &ops.to_string()]).await;
+    let mut kept = TcpStream::connect(ops).await.unwrap();
+    kept.write_all(b"GET /livez HTTP/1.1\r\nHost: order-service\r\n\r\n").await.unwrap();
+    let mut answer = [0; 15];
+    kept.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    service.end().await;
+}
