@@ -19,7 +19,7 @@ use crate::{
     floor::{Floor, RESCAN_INTERVAL, Scan, Start},
     isolate::Case,
     leased_row::{LeaseToken, LeasedRow},
-    live::RelayId,
+    live::{OwnToken, RelayId},
     run::{Extension, Room, extend, number_waves, predecessors},
     settings::Settings,
     subscription::Subscription,
@@ -37,6 +37,8 @@ const HELD_MAX: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub(crate) token: LeaseToken,
+    /// While it is there, the relay takes its rows for leased.
+    _own: OwnToken,
     pub(crate) subscription_id: i16,
     /// First the events that have never failed alone, then those that have, then those that are set aside.
     pub(crate) rows: Vec<LeasedRow>,
@@ -324,7 +326,8 @@ async fn lease_from(
     (start, requested_at): (Start, Instant),
 ) -> Result<Option<Lease>, sqlx::Error> {
     let Scope { limit, max_age } = scope;
-    let token = query.relay.lease_token();
+    let own = query.relay.lease_token();
+    let token = own.token;
     let length = Duration::from_secs(query.lease_seconds.into());
     let number = query.leases.fetch_add(1, Ordering::Relaxed) + 1;
     let take = async |later_max| {
@@ -363,6 +366,7 @@ async fn lease_from(
     let is_full = room(&rows).is_none();
     Ok(Some(Lease {
         token,
+        _own: own,
         subscription_id: query.subscription.id,
         rows,
         is_full,

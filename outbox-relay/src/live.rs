@@ -9,13 +9,17 @@
 //! delivered once more. That is as if its leases had expired early, which is always safe. Its settlement names a token
 //! that the rows no longer have, and the inbox of the receiver knows the events that were applied.
 //!
+//! A relay that gets a new session frees rows of its own as well: those of leases that no worker has any more. After a
+//! crash the database may have lost settlements, since commits of relays do not wait for the disk or for a standby, and
+//! have kept the leases before them. The same reasons make that safe.
+//!
 //! A relay without such a lock is never taken for dead, and its leases expire: one of an earlier version, or one whose
 //! session is not its own because a pooler shares it. A machine that vanishes is noticed by the keepalives of its
 //! session, within half a minute.
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -47,11 +51,26 @@ const ROWS_MAX: i64 = 10_000;
 pub(crate) struct RelayId {
     id: Uuid,
     holds_lock: Arc<AtomicBool>,
+    /// Of the leases that its workers have, or ask for.
+    tokens: Arc<Mutex<Vec<LeaseToken>>>,
+}
+
+/// The token of a lease, which counts as the relay's until this is dropped.
+#[derive(Debug)]
+pub(crate) struct OwnToken {
+    pub(crate) token: LeaseToken,
+    relay: RelayId,
+}
+
+impl Drop for OwnToken {
+    fn drop(&mut self) {
+        self.relay.tokens().retain(|token| *token != self.token);
+    }
 }
 
 impl RelayId {
     pub(crate) fn new() -> Self {
-        Self { id: Uuid::new_v4(), holds_lock: Arc::default() }
+        Self { id: Uuid::new_v4(), holds_lock: Arc::default(), tokens: Arc::default() }
     }
 
     pub(crate) fn uuid(&self) -> Uuid {
@@ -64,8 +83,14 @@ impl RelayId {
     }
 
     /// A token for a new lease. It begins like the id of the relay, so that the relay's rows can be found by it.
-    pub(crate) fn lease_token(&self) -> LeaseToken {
-        token(self.id, fastrand::u64(..))
+    pub(crate) fn lease_token(&self) -> OwnToken {
+        let token = token(self.id, fastrand::u64(..));
+        self.tokens().push(token);
+        OwnToken { token, relay: self.clone() }
+    }
+
+    fn tokens(&self) -> MutexGuard<'_, Vec<LeaseToken>> {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -85,8 +110,10 @@ fn key(relay_id: Uuid) -> i64 {
 pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
     let database = KEEPALIVE.iter().fold(database, |database, (name, value)| database.with_setting(name, *value));
     let failures = Failures::default();
+    let mut held_before = false;
     loop {
-        let ended = hold_once(&relay, &database, &failures).await;
+        let ended = hold_once(&relay, &database, &failures, held_before).await;
+        held_before |= relay.holds_lock();
         relay.holds_lock.store(false, Ordering::Relaxed);
         if let Err(cause) = ended
             && failures.count()
@@ -98,10 +125,19 @@ pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
 }
 
 /// Returns when the session has ended, does not answer, or no longer has the lock.
-async fn hold_once(relay: &RelayId, database: &DatabaseUrl, failures: &Failures) -> Result<(), sqlx::Error> {
+async fn hold_once(
+    relay: &RelayId,
+    database: &DatabaseUrl,
+    failures: &Failures,
+    held_before: bool,
+) -> Result<(), sqlx::Error> {
     let mut session = database.connect_in_time().await?;
     answered(lock(&mut session, key(relay.id))).await?;
+    let mut may_have_left_rows = held_before;
     while answered(has_lock(&mut session, key(relay.id))).await? {
+        if may_have_left_rows {
+            may_have_left_rows = answered(free_left_rows(&mut session, relay)).await?;
+        }
         relay.holds_lock.store(true, Ordering::Relaxed);
         failures.end();
         sleep(INTERVAL).await;
@@ -135,6 +171,19 @@ async fn has_lock(session: &mut PgConnection, key: i64) -> Result<bool, sqlx::Er
     )
     .fetch_one(session)
     .await
+}
+
+/// Frees the relay's rows that no worker has leased. Returns whether there may be more.
+///
+/// A lease that a worker asks for meanwhile may be taken for one of them. Then its rows are delivered once more.
+async fn free_left_rows(session: &mut PgConnection, relay: &RelayId) -> Result<bool, sqlx::Error> {
+    let tokens = relay.tokens().clone();
+    let rows = free_rows(session, relay.id, &tokens).await?;
+    if rows > 0 {
+        warn!(rows, "the database has lost settlements of this relay: these events are delivered again");
+        outbox::notify(session, outbox::CHANNEL).await?;
+    }
+    Ok(rows == ROWS_MAX.unsigned_abs())
 }
 
 /// Makes the rows visible that dead relays had leased, and forgets these relays.
@@ -182,7 +231,7 @@ async fn free_if_dead(connection: &mut PgConnection, relay_id: Uuid) -> Result<O
         tx.rollback().await?;
         return Ok(None);
     }
-    let freed = free_rows(&mut tx, relay_id).await?;
+    let freed = free_rows(&mut tx, relay_id, &[]).await?;
     if freed < ROWS_MAX.unsigned_abs() {
         sqlx::query!(
             "-- relay: forget the dead
@@ -213,10 +262,11 @@ pub(crate) async fn is_dead(tx: &mut PgConnection, relay_id: Uuid) -> Result<boo
     .await
 }
 
-/// Leases last for an hour at most, so rows that are hidden for longer are none of them.
-async fn free_rows(connection: &mut PgConnection, relay_id: Uuid) -> Result<u64, sqlx::Error> {
+/// Frees the rows that the relay has leased under other tokens than these. Leases last for an hour at most, so rows that
+/// are hidden for longer are none of them.
+async fn free_rows(connection: &mut PgConnection, relay_id: Uuid, except: &[LeaseToken]) -> Result<u64, sqlx::Error> {
     let freed = sqlx::query!(
-        "-- relay: free rows of the dead
+        "-- relay: free rows of a relay
         UPDATE outbox
         SET visible_at = now()
         WHERE ctid = ANY (ARRAY (
@@ -237,12 +287,13 @@ async fn free_rows(connection: &mut PgConnection, relay_id: Uuid) -> Result<u64,
                         WHERE subscription_id = each.subscription AND sequence > 1
                           AND visible_at > now() AND visible_at < now() + interval '61 minutes'
                           AND lease_token BETWEEN $1 AND $2) AS hidden (row)))
-              AND leased.lease_token BETWEEN $1 AND $2
+              AND leased.lease_token BETWEEN $1 AND $2 AND leased.lease_token <> ALL ($4)
             LIMIT $3
             FOR UPDATE OF leased SKIP LOCKED))",
         token(relay_id, 0) as LeaseToken,
         token(relay_id, u64::MAX) as LeaseToken,
         ROWS_MAX,
+        except as &[LeaseToken],
     )
     .execute(connection)
     .await?;

@@ -356,7 +356,7 @@ mod tests {
     /// Fails the events once more, each for a reason of its own. Returns their rows afterwards, in order, and the
     /// counts. `now()` is the same throughout.
     async fn fail(connection: &mut PgConnection, events: &[Failing], policy: Policy) -> (Vec<Failed>, Settled) {
-        let token = RelayId::new().lease_token();
+        let token = RelayId::new().lease_token().token;
         let (mut rows, mut fates) = (Vec::new(), Vec::new());
         for event in events {
             let row = leased();

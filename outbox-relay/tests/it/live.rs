@@ -91,24 +91,84 @@ async fn a_relay_that_is_stopped_keeps_its_rows_until_they_expire() {
 async fn a_relay_that_lost_only_its_session_takes_a_new_lock_when_it_goes_on() {
     let outbox = Outbox::create().await;
     let (living, receiver, ids) = relay_with_leased_rows(&outbox).await;
-    let relay_of = "SELECT relay_id FROM outbox_routes";
-    let relay_id = sqlx::query_scalar::<_, Uuid>(relay_of).fetch_one(&outbox.pool).await.unwrap();
+    let relay_id = id_of_relay(&outbox).await;
     receiver.follow(Reply::apply);
     let relay = Relay::start(&outbox, receiver.address, &[]).await;
     wait_for_locks(&outbox, 2).await;
-    let key = relay_id.as_u64_pair().0;
-    let [high, low] = [key >> 32, key & 0xffff_ffff].map(|half| i64::try_from(half).unwrap());
     // It is stopped first. Otherwise it might have a new session before the other looks.
     living.process.suspend().await.unwrap();
-    let terminated = sqlx::query(
-        "SELECT pg_terminate_backend(pid) FROM pg_locks
-        WHERE locktype = 'advisory' AND granted AND classid::bigint = $1 AND objid::bigint = $2",
-    );
-    assert_eq!(terminated.bind(high).bind(low).execute(&outbox.pool).await.unwrap().rows_affected(), 1);
+    end_session_with_lock(&outbox, relay_id).await;
 
     outbox.wait_until_empty().await;
     assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 2)));
     living.process.signal(Signal::CONT).unwrap();
     wait_for_locks(&outbox, 2).await;
     relay.stop().await;
+}
+
+async fn id_of_relay(outbox: &Outbox) -> Uuid {
+    sqlx::query_scalar("SELECT relay_id FROM outbox_routes").fetch_one(&outbox.pool).await.unwrap()
+}
+
+/// The halves of the key of a relay's lock, as the database shows them.
+fn key_of(relay_id: Uuid) -> [i64; 2] {
+    let key = relay_id.as_u64_pair().0;
+    [key >> 32, key & 0xffff_ffff].map(|half| i64::try_from(half).unwrap())
+}
+
+/// Ends the session that holds the relay's lock, and returns its process.
+async fn end_session_with_lock(outbox: &Outbox, relay_id: Uuid) -> i32 {
+    let [high, low] = key_of(relay_id);
+    let ended = sqlx::query_scalar(
+        "SELECT pid FROM pg_locks, pg_terminate_backend(pid)
+        WHERE locktype = 'advisory' AND granted AND classid::bigint = $1 AND objid::bigint = $2",
+    );
+    ended.bind(high).bind(low).fetch_one(&outbox.pool).await.unwrap()
+}
+
+/// As a crash leaves it that loses the deletion of events, and keeps their lease.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_whose_settlement_the_database_has_lost_are_delivered_once_the_relay_has_a_new_session() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    wait_for_locks(&outbox, 1).await;
+    let relay_id = id_of_relay(&outbox).await;
+    let ids: Vec<_> = (0..20).map(|_| Uuid::new_v4()).collect();
+    let leased = sqlx::query(
+        "INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, lease_token, visible_at)
+        SELECT gen_random_uuid(), 1, event_id, 'test.v1.Happened', '', $2, now() + interval '30 s'
+        FROM unnest($1::uuid[]) AS leased (event_id)",
+    );
+    let token = Uuid::from_u64_pair(relay_id.as_u64_pair().0, 1);
+    leased.bind(&ids).bind(token).execute(&outbox.pool).await.unwrap();
+    outbox.wait_for_a_later_event().await;
+    assert_eq!(count_leased(&outbox).await, 20);
+
+    let begun = Instant::now();
+    end_session_with_lock(&outbox, relay_id).await;
+    outbox.wait_until_empty().await;
+    assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+    assert!(receiver.read(|log| ids.iter().all(|id| log.times(*id) == 1)));
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_a_worker_delivers_stay_leased_when_the_relay_gets_a_new_session() {
+    let outbox = Outbox::create().await;
+    let (_living, _silent, _) = relay_with_leased_rows(&outbox).await;
+    let relay_id = id_of_relay(&outbox).await;
+    let before = end_session_with_lock(&outbox, relay_id).await;
+    let [high, low] = key_of(relay_id);
+    let others = async || {
+        let held = sqlx::query_scalar::<_, i64>(
+            "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+            WHERE locktype = 'advisory' AND granted AND classid::bigint = $1 AND objid::bigint = $2 AND pid <> $3
+                AND query LIKE '%check that it holds its lock%' AND query_start > backend_start + interval '900 ms'",
+        );
+        held.bind(high).bind(low).bind(before).fetch_one(&outbox.pool).await.unwrap()
+    };
+    // The second look comes after the rows that are left were freed.
+    until("the new session has looked twice", async || others().await > 0).await;
+    assert_eq!(count_leased(&outbox).await, 20);
 }
