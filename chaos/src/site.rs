@@ -53,8 +53,7 @@ fn settings() -> Vec<(String, String)> {
         ("ORDER_SERVICE_QUEUE", "256".into()),
         ("DATABASE_WORK_MS", "2500".into()),
         ("BATCHES_AT_ONCE", POOL.to_string()),
-        // No load balancer has to learn that a process ends.
-        ("LAME_DUCK_SECONDS", "0".into()),
+        ("LAME_DUCK_SECONDS", "1".into()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into()
@@ -305,7 +304,7 @@ impl Site {
                 let subscription = route.receiver.database();
                 format!("{subscription}=http://{}", self.to_receiver(route).address)
             });
-            set("OPS_LISTEN", listen.to_string());
+            set("RELAY_OPS_LISTEN", listen.to_string());
             set("RELAY_ROUTES", routes.collect::<Vec<_>>().join(","));
             set("RELAY_SOURCE", part.side().name().into());
         }

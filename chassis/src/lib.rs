@@ -32,7 +32,7 @@ pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use log_limit::LogLimit;
 pub use migrate::{MigrateArguments, MigrateError, migrate};
-pub use ops::{Ops, OpsSettings};
+pub use ops::Ops;
 pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, log_failure, may_pass};
 pub use schema::SchemaError;

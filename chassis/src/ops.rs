@@ -4,6 +4,7 @@
 //! the start to the end: while the database is away, an orchestrator must not take the process for a dead one.
 
 use std::{
+    future::pending,
     io,
     net::SocketAddr,
     sync::{Arc, OnceLock},
@@ -16,7 +17,6 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use clap::Args;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -29,28 +29,6 @@ use crate::{
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
 };
-
-/// Where operators ask.
-#[derive(Args, Clone, Debug)]
-pub struct OpsSettings {
-    /// Address for operators and their tools, over HTTP: /livez, /readyz and /metrics. Off by default. There is
-    /// no authentication, so bind it to loopback or to a network of your own.
-    #[arg(long, env = "OPS_LISTEN")]
-    pub ops_listen: Option<SocketAddr>,
-}
-
-impl OpsSettings {
-    /// Binds the address, if there is one.
-    ///
-    /// # Errors
-    /// Those of the socket.
-    pub async fn bind(&self) -> io::Result<Option<TcpListener>> {
-        match self.ops_listen {
-            Some(address) => bind(address).await.map(Some),
-            None => Ok(None),
-        }
-    }
-}
 
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -65,21 +43,35 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// Serves on the listener, if there is one, until `shutdown`.
-    pub fn start(listener: Option<TcpListener>, settings: &ServeSettings, shutdown: CancellationToken) -> Self {
+    /// Serves on the address, if there is one, until this is dropped.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn start(address: Option<SocketAddr>, settings: &ServeSettings) -> io::Result<Self> {
+        let Some(address) = address else {
+            return Ok(Self { readiness: Readiness::default(), added: Arc::default(), serving: None, reporting: None });
+        };
+        Ok(Self::serve(bind(address).await?, settings, pending(), pending()))
+    }
+
+    /// Serves until `stopped`. Then calls in flight have until `drained`.
+    pub fn serve(
+        listener: TcpListener,
+        settings: &ServeSettings,
+        stopped: impl Future<Output = ()> + Send + 'static,
+        drained: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
         let (readiness, added) = (Readiness::default(), Arc::default());
-        let serving = listener.map(|listener| {
-            let routes = route(record_metrics(), readiness.clone(), Arc::clone(&added)).into();
-            let (server, drain) = (server(settings).accept_http1(true), settings.drain());
-            AbortOnDropHandle::new(tokio::spawn(async move {
-                let ended = serve_routes(listener, server, routes, shutdown.cancelled_owned(), drain).await;
-                if let Err(error) = &ended {
-                    error!(%error, "the listener for operations has failed");
-                }
-                ended
-            }))
+        let routes = route(record_metrics(), readiness.clone(), Arc::clone(&added)).into();
+        let server = server(settings).accept_http1(true);
+        let serving = tokio::spawn(async move {
+            let ended = serve_routes(listener, server, routes, stopped, drained).await;
+            if let Err(error) = &ended {
+                error!(%error, "the listener for operations has failed");
+            }
+            ended
         });
-        Self { readiness, added, serving, reporting: None }
+        Self { readiness, added, serving: Some(AbortOnDropHandle::new(serving)), reporting: None }
     }
 
     /// Serves these gRPC services too, and reports by health whether the database can be written to.
@@ -101,7 +93,7 @@ impl Ops {
         Ok(())
     }
 
-    /// Waits until calls in flight have ended after the shutdown.
+    /// Waits until it is stopped, and calls in flight have ended.
     ///
     /// # Errors
     /// When the server failed, or a task of it panicked.
@@ -140,7 +132,10 @@ fn route(metrics: PrometheusHandle, readiness: Readiness, added: Arc<OnceLock<Ro
 /// A gRPC client takes the one status for UNAVAILABLE, and the other for UNIMPLEMENTED.
 async fn pass_on(added: Arc<OnceLock<Router>>, state: State, request: Request) -> Response {
     let content = request.headers().get(CONTENT_TYPE).map_or(&[][..], |value| value.as_bytes());
-    let is_grpc = request.version() == Version::HTTP_2 && content.starts_with(b"application/grpc");
+    let is_grpc = request.version() == Version::HTTP_2
+        && content
+            .strip_prefix(b"application/grpc")
+            .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')));
     match added.get().filter(|_| is_grpc) {
         Some(router) => router.clone().oneshot(request).await.into_response(),
         None if is_grpc && state == State::Starts => StatusCode::SERVICE_UNAVAILABLE.into_response(),

@@ -13,7 +13,7 @@ use tonic::{
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
-use crate::{Database, EndSettings, Ending, Ops, health::report_health};
+use crate::{Database, Ending, Ops, health::report_health};
 
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
@@ -32,8 +32,13 @@ pub struct ServeSettings {
 }
 
 impl ServeSettings {
-    pub(crate) fn drain(&self) -> Duration {
-        Duration::from_secs(self.drain_seconds)
+    /// Until the drain time is over, which begins then.
+    pub fn drained(&self, begun: &CancellationToken) -> impl Future<Output = ()> + use<> {
+        let (begun, drain) = (begun.clone(), Duration::from_secs(self.drain_seconds));
+        async move {
+            begun.cancelled().await;
+            sleep(drain).await;
+        }
     }
 }
 
@@ -67,7 +72,7 @@ pub enum ServeError {
 /// [`ServeError`].
 pub async fn serve(
     listener: TcpListener,
-    (settings, end): (&ServeSettings, &EndSettings),
+    settings: &ServeSettings,
     services: Services,
     database: &Database,
     ops: &Ops,
@@ -76,19 +81,19 @@ pub async fn serve(
     let names = services.names;
     let (routes, reporter) = with_health(services)?;
     let reporting = report_health(reporter, names, ops.readiness.clone(), database.probe(), ending.announced);
+    let begun = ending.begun.clone();
     let stopped = Box::pin(async move {
         // In this order, so that a load balancer that watches health is told before it finds the door closed.
         reporting.await;
-        ending.begun.cancelled().await;
+        begun.cancelled().await;
     });
     let mut server = server(settings);
-    if end.connection_age_seconds > 0 {
+    if let Some(age) = ending.connection_age {
         // Connections of one process may end together. Those of several should not. There is no grace: with one, tonic
         // would not ask clients to leave, and would cut them off later.
-        let age = Duration::from_secs(end.connection_age_seconds).mul_f64(0.9 + fastrand::f64() / 5.0);
-        server = server.max_connection_age(age);
+        server = server.max_connection_age(age.mul_f64(0.9 + fastrand::f64() / 5.0));
     }
-    serve_routes(listener, server, routes, stopped, settings.drain()).await
+    serve_routes(listener, server, routes, stopped, settings.drained(&ending.begun)).await
 }
 
 /// The services, health and reflection.
@@ -116,31 +121,22 @@ pub(crate) fn with_health(services: Services) -> Result<(Routes, HealthReporter)
 
 /// Serves until `stopped`. Then it accepts no more connections, and lets calls in flight finish.
 ///
-/// After the drain time it closes the connections that are left. Without that deadline, a client that stays silent on
-/// an open connection would block the shutdown for ever (hyperium/hyper#4170).
+/// Once `drained` it closes the connections that are left. Without that deadline, a client that stays silent on an open
+/// connection would block the shutdown for ever (hyperium/hyper#4170).
 pub(crate) async fn serve_routes(
     listener: TcpListener,
     mut server: Server,
     routes: Routes,
     stopped: impl Future<Output = ()>,
-    drain: Duration,
+    drained: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let address = listener.local_addr()?;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
-    let draining = CancellationToken::new();
-    let stop = async {
-        stopped.await;
-        draining.cancel();
-    };
-    let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, stop);
+    let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, stopped);
     info!("listening on {address}");
-    let drained = async {
-        draining.cancelled().await;
-        sleep(drain).await;
-    };
     tokio::select! {
         ended = serving => ended?,
-        () = drained => warn!("drain time of {drain:?} is over: closing the remaining connections to {address}"),
+        () = drained => warn!("drain time is over: closing the remaining connections to {address}"),
     }
     Ok(())
 }

@@ -58,12 +58,15 @@ pub struct Ending {
     pub announced: CancellationToken,
     /// Nothing new is accepted.
     pub begun: CancellationToken,
+    /// When clients are asked to leave a connection meanwhile.
+    pub(crate) connection_age: Option<Duration>,
 }
 
 impl Ending {
     /// An end that begins some time after it is announced.
     pub fn after(announced: CancellationToken, settings: &EndSettings) -> Self {
-        let ending = Self { announced, begun: CancellationToken::new() };
+        let connection_age = Some(Duration::from_secs(settings.connection_age_seconds)).filter(|age| !age.is_zero());
+        let ending = Self { announced, begun: CancellationToken::new(), connection_age };
         let (waiting, lame_duck) = (ending.clone(), Duration::from_secs(settings.lame_duck_seconds));
         tokio::spawn(async move {
             waiting.announced.cancelled().await;

@@ -323,7 +323,7 @@ impl Layout {
             ("LAME_DUCK_SECONDS", "0"),
         ];
         // The second name is that of earlier versions, which `harness upgrade` runs.
-        let of_relay = [("OPS_LISTEN", listen.as_str()), ("RELAY_LISTEN", &listen)];
+        let of_relay = [("RELAY_OPS_LISTEN", listen.as_str()), ("RELAY_LISTEN", &listen)];
         let of_relay = of_relay.into_iter().filter(|_| !service.owns_database());
         let environment: Vec<_> = environment.into_iter().chain(of_relay).collect();
         let mut process = self.spawn(service, &["serve"], &environment)?;

@@ -7,9 +7,7 @@ mod grpc;
 
 use std::net::SocketAddr;
 
-use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, OpsSettings, RunError, ServeSettings, Services,
-};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, RunError, ServeSettings, Services};
 use clap::Args;
 use outbox::{InboxSettings, Receiver};
 use proto::{
@@ -36,6 +34,10 @@ pub struct Settings {
     /// Address to serve gRPC on.
     #[arg(long, env = "LOYALTY_SERVICE_LISTEN", default_value = "127.0.0.1:50055")]
     pub listen: SocketAddr,
+    /// Address for operators and their tools, over HTTP: /livez, /readyz and /metrics. Off by default. There is no
+    /// authentication, so bind it to loopback or to a network of your own.
+    #[arg(long, env = "LOYALTY_SERVICE_OPS_LISTEN")]
+    pub ops_listen: Option<SocketAddr>,
     /// The loyalty database, as the role loyalty_service: postgres://user:password@host:5432/database.
     #[arg(long, env = "LOYALTY_DATABASE_URL", hide_env_values = true)]
     pub database_url: DatabaseUrl,
@@ -51,9 +53,6 @@ pub struct Settings {
     /// How the server and its connections end.
     #[command(flatten)]
     pub end: EndSettings,
-    /// Where operators ask.
-    #[command(flatten)]
-    pub ops: OpsSettings,
 }
 
 /// Serves on `listener` until the end that `shutdown` announces.
@@ -63,7 +62,7 @@ pub struct Settings {
 pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "loyalty-service starts");
     let ending = Ending::after(shutdown, &settings.end);
-    let ops = Ops::start(settings.ops.bind().await?, &settings.serve, CancellationToken::new());
+    let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
     let url = settings.database_url.clone().with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };
@@ -75,7 +74,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         names: &[event_receiver_server::SERVICE_NAME, loyalty_service_server::SERVICE_NAME],
         descriptors: proto::DESCRIPTORS,
     };
-    chassis::serve(listener, (&settings.serve, &settings.end), services, &database, &ops, ending).await?;
+    chassis::serve(listener, &settings.serve, services, &database, &ops, ending).await?;
     info!("loyalty-service ended");
     Ok(())
 }

@@ -95,7 +95,10 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
             "two subscriptions have one receiver: it applies an event that both take once, and calls the other a duplicate"
         );
     }
-    let mut ops = Ops::start(Some(listener), &settings.serve, shutdown.clone());
+    // Operators see it until its work has ended.
+    let work_ended = CancellationToken::new();
+    let drained = settings.serve.drained(&shutdown);
+    let mut ops = Ops::serve(listener, &settings.serve, work_ended.clone().cancelled_owned(), drained);
     measure::describe();
     // Losing a lease or a settlement in a crash only delivers an event again, and its receiver knows it.
     let url = settings.database_url.clone().with_setting("synchronous_commit", "off").with_generic_plans();
@@ -108,15 +111,22 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     };
     let own_session = database.url_of_own_session(settings.listen_database_url.as_ref()).await?;
     let working = run_workers(database.clone(), own_session, settings.clone(), relay, subscriptions?, shutdown.clone());
-    let workers = tokio::spawn(working);
+    let (end, end_of_work) = (shutdown.clone().drop_guard(), work_ended.drop_guard());
+    let workers = tokio::spawn(async move {
+        // A panic ends the process too.
+        let _ends = (end, end_of_work);
+        working.await
+    });
     let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
     let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
     let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
-    ops.add(services, &database, shutdown)?;
-    ops.ended().await?;
-    let ended = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
+    ops.add(services, &database, shutdown.clone())?;
+    let served = ops.ended().await;
+    // Perhaps the listener failed. What the workers have leased is settled or released all the same.
+    shutdown.cancel();
+    let worked = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
     info!("outbox-relay ended");
-    ended
+    served.and(worked)
 }
 
 /// The first two routes for which this holds.

@@ -28,7 +28,7 @@ enum Command {
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
-        #[arg(long, env = "OPS_LISTEN", default_value = "127.0.0.1:50053")]
+        #[arg(long, env = "RELAY_OPS_LISTEN", default_value = "127.0.0.1:50053")]
         ops_listen: SocketAddr,
     },
 }
@@ -42,13 +42,13 @@ const INTERRUPTED: i32 = 130;
 /// listens. In a roll-back both versions may be given theirs.
 fn refuse_old_names() {
     let is_set = |name: &&str| env::var_os(name).is_some();
-    if env::args().any(|argument| argument.starts_with("--ops-listen")) {
+    if env::args_os().any(|argument| argument.as_encoded_bytes().starts_with(b"--ops-listen")) {
         return;
     }
     if let Some(old) =
-        ["RELAY_LISTEN", "RELAY_METRICS_LISTEN"].iter().find(|name| is_set(name) && !is_set(&"OPS_LISTEN"))
+        ["RELAY_LISTEN", "RELAY_METRICS_LISTEN"].iter().find(|name| is_set(name) && !is_set(&"RELAY_OPS_LISTEN"))
     {
-        let to_do = "give OPS_LISTEN the address for operators: RelayAdmin, health and metrics";
+        let to_do = "give RELAY_OPS_LISTEN the address for operators: RelayAdmin, health and metrics";
         end(WRONG_ARGUMENTS, &format!("{old} is no longer read; {to_do}"));
     }
 }

@@ -12,7 +12,7 @@ use crate::{operate::Descriptors, route::RouteSettings};
 pub struct Settings {
     /// Address for operators and their tools: gRPC (RelayAdmin, health), and HTTP (/livez, /readyz and /metrics). There
     /// is no authentication, so bind it to loopback or to a network of your own.
-    #[arg(long, env = "OPS_LISTEN", default_value = "127.0.0.1:50053")]
+    #[arg(long, env = "RELAY_OPS_LISTEN", default_value = "127.0.0.1:50053")]
     pub ops_listen: SocketAddr,
     /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]

@@ -13,7 +13,7 @@ use order_service::MIGRATORS;
 use proto::orders::v1::order_service_client::OrderServiceClient;
 use testkit::{TestDatabase, http::get, processes::free_port};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
+    io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
 };
@@ -108,17 +108,5 @@ async fn clients_leave_a_connection_at_its_age_and_no_call_fails_by_that() {
     };
     let placing = futures_util::future::join_all((0..8).map(|_| place(orders.clone())));
     timeout(LIMIT, placing).await.expect("further connections");
-    service.end().await;
-}
-
-#[tokio::test]
-async fn a_connection_on_which_an_operators_tool_asks_now_and_then_does_not_delay_the_end() {
-    let ops = loopback();
-    let service = Service::start_with(&["--drain-seconds", "600", "--ops-listen", &ops.to_string()]).await;
-    let mut kept = TcpStream::connect(ops).await.unwrap();
-    kept.write_all(b"GET /livez HTTP/1.1\r\nHost: order-service\r\n\r\n").await.unwrap();
-    let mut answer = [0; 15];
-    kept.read_exact(&mut answer).await.unwrap();
-    assert_eq!(&answer, b"HTTP/1.1 200 OK");
     service.end().await;
 }

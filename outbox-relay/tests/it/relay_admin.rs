@@ -1,13 +1,20 @@
 //! The operator's commands as gRPC.
 
-use std::fmt::Debug;
+use std::{fmt::Debug, net::SocketAddr};
 
 use proto::relay::v1::{
     DiscardDeadEventRequest, GetDeadEventRequest, GetStatusRequest, ListDeadEventsRequest, PauseRequest,
     RequeueDeadEventsRequest, RestoreDiscardedEventRequest, ResumeRequest, dead_event_content::Payload,
     relay_admin_client::RelayAdminClient, relay_admin_server::SERVICE_NAME,
 };
-use testkit::http::{ask, get};
+use testkit::{
+    http::{ask, get},
+    processes::free_port,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tonic::{
     Code, Response, Status,
     transport::{Channel, Endpoint},
@@ -336,16 +343,57 @@ async fn its_health_is_served() {
 #[tokio::test]
 async fn a_call_that_is_not_grpc_reaches_no_service() {
     let admin = Admin::start(Outbox::create().await).await;
-    let body = "\0\0\0\0\0";
+    let address = admin.relay.address;
     for content in ["text/plain", "application/grpc"] {
         let request = format!(
-            "POST /relay.v1.RelayAdmin/Pause HTTP/1.1\r\nHost: relay\r\nContent-Type: {content}\r\nContent-Length: 5\r\n\
-             Connection: close\r\n\r\n{body}"
+            "POST {STATUS} HTTP/1.1\r\nHost: relay\r\nContent-Type: {content}\r\nContent-Length: 5\r\n\
+             Connection: close\r\n\r\n\0\0\0\0\0"
         );
-        assert_eq!(ask(admin.relay.address, &request).await.0, 404, "{content}");
+        assert_eq!(ask(address, &request).await.0, 404, "{content}");
+    }
+    for (content, status) in
+        [("text/plain", 404), ("application/grpc-web", 404), ("application/grpc", 200), ("application/grpc+proto", 200)]
+    {
+        assert_eq!(call(address, content).await, status, "{content}");
     }
     // A probe of a path that does not exist must not take it for health.
-    assert_eq!(get(admin.relay.address, "/healthz").await.0, 404);
-    assert!(admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner().pause.is_none());
+    assert_eq!(get(address, "/healthz").await.0, 404);
     admin.stop().await;
+}
+
+const STATUS: &str = "/relay.v1.RelayAdmin/GetStatus";
+
+/// The HTTP status of a call over HTTP/2 with this type of content.
+async fn call(address: SocketAddr, content: &str) -> u16 {
+    let (client, connection) = h2::client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post(format!("http://{address}{STATUS}")).header("content-type", content);
+    let mut client = client.ready().await.unwrap();
+    let (answer, mut body) = client.send_request(request.header("te", "trailers").body(()).unwrap(), false).unwrap();
+    body.send_data(vec![0; 5].into(), true).unwrap();
+    answer.await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn operators_are_told_to_try_again_while_the_relay_waits_for_its_database() {
+    let nowhere = format!("postgres://outbox_relay:x@127.0.0.1:{}/none", free_port().unwrap());
+    let relay = Relay::start_with_routes(&nowhere, &["all=http://127.0.0.1:1"], &[]).await;
+    let mut client = RelayAdminClient::connect(format!("http://{}", relay.address)).await.unwrap();
+    assert_eq!(client.get_status(GetStatusRequest {}).await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(get(relay.address, "/livez").await.0, 200);
+    assert_eq!(get(relay.address, "/readyz").await, (503, "not ready: it starts\n".into()));
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_on_which_an_operators_tool_asks_now_and_then_does_not_delay_the_end() {
+    let outbox = Outbox::create().await;
+    let receiver = Receiver::start(Reply::apply).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--drain-seconds", "600"]).await;
+    let mut kept = TcpStream::connect(relay.address).await.unwrap();
+    kept.write_all(b"GET /livez HTTP/1.1\r\nHost: relay\r\n\r\n").await.unwrap();
+    let mut answer = [0; 15];
+    kept.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    relay.stop().await;
 }

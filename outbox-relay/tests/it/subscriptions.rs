@@ -208,7 +208,7 @@ async fn an_address_under_a_name_that_is_no_longer_read_ends_with_2_and_names_th
         let relay = serve.env("RUST_LOG", "off").env(old, "127.0.0.1:0").output().await.unwrap();
         let said = String::from_utf8(relay.stderr).unwrap();
         assert_eq!(relay.status.code(), Some(2), "{said}");
-        assert!(said.contains(&format!("{old} is no longer read; give OPS_LISTEN")), "{said}");
+        assert!(said.contains(&format!("{old} is no longer read; give RELAY_OPS_LISTEN")), "{said}");
     }
 }
 
