@@ -38,7 +38,7 @@ const HELD_MAX: Duration = Duration::from_secs(600);
 pub(crate) struct Lease {
     pub(crate) token: LeaseToken,
     /// While it is there, the relay takes its rows for leased.
-    _own: OwnToken,
+    _own: Arc<OwnToken>,
     pub(crate) subscription_id: i16,
     /// First the events that have never failed alone, then those that have, then those that are set aside.
     pub(crate) rows: Vec<LeasedRow>,
@@ -366,7 +366,7 @@ async fn lease_from(
     let is_full = room(&rows).is_none();
     Ok(Some(Lease {
         token,
-        _own: own,
+        _own: own.into(),
         subscription_id: query.subscription.id,
         rows,
         is_full,

@@ -109,7 +109,13 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());
     };
-    let own_session = database.url_of_own_session(settings.listen_database_url.as_ref()).await?;
+    let asking = database.url_of_own_session(settings.listen_database_url.as_ref());
+    let Some(own_session) = shutdown.run_until_cancelled(asking).await else { return Ok(()) };
+    let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
+    let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
+    let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
+    ops.add(services, &database, shutdown.clone())?;
+    let own_session = own_session?;
     let working = run_workers(database.clone(), own_session, settings.clone(), relay, subscriptions?, shutdown.clone());
     let (end, end_of_work) = (shutdown.clone().drop_guard(), work_ended.drop_guard());
     let workers = tokio::spawn(async move {
@@ -117,10 +123,6 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         let _ends = (end, end_of_work);
         working.await
     });
-    let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
-    let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
-    let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
-    ops.add(services, &database, shutdown.clone())?;
     let served = ops.ended().await;
     // Perhaps the listener failed. What the workers have leased is settled or released all the same.
     shutdown.cancel();
@@ -209,7 +211,9 @@ async fn run_workers(
 ) -> Result<(), RunError> {
     let cancel_deliveries = CancellationToken::new();
     // Held until the last lease is settled.
-    let _lock = own_session.clone().map(|url| AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), url))));
+    let _lock = own_session
+        .clone()
+        .map(|url| AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), url, database.clone()))));
     let wakes = Wake::listen(own_session, &shutdown, settings.routes.len());
     let mut tasks = start(&database, &settings, &relay, subscriptions, wakes, &shutdown, &cancel_deliveries);
     let ended = loop {

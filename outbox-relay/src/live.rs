@@ -9,9 +9,9 @@
 //! delivered once more. That is as if its leases had expired early, which is always safe. Its settlement names a token
 //! that the rows no longer have, and the inbox of the receiver knows the events that were applied.
 //!
-//! A relay that gets a new session frees rows of its own as well: those of leases that no worker has any more. After a
-//! crash the database may have lost settlements, since commits of relays do not wait for the disk or for a standby, and
-//! have kept the leases before them. The same reasons make that safe.
+//! A relay that gets a new session frees rows of its own as well: those of leases that no worker has any more. A crash of
+//! the database may have kept a lease and lost its settlement, since commits of relays do not wait for the disk or for a
+//! standby. The same reasons make that safe.
 //!
 //! A relay without such a lock is never taken for dead, and its leases expire: one of an earlier version, or one whose
 //! session is not its own because a pooler shares it. A machine that vanishes is noticed by the keepalives of its
@@ -107,13 +107,13 @@ fn key(relay_id: Uuid) -> i64 {
 
 /// Holds the lock, in a new session whenever one has ended. It never returns. Drop it once the rows are settled: a relay
 /// that drains still lives.
-pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
-    let database = KEEPALIVE.iter().fold(database, |database, (name, value)| database.with_setting(name, *value));
+pub(crate) async fn hold_lock(relay: RelayId, own_session: DatabaseUrl, database: Database) {
+    let own_session = KEEPALIVE.iter().fold(own_session, |url, (name, value)| url.with_setting(name, *value));
     let failures = Failures::default();
-    let mut held_before = false;
+    let mut may_have_left_rows = false;
     loop {
-        let ended = hold_once(&relay, &database, &failures, held_before).await;
-        held_before |= relay.holds_lock();
+        let ended = hold_once(&relay, &own_session, &failures, may_have_left_rows.then_some(&database)).await;
+        may_have_left_rows |= relay.holds_lock();
         relay.holds_lock.store(false, Ordering::Relaxed);
         if let Err(cause) = ended
             && failures.count()
@@ -125,21 +125,29 @@ pub(crate) async fn hold_lock(relay: RelayId, database: DatabaseUrl) {
 }
 
 /// Returns when the session has ended, does not answer, or no longer has the lock.
+///
+/// Rows that are left are freed in `left_in`, not in this session. That may wait for a standby or take long, and the lock
+/// would be lost with the session.
 async fn hold_once(
     relay: &RelayId,
-    database: &DatabaseUrl,
+    own_session: &DatabaseUrl,
     failures: &Failures,
-    held_before: bool,
+    mut left_in: Option<&Database>,
 ) -> Result<(), sqlx::Error> {
-    let mut session = database.connect_in_time().await?;
+    let mut session = own_session.connect_in_time().await?;
     answered(lock(&mut session, key(relay.id))).await?;
-    let mut may_have_left_rows = held_before;
+    let not_freed = Failures::default();
     while answered(has_lock(&mut session, key(relay.id))).await? {
-        if may_have_left_rows {
-            may_have_left_rows = answered(free_left_rows(&mut session, relay)).await?;
-        }
         relay.holds_lock.store(true, Ordering::Relaxed);
         failures.end();
+        if let Some(database) = left_in {
+            let freeing = relay.clone();
+            match database.run(move |connection| Box::pin(free_left_rows(connection, freeing))).await {
+                Ok(more) => left_in = left_in.filter(|_| more),
+                Err(cause) if not_freed.count() => warn!(%cause, "cannot free rows that no worker has; trying again"),
+                Err(_) => {}
+            }
+        }
         sleep(INTERVAL).await;
     }
     Err(sqlx::Error::InvalidArgument(
@@ -176,12 +184,12 @@ async fn has_lock(session: &mut PgConnection, key: i64) -> Result<bool, sqlx::Er
 /// Frees the relay's rows that no worker has leased. Returns whether there may be more.
 ///
 /// A lease that a worker asks for meanwhile may be taken for one of them. Then its rows are delivered once more.
-async fn free_left_rows(session: &mut PgConnection, relay: &RelayId) -> Result<bool, sqlx::Error> {
+async fn free_left_rows(connection: &mut PgConnection, relay: RelayId) -> Result<bool, sqlx::Error> {
     let tokens = relay.tokens().clone();
-    let rows = free_rows(session, relay.id, &tokens).await?;
+    let rows = free_rows(connection, relay.id, &tokens).await?;
     if rows > 0 {
-        warn!(rows, "the database has lost settlements of this relay: these events are delivered again");
-        outbox::notify(session, outbox::CHANNEL).await?;
+        warn!(rows, "no worker has these leased events, perhaps since a crash: they are delivered again at once");
+        outbox::notify(connection, outbox::CHANNEL).await?;
     }
     Ok(rows == ROWS_MAX.unsigned_abs())
 }
