@@ -36,9 +36,8 @@ const HELD_MAX: Duration = Duration::from_secs(600);
 /// A batch of events that no other worker takes before the lease expires. It ends in `settle`.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    pub(crate) token: LeaseToken,
     /// While it is there, the relay takes its rows for leased.
-    _own: Arc<OwnToken>,
+    pub(crate) own: Arc<OwnToken>,
     pub(crate) subscription_id: i16,
     /// First the events that have never failed alone, then those that have, then those that are set aside.
     pub(crate) rows: Vec<LeasedRow>,
@@ -202,7 +201,7 @@ impl Lease {
     /// until another worker takes one of the rows. The answer is false while the outbox is paused, and once one of the
     /// events has become too old.
     pub(crate) async fn renew(&mut self, database: &Database) -> Result<bool, sqlx::Error> {
-        let (token, subscription_id) = (self.token, self.subscription_id);
+        let (token, subscription_id) = (self.own.token, self.subscription_id);
         let (seconds, max_age) = (self.length.as_secs_f64(), self.max_age);
         let live = self.rows.iter().filter(|row| !row.expired).count();
         let (aggregate_ids, sequences): (Vec<_>, Vec<_>) =
@@ -365,8 +364,7 @@ async fn lease_from(
     sort(&mut rows);
     let is_full = room(&rows).is_none();
     Ok(Some(Lease {
-        token,
-        _own: own.into(),
+        own: own.into(),
         subscription_id: query.subscription.id,
         rows,
         is_full,

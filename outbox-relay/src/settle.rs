@@ -67,7 +67,7 @@ pub(crate) async fn settle(
     policy: Policy,
     shutdown: &CancellationToken,
 ) -> Settled {
-    let (key, leased) = ((lease.token, lease.subscription_id), lease.rows.len());
+    let (key, leased) = ((lease.own.token, lease.subscription_id), lease.rows.len());
     let rows = Arc::new(Rows::of(&lease.rows, fates));
     let mut interrupted = false;
     loop {

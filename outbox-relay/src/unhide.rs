@@ -20,7 +20,8 @@
 //! nothing afterwards. Receivers drop what they have applied, as long as they remember it.
 //!
 //! A freed row that is dated ahead gets the present as its date. Otherwise it would count as young until that date, longer
-//! than its receiver may remember it. A charge that is dated ahead gets the present too, or the next would be late. Dead rows stay as they are: they wait for an operator, not for a time.
+//! than its receiver may remember it. A charge that is dated ahead gets the present too, or the next would be late. Dead
+//! rows stay as they are: they wait for an operator, not for a time.
 
 use std::time::Duration;
 

@@ -16,7 +16,7 @@ use crate::{outbox::Outbox, receiver::Receiver};
 /// The process and its log file, which is deleted with it.
 pub(crate) struct Binary {
     pub(crate) process: Process,
-    pub(crate) ops: SocketAddr,
+    ops: SocketAddr,
     log: PathBuf,
 }
 
