@@ -8,11 +8,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use sqlx::PgConnection;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::{Instant, sleep, timeout},
-};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     closed_loop::fill,
@@ -26,6 +22,7 @@ use harness::{
 };
 use testkit::{
     bootstrap::{EMPTY, create_database},
+    http,
     processes::{Process, free_port},
 };
 
@@ -163,7 +160,7 @@ impl Backlog {
         layout.operate(Service::OrdersRelay, &RESUME).await?;
         let mut samples = vec![(0.0, events)];
         let drained = loop {
-            let handled = read_metric(metrics, "outbox_relay_events_total", "outcome=\"handled\"").await?;
+            let handled = read_metric(metrics, "outbox_relay_events_total", ("outcome", "handled")).await?;
             let elapsed = begin.elapsed();
             samples.push((elapsed.as_secs_f64(), events.saturating_sub(handled)));
             if handled >= events || time.is_some_and(|time| elapsed >= time) {
@@ -192,35 +189,14 @@ impl Backlog {
 }
 
 async fn wait_until_open(metrics: SocketAddr, routes: u64) -> Result<()> {
-    while read_metric(metrics, "outbox_relay_route_open", "").await.unwrap_or(0) < routes {
+    while read_metric(metrics, "outbox_relay_route_state", ("state", "OPEN")).await.unwrap_or(0) < routes {
         sleep(SAMPLE_PAUSE).await;
     }
     Ok(())
 }
 
-/// The sum of a metric over all samples whose labels contain the text.
-async fn read_metric(address: SocketAddr, name: &str, label: &str) -> Result<u64> {
-    let mut connection = TcpStream::connect(address).await.context("cannot read the metrics of the relay")?;
-    connection.write_all(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").await?;
-    let mut text = String::new();
-    connection.read_to_string(&mut text).await?;
-    Ok(sum_metric(&text, name, label))
-}
-
-fn sum_metric(text: &str, name: &str, label: &str) -> u64 {
-    let samples = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "));
-    samples.filter(|(labels, _)| labels.contains(label)).filter_map(|(_, value)| value.parse::<u64>().ok()).sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::sum_metric;
-
-    #[test]
-    fn the_samples_of_all_routes_are_added() {
-        let shown = "# TYPE events_total counter\nevents_total{route=\"a\",outcome=\"handled\"} 40\n\
-                     events_total{route=\"b\",outcome=\"handled\"} 2\nevents_total{route=\"a\",outcome=\"died\"} 1\n";
-        assert_eq!(sum_metric(shown, "events_total", "outcome=\"handled\""), 42);
-        assert_eq!(sum_metric("", "events_total", ""), 0);
-    }
+/// The sum of a metric of the relay over all samples with this label.
+async fn read_metric(address: SocketAddr, name: &str, label: (&str, &str)) -> Result<u64> {
+    let (_, page) = http::get(address, "/metrics").await.context("cannot read the metrics of the relay")?;
+    Ok(http::sum_metric(&page, name, &[label]).unwrap_or_default())
 }

@@ -88,7 +88,7 @@ impl Database {
         let Some(connected) = shutdown.run_until_cancelled(waiting).await else { return Ok(None) };
         let url = connected?;
         Ok(Some(Self {
-            sessions: Sessions::new(url.clone(), settings.database_connections),
+            sessions: Sessions::new(url.clone(), settings.database_connections, "work"),
             standby: Standby::of(url),
             acquire_limit: Duration::from_millis(settings.database_acquire_ms),
             work_limit: Duration::from_millis(settings.database_work_ms),
@@ -105,7 +105,7 @@ impl Database {
     #[must_use]
     pub fn with_plans_by_parameters(&self, connections: u32) -> Self {
         let url = self.sessions.url.clone().with_setting("plan_cache_mode", "auto");
-        Self { sessions: Sessions::new(url, connections), ..self.clone() }
+        Self { sessions: Sessions::new(url, connections, "operators"), ..self.clone() }
     }
 
     /// The database for a session that is to be its client's alone, such as one that listens: the one that was

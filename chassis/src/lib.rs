@@ -3,6 +3,7 @@
 //!
 //! The crate knows no table, no message of the contract, and nothing about orders or stock.
 
+mod calls;
 mod cli;
 mod database;
 mod database_url;
@@ -24,6 +25,7 @@ mod shutdown;
 mod standby;
 mod telemetry;
 
+pub use calls::CallsMade;
 pub use cli::parse;
 pub use database::{Database, DatabaseSettings, Work, WorkError};
 pub use database_url::{DatabaseUrl, InvalidDatabaseUrl};

@@ -8,6 +8,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use axum::{
@@ -17,20 +18,29 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use tokio::net::TcpListener;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::{net::TcpListener, time::interval};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tower::ServiceExt as _;
 use tracing::error;
 
 use crate::{
-    Database, RunError, ServeError, ServeSettings, Services,
+    Database, RunError, ServeError, ServeSettings, Services, calls,
     entry::bind,
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
 };
 
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// The samples of histograms are kept until they are counted, whether or not anybody asks for the metrics.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// For times of all kinds: from a commit without a disk to the age at which an event dies.
+const SECONDS: [f64; 22] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0,
+    14400.0, 43200.0, 86400.0, 604_800.0,
+];
+/// For numbers of things that are handled together.
+const COUNTS: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
 /// What this process serves to operators. The listener is closed when this is dropped.
 #[derive(Debug)]
@@ -40,6 +50,7 @@ pub struct Ops {
     added: Arc<OnceLock<Router>>,
     serving: Option<AbortOnDropHandle<Result<(), ServeError>>>,
     reporting: Option<AbortOnDropHandle<()>>,
+    _upkeep: Option<AbortOnDropHandle<()>>,
 }
 
 impl Ops {
@@ -49,7 +60,13 @@ impl Ops {
     /// Those of the socket.
     pub async fn start(address: Option<SocketAddr>, settings: &ServeSettings) -> io::Result<Self> {
         let Some(address) = address else {
-            return Ok(Self { readiness: Readiness::default(), added: Arc::default(), serving: None, reporting: None });
+            return Ok(Self {
+                readiness: Readiness::default(),
+                added: Arc::default(),
+                serving: None,
+                reporting: None,
+                _upkeep: None,
+            });
         };
         Ok(Self::serve(bind(address).await?, settings, pending(), pending()))
     }
@@ -62,7 +79,8 @@ impl Ops {
         drained: impl Future<Output = ()> + Send + 'static,
     ) -> Self {
         let (readiness, added) = (Readiness::default(), Arc::default());
-        let routes = route(record_metrics(), readiness.clone(), Arc::clone(&added)).into();
+        let metrics = record_metrics();
+        let routes = route(metrics.clone(), readiness.clone(), Arc::clone(&added)).into();
         let server = server(settings).accept_http1(true);
         let serving = tokio::spawn(async move {
             let ended = serve_routes(listener, server, routes, stopped, drained).await;
@@ -71,7 +89,25 @@ impl Ops {
             }
             ended
         });
-        Self { readiness, added, serving: Some(AbortOnDropHandle::new(serving)), reporting: None }
+        let upkeep = tokio::spawn(async move {
+            let mut ticks = interval(UPKEEP_INTERVAL);
+            loop {
+                ticks.tick().await;
+                metrics.run_upkeep();
+            }
+        });
+        Self {
+            readiness,
+            added,
+            serving: Some(AbortOnDropHandle::new(serving)),
+            reporting: None,
+            _upkeep: Some(AbortOnDropHandle::new(upkeep)),
+        }
+    }
+
+    /// Whether there is a listener, and so somebody who may ask for metrics.
+    pub(crate) fn is_on(&self) -> bool {
+        self.serving.is_some()
     }
 
     /// Serves these gRPC services too, and reports by health whether the database can be written to.
@@ -113,7 +149,7 @@ impl Ops {
 
 fn route(metrics: PrometheusHandle, readiness: Readiness, added: Arc<OnceLock<Router>>) -> Router {
     let render = move || async move {
-        // Samples of a histogram are kept until it is run, and names wait for their descriptions.
+        // Names wait in it for their descriptions.
         metrics.run_upkeep();
         ([(CONTENT_TYPE, PROMETHEUS_TEXT)], metrics.render())
     };
@@ -157,11 +193,18 @@ fn page(state: State) -> (StatusCode, String) {
 fn record_metrics() -> PrometheusHandle {
     static RECORDED: OnceLock<PrometheusHandle> = OnceLock::new();
     let recorded = RECORDED.get_or_init(|| {
-        let recorder = PrometheusBuilder::new().build_recorder();
+        let builder = PrometheusBuilder::new();
+        // It fails only without limits. Histograms without theirs become summaries, which nobody can add up.
+        let with_limits = builder
+            .set_buckets_for_metric(Matcher::Prefix("rpc_".into()), &calls::BUCKETS)
+            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS))
+            .and_then(|builder| builder.set_buckets(&COUNTS));
+        let recorder = with_limits.unwrap_or_default().build_recorder();
         let metrics = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
             error!("metrics are recorded elsewhere: /metrics stays empty");
         }
+        calls::describe();
         metrics
     });
     recorded.clone()

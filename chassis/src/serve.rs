@@ -13,7 +13,7 @@ use tonic::{
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
-use crate::{Database, Ending, Ops, health::report_health};
+use crate::{Database, Ending, Ops, calls::measure_answers, health::report_health};
 
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
@@ -78,8 +78,17 @@ pub async fn serve(
     ops: &Ops,
     ending: Ending,
 ) -> Result<(), ServeError> {
-    let names = services.names;
-    let (routes, reporter) = with_health(services)?;
+    let (names, descriptors) = (services.names, services.descriptors);
+    let (mut routes, reporter) = with_health(services)?;
+    if ops.is_on() {
+        let descriptors = [
+            descriptors,
+            tonic_health::pb::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+        ];
+        routes = measure_answers(routes.into_axum_router(), &descriptors).into();
+    }
     let reporting = report_health(reporter, names, ops.readiness.clone(), database.probe(), ending.announced);
     let begun = ending.begun.clone();
     let stopped = Box::pin(async move {

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use metrics::{Gauge, describe_gauge, gauge};
 use sqlx::{Connection, PgConnection};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
@@ -28,6 +29,9 @@ const IDLE_MAX: Duration = Duration::from_secs(600);
 const AGE_MAX: Duration = Duration::from_secs(1800);
 /// Timeout of a ping, and of a goodbye.
 const PING_LIMIT: Duration = Duration::from_secs(2);
+/// By OpenTelemetry's conventions.
+const CONNECTIONS: &str = "db_client_connection_count";
+const PENDING: &str = "db_client_connection_pending_requests";
 /// The first pause after a failed attempt to connect, while its caller still waits. It doubles, up to the longest.
 const CONNECT_PAUSE: Duration = Duration::from_millis(50);
 const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(400);
@@ -40,6 +44,15 @@ pub(crate) struct Sessions {
     idle: Arc<Mutex<Idle>>,
     /// Whether the last attempt to connect failed.
     is_unreachable: Arc<AtomicBool>,
+    measured: Measured,
+}
+
+/// How many sessions are in use and idle, and how many callers wait for one.
+#[derive(Clone, Debug)]
+struct Measured {
+    used: Gauge,
+    idle: Gauge,
+    pending: Gauge,
 }
 
 #[derive(Debug)]
@@ -57,7 +70,31 @@ pub(crate) struct Taken {
     opened_at: Instant,
     used_at: Instant,
     /// Of a session in use only: an idle one may be used by anybody.
-    slot: Option<OwnedSemaphorePermit>,
+    slot: Option<Slot>,
+}
+
+/// The permission to have a session in use, which is counted.
+#[derive(Debug)]
+struct Slot {
+    _permit: OwnedSemaphorePermit,
+    _used: OneMore,
+}
+
+/// Counts one more as long as it is there.
+#[derive(Debug)]
+struct OneMore(Gauge);
+
+impl OneMore {
+    fn of(gauge: &Gauge) -> Self {
+        gauge.increment(1.0);
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for OneMore {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
 }
 
 /// What an error says of the session, and of those that are open beside it.
@@ -95,10 +132,11 @@ impl Soundness {
 }
 
 impl Sessions {
-    pub(crate) fn new(url: DatabaseUrl, connections: u32) -> Self {
+    /// `name` tells these sessions from others of the process.
+    pub(crate) fn new(url: DatabaseUrl, connections: u32, name: &'static str) -> Self {
         let idle = Idle { sessions: Vec::new(), sound_since: Instant::now() };
         let (slots, idle) = (Arc::new(Semaphore::new(connections as usize)), Arc::new(Mutex::new(idle)));
-        Self { url, slots, idle, is_unreachable: Arc::default() }
+        Self { url, slots, idle, is_unreachable: Arc::default(), measured: Measured::of(name) }
     }
 
     /// Takes an idle session, or opens one. While the server cannot be reached, it tries again as long as the caller
@@ -107,10 +145,7 @@ impl Sessions {
     /// # Errors
     /// Those of the server.
     pub(crate) async fn take(&self, caller: &mut oneshot::Sender<()>) -> Result<Taken, sqlx::Error> {
-        let slot = tokio::select! {
-            slot = self.slots.clone().acquire_owned() => slot.map_err(|_| sqlx::Error::PoolClosed)?,
-            () = caller.closed() => return Err(sqlx::Error::PoolTimedOut),
-        };
+        let slot = self.acquire(caller).await?;
         while let Some(mut idle) = self.pop() {
             let is_fresh = idle.used_at.elapsed() <= PING_AFTER;
             if is_fresh || ping(&mut idle.connection).await {
@@ -129,6 +164,19 @@ impl Sessions {
             }
             pause = CONNECT_PAUSE_MAX.min(pause * 2);
         }
+    }
+
+    async fn acquire(&self, caller: &mut oneshot::Sender<()>) -> Result<Slot, sqlx::Error> {
+        let permit = if let Ok(permit) = self.slots.clone().try_acquire_owned() {
+            permit
+        } else {
+            let _pending = OneMore::of(&self.measured.pending);
+            tokio::select! {
+                acquired = self.slots.clone().acquire_owned() => acquired.map_err(|_| sqlx::Error::PoolClosed)?,
+                () = caller.closed() => return Err(sqlx::Error::PoolTimedOut),
+            }
+        };
+        Ok(Slot { _permit: permit, _used: OneMore::of(&self.measured.used) })
     }
 
     /// It ends by itself and not with its caller: after an outage every connection is made anew, which on a busy machine
@@ -153,6 +201,7 @@ impl Sessions {
         let mut idle = self.lock();
         idle.sound_since = Instant::now();
         idle.sessions.clear();
+        self.measured.idle.set(0.0);
     }
 
     /// Gives a session back after work, or closes it.
@@ -186,18 +235,32 @@ impl Sessions {
         if idle.sessions.first().is_some_and(|oldest| oldest.used_at.elapsed() >= IDLE_MAX) {
             close(idle.sessions.remove(0));
         }
+        self.measured.idle.set(idle.sessions.len() as f64);
         // Whoever waits for the slot finds the session.
         drop(idle);
         drop(slot);
     }
 
     fn pop(&self) -> Option<Taken> {
-        self.lock().sessions.pop()
+        let mut idle = self.lock();
+        let popped = idle.sessions.pop();
+        self.measured.idle.set(idle.sessions.len() as f64);
+        popped
     }
 
     fn lock(&self) -> MutexGuard<'_, Idle> {
         // No code panics while it holds the lock.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Measured {
+    fn of(name: &'static str) -> Self {
+        describe_gauge!(CONNECTIONS, "Sessions of the database by pool and state: used, idle");
+        describe_gauge!(PENDING, "Units of work that wait for a session");
+        let connections = |state: &'static str| gauge!(CONNECTIONS, "db_client_connection_pool_name" => name, "db_client_connection_state" => state);
+        let pending = gauge!(PENDING, "db_client_connection_pool_name" => name);
+        Self { used: connections("used"), idle: connections("idle"), pending }
     }
 }
 

@@ -19,6 +19,8 @@ use testkit::{
 
 /// The first of the five ports that `harness up` uses by default.
 pub const FIRST_PORT: u16 = 50051;
+/// How much more the port for operators of a service is than its port.
+pub(crate) const OPS_OFFSET: u16 = 1000;
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
 /// No process of an earlier version works on these databases, so nothing has to be kept for one.
 const MIGRATE: [&str; 2] = ["migrate", "--contract"];
@@ -83,6 +85,8 @@ pub struct Layout {
     pub settings: Vec<(String, String)>,
     /// Directory of the programs, if they are not those beside this one.
     pub programs: Option<PathBuf>,
+    /// Whether the services listen for operators too, on [`OPS_OFFSET`] more than their ports. The relays always do, on theirs.
+    pub serves_ops: bool,
     /// Where the processes look for the databases, as `host:port,host:port`: several servers, of which one can write.
     /// If empty, they connect to [`Self::server`].
     pub hosts: String,
@@ -138,6 +142,11 @@ impl Service {
         }
     }
 
+    /// Its port for operators.
+    pub(crate) fn ops_port_from(self, first: u16) -> u16 {
+        self.port_from(first) + if self.owns_database() { OPS_OFFSET } else { 0 }
+    }
+
     fn owns_database(self) -> bool {
         !matches!(self, Self::OrdersRelay | Self::InventoryRelay)
     }
@@ -185,6 +194,7 @@ impl Layout {
             logs: logs.to_owned(),
             settings: Vec::new(),
             programs: None,
+            serves_ops: false,
             hosts: String::new(),
         }
     }
@@ -325,7 +335,12 @@ impl Layout {
         // The second name is that of earlier versions, which `harness upgrade` runs.
         let of_relay = [("RELAY_OPS_LISTEN", listen.as_str()), ("RELAY_LISTEN", &listen)];
         let of_relay = of_relay.into_iter().filter(|_| !service.owns_database());
-        let environment: Vec<_> = environment.into_iter().chain(of_relay).collect();
+        let mut environment: Vec<_> = environment.into_iter().chain(of_relay).collect();
+        let ops = self.ops_address(service)?.map(|address| address.to_string());
+        if let Some(ops) = ops.as_deref().filter(|_| service.owns_database()) {
+            let names = ["ORDER_SERVICE_OPS_LISTEN", "INVENTORY_SERVICE_OPS_LISTEN", "LOYALTY_SERVICE_OPS_LISTEN"];
+            environment.extend(names.map(|name| (name, ops)));
+        }
         let mut process = self.spawn(service, &["serve"], &environment)?;
         process.wait_healthy(address, HEALTHY_LIMIT).await?;
         Ok(process)
@@ -374,6 +389,18 @@ impl Layout {
     /// The log file of a process.
     pub fn log(&self, service: Service) -> PathBuf {
         self.logs.join(format!("{}.log", service.name()))
+    }
+
+    /// Where it listens for operators, if it does.
+    ///
+    /// # Errors
+    /// If it is not in this system.
+    pub fn ops_address(&self, service: Service) -> Result<Option<SocketAddr>> {
+        let mut address = self.address(service)?;
+        if service.owns_database() {
+            address.set_port(address.port() + OPS_OFFSET);
+        }
+        Ok((self.serves_ops || !service.owns_database()).then_some(address))
     }
 
     /// The address of a process.

@@ -21,7 +21,7 @@ use crate::{
 };
 use testkit::{
     ports::claim,
-    postgres::{Cluster, FixedPort},
+    postgres::{Cluster, FixedPort, Server},
     processes::Process,
 };
 use uuid::Uuid;
@@ -47,8 +47,8 @@ pub struct Arguments {
     #[arg(long, env = "POSTGRES_PORT", value_name = "PORT")]
     port: Option<u16>,
     /// First of the ports of order-service, inventory-service, the two relays, loyalty-service and PostgreSQL [default: 50051
-    /// to 50055 and 5433]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=65530))]
+    /// to 50055 and 5433]. The services' ports for operators are 1000 more than theirs
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64530))]
     ports_from: Option<u16>,
 }
 
@@ -67,7 +67,7 @@ impl Arguments {
             return Ok(());
         }
         let (first, port) = (self.first_port(), self.postgres_port());
-        match Service::ALL.into_iter().find(|service| service.port_from(first) == port) {
+        match Service::ALL.into_iter().find(|service| ports_of(*service, first).contains(&port)) {
             Some(service) => bail!(
                 "--port {port} is also the port of {}: choose another with --port or POSTGRES_PORT",
                 service.name()
@@ -107,17 +107,31 @@ async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)>
     let postgres = FixedPort { number: arguments.postgres_port(), patience: PORT_PATIENCE };
     let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), true, Some(postgres)).await?;
     println!("up: {:<18} {}", "PostgreSQL", server.address());
-    let layout = Layout::on_ports_from(first, server, Path::new(LOGS));
+    let layout = layout_on(first, server);
     layout.prepare().await?;
     let mut processes = Vec::new();
-    for (service, claimed) in Service::ALL.into_iter().zip(claims) {
-        drop(claimed);
+    let mut claims = claims.into_iter();
+    for service in Service::ALL {
+        for claimed in claims.by_ref().take(ports_of(service, first).len()) {
+            drop(claimed);
+        }
         let process = layout.start(service).await?;
         println!("up: {:<18} {}  pid {}", service.name(), layout.address(service)?, process.pid());
         processes.push(process);
     }
     println!("{}", usage(&layout, &program()?));
     Ok((cluster, processes))
+}
+
+fn layout_on(first: u16, server: Server) -> Layout {
+    Layout { serves_ops: true, ..Layout::on_ports_from(first, server, Path::new(LOGS)) }
+}
+
+/// The port of a service and its port for operators, which are one if it is a relay.
+fn ports_of(service: Service, first: u16) -> Vec<u16> {
+    let mut ports = vec![service.port_from(first), service.ops_port_from(first)];
+    ports.dedup();
+    ports
 }
 
 /// Claims the ports of [`Service::ALL`]. Holding them until each process starts keeps outgoing connections, such as those to
@@ -128,9 +142,12 @@ async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)>
 async fn claim_ports(first: u16) -> Result<Vec<TcpListener>> {
     let deadline = Instant::now() + PORT_PATIENCE;
     let mut claims = Vec::new();
-    for service in Service::ALL {
+    let ports = Service::ALL
+        .into_iter()
+        .flat_map(|service| ports_of(service, first).into_iter().map(move |port| (service, port)));
+    for (service, port) in ports {
         let left = deadline.saturating_duration_since(Instant::now());
-        let claimed = claim(service.port_from(first), service.name(), left).await;
+        let claimed = claim(port, service.name(), left).await;
         claims.push(
             claimed.map_err(|error| anyhow!("{error}: stop that process, or choose other ports with --ports-from"))?,
         );
@@ -163,7 +180,8 @@ fn usage(layout: &Layout, program: &str) -> String {
     let (orders, inventory) = (layout.order_service, layout.inventory_service);
     let balance = layout.loyalty.as_ref().map(|loyalty| balance_usage(loyalty.address)).unwrap_or_default();
     let (addresses, request_id) = (exports(layout), Uuid::new_v4());
-    let (relay, relay_address) = (Path::new(program).with_file_name("outbox-relay"), layout.orders_relay);
+    let relay = Path::new(program).with_file_name("outbox-relay");
+    let metrics = metrics_usage(layout);
     let (relay, outbox) = (relay.display(), layout.server.url_for("outbox_relay", &layout.orders));
     let speed = if is_optimised(program) { "" } else { NOT_OPTIMISED };
     format!(
@@ -177,10 +195,9 @@ fn usage(layout: &Layout, program: &str) -> String {
 {balance}  Watch the order, and cancel it, by its order_id:
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
-  Look at the outbox, as an operator does, and at what its relay has delivered:
+  Look at the outbox, as an operator does, and at the metrics of each process:
     RELAY_DATABASE_URL='{outbox}' {relay} status
-    curl -s http://{relay_address}/metrics
-  Put load on it:
+{metrics}  Put load on it:
     ghz --config harness/ghz.json {orders}
 {addresses}  Put load on it, check every reply, and audit:
     {program} stress --orders 5000 --concurrency 50
@@ -189,6 +206,13 @@ fn usage(layout: &Layout, program: &str) -> String {
 {speed}
   Ctrl-C ends everything. The data is kept."#
     )
+}
+
+/// The pages of all processes, in one line.
+fn metrics_usage(layout: &Layout) -> String {
+    let addresses = layout.services().into_iter().filter_map(|service| layout.ops_address(service).ok().flatten());
+    let ports: Vec<String> = addresses.map(|address| address.port().to_string()).collect();
+    format!("    curl -s 'http://127.0.0.1:{{{}}}/metrics'\n", ports.join(","))
 }
 
 fn balance_usage(loyalty: SocketAddr) -> String {
@@ -227,7 +251,6 @@ async fn watch(processes: &mut [Process]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use testkit::postgres::Server;
 
     use super::*;
 
@@ -252,11 +275,11 @@ mod tests {
         if env::var_os("POSTGRES_PORT").is_none() {
             assert_eq!(ports(&[]), (50051, 5433));
             assert_eq!(ports(&["--ports-from", "60000"]), (60000, 60005));
-            assert_eq!(ports(&["--ports-from", "65530"]), (65530, 65535));
+            assert_eq!(ports(&["--ports-from", "64530"]), (64530, 64535));
         }
         assert_eq!(ports(&["--port", "7000"]), (50051, 7000));
         assert_eq!(ports(&["--ports-from", "60000", "--port", "7000"]), (60000, 7000));
-        assert!(CommandLine::try_parse_from(["up", "--ports-from", "65531"]).is_err());
+        assert!(CommandLine::try_parse_from(["up", "--ports-from", "64531"]).is_err());
     }
 
     #[test]
@@ -266,14 +289,14 @@ mod tests {
         let message = checked(&own, "").expect_err("a shared port").to_string();
         assert!(message.starts_with("--port 50052 is also the port of inventory-service: choose another"), "{message}");
         assert!(checked(&own, "postgres://elsewhere").is_ok(), "an existing server has a port already");
-        for (port, refused) in [("5999", false), ("6000", true), ("6004", true), ("6005", false)] {
+        for (port, refused) in [("5999", false), ("6000", true), ("6004", true), ("6005", false), ("7004", true)] {
             assert_eq!(checked(&["--ports-from", "6000", "--port", port], "").is_err(), refused, "{port}");
         }
     }
 
     fn layout_at(first: u16, postgres: u16) -> Layout {
         let server = Server::parse(&format!("postgres://postgres:postgres@127.0.0.1:{postgres}")).expect("a URL");
-        Layout::on_ports_from(first, server, Path::new(LOGS))
+        layout_on(first, server)
     }
 
     fn usage_at(first: u16, postgres: u16) -> String {
@@ -285,6 +308,7 @@ mod tests {
         let standard = usage_at(FIRST_PORT, POSTGRES_PORT);
         assert!(standard.contains(" 127.0.0.1:50051 orders.v1.OrderService/CreateOrder"), "{standard}");
         assert!(standard.contains("    target/release/harness audit\n"), "{standard}");
+        assert!(standard.contains("'http://127.0.0.1:{51052,51051,51055,50053,50054}/metrics'"), "{standard}");
         assert!(!standard.contains("export"), "{standard}");
         assert!(!standard.contains("PROFILE=release"), "{standard}");
         assert!(usage(&layout_at(FIRST_PORT, POSTGRES_PORT), "target/local/harness").contains("PROFILE=release"));

@@ -13,7 +13,7 @@ use proto::orders::v1::OrderCancelled;
 use sqlx::{Postgres, Transaction};
 use uuid::Uuid;
 
-use crate::{cancel_order, ids::OrderId};
+use crate::{cancel_order, ids::OrderId, measure};
 
 /// Holds a shortage of every item of the largest order.
 const REJECTION_BYTES_MAX: usize = 16 * 1024;
@@ -107,18 +107,21 @@ impl Handler for ApplyReplies {
                 WHERE status = 'PENDING' AND ctid = ANY (ARRAY (
                     SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
                     FROM unnest($2::uuid[]) AS reply (order_id)))
-                RETURNING order_id
+                RETURNING order_id, extract(epoch FROM clock_timestamp() - created_at)::double precision AS seconds
             ), rejected AS (
                 UPDATE orders SET status = 'REJECTED', rejection = ($4::text[])[array_position($3, order_id)]
                 WHERE status = 'PENDING' AND ctid = ANY (ARRAY (
                     SELECT (SELECT found.ctid FROM orders AS found WHERE found.order_id = reply.order_id)
                     FROM unnest($3::uuid[]) AS reply (order_id)))
+                RETURNING extract(epoch FROM clock_timestamp() - created_at)::double precision AS seconds
             )
             SELECT ARRAY (
                     SELECT order_id FROM unnest($1::uuid[]) AS reply (order_id)
                     WHERE (SELECT true FROM orders WHERE orders.order_id = reply.order_id) IS NULL)
                     AS "unknown!: Vec<OrderId>",
-                ARRAY (SELECT order_id FROM confirmed) AS "confirmed!: Vec<OrderId>""#,
+                ARRAY (SELECT order_id FROM confirmed) AS "confirmed!: Vec<OrderId>",
+                ARRAY (SELECT seconds FROM confirmed) AS "confirmed_after!",
+                ARRAY (SELECT seconds FROM rejected) AS "rejected_after!""#,
             &order_ids as &[OrderId],
             &confirmed as &[OrderId],
             &rejected as &[OrderId],
@@ -132,6 +135,8 @@ impl Handler for ApplyReplies {
         if !refusals.is_empty() {
             return Err(ApplyError::Refused(refusals));
         }
+        measure::settled("confirmed", &written.confirmed_after);
+        measure::settled("rejected", &written.rejected_after);
         let done: HashSet<OrderId> = written.confirmed.into_iter().collect();
         let not_confirmed = confirmed.into_iter().filter(|order_id| !done.contains(order_id)).collect();
         Ok(cancel_rejected(tx, not_confirmed).await?)

@@ -19,6 +19,7 @@ use crate::{
     ids::OrderId,
     intake::Intake,
     list_orders::{list_orders, validate_page},
+    measure,
     validate_order::validate_order,
     watch_order::{Watchers, is_settled},
 };
@@ -71,6 +72,7 @@ impl OrderService for Orders {
                     if cancelled.by_this_call {
                         relay.notify();
                         status.notify();
+                        measure::orders("cancelled", 1);
                     }
                     Ok(cancelled)
                 })

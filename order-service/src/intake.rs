@@ -21,6 +21,7 @@ use tokio::{
 use crate::{
     create_order::{CreateOrderError, Draft, Outcome, create_orders},
     group_calls::{Decision, GROUP_MAX, Situation, decide, patience},
+    measure,
 };
 
 /// How long a group may gather. On a busy processor calls keep arriving, and the first must not wait until the group is
@@ -79,7 +80,10 @@ impl Intake {
     ///
     /// Once its transaction has begun, the order is placed even if the caller hangs up.
     pub(crate) async fn place(&self, draft: Draft) -> Result<Order, CreateOrderError> {
-        let room = self.room.clone().try_acquire_owned().map_err(|_| CreateOrderError::Overloaded)?;
+        let Ok(room) = self.room.clone().try_acquire_owned() else {
+            measure::refused("full", 1);
+            return Err(CreateOrderError::Overloaded);
+        };
         let (answer, answered) = oneshot::channel();
         // If the task is gone, `answered` returns an error.
         drop(self.queue.send(Call { draft, arrived: Instant::now(), _room: room, answer }));
@@ -230,11 +234,15 @@ impl Waiting {
         let late = self.received.drain(..late).map(|call| call.answer);
         let refused: Vec<_> = late.filter(|answer| !answer.is_closed()).collect();
         if !refused.is_empty() {
+            measure::refused("late", refused.len());
             fail(refused, sqlx::Error::PoolTimedOut);
         }
     }
 
     fn refuse_all(&mut self) {
+        if !self.received.is_empty() {
+            measure::refused("standby", self.received.len());
+        }
         for call in self.received.drain(..) {
             // A caller that has hung up needs no answer.
             drop(call.answer.send(Err(CreateOrderError::StandbyAway)));
@@ -249,13 +257,16 @@ impl Waiting {
 
 /// Places the orders of the callers that still wait, and answers them.
 async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
-    let wanted = group.into_iter().filter(|call| !call.answer.is_closed());
-    let (drafts, answers): (Vec<_>, Vec<_>) = wanted.map(|call| (call.draft, call.answer)).unzip();
-    if drafts.is_empty() {
+    let wanted: Vec<_> = group.into_iter().filter(|call| !call.answer.is_closed()).collect();
+    if wanted.is_empty() {
         return;
     }
+    let began = Instant::now();
+    measure::begun(wanted.iter().map(|call| began.duration_since(call.arrived)));
+    let (drafts, answers): (Vec<_>, Vec<_>) = wanted.into_iter().map(|call| (call.draft, call.answer)).unzip();
     let relay = relay.clone();
     let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
+    measure::ended(began.elapsed());
     // A caller that hangs up now learns the answer by repeating its call.
     match placed {
         Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
@@ -280,9 +291,13 @@ async fn place_group(
         }
         outcomes => outcomes?,
     };
-    if outcomes.iter().any(|outcome| matches!(outcome, Outcome::Placed(_))) {
+    let number = |is: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| is(outcome)).count();
+    let placed = number(|outcome| matches!(outcome, Outcome::Placed(_)));
+    if placed > 0 {
         relay.notify();
     }
+    measure::orders("placed", placed);
+    measure::orders("repeated", number(|outcome| matches!(outcome, Outcome::Found(_))));
     let order = |(draft, outcome): (Draft, _)| match outcome {
         Outcome::Placed(created_at) => Ok(draft.placed_at(created_at)),
         Outcome::Found(order) => Ok(order),

@@ -10,6 +10,7 @@ mod grpc;
 mod ids;
 mod intake;
 mod list_orders;
+mod measure;
 mod resend;
 mod validate_order;
 mod watch_order;
@@ -80,6 +81,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     info!(?settings, "order-service starts");
     let ending = Ending::after(shutdown, &settings.end);
     let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
+    measure::describe();
     let url = settings.database_url.clone().with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };

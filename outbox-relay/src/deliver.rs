@@ -2,11 +2,12 @@
 
 use std::{collections::HashMap, error::Error, time::Duration};
 
+use chassis::CallsMade;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
     event_receiver_client::EventReceiverClient,
 };
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, error::Elapsed, timeout, timeout_at};
 use tonic::{
     Code, ConnectError, Request, Status,
     codec::CompressionEncoding,
@@ -60,6 +61,8 @@ pub(crate) enum Description {
 pub(crate) struct Receiver {
     client: EventReceiverClient<GrpcAnswers>,
     source: String,
+    deliveries: CallsMade,
+    descriptions: CallsMade,
 }
 
 impl Receiver {
@@ -77,14 +80,22 @@ impl Receiver {
         let client = EventReceiverClient::new(GrpcAnswers::of(channel))
             .accept_compressed(CompressionEncoding::Gzip)
             .accept_compressed(CompressionEncoding::Deflate);
-        Self { client, source }
+        Self {
+            client,
+            source,
+            deliveries: CallsMade::of("events.v1.EventReceiver/Deliver"),
+            descriptions: CallsMade::of("events.v1.EventReceiver/Describe"),
+        }
     }
 
     /// Asks the receiver whether it is up, and what it accepts.
     pub(crate) async fn describe(&mut self) -> Description {
         let mut request = Request::new(DescribeRequest {});
         request.set_timeout(DESCRIBE_LIMIT);
-        let Ok(answer) = timeout(DESCRIBE_LIMIT, self.client.describe(request)).await else {
+        let began = Instant::now();
+        let asked = timeout(DESCRIBE_LIMIT, self.client.describe(request)).await;
+        self.descriptions.ended(code_of(&asked), began.elapsed());
+        let Ok(answer) = asked else {
             return Description::Unavailable { reason: "no answer to Describe".into(), retry_after: Duration::ZERO };
         };
         match answer {
@@ -113,12 +124,24 @@ impl Receiver {
         let events = rows.iter().map(|row| event(row, &self.source)).collect();
         let mut request = Request::new(DeliverRequest { events });
         // The receiver learns the deadline too, so that it can stop when this relay no longer waits.
-        request.set_timeout(deadline.saturating_duration_since(Instant::now()));
-        match timeout_at(deadline, self.client.deliver(request)).await {
+        let began = Instant::now();
+        request.set_timeout(deadline.saturating_duration_since(began));
+        let called = timeout_at(deadline, self.client.deliver(request)).await;
+        self.deliveries.ended(code_of(&called), began.elapsed());
+        match called {
             Ok(Ok(response)) => read_answers(rows, response.into_inner()),
             Ok(Err(status)) => Delivery::Failed(read_status(&status)),
             Err(_) => Delivery::Failed(failed(Failure::Silent, "no reply within the lease")),
         }
+    }
+}
+
+/// How a call ended, for the metrics.
+fn code_of<T>(called: &Result<Result<T, Status>, Elapsed>) -> Code {
+    match called {
+        Ok(Ok(_)) => Code::Ok,
+        Ok(Err(status)) => status.code(),
+        Err(_) => Code::DeadlineExceeded,
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Lease {
     /// When it was last requested: by its own statement, or by its last renewal.
     requested_at: Instant,
     first_requested_at: Instant,
-    leased_at: Instant,
+    pub(crate) leased_at: Instant,
     length: Duration,
     max_age: Duration,
 }

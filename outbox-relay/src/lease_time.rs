@@ -36,15 +36,15 @@ const SUBSCRIBE_ALL: &str =
     ALTER TABLE outbox ALTER subscription_id SET DEFAULT 1";
 
 /// An outbox, and the relay's access to it.
-struct Outbox {
-    pool: PgPool,
-    database: Database,
+pub(crate) struct Outbox {
+    pub(crate) pool: PgPool,
+    pub(crate) database: Database,
     lease_query: LeaseQuery,
     _test: TestDatabase,
 }
 
 impl Outbox {
-    async fn create() -> Self {
+    pub(crate) async fn create() -> Self {
         let test = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
         let url = test.url_as("outbox_relay");
         let arguments = ["relay", "--database-url", &url, "--route", "all=http://localhost:1", "--source", "orders"];
@@ -61,7 +61,7 @@ impl Outbox {
         Self { pool, database, lease_query, _test: test }
     }
 
-    async fn run(&self, sql: &'static str) {
+    pub(crate) async fn run(&self, sql: &'static str) {
         sqlx::raw_sql(sql).execute(&self.pool).await.unwrap();
     }
 
@@ -97,13 +97,13 @@ const WAITING_100_000: &str = "SET synchronous_commit = off;
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
     FROM generate_series(1, 100000) AS n, LATERAL (SELECT now() - interval '1 hour' * random() * least(n, 1) AS at) AS at";
 
-const WAITING_MILLION: &str = "SET synchronous_commit = off;
+pub(crate) const WAITING_MILLION: &str = "SET synchronous_commit = off;
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, created_at, visible_at)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', at, at
     FROM generate_series(1, 1000000) AS n, LATERAL (SELECT now() - interval '1 hour' * (1000000 - n) / 1000000 AS at) AS at";
 
 /// Half of them back off, half are dead. Each has a successor, and these are the oldest visible rows.
-const STUCK: &str = "SET synchronous_commit = off;
+pub(crate) const STUCK: &str = "SET synchronous_commit = off;
     INSERT INTO outbox (aggregate_id, sequence, event_id, event_type, payload, visible_at, attempts, last_error)
     SELECT gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '',
         CASE WHEN n % 2 = 0 THEN 'infinity' ELSE now() + interval '1 hour' END, 1, 'BUSY: later'
@@ -119,7 +119,7 @@ const DELIVERED_200_000: &str = "SET synchronous_commit = off;
     FROM generate_series(1, 200000) AS n, LATERAL (SELECT now() - interval '1 hour' * (200000 - n) / 200000 AS at) AS at;
     DELETE FROM outbox";
 
-fn median(mut times: Vec<Duration>) -> Duration {
+pub(crate) fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
     times[times.len() / 2]
 }

@@ -7,6 +7,7 @@ mod ahead;
 mod announce;
 #[cfg(test)]
 mod answer_tests;
+mod count;
 mod deliver;
 mod delivery;
 mod failures;
@@ -61,6 +62,7 @@ use crate::{
     lease::LeaseQuery,
     live::{RelayId, hold_lock},
     maintain::{Maintenance, Served},
+    measure::measure_outbox,
     operate::OperateError,
     relay::Worker,
     route::Route,
@@ -284,6 +286,12 @@ fn start(
             tasks.spawn(worker.run());
         }
     }
+    let floors = served.iter().map(|served| served.floor.clone()).collect();
+    let measuring = measure_outbox(database.clone(), floors, shutdown.clone());
+    tasks.spawn(async move {
+        measuring.await;
+        Ok(())
+    });
     let longest_hidden = longest_hidden(settings);
     let maintenance = Maintenance {
         database: database.clone(),

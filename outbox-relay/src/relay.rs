@@ -341,12 +341,16 @@ impl Worker {
         let policy = Policy::of(&self.settings);
         let (events, oldest) = (lease.rows.len(), lease.oldest);
         let last = LastTaken::of(lease.subscription_id, &lease.rows, fates);
+        let outcomes = measure::Outcomes::of(&lease, fates);
         let settled = settle(&self.database, lease, fates, policy, &self.shutdown).await;
         if let Err(cause) = wake_next(&self.database, last).await {
             warn!(%cause, "later events of an aggregate may wait until their time is over");
         }
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.name(), &settled);
+        if settled.lost + settled.unsettled == 0 {
+            outcomes.tell(self.route.name());
+        }
         let route = self.route.name();
         debug!(route, worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {

@@ -334,7 +334,7 @@ impl Route {
             health.failures = health.failures.saturating_add(1);
             health.not_before = health.not_before.max(Instant::now() + retry_after.min(RETRY_AFTER_MAX));
         });
-        measure::route_open(self.name(), false);
+        measure::route_state(self.name(), condition);
         before
     }
 }
@@ -375,7 +375,7 @@ impl Probe<'_> {
             health.failures = 0;
             health.opened = true;
         });
-        measure::route_open(self.route.name(), true);
+        measure::route_state(self.route.name(), Condition::Open);
         info!(route = self.route.name(), "route open");
     }
 }

@@ -16,6 +16,9 @@ use crate::{
     handler::{ApplyError, Handler, Refusal},
 };
 
+/// The reason of an event that is older than the inbox remembers.
+pub(crate) const STALE: &str = "STALE";
+
 /// A delivered event that its handler has read.
 struct Arrived<E> {
     id: EventId,
@@ -144,7 +147,7 @@ fn refuse<E>(
 fn stale(retention: Duration) -> Refusal {
     let hours = retention.as_secs() / 3600;
     Refusal::reject(
-        "STALE",
+        STALE,
         format!("older than {hours} hours (--retention-hours): it may have been applied, and its record pruned"),
     )
 }

@@ -21,7 +21,7 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use crate::{apply_batch::apply_batch, handler::Handler};
+use crate::{apply_batch::apply_batch, handler::Handler, measure};
 
 /// Events that share a transaction, unless one batch has more. A transaction with more costs hardly less for each.
 const EVENTS_TOGETHER: usize = 100;
@@ -141,13 +141,15 @@ impl<H: Handler> Applier<H> {
         range: Range<usize>,
     ) -> Result<Vec<EventResult>, sqlx::Error> {
         let (applier, events) = (self.clone(), events.clone());
-        self.database
+        let applied: Result<Vec<EventResult>, sqlx::Error> = self
+            .database
             .write(move |connection| {
                 Box::pin(
                     async move { apply_batch(connection, &applier.handler, &events[range], applier.retention).await },
                 )
             })
-            .await
+            .await;
+        applied.inspect(|results| measure::applied(results))
     }
 }
 

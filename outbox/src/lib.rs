@@ -41,6 +41,7 @@ mod gather;
 mod handler;
 mod id;
 mod inbox_clock;
+mod measure;
 mod prune;
 mod recall;
 mod receive;

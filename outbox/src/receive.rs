@@ -16,6 +16,7 @@ use crate::{
     EventId,
     gather::{Applier, Gatherer},
     handler::Handler,
+    measure,
     prune::prune_until_shutdown,
     recall::{RECALL_MAX, recall},
 };
@@ -73,6 +74,7 @@ impl<H: Handler> Receiver<H> {
         settings: &InboxSettings,
         shutdown: CancellationToken,
     ) -> EventReceiverServer<Self> {
+        measure::describe();
         let retention = settings.retention();
         tokio::spawn(prune_until_shutdown(database.clone(), retention, shutdown));
         let applier = Arc::new(Applier { database: database.clone(), handler, refuse, retention });

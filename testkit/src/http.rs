@@ -1,6 +1,6 @@
 //! Asks a process over HTTP, as an operator's tool does.
 
-use std::net::SocketAddr;
+use std::{io, net::SocketAddr, ops::Add, str::FromStr};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -9,22 +9,51 @@ use tokio::{
 
 /// The status and the body of a page.
 ///
-/// # Panics
-/// If nobody listens there, or the answer is not HTTP.
-pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
+/// # Errors
+/// Nobody listens there, or the answer is not HTTP.
+pub async fn get(address: SocketAddr, path: &str) -> io::Result<(u16, String)> {
     ask(address, &format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")).await
 }
 
 /// The same for a request that is spelt out, and ends the connection.
 ///
-/// # Panics
-/// If nobody listens there, or the answer is not HTTP.
-pub async fn ask(address: SocketAddr, request: &str) -> (u16, String) {
-    let mut connection = TcpStream::connect(address).await.expect("somebody listens");
-    connection.write_all(request.as_bytes()).await.expect("it reads");
+/// # Errors
+/// Nobody listens there, or the answer is not HTTP.
+pub async fn ask(address: SocketAddr, request: &str) -> io::Result<(u16, String)> {
+    let mut connection = TcpStream::connect(address).await?;
+    connection.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
-    connection.read_to_string(&mut answer).await.expect("text");
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{answer:?}"));
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    (status.unwrap_or_else(|| panic!("{head:?}")), body.to_owned())
+    connection.read_to_string(&mut answer).await?;
+    let read = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    });
+    read.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no HTTP answer: {answer:?}")))
+}
+
+/// The sum of a metric over all samples that have these labels, on a page of metrics; `None` if there is none.
+pub fn sum_metric<T: FromStr + Add<Output = T>>(page: &str, name: &str, labels: &[(&str, &str)]) -> Option<T> {
+    let samples = page.lines().filter_map(|line| {
+        let (labelled, value) = line.strip_prefix(name)?.rsplit_once(' ')?;
+        let is_it = labelled.is_empty() || (labelled.starts_with('{') && labelled.ends_with('}'));
+        let has = |(label, value): &(&str, &str)| labelled.contains(&format!("{label}=\"{value}\""));
+        (is_it && labels.iter().all(has)).then(|| value.parse().ok())?
+    });
+    samples.reduce(Add::add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sum_metric;
+
+    #[test]
+    fn the_samples_that_have_the_labels_are_added() {
+        let page = "# TYPE events_total counter\nevents_total{route=\"a\",outcome=\"handled\"} 40\n\
+                    events_total{route=\"b\",outcome=\"handled\"} 2\nevents_total{route=\"a\",outcome=\"died\"} 1\n\
+                    events 7\n";
+        assert_eq!(sum_metric(page, "events_total", &[("outcome", "handled")]), Some(42));
+        assert_eq!(sum_metric(page, "events_total", &[("outcome", "handled"), ("route", "b")]), Some(2));
+        assert_eq!(sum_metric(page, "events", &[]), Some(7.0));
+        assert_eq!(sum_metric(page, "events_total", &[("route", "c")]), None::<u64>);
+    }
 }

@@ -180,7 +180,7 @@ impl Process {
 
 /// Below the ports of outgoing connections (Linux from 32768, macOS from 49152). A port that the system chose would be free
 /// again until its process listens, and between two starts of that process, and an outgoing connection could get it.
-const PORTS: Range<u32> = 20_000..32_000;
+const PORTS: Range<u32> = 20_000..30_700;
 /// Roughly how many ports one program needs. Programs that run at once begin this far apart, if their ids allow.
 const PORTS_OF_ONE_PROGRAM: u32 = 512;
 

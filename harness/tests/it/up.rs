@@ -7,16 +7,18 @@ use std::{
 };
 
 use rustix::process::Signal;
-use testkit::{Scratch, postgres::can_test_clusters, processes::Process};
+use testkit::{Scratch, http::get, postgres::can_test_clusters, processes::Process};
 use tokio::{process::Command, time::sleep};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// The first of six free ports. They are between those that other tests use and those of outgoing connections.
+/// The first of six free ports, of which the ports for operators are free too, 1000 later. They are between those that other
+/// tests use and those of outgoing connections.
 fn six_free_ports() -> u16 {
     let is_free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
-    let mut firsts = (32_000..32_760).step_by(6);
-    firsts.find(|first| (*first..first + 6).all(is_free)).expect("six free ports")
+    let mut firsts = (30_700..31_700).step_by(6);
+    let ports = |first: &u16| (*first..first + 6).chain(first + 1000..first + 1006);
+    firsts.find(|first| ports(first).all(is_free)).expect("free ports")
 }
 
 async fn wait_for_log(process: &mut Process, text: &str) {
@@ -61,6 +63,12 @@ async fn up_waits_for_a_taken_port_and_says_where_it_is() {
     let [output, errors] = [commands.stdout, commands.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
     assert!(commands.status.success() && output.contains("audit: 50 orders"), "{script}: {output}{errors}");
     assert!(output.contains("audit: loyalty: 50 orders awarded"), "{output}");
+    for (port, metric) in
+        [(first + 1000, "orders_total"), (first + 1001, "inbox_events_total"), (first + 2, "outbox_events")]
+    {
+        let (status, page) = get(([127, 0, 0, 1], port).into(), "/metrics").await.unwrap();
+        assert!(status == 200 && page.contains(metric), "no {metric} at {port}: {page}");
+    }
 
     let exit = up.stop(Signal::INT, LIMIT).await.unwrap();
     assert!(exit.status.success() && !exit.killed, "{}", up.log().unwrap());

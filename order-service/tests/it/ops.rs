@@ -10,17 +10,22 @@ use std::{
 };
 
 use order_service::MIGRATORS;
-use proto::orders::v1::order_service_client::OrderServiceClient;
-use testkit::{TestDatabase, http::get, processes::free_port};
+use proto::orders::v1::{CreateOrderRequest, WatchOrderRequest, order_service_client::OrderServiceClient};
+use testkit::{
+    TestDatabase,
+    http::{get, sum_metric},
+    processes::free_port,
+};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
+use tonic::{client::Grpc, codegen::http::uri::PathAndQuery, transport::Channel};
+use tonic_prost::ProstCodec;
 
-use crate::service::{LIMIT, Service, order, settings};
+use crate::service::{LIMIT, Service, eventually, order, rejected, reserved, settings};
 
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -32,7 +37,7 @@ fn loopback() -> SocketAddr {
 async fn becomes(address: SocketAddr, path: &str, expected: u16) -> String {
     let asking = async {
         loop {
-            let (status, text) = get(address, path).await;
+            let (status, text) = get(address, path).await.unwrap();
             if status == expected {
                 return text;
             }
@@ -53,8 +58,8 @@ async fn a_process_whose_database_is_away_is_alive_and_not_ready() {
     while TcpStream::connect(ops).await.is_err() {
         sleep(PAUSE).await;
     }
-    assert_eq!(get(ops, "/livez").await, (200, "alive\n".into()));
-    assert_eq!(get(ops, "/readyz").await, (503, "not ready: it starts\n".into()));
+    assert_eq!(get(ops, "/livez").await.unwrap(), (200, "alive\n".into()));
+    assert_eq!(get(ops, "/readyz").await.unwrap(), (503, "not ready: it starts\n".into()));
     shutdown.cancel();
     timeout(LIMIT, running).await.expect("it ends").unwrap().unwrap();
 }
@@ -64,11 +69,11 @@ async fn calls_are_accepted_for_a_while_after_health_has_announced_the_end() {
     let ops = loopback();
     let service = Service::start_with(&["--lame-duck-seconds", "5", "--ops-listen", &ops.to_string()]).await;
     assert_eq!(becomes(ops, "/readyz", 200).await, "ready\n");
-    assert_eq!(get(ops, "/elsewhere").await.0, 404);
+    assert_eq!(get(ops, "/elsewhere").await.unwrap().0, 404);
     let announced = Instant::now();
     service.shut_down();
     assert_eq!(becomes(ops, "/readyz", 503).await, "not ready: it ends\n");
-    assert_eq!(get(ops, "/livez").await.0, 200);
+    assert_eq!(get(ops, "/livez").await.unwrap().0, 200);
     // A caller that the load balancer has not told yet.
     let late = OrderServiceClient::connect(format!("http://{}", service.address)).await;
     late.unwrap().create_order(order()).await.unwrap();
@@ -76,6 +81,59 @@ async fn calls_are_accepted_for_a_while_after_health_has_announced_the_end() {
     service.end().await;
     assert!(announced.elapsed() >= Duration::from_secs(5), "{:?}", announced.elapsed());
     assert!(TcpStream::connect(address).await.is_err());
+}
+
+/// Other tests of this process count too, so these numbers are least ones.
+#[tokio::test]
+async fn calls_orders_and_events_are_measured_by_method_and_outcome() {
+    let ops = loopback();
+    let service = Service::start_with(&["--ops-listen", &ops.to_string()]).await;
+    let [one, other] = [service.place(order()).await, service.place(order()).await];
+    service.orders().create_order(CreateOrderRequest::default()).await.unwrap_err();
+    let request = WatchOrderRequest { order_id: one.order_id.clone() };
+    let mut watching = service.orders().watch_order(request).await.unwrap().into_inner();
+    watching.message().await.unwrap();
+    drop(watching);
+    let reserved = reserved(&one.order_id);
+    let answers = [reserved.clone(), rejected(&other.order_id), reserved];
+    assert_eq!(service.deliver(&answers).await, ["APPLIED", "APPLIED", "DUPLICATE"]);
+    for unknown in ["/orders.v1.OrderService/None", "/any/Path"] {
+        let mut client = Grpc::new(service.channel.clone());
+        client.ready().await.unwrap();
+        let codec = ProstCodec::<WatchOrderRequest, WatchOrderRequest>::default();
+        let path = PathAndQuery::from_static(unknown);
+        client.unary(tonic::Request::new(WatchOrderRequest::default()), path, codec).await.unwrap_err();
+    }
+
+    let calls = async |method: &str, code: &str, error: &str| {
+        let (_, page) = get(ops, "/metrics").await.unwrap();
+        let mut labels = vec![("rpc_system_name", "grpc"), ("rpc_method", method), ("rpc_status_code", code)];
+        labels.extend((!error.is_empty()).then_some(("error_type", error)));
+        sum_metric::<u64>(&page, "rpc_server_call_duration_seconds_count", &labels).unwrap_or_default()
+    };
+    let create = "orders.v1.OrderService/CreateOrder";
+    // A call is counted when its last frame is sent, which is after its caller has the answer.
+    eventually("two orders are counted", async || calls(create, "OK", "").await >= 2).await;
+    eventually("a refusal", async || calls(create, "INVALID_ARGUMENT", "").await >= 1).await;
+    eventually("a watcher that left", async || calls("orders.v1.OrderService/WatchOrder", "CANCELLED", "").await >= 1)
+        .await;
+    eventually("unknown methods", async || calls("_OTHER", "UNIMPLEMENTED", "UNIMPLEMENTED").await >= 2).await;
+    assert!(calls(create, "INVALID_ARGUMENT", "INVALID_ARGUMENT").await == 0, "the caller's fault is no error");
+    let (_, page) = get(ops, "/metrics").await.unwrap();
+    assert!(!page.contains("OrderService/None") && !page.contains("any/Path"), "{page}");
+    let least = |name: &str, labels: &[(&str, &str)], number: f64| {
+        let counted: Option<f64> = sum_metric(&page, name, labels);
+        assert!(counted.is_some_and(|counted| counted >= number), "{name} {labels:?} is {counted:?}: {page}");
+    };
+    least("orders_total", &[("outcome", "placed")], 2.0);
+    least("orders_total", &[("outcome", "confirmed")], 1.0);
+    least("order_settled_seconds_count", &[("outcome", "rejected")], 1.0);
+    least("intake_group_orders_sum", &[], 2.0);
+    least("intake_wait_seconds_count", &[], 2.0);
+    least("inbox_events_total", &[("outcome", "applied")], 2.0);
+    least("inbox_events_total", &[("outcome", "duplicate")], 1.0);
+    least("db_client_connection_count", &[("db_client_connection_state", "idle")], 1.0);
+    service.end().await;
 }
 
 /// Passes connections on, and counts them.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use testkit::{
-    http::get,
+    http::{get, sum_metric},
     processes::{Process, free_port},
 };
 use uuid::Uuid;
@@ -45,14 +45,12 @@ impl Binary {
     /// The number of events with this outcome in its metrics.
     pub(crate) async fn events(&self, outcome: &str) -> u64 {
         let page = self.metrics().await;
-        let line = page.lines().find(|line| {
-            line.starts_with("outbox_relay_events_total{") && line.contains(&format!("outcome=\"{outcome}\""))
-        });
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("no {outcome} in {page}"))
+        let events = sum_metric(&page, "outbox_relay_events_total", &[("outcome", outcome)]);
+        events.unwrap_or_else(|| panic!("no {outcome} in {page}"))
     }
 
     pub(crate) async fn metrics(&self) -> String {
-        let (status, page) = get(self.ops, "/metrics").await;
+        let (status, page) = get(self.ops, "/metrics").await.unwrap();
         assert_eq!(status, 200, "{page}");
         page
     }

@@ -26,6 +26,7 @@ mod held_horizon;
 mod http_answers;
 mod lease;
 mod lease_protocol;
+mod metrics;
 mod obey_pause;
 mod outage;
 mod park;

@@ -349,7 +349,7 @@ async fn a_call_that_is_not_grpc_reaches_no_service() {
             "POST {STATUS} HTTP/1.1\r\nHost: relay\r\nContent-Type: {content}\r\nContent-Length: 5\r\n\
              Connection: close\r\n\r\n\0\0\0\0\0"
         );
-        assert_eq!(ask(address, &request).await.0, 404, "{content}");
+        assert_eq!(ask(address, &request).await.unwrap().0, 404, "{content}");
     }
     for (content, status) in
         [("text/plain", 404), ("application/grpc-web", 404), ("application/grpc", 200), ("application/grpc+proto", 200)]
@@ -357,7 +357,7 @@ async fn a_call_that_is_not_grpc_reaches_no_service() {
         assert_eq!(call(address, content).await, status, "{content}");
     }
     // A probe of a path that does not exist must not take it for health.
-    assert_eq!(get(address, "/healthz").await.0, 404);
+    assert_eq!(get(address, "/healthz").await.unwrap().0, 404);
     admin.stop().await;
 }
 
@@ -380,8 +380,8 @@ async fn operators_are_told_to_try_again_while_the_relay_waits_for_its_database(
     let relay = Relay::start_with_routes(&nowhere, &["all=http://127.0.0.1:1"], &[]).await;
     let mut client = RelayAdminClient::connect(format!("http://{}", relay.address)).await.unwrap();
     assert_eq!(client.get_status(GetStatusRequest {}).await.unwrap_err().code(), Code::Unavailable);
-    assert_eq!(get(relay.address, "/livez").await.0, 200);
-    assert_eq!(get(relay.address, "/readyz").await, (503, "not ready: it starts\n".into()));
+    assert_eq!(get(relay.address, "/livez").await.unwrap().0, 200);
+    assert_eq!(get(relay.address, "/readyz").await.unwrap(), (503, "not ready: it starts\n".into()));
     relay.stop().await;
 }
 
