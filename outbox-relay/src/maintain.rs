@@ -14,6 +14,7 @@ use crate::{
     floor::Floor,
     lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
+    measure,
     operate::discard_ended,
     park::{Leased, Swept, park},
     route::Route,
@@ -161,6 +162,7 @@ impl Maintenance {
                 "this subscription has ended (`outbox-relay unsubscribe`): take its route away before the next start"
             );
             end.cancel();
+            measure::route_ended(&subscription.name);
             let name = subscription.name;
             let withdrawn = withdraw(&self.database, self.relay.uuid(), Some(name.clone())).await;
             self.report("withdraw a route", withdrawn);

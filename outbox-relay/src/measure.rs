@@ -18,7 +18,7 @@ use crate::{
     failures::Failures,
     fate::Fate,
     floor::Floor,
-    lease::Lease,
+    lease::{Lease, is_cut_off},
     route::Condition,
     settle::Settled,
 };
@@ -199,9 +199,18 @@ fn label_of(reason: &str, seen: &mut BTreeSet<Arc<str>>) -> SharedString {
     code.into()
 }
 
+/// It is in no state any more.
+pub(crate) fn route_ended(subscription: &str) {
+    tell_route(subscription, None);
+}
+
 pub(crate) fn route_state(subscription: &str, condition: Condition) {
+    tell_route(subscription, Some(condition));
+}
+
+fn tell_route(subscription: &str, condition: Option<Condition>) {
     for state in [Condition::Starting, Condition::Open, Condition::Down, Condition::Barred] {
-        let is_in = if state == condition { 1.0 } else { 0.0 };
+        let is_in = if Some(state) == condition { 1.0 } else { 0.0 };
         gauge!(ROUTE_STATE, "subscription" => subscription.to_owned(), "state" => state.as_str()).set(is_in);
     }
 }
@@ -226,17 +235,24 @@ pub(crate) async fn measure_outbox(database: Database, floors: Vec<Arc<Floor>>, 
                 Ok::<_, sqlx::Error>((count_by_subscription(connection, above).await?, read_upkeep(connection).await?))
             })
         });
+        // After an outage the first answer matters more than what it costs.
+        let mut costs = true;
         match reading.await {
             Ok((counted, upkeep)) => {
                 failures.end();
                 measured.renew(counted, began);
                 tell_upkeep(upkeep);
             }
-            Err(cause) if failures.count() => warn!(%cause, "cannot measure the outbox"),
-            Err(_) => {}
+            Err(cause) => {
+                costs = is_cut_off(&cause);
+                if failures.count() {
+                    warn!(%cause, "cannot measure the outbox");
+                }
+            }
         }
         measured.tell_ages();
-        next = Instant::now() + INTERVAL.max(began.elapsed() * PAUSE_FACTOR);
+        let took = if costs { began.elapsed() } else { Duration::ZERO };
+        next = Instant::now() + INTERVAL.max(took * PAUSE_FACTOR);
     }
 }
 
@@ -253,7 +269,8 @@ impl Measured {
     fn renew(&mut self, counted: Vec<Counted>, at: Instant) {
         for name in self.told.iter().filter(|name| counted.iter().all(|of| of.name != **name)) {
             tell_counts(&Counted { name: name.clone(), ..Counted::default() });
-            tell_ages(&Counted { name: name.clone(), ..Counted::default() }, 0.0);
+            let max_age_seconds = Some(f64::INFINITY);
+            tell_ages(&Counted { name: name.clone(), max_age_seconds, ..Counted::default() }, 0.0);
         }
         for of in &counted {
             tell_counts(of);
