@@ -3,8 +3,9 @@
 use std::{collections::HashMap, error::Error, time::Duration};
 
 use chassis::CallsMade;
+use prost_types::Timestamp;
 use proto::events::v1::{
-    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome,
+    DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome, RecallRequest,
     event_receiver_client::EventReceiverClient,
 };
 use tokio::time::{Instant, error::Elapsed, timeout, timeout_at};
@@ -86,6 +87,24 @@ impl Receiver {
             deliveries: CallsMade::of("events.v1.EventReceiver/Deliver"),
             descriptions: CallsMade::of("events.v1.EventReceiver/Describe"),
         }
+    }
+
+    /// For questions of an operator, and no deliveries.
+    pub(crate) fn connect_to_ask(receiver: Uri) -> Self {
+        Self::connect_lazily(receiver, String::new(), DESCRIBE_LIMIT)
+    }
+
+    /// Asks which of these events it has on record, and since when. Each id is answered with its time, or none.
+    ///
+    /// # Errors
+    /// Why it has not answered.
+    pub(crate) async fn recall(&mut self, event_ids: Vec<String>) -> Result<Vec<(String, Option<Timestamp>)>, String> {
+        let mut request = Request::new(RecallRequest { event_ids });
+        request.set_timeout(DESCRIBE_LIMIT);
+        let asked = timeout(DESCRIBE_LIMIT, self.client.recall(request)).await;
+        let answered = asked.map_err(|_| "no answer to Recall".to_owned())?;
+        let events = answered.map_err(|status| read_status(&status).reason)?.into_inner().events;
+        Ok(events.into_iter().map(|event| (event.event_id, event.apply_time)).collect())
     }
 
     /// Asks the receiver whether it is up, and what it accepts.

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use chassis::{Database, Fields, Refuse, Work};
 use outbox::EventId;
 use proto::relay::v1::{
-    DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetStatusRequest,
-    ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest,
-    RequeueDeadEventsResponse, RestoreDiscardedEventRequest, RestoreDiscardedEventResponse, ResumeRequest,
-    relay_admin_server::RelayAdmin,
+    DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetJourneyRequest,
+    GetStatusRequest, Journey, ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest,
+    RequeueDeadEventsRequest, RequeueDeadEventsResponse, RestoreDiscardedEventRequest, RestoreDiscardedEventResponse,
+    ResumeRequest, relay_admin_server::RelayAdmin,
 };
 use sqlx::PgConnection;
 use tokio::time::{Duration, Instant, sleep};
@@ -16,7 +16,8 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::operate::{
     self, Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
-    check_text, find_subscription, list_dead, read_status, read_totals, requeue_piece, show_dead,
+    ask_receivers, check_text, find_subscription, list_dead, read_facts, read_status, read_totals, requeue_piece,
+    show_dead,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
@@ -67,6 +68,15 @@ impl RelayAdmin for Admin {
         self.run(move |connection| Box::pin(async move { show_dead(connection, event_id, descriptors.as_ref()).await }))
             .await
             .map(Response::new)
+    }
+
+    async fn get_journey(&self, request: Request<GetJourneyRequest>) -> Result<Response<Journey>, Status> {
+        let mut fields = Fields::default();
+        let id = fields.uuid("id", &request.into_inner().id);
+        let id = fields.finish(id).map_err(|bad| REFUSE.invalid("INVALID_ID", bad))?;
+        let facts = self.run(move |connection| Box::pin(async move { read_facts(connection, id).await })).await?;
+        // Holds no connection while it waits for receivers.
+        ask_receivers(facts).await.map(Response::new).map_err(|error| refuse(&error))
     }
 
     async fn requeue_dead_events(
@@ -211,7 +221,7 @@ fn refuse(error: &OperateError) -> Status {
             Some(Reason::RefusedBy { .. }) => (Code::FailedPrecondition, "EVENT_REFUSED"),
             Some(Reason::SubscriptionEnded) => (Code::FailedPrecondition, "SUBSCRIPTION_ENDED"),
             Some(Reason::NotDead { .. }) => (Code::FailedPrecondition, "EVENT_NOT_DEAD"),
-            Some(Reason::Unknown | Reason::Discarded { .. } | Reason::NotDiscarded) | None => {
+            Some(Reason::Unknown | Reason::UnknownToAll | Reason::Discarded { .. } | Reason::NotDiscarded) | None => {
                 (Code::NotFound, "EVENT_NOT_FOUND")
             }
         },

@@ -71,7 +71,7 @@ impl EventId {
     /// The source is the package of the event's type, without its version. So two services that tell of the same
     /// aggregate use different ids, and a later version of a type does not change them. (A hash of it all would do as
     /// well, but for chance collisions.)
-    pub(crate) fn derive(event_type: &str, aggregate_id: AggregateId, sequence: i32) -> Self {
+    pub fn derive(event_type: &str, aggregate_id: AggregateId, sequence: i32) -> Self {
         let (high, low) = aggregate_id.uuid().as_u64_pair();
         let mixed = hash(source(event_type)).wrapping_add(u64::from(sequence.unsigned_abs()).wrapping_mul(SPREAD));
         let bytes = uuid::Uuid::from_u64_pair(high, low ^ mixed).into_bytes();

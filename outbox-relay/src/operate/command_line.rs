@@ -16,13 +16,14 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, check_text, count,
+    Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, ask_receivers,
+    check_text, count,
     decode::answer,
     discard, discard_piece, find_subscription, list_dead,
     list_dead::count_dead,
     pause, print,
     progress::Progress,
-    read_backlogs, read_status, read_totals,
+    read_backlogs, read_facts, read_status, read_totals,
     refuse::{describe, named},
     requeue,
     requeue::Requeued,
@@ -84,6 +85,22 @@ Examples:
     Unsubscribe(UnsubscribeArguments),
     /// List the subscriptions, with their patterns and backlogs
     Subscriptions(SubscriptionsArguments),
+    /// Show the journey of an order, or of any subject: what is left, what was discarded, and what receivers applied
+    ///
+    /// Takes the id of a subject, such as an order, or of an event. What is left in the outbox is shown with why it waits.
+    /// Asks the receivers of all routes which of the subject's events they have on record, for up to 2 s each. Each outbox
+    /// has its own part of a journey: an order's answers are in inventory's.
+    #[command(after_long_help = "Examples:
+  outbox-relay journey 0192f0c1-2345-7abc-8def-0123456789ab
+  outbox-relay journey --json 0192f0c1-2345-7abc-8def-0123456789ab | jq .applied")]
+    Journey(JourneyArguments),
+    /// Say why an event, or any event of a subject, waits
+    ///
+    /// For example: behind another event, leased by a relay until a time, backing off, paused by whom, or its receiver is
+    /// away. Asks no receiver.
+    #[command(after_long_help = "Example:
+  outbox-relay why 0192f0c1-2345-7abc-8def-0123456789ab")]
+    Why(JourneyArguments),
     /// List, show, requeue or discard dead events
     #[command(subcommand)]
     Dead(DeadCommand),
@@ -118,6 +135,18 @@ pub struct StatusArguments {
     /// Repeat every second until Ctrl-C. With --json, print one line each time.
     #[arg(long)]
     watch: bool,
+}
+
+/// Arguments of `journey` and `why`.
+#[derive(Args, Debug)]
+pub struct JourneyArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Id of a subject, such as an order, or of an event.
+    id: String,
+    /// Print JSON: the fields of relay.v1.Journey.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Arguments of `subscribe`.
@@ -453,6 +482,8 @@ fn explain(cause: &sqlx::Error) -> String {
 pub async fn run(command: Command) -> Result<(), CommandError> {
     let ended = match command {
         Command::Status(arguments) => show_status(arguments).await,
+        Command::Journey(arguments) => show_journey(arguments, Receivers::Asked).await,
+        Command::Why(arguments) => show_journey(arguments, Receivers::NotAsked).await,
         Command::Subscribe(arguments) => subscribe_name(arguments).await,
         Command::Unsubscribe(arguments) => unsubscribe_name(arguments).await,
         Command::Subscriptions(arguments) => list_subscriptions(arguments).await,
@@ -536,6 +567,24 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
     let redraw = if io::stdout().is_terminal() { "\x1b[H\x1b[J" } else { "\n" };
     let time = status.time.unwrap_or_default();
     say(&format!("{redraw}{time}\n\n{}", print::status(status)))
+}
+
+/// Whether a command asks receivers what they have applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Receivers {
+    Asked,
+    NotAsked,
+}
+
+async fn show_journey(arguments: JourneyArguments, receivers: Receivers) -> Result<(), CommandError> {
+    let JourneyArguments { outbox, id, json } = arguments;
+    let id = parse_id(&id)?.uuid();
+    let facts = outbox.ask(async |connection| read_facts(connection, id).await).await?;
+    let journey = match receivers {
+        Receivers::Asked => ask_receivers(facts).await?,
+        Receivers::NotAsked => facts.journey(),
+    };
+    if json { say_json(&answer(&journey)?) } else { say(&print::journey(&journey, receivers == Receivers::NotAsked)) }
 }
 
 async fn subscribe_name(arguments: SubscribeArguments) -> Result<(), CommandError> {

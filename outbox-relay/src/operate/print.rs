@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use proto::relay::v1::{
-    DeadEvent, DeadEventContent, ListDeadEventsResponse, OutboxStatus, dead_event_content::Payload,
+    DeadEvent, DeadEventContent, Journey, JourneyEvent, ListDeadEventsResponse, OutboxStatus,
+    dead_event_content::Payload,
 };
 
 use super::refuse::{describe, named};
@@ -87,6 +88,43 @@ fn types(status: &OutboxStatus) -> String {
         [line([&of.r#type]), numbers.to_vec()].concat()
     }));
     table(&rows, &[1, 2, 3, 4])
+}
+
+/// What is known of a subject's events. `why`: only of those that are left in the outbox.
+pub(super) fn journey(journey: &Journey, why: bool) -> String {
+    let mut page = String::new();
+    if !why {
+        let subject = if journey.subject.is_empty() { "unknown" } else { &journey.subject };
+        _ = writeln!(page, "subject {subject}\n");
+    }
+    if journey.events.is_empty() {
+        page += "nothing of it is left in the outbox: it was handled, or never enqueued here\n";
+    }
+    for event in &journey.events {
+        page += &step(event);
+    }
+    if !why && !journey.applied.is_empty() {
+        let mut rows = vec![line(["APPLIED", "SUBSCRIPTION", "NUMBER", "EVENT"])];
+        rows.extend(journey.applied.iter().map(|of| {
+            let number = if of.sequence == 0 { "?".to_owned() } else { of.sequence.to_string() };
+            line([&of.apply_time.unwrap_or_default().to_string(), &of.subscription, &number, &of.event_id])
+        }));
+        _ = write!(page, "\n{}", table(&rows, &[2]));
+    }
+    for receiver in &journey.not_asked {
+        _ = writeln!(page, "not asked: {}", visible(receiver));
+    }
+    page
+}
+
+fn step(event: &JourneyEvent) -> String {
+    let state = event.state().as_str_name().trim_start_matches("STATE_").replace('_', " ").to_lowercase();
+    let subscription = if event.subscription.is_empty() { "no subscription" } else { &event.subscription };
+    let mut text = format!("{} {} for {subscription}: {state}\n  {}\n", event.sequence, event.r#type, event.event_id);
+    for cause in &event.causes {
+        _ = writeln!(text, "  {}", visible(&cause.text));
+    }
+    text
 }
 
 /// A list of events that are dead or `failing`, and the number of older ones.

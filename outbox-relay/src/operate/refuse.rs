@@ -63,6 +63,7 @@ pub(crate) struct NotApplicable {
 #[derive(Debug)]
 pub(crate) enum Reason {
     Unknown,
+    UnknownToAll,
     Discarded { by: String, at: prost_types::Timestamp, reason: String },
     NotDead { state: String, requeued: bool },
     TooOld { age_hours: f64, max_age_hours: f64 },
@@ -76,6 +77,10 @@ impl fmt::Display for NotApplicable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "event {} ", self.event_id)?;
         match &self.reason {
+            Reason::UnknownToAll => write!(
+                f,
+                "is unknown, and so is a subject with this id: neither the outbox nor a receiver has it on record"
+            ),
             Reason::Unknown => write!(f, "is not in the outbox: it was delivered, or never existed"),
             Reason::Discarded { by, at, reason } => write!(f, "was discarded by {by} at {at}: {reason}"),
             Reason::NotDead { state, requeued: true } => write!(f, "is not dead: it was requeued, and is {state}"),

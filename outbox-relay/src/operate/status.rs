@@ -182,7 +182,7 @@ async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Err
 }
 
 /// Relays report every second. One that has not reported for ten seconds is taken for gone.
-async fn read_routes(connection: &mut PgConnection) -> Result<Vec<RelayRoute>, sqlx::Error> {
+pub(super) async fn read_routes(connection: &mut PgConnection) -> Result<Vec<RelayRoute>, sqlx::Error> {
     let rows = sqlx::query!(
         "-- operate: read routes
         SELECT relay_id, route, receiver, state, since

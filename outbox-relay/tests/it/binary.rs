@@ -16,7 +16,7 @@ use crate::{outbox::Outbox, receiver::Receiver};
 /// The process and its log file, which is deleted with it.
 pub(crate) struct Binary {
     pub(crate) process: Process,
-    ops: SocketAddr,
+    pub(crate) ops: SocketAddr,
     log: PathBuf,
 }
 

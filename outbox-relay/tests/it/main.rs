@@ -24,6 +24,7 @@ mod expand;
 mod floor;
 mod held_horizon;
 mod http_answers;
+mod journey;
 mod lease;
 mod lease_protocol;
 mod metrics;

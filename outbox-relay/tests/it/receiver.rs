@@ -1,7 +1,7 @@
 //! The receiver: a real gRPC server that replies as a test tells it, and logs the deliveries.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -10,9 +10,10 @@ use std::{
     time::Duration,
 };
 
+use prost_types::Timestamp;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome, RecallRequest,
-    RecallResponse,
+    RecallResponse, RecalledEvent,
     event_receiver_server::{EventReceiver, EventReceiverServer},
 };
 use testkit::processes::free_port;
@@ -100,6 +101,7 @@ pub(crate) struct Log {
     pub(crate) described: usize,
     /// The batch in which an event of each subject is in flight.
     in_flight: HashMap<String, usize>,
+    applied: HashSet<String>,
     /// Events that arrived while another batch with their subject was in flight, or out of sequence within their batch.
     pub(crate) disorders: Vec<String>,
 }
@@ -169,7 +171,12 @@ impl EventReceiver for Service {
         let mut reply = (self.0.script.lock().unwrap())(&events);
         loop {
             match reply {
-                Reply::Results(results) => return Ok(Response::new(DeliverResponse { results })),
+                Reply::Results(results) => {
+                    let applied = results.iter().filter(|result| result.outcome() == Outcome::Applied);
+                    let applied: Vec<_> = applied.map(|result| result.event_id.clone()).collect();
+                    self.0.log.send_modify(|log| log.applied.extend(applied));
+                    return Ok(Response::new(DeliverResponse { results }));
+                }
                 Reply::Refuse(code) => return Err(Status::new(code, "as the test wants it")),
                 Reply::Postpone(code, time) => {
                     let details = ErrorDetails::with_retry_info(Some(time));
@@ -192,8 +199,14 @@ impl EventReceiver for Service {
         Ok(Response::new(DescribeResponse { retention, ordered, ..DescribeResponse::default() }))
     }
 
-    async fn recall(&self, _: Request<RecallRequest>) -> Result<Response<RecallResponse>, Status> {
-        Err(Status::unimplemented("nobody asks this receiver what it has applied"))
+    /// Has on record what it has applied.
+    async fn recall(&self, request: Request<RecallRequest>) -> Result<Response<RecallResponse>, Status> {
+        let log = self.0.log.borrow();
+        let recalled = |event_id: String| RecalledEvent {
+            apply_time: log.applied.contains(&event_id).then_some(Timestamp { seconds: 1, nanos: 0 }),
+            event_id,
+        };
+        Ok(Response::new(RecallResponse { events: request.into_inner().event_ids.into_iter().map(recalled).collect() }))
     }
 }
 
