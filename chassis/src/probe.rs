@@ -27,8 +27,8 @@ impl Probe {
     /// Whether a transaction that writes can commit. The error says why not.
     pub(crate) async fn can_write(&mut self) -> Result<(), String> {
         let until = Instant::now() + self.limit;
-        if self.standby.is_waited_for() {
-            return Err("commits wait for a synchronous standby".into());
+        if let Some(why) = self.standby.why_not() {
+            return Err(why.into());
         }
         if let Some(session) = self.session.take() {
             if self.write(session, until).await.is_ok() {

@@ -36,6 +36,8 @@ struct State {
     kept: Vec<Box<dyn Send>>,
     /// Whether a task asks the server. It then also drops what is kept.
     is_asking: bool,
+    /// Whether the server has said that commits wait.
+    is_known: bool,
 }
 
 impl Standby {
@@ -46,6 +48,17 @@ impl Standby {
     /// Whether commits wait, or may.
     pub(crate) fn is_waited_for(&self) -> bool {
         self.lock().is_asking
+    }
+
+    /// Why work is not begun now, if it is not.
+    pub(crate) fn why_not(&self) -> Option<&'static str> {
+        let state = self.lock();
+        let known = if state.is_known {
+            "commits wait for a synchronous standby"
+        } else {
+            "work took too long; perhaps commits wait for a synchronous standby"
+        };
+        state.is_asking.then_some(known)
     }
 
     /// Keeps a session whose work took too long until it is known not to wait for a standby. Work is not begun from now
@@ -71,6 +84,7 @@ impl Standby {
             match self.ask(&mut connection).await {
                 Some(true) => {
                     if !mem::replace(&mut waited, true) {
+                        self.lock().is_known = true;
                         warn!("commits wait for a synchronous standby: nothing is written until they are done");
                     }
                 }

@@ -27,12 +27,16 @@ pub(crate) async fn announce(
     let subscriptions: Vec<_> = routes.iter().map(|route| route.name().to_owned()).collect();
     let receivers: Vec<_> = routes.iter().map(|route| route.settings().receiver.to_string()).collect();
     let states: Vec<_> = routes.iter().map(|route| route.condition().as_str().to_owned()).collect();
+    // Reasons come from receivers, and text in Postgres has no NUL.
+    let reasons: Vec<_> = routes.iter().map(|route| route.reason().replace('\0', "")).collect();
     let seconds = |age: Duration| i32::try_from(age.as_secs()).unwrap_or(i32::MAX);
     let max_ages: Vec<_> = routes.iter().map(|route| route.max_age().map(seconds)).collect();
     database
         .run(move |connection| {
             Box::pin(async move {
-                upsert(connection, relay_id, holds_lock, hidden_seconds, &subscriptions, &receivers, &states).await?;
+                let told =
+                    Told { subscriptions: &subscriptions, receivers: &receivers, states: &states, reasons: &reasons };
+                upsert(connection, relay_id, holds_lock, hidden_seconds, told).await?;
                 tell_ages(connection, &subscriptions, &max_ages).await?;
                 sweep(connection).await
             })
@@ -85,7 +89,9 @@ pub(crate) async fn claim(
             }));
         }
     }
-    upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), &subscriptions, &receivers, &states).await?;
+    let reasons = vec![String::new(); routes.len()];
+    let told = Told { subscriptions: &subscriptions, receivers: &receivers, states: &states, reasons: &reasons };
+    upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), told).await?;
     tx.commit().await?;
     Ok(None)
 }
@@ -144,31 +150,40 @@ pub(crate) async fn withdraw(database: &Database, relay_id: Uuid, route: Option<
     database.run(move |connection| Box::pin(delete(connection, relay_id, route))).await
 }
 
+/// What a relay tells of its routes, an element of each for a route.
+#[derive(Clone, Copy)]
+struct Told<'r> {
+    subscriptions: &'r [String],
+    receivers: &'r [String],
+    states: &'r [String],
+    reasons: &'r [String],
+}
+
 async fn upsert(
     connection: &mut PgConnection,
     relay_id: Uuid,
     holds_lock: bool,
     hidden_seconds: i32,
-    subscriptions: &[String],
-    receivers: &[String],
-    states: &[String],
+    told: Told<'_>,
 ) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "-- relay: announce
-        INSERT INTO outbox_routes (relay_id, route, receiver, state, holds_lock, hidden_seconds_max)
-        SELECT $1::uuid, route, receiver, state, $5, $6
-        FROM unnest($2::text[], $3::text[], $4::text[]) AS routes (route, receiver, state)
+        INSERT INTO outbox_routes (relay_id, route, receiver, state, reason, holds_lock, hidden_seconds_max)
+        SELECT $1::uuid, route, receiver, state, reason, $5, $6
+        FROM unnest($2::text[], $3::text[], $4::text[], $7::text[]) AS routes (route, receiver, state, reason)
         ON CONFLICT (relay_id, route) DO UPDATE
         SET state = excluded.state,
+            reason = excluded.reason,
             holds_lock = excluded.holds_lock,
             since = CASE WHEN outbox_routes.state = excluded.state THEN outbox_routes.since ELSE now() END,
             seen_at = now()",
         relay_id,
-        subscriptions,
-        receivers,
-        states,
+        told.subscriptions,
+        told.receivers,
+        told.states,
         holds_lock,
         hidden_seconds,
+        told.reasons,
     )
     .execute(connection)
     .await?;

@@ -4,7 +4,9 @@
 //! of the whole table, which costs a second for a million rows, and an index by age, which every enqueue and lease would
 //! pay for.
 
-use sqlx::{PgConnection, types::time::OffsetDateTime};
+use sqlx::PgConnection;
+
+use crate::park::Swept;
 
 /// No more rows than this are looked at for each state of a subscription. Beyond it, the numbers are estimates.
 const LOOK_MAX: i64 = 5000;
@@ -21,8 +23,8 @@ pub(crate) struct Counted {
     pub(crate) leased: i64,
     pub(crate) backing_off: i64,
     pub(crate) dead: i64,
-    /// Whether there were too many to count.
-    pub(crate) estimated: bool,
+    /// Whether there were too many to count in each range of rows.
+    pub(crate) estimated: Ranges,
     /// How long ago the oldest event was enqueued that is not dead.
     pub(crate) oldest_seconds: Option<f64>,
     /// How old its events may become; `None`: the receiver has not said yet.
@@ -31,22 +33,37 @@ pub(crate) struct Counted {
     pub(crate) paused_seconds: f64,
 }
 
+/// The ranges of visibility, which are the states of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ranges {
+    pub(crate) visible: bool,
+    pub(crate) hidden: bool,
+    pub(crate) dead: bool,
+}
+
+impl Ranges {
+    pub(crate) fn any(self) -> bool {
+        let Self { visible, hidden, dead } = self;
+        visible || hidden || dead
+    }
+}
+
 /// Counts by subscription. The entry without a name is that of unrouted events.
 ///
-/// Only rows that became visible after `above` are looked at. That is for an outbox whose older part holds more rows that
-/// are gone than a scan can pass.
+/// Of subscriptions that are swept, only visible rows above the sweep are looked at: below are more rows that are gone than a
+/// scan can pass. The rest is estimated.
 ///
 /// # Errors
 /// Those of the database.
 pub(crate) async fn count_by_subscription(
     connection: &mut PgConnection,
-    above: Option<OffsetDateTime>,
+    swept: &Swept,
 ) -> Result<Vec<Counted>, sqlx::Error> {
-    let mut counted: Vec<Counted> = look(connection, above).await?;
-    if counted.iter().any(|of| of.estimated) {
+    let looked_at = look(connection, swept).await?;
+    let mut counted: Vec<Counted> = looked_at.into_iter().map(|row| row.counted(swept)).collect();
+    if counted.iter().any(|of| of.estimated.any()) {
         for estimate in estimate(connection).await? {
-            let found = counted.iter_mut().find(|of| of.estimated && of.subscription_id == estimate.subscription_id);
-            if let Some(of) = found {
+            if let Some(of) = counted.iter_mut().find(|of| of.subscription_id == estimate.subscription_id) {
                 of.raise_to(&estimate);
             }
         }
@@ -55,14 +72,57 @@ pub(crate) async fn count_by_subscription(
 }
 
 impl Counted {
-    /// What was seen is there. What was not seen may be.
+    /// What was seen is there. What was not seen may be, but only in a range that was cut off: the sample would make a
+    /// hundred of a rare row, or none.
     fn raise_to(&mut self, estimate: &Estimate) {
-        let Estimate { waiting, leased, backing_off, dead, oldest_seconds, .. } = *estimate;
-        self.waiting = self.waiting.max(waiting);
-        self.leased = self.leased.max(leased);
-        self.backing_off = self.backing_off.max(backing_off);
-        self.dead = self.dead.max(dead);
-        self.oldest_seconds = self.oldest_seconds.into_iter().chain(oldest_seconds).reduce(f64::max);
+        let Ranges { visible, hidden, dead } = self.estimated;
+        if visible || hidden {
+            self.waiting = self.waiting.max(estimate.waiting);
+            self.oldest_seconds = self.oldest_seconds.into_iter().chain(estimate.oldest_seconds).reduce(f64::max);
+        }
+        if hidden {
+            self.leased = self.leased.max(estimate.leased);
+            self.backing_off = self.backing_off.max(estimate.backing_off);
+        }
+        if dead {
+            self.dead = self.dead.max(estimate.dead);
+        }
+    }
+}
+
+/// What a look has found of a subscription.
+struct Looked {
+    subscription_id: i16,
+    name: String,
+    visible: i64,
+    hidden: i64,
+    leased: i64,
+    backing_off: i64,
+    dead: i64,
+    oldest_seconds: Option<f64>,
+    max_age_seconds: Option<f64>,
+    paused_seconds: f64,
+}
+
+impl Looked {
+    fn counted(self, swept: &Swept) -> Counted {
+        let Self { subscription_id, visible, hidden, leased, backing_off, dead, .. } = self;
+        Counted {
+            subscription_id,
+            name: self.name,
+            waiting: visible + hidden - leased - backing_off,
+            leased,
+            backing_off,
+            dead,
+            estimated: Ranges {
+                visible: visible >= LOOK_MAX || swept.subscription_ids.contains(&subscription_id),
+                hidden: hidden >= LOOK_MAX,
+                dead: dead >= LOOK_MAX,
+            },
+            oldest_seconds: self.oldest_seconds,
+            max_age_seconds: self.max_age_seconds,
+            paused_seconds: self.paused_seconds,
+        }
     }
 }
 
@@ -71,17 +131,16 @@ impl Counted {
 ///
 /// The oldest event stands at the front of what is visible, unless it was put back: then it is behind events that became
 /// visible before. So beyond the limit, its age may be greater.
-async fn look(connection: &mut PgConnection, above: Option<OffsetDateTime>) -> Result<Vec<Counted>, sqlx::Error> {
+async fn look(connection: &mut PgConnection, swept: &Swept) -> Result<Vec<Looked>, sqlx::Error> {
     sqlx::query_as!(
-        Counted,
+        Looked,
         r#"-- relay: look at events
         SELECT taken.subscription_id AS "subscription_id!", taken.name AS "name!",
-            sum(CASE state WHEN 'visible' THEN rows WHEN 'hidden' THEN rows - leased - backing_off END)::bigint
-                AS "waiting!",
-            sum(leased) FILTER (WHERE state = 'hidden')::bigint AS "leased!",
-            sum(backing_off) FILTER (WHERE state = 'hidden')::bigint AS "backing_off!",
-            sum(rows) FILTER (WHERE state = 'dead')::bigint AS "dead!",
-            bool_or(rows >= $1) AS "estimated!",
+            (sum(rows) FILTER (WHERE state = 'visible'))::bigint AS "visible!",
+            (sum(rows) FILTER (WHERE state = 'hidden'))::bigint AS "hidden!",
+            (sum(leased) FILTER (WHERE state = 'hidden'))::bigint AS "leased!",
+            (sum(backing_off) FILTER (WHERE state = 'hidden'))::bigint AS "backing_off!",
+            (sum(rows) FILTER (WHERE state = 'dead'))::bigint AS "dead!",
             extract(epoch FROM now() - min(oldest) FILTER (WHERE state <> 'dead'))::double precision AS oldest_seconds,
             taken.max_age_seconds::double precision AS max_age_seconds,
             coalesce((
@@ -92,8 +151,11 @@ async fn look(connection: &mut PgConnection, above: Option<OffsetDateTime>) -> R
             SELECT subscription_id, name, max_age_seconds FROM outbox_subscriptions WHERE ended_at IS NULL
             UNION ALL
             SELECT 0::smallint, '', NULL) AS taken
-        CROSS JOIN (
-            VALUES ('visible', $2::timestamptz, now()),
+        CROSS JOIN LATERAL (
+            VALUES
+                ('visible', coalesce((
+                    SELECT below FROM unnest($2::smallint[], $3::timestamptz[]) AS swept (id, below)
+                    WHERE swept.id = taken.subscription_id), '-infinity'), now()),
                 -- No back-off is that long.
                 ('hidden', now(), timestamptz '9999-12-31 UTC'),
                 ('dead', timestamptz '9999-12-31 UTC', timestamptz 'infinity')) AS ranges (state, above, until)
@@ -117,7 +179,8 @@ async fn look(connection: &mut PgConnection, above: Option<OffsetDateTime>) -> R
         GROUP BY taken.subscription_id, taken.name, taken.max_age_seconds
         ORDER BY taken.name"#,
         LOOK_MAX,
-        above.unwrap_or(OffsetDateTime::UNIX_EPOCH),
+        &swept.subscription_ids,
+        &swept.below,
     )
     .fetch_all(connection)
     .await
@@ -168,8 +231,8 @@ async fn estimate(connection: &mut PgConnection) -> Result<Vec<Estimate>, sqlx::
 /// What hinders VACUUM, and what it has left.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Upkeep {
-    /// The age of the oldest transaction on the server, which keeps VACUUM from removing what was deleted since; `None`:
-    /// this role may not see those of others.
+    /// The age of the oldest transaction of the database, which keeps VACUUM from removing what was deleted since; `None`:
+    /// this role may not see those of others. Standbys and replication slots may hold it too, and tell no time.
     pub(crate) horizon_seconds: Option<f64>,
     pub(crate) dead_rows: i64,
     /// Since the last VACUUM of the outbox, automatic or not; `None`: there was none.
@@ -193,9 +256,9 @@ pub(crate) async fn read_upkeep(connection: &mut PgConnection) -> Result<Upkeep,
                 FROM (
                     SELECT xact_start AS since FROM pg_stat_activity
                     WHERE (backend_xid IS NOT NULL OR backend_xmin IS NOT NULL) AND pid <> pg_backend_pid()
-                      AND backend_type = 'client backend'
+                      AND datname = current_database()
                     UNION ALL
-                    SELECT prepared FROM pg_prepared_xacts) AS held))::double precision
+                    SELECT prepared FROM pg_prepared_xacts WHERE database = current_database()) AS held))::double precision
             END AS horizon_seconds,
             pg_stat_get_dead_tuples('outbox'::regclass) AS "dead_rows!",
             extract(epoch FROM now() - greatest(pg_stat_get_last_vacuum_time('outbox'::regclass),
@@ -213,7 +276,7 @@ mod tests {
 
     use tokio::time::Instant;
 
-    use super::{Counted, LOOK_MAX, Upkeep, count_by_subscription, read_upkeep};
+    use super::{Counted, LOOK_MAX, Ranges, Swept, Upkeep, count_by_subscription, read_upkeep};
     use crate::lease_time::{Outbox, STUCK, WAITING_MILLION, median};
 
     /// Three visible; two of them leased; one that backs off, one parked behind it, and one dead. The oldest event is not the
@@ -239,7 +302,9 @@ mod tests {
         VALUES (1, gen_random_uuid(), 1, gen_random_uuid(), 'test.v1.Happened', '', now() - interval '1 day', 'infinity', 'X')";
 
     async fn count(outbox: &Outbox) -> Vec<Counted> {
-        let counting = outbox.database.run(|connection| Box::pin(count_by_subscription(connection, None)));
+        let counting = outbox
+            .database
+            .run(|connection| Box::pin(async move { count_by_subscription(connection, &Swept::default()).await }));
         counting.await.unwrap()
     }
 
@@ -252,7 +317,8 @@ mod tests {
         let outbox = Outbox::create().await;
         outbox.run(ONE_OF_EACH).await;
         let counted = count(&outbox).await;
-        let numbers = |of: &Counted| (of.name.clone(), of.waiting, of.leased, of.backing_off, of.dead, of.estimated);
+        let numbers =
+            |of: &Counted| (of.name.clone(), of.waiting, of.leased, of.backing_off, of.dead, of.estimated.any());
         assert_eq!(
             counted.iter().map(numbers).collect::<Vec<_>>(),
             [
@@ -286,15 +352,38 @@ mod tests {
         // Debug builds and other tests take their part of it.
         assert!(took < Duration::from_millis(60), "{took:?}");
         let all = &counted[1];
-        assert!((800_000..1_200_000).contains(&all.waiting) && all.estimated, "{all:?}");
-        assert_eq!((counted[2].waiting, counted[2].estimated), (1, false));
+        assert!((600_000..1_400_000).contains(&all.waiting), "{all:?}");
+        assert_eq!(all.estimated, Ranges { visible: true, ..Ranges::default() });
+        assert_eq!((counted[2].waiting, counted[2].estimated.any()), (1, false));
         assert!(near(all.oldest_seconds, 3599.0), "{all:?}");
-        assert!((2..LOOK_MAX).contains(&all.leased) && all.dead >= 1, "{all:?}");
+        // What is rare is exact.
+        assert_eq!((all.leased, all.backing_off, all.dead), (2, 1, 1), "{all:?}");
 
         outbox.run("DELETE FROM outbox WHERE last_error IS NOT NULL").await;
         outbox.run(STUCK).await;
         let all = count(&outbox).await.remove(1);
-        assert!((30_000..70_000).contains(&all.dead) && (30_000..70_000).contains(&all.backing_off), "{all:?}");
+        // They lie side by side, in a twentieth of the table, so few of the pages are theirs.
+        let (few, many) = (LOOK_MAX, 200_000);
+        assert!((few..many).contains(&all.dead) && (few..many).contains(&all.backing_off), "{all:?}");
+    }
+
+    #[tokio::test]
+    async fn a_subscription_that_is_swept_hides_no_event_of_another() {
+        let outbox = Outbox::create().await;
+        outbox.run(ONE_OF_EACH).await;
+        let counting = outbox.database.run(|connection| {
+            Box::pin(async move {
+                let below = sqlx::query_scalar("SELECT now()").fetch_one(&mut *connection).await?;
+                let swept = Swept { subscription_ids: vec![1], below: vec![below] };
+                count_by_subscription(connection, &swept).await
+            })
+        });
+        let counted: Vec<Counted> = counting.await.unwrap();
+        let [_, all, other] = &counted[..] else { panic!("{counted:?}") };
+        assert!(all.estimated.visible && !other.estimated.any(), "{counted:?}");
+        // The table is smaller than a sample.
+        assert_eq!((all.waiting, other.waiting), (4, 1));
+        assert!(near(all.oldest_seconds, 300.0) && near(other.oldest_seconds, 100.0), "{counted:?}");
     }
 
     #[tokio::test]

@@ -108,6 +108,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let Some(database) = connecting.await? else { return Ok(()) };
     let of_operators = database.with_plans_by_parameters(OPERATORS_CONNECTIONS);
     let relay = RelayId::new();
+    info!(relay_id = %relay.uuid(), "connected");
     let Some(subscriptions) = shutdown.run_until_cancelled(take_up(&database, &relay, &settings)).await else {
         return Ok(());
     };
@@ -286,7 +287,7 @@ fn start(
             tasks.spawn(worker.run());
         }
     }
-    let floors = served.iter().map(|served| served.floor.clone()).collect();
+    let floors = served.iter().map(|served| (served.subscription.id, served.floor.clone())).collect();
     let measuring = measure_outbox(database.clone(), floors, shutdown.clone());
     tasks.spawn(async move {
         measuring.await;

@@ -14,7 +14,6 @@ use crate::{
     floor::Floor,
     lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
-    measure,
     operate::discard_ended,
     park::{Leased, Swept, park},
     route::Route,
@@ -156,13 +155,13 @@ impl Maintenance {
             self.served.drain(..).partition(|served| there.contains(&served.subscription.id));
         self.served = goes_on;
         let mut last = None;
-        for Served { subscription, end, .. } in ended {
+        for Served { route, subscription, end, .. } in ended {
             error!(
                 subscription = subscription.name,
                 "this subscription has ended (`outbox-relay unsubscribe`): take its route away before the next start"
             );
             end.cancel();
-            measure::route_ended(&subscription.name);
+            route.end();
             let name = subscription.name;
             let withdrawn = withdraw(&self.database, self.relay.uuid(), Some(name.clone())).await;
             self.report("withdraw a route", withdrawn);

@@ -19,6 +19,7 @@ use crate::{
     fate::Fate,
     floor::Floor,
     lease::{Lease, is_cut_off},
+    park::Swept,
     route::Condition,
     settle::Settled,
 };
@@ -105,10 +106,13 @@ pub(crate) fn describe() {
     describe_gauge!(
         HORIZON,
         Unit::Seconds,
-        "Age of the oldest transaction on the server: VACUUM keeps what was deleted since. Needs pg_read_all_stats"
+        "Age of the oldest transaction of the database: VACUUM keeps what was deleted since. NaN without pg_read_all_stats"
     );
-    describe_gauge!(DEAD_ROWS, "Rows of the outbox that are deleted and wait for VACUUM, by the server's statistics");
-    describe_gauge!(VACUUMED, Unit::Seconds, "Time since the last VACUUM of the outbox; absent if there was none");
+    describe_gauge!(
+        DEAD_ROWS,
+        "Versions of rows that were deleted or replaced and wait for VACUUM, by the server's statistics"
+    );
+    describe_gauge!(VACUUMED, Unit::Seconds, "Time since the last VACUUM of the outbox; NaN if there was none");
     describe_gauge!(MEASURED, Unit::Seconds, "When the outbox was measured last, by the database's clock");
 }
 
@@ -118,7 +122,7 @@ pub(crate) fn register(subscription: &str) {
     for outcome in Delivery::LABELS {
         counter!(DELIVERIES, "subscription" => subscription.to_owned(), "outcome" => outcome).increment(0);
     }
-    route_state(subscription, Condition::Starting);
+    route_state(subscription, Some(Condition::Starting));
 }
 
 pub(crate) fn delivered(subscription: &str, outcome: &'static str) {
@@ -169,7 +173,8 @@ impl Outcomes {
         let (durations, held) =
             (histogram!(SETTLED, "subscription" => subscription.clone()), self.leased_at.elapsed().as_secs_f64());
         for age in self.ages {
-            durations.record(age + held);
+            // A clock may have been set back. A negative sum would look like a restart.
+            durations.record((age + held).max(0.0));
         }
         for reason in self.charged {
             counter!(CHARGED, "subscription" => subscription.clone(), "reason" => reason).increment(1);
@@ -199,16 +204,8 @@ fn label_of(reason: &str, seen: &mut BTreeSet<Arc<str>>) -> SharedString {
     code.into()
 }
 
-/// It is in no state any more.
-pub(crate) fn route_ended(subscription: &str) {
-    tell_route(subscription, None);
-}
-
-pub(crate) fn route_state(subscription: &str, condition: Condition) {
-    tell_route(subscription, Some(condition));
-}
-
-fn tell_route(subscription: &str, condition: Option<Condition>) {
+/// `None`: the route has ended.
+pub(crate) fn route_state(subscription: &str, condition: Option<Condition>) {
     for state in [Condition::Starting, Condition::Open, Condition::Down, Condition::Barred] {
         let is_in = if Some(state) == condition { 1.0 } else { 0.0 };
         gauge!(ROUTE_STATE, "subscription" => subscription.to_owned(), "state" => state.as_str()).set(is_in);
@@ -216,7 +213,7 @@ fn tell_route(subscription: &str, condition: Option<Condition>) {
 }
 
 /// Measures the outbox until shutdown. Each relay tells of all subscriptions, so one that no relay serves is seen, too.
-pub(crate) async fn measure_outbox(database: Database, floors: Vec<Arc<Floor>>, shutdown: CancellationToken) {
+pub(crate) async fn measure_outbox(database: Database, floors: Vec<(i16, Arc<Floor>)>, shutdown: CancellationToken) {
     let failures = Failures::default();
     let mut measured = Measured::default();
     let mut next = Instant::now();
@@ -228,20 +225,23 @@ pub(crate) async fn measure_outbox(database: Database, floors: Vec<Arc<Floor>>, 
             continue;
         }
         let began = Instant::now();
-        // While one route sweeps, all of them are in the same table, behind the same rows.
-        let above = floors.iter().filter_map(|floor| floor.sweeps_below()).max();
+        let below = floors.iter().filter_map(|(id, floor)| Some((*id, floor.sweeps_below()?)));
+        let (subscription_ids, below) = below.unzip();
+        let swept = Swept { subscription_ids, below };
         let reading = database.run(move |connection| {
             Box::pin(async move {
-                Ok::<_, sqlx::Error>((count_by_subscription(connection, above).await?, read_upkeep(connection).await?))
+                Ok::<_, sqlx::Error>((count_by_subscription(connection, &swept).await?, read_upkeep(connection).await?))
             })
         });
         // After an outage the first answer matters more than what it costs.
         let mut costs = true;
-        match reading.await {
+        // The database's work ends by itself.
+        let Some(read) = shutdown.run_until_cancelled(reading).await else { break };
+        match read {
             Ok((counted, upkeep)) => {
                 failures.end();
                 measured.renew(counted, began);
-                tell_upkeep(upkeep);
+                measured.tell_upkeep(upkeep);
             }
             Err(cause) => {
                 costs = is_cut_off(&cause);
@@ -263,6 +263,8 @@ struct Measured {
     at: Option<Instant>,
     /// The subscriptions that were ever told of. One that has ended has no events, and no age.
     told: HashSet<String>,
+    /// The server's count of rows at the last measurement.
+    enqueued: u64,
 }
 
 impl Measured {
@@ -277,6 +279,19 @@ impl Measured {
             self.told.insert(of.name.clone());
         }
         (self.counted, self.at) = (counted, Some(at));
+    }
+
+    fn tell_upkeep(&mut self, upkeep: Upkeep) {
+        let Upkeep { horizon_seconds, dead_rows, vacuumed_seconds, enqueued, at } = upkeep;
+        for (name, seconds) in [(HORIZON, horizon_seconds), (VACUUMED, vacuumed_seconds)] {
+            gauge!(name).set(seconds.unwrap_or(f64::NAN));
+        }
+        gauge!(DEAD_ROWS).set(dead_rows as f64);
+        // The statistics of a server begin anew after a crash, and at another server.
+        let enqueued = enqueued.unsigned_abs();
+        counter!(ENQUEUED).increment(enqueued.checked_sub(self.enqueued).unwrap_or(enqueued));
+        self.enqueued = enqueued;
+        gauge!(MEASURED).set(at);
     }
 
     /// Also while the database cannot be read: an alert about an old event must not end with an outage.
@@ -297,7 +312,7 @@ fn tell_counts(of: &Counted) {
     for (state, events) in [("waiting", waiting), ("leased", leased), ("backing_off", backing_off), ("dead", dead)] {
         gauge!(OUTBOX_EVENTS, "subscription" => name.clone(), "state" => state).set(*events as f64);
     }
-    gauge!(ESTIMATED, "subscription" => name.clone()).set(if *estimated { 1.0 } else { 0.0 });
+    gauge!(ESTIMATED, "subscription" => name.clone()).set(if estimated.any() { 1.0 } else { 0.0 });
 }
 
 fn tell_ages(of: &Counted, passed: f64) {
@@ -312,18 +327,6 @@ fn tell_ages(of: &Counted, passed: f64) {
     }
     let paused = if *paused_seconds > 0.0 { paused_seconds + passed } else { 0.0 };
     gauge!(PAUSED, "subscription" => name.clone()).set(paused);
-}
-
-fn tell_upkeep(upkeep: Upkeep) {
-    let Upkeep { horizon_seconds, dead_rows, vacuumed_seconds, enqueued, at } = upkeep;
-    for (name, seconds) in [(HORIZON, horizon_seconds), (VACUUMED, vacuumed_seconds)] {
-        if let Some(seconds) = seconds {
-            gauge!(name).set(seconds);
-        }
-    }
-    gauge!(DEAD_ROWS).set(dead_rows as f64);
-    counter!(ENQUEUED).absolute(enqueued.unsigned_abs());
-    gauge!(MEASURED).set(at);
 }
 
 #[cfg(test)]

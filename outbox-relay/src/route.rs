@@ -111,6 +111,10 @@ pub(crate) struct Route {
 struct State {
     settings: RouteSettings,
     health: watch::Sender<Health>,
+    /// Whether its subscription has ended.
+    ended: AtomicBool,
+    /// Why it is not open; empty if it is.
+    reason: watch::Sender<String>,
     /// Workers that deliver while the route is open hold a read lock.
     deliveries: RwLock<()>,
     /// The one worker that probes while the route is not open holds this.
@@ -173,6 +177,8 @@ impl Route {
         let state = State {
             settings,
             health: watch::Sender::new(health),
+            ended: AtomicBool::new(false),
+            reason: watch::Sender::new(String::new()),
             deliveries: RwLock::default(),
             probing: Mutex::default(),
             message_bytes_max: watch::Sender::new(None),
@@ -196,6 +202,23 @@ impl Route {
 
     pub(crate) fn condition(&self) -> Condition {
         self.state.health.borrow().condition
+    }
+
+    /// Why it is not open; empty if it is, or has never been tried.
+    pub(crate) fn reason(&self) -> String {
+        self.state.reason.borrow().clone()
+    }
+
+    /// Its subscription has ended. A worker may still be in the middle of a delivery, whose outcome tells no more.
+    pub(crate) fn end(&self) {
+        self.state.ended.store(true, Ordering::Relaxed);
+        measure::route_state(self.name(), None);
+    }
+
+    fn tell(&self, condition: Condition) {
+        if !self.state.ended.load(Ordering::Relaxed) {
+            measure::route_state(self.name(), Some(condition));
+        }
     }
 
     /// Whether the route has ever been open.
@@ -305,7 +328,7 @@ impl Route {
 
     /// The receiver is unavailable: only a probe calls it, and not before `retry_after`.
     pub(crate) fn mark_down(&self, reason: &str, retry_after: Duration) {
-        let before = self.close(Condition::Down, retry_after);
+        let before = self.close(Condition::Down, reason, retry_after);
         let (route, receiver) = (self.name(), &self.state.settings.receiver);
         if before == Condition::Down {
             debug!(route, %receiver, reason, "receiver still unavailable");
@@ -317,7 +340,7 @@ impl Route {
     /// The receiver does not allow this relay to deliver. No event is at fault, and no retry helps: an operator must
     /// act.
     pub(crate) fn bar(&self, reason: &str) {
-        self.close(Condition::Barred, Duration::ZERO);
+        self.close(Condition::Barred, reason, Duration::ZERO);
         let (route, receiver) = (self.name(), &self.state.settings.receiver);
         error!(
             route,
@@ -327,14 +350,15 @@ impl Route {
         );
     }
 
-    fn close(&self, condition: Condition, retry_after: Duration) -> Condition {
+    fn close(&self, condition: Condition, reason: &str, retry_after: Duration) -> Condition {
+        self.state.reason.send_replace(reason.to_owned());
         let mut before = condition;
         self.state.health.send_modify(|health| {
             before = std::mem::replace(&mut health.condition, condition);
             health.failures = health.failures.saturating_add(1);
             health.not_before = health.not_before.max(Instant::now() + retry_after.min(RETRY_AFTER_MAX));
         });
-        measure::route_state(self.name(), condition);
+        self.tell(condition);
         before
     }
 }
@@ -375,7 +399,8 @@ impl Probe<'_> {
             health.failures = 0;
             health.opened = true;
         });
-        measure::route_state(self.route.name(), Condition::Open);
+        self.route.state.reason.send_replace(String::new());
+        self.route.tell(Condition::Open);
         info!(route = self.route.name(), "route open");
     }
 }

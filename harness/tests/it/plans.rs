@@ -65,7 +65,9 @@ async fn explain(session: &mut PgConnection, statement: &Statement) -> Value {
 /// Scans of growing tables that no index narrows.
 fn find_whole_scans(node: &Value, found: &mut Vec<String>) {
     let (kind, table) = (node["Node Type"].as_str().unwrap_or(""), node["Relation Name"].as_str().unwrap_or(""));
-    let narrowed = kind == "Tid Scan" || kind == "Bitmap Heap Scan" || node.get("Index Cond").is_some();
+    // A sample is of a number of pages, however large the table is.
+    let narrowed =
+        kind == "Tid Scan" || kind == "Sample Scan" || kind == "Bitmap Heap Scan" || node.get("Index Cond").is_some();
     if kind.ends_with("Scan") && GROWING.contains(&table) && !narrowed {
         found.push(format!("{kind} on {table}"));
     }

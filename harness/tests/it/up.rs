@@ -7,7 +7,12 @@ use std::{
 };
 
 use rustix::process::Signal;
-use testkit::{Scratch, http::get, postgres::can_test_clusters, processes::Process};
+use testkit::{
+    Scratch,
+    http::{get, sum_metric},
+    postgres::can_test_clusters,
+    processes::Process,
+};
 use tokio::{process::Command, time::sleep};
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -68,6 +73,8 @@ async fn up_waits_for_a_taken_port_and_says_where_it_is() {
     {
         let (status, page) = get(([127, 0, 0, 1], port).into(), "/metrics").await.unwrap();
         assert!(status == 200 && page.contains(metric), "no {metric} at {port}: {page}");
+        let rejected = sum_metric(&page, "order_settled_seconds_count", &[("outcome", "rejected")]);
+        assert_eq!(rejected, (metric == "orders_total").then_some(0), "there before the first: {page}");
     }
 
     let exit = up.stop(Signal::INT, LIMIT).await.unwrap();

@@ -790,7 +790,7 @@ const ID_EXAMPLE: &str = "an id looks like 0192f0c1-2345-7abc-8def-0123456789ab"
 
 fn parse_id(text: &str) -> Result<EventId, CommandError> {
     let id = Uuid::try_parse(text);
-    id.map(EventId::from).map_err(|_| CommandError::Refused(format!("not an event id: {text:?}; {ID_EXAMPLE}")))
+    id.map(EventId::from).map_err(|_| CommandError::Arguments(format!("not an id: {text:?}; {ID_EXAMPLE}")))
 }
 
 /// Each id once, even if it is given several times.
@@ -798,7 +798,7 @@ fn parse_ids(texts: &[String]) -> Result<Vec<EventId>, CommandError> {
     let bad: Vec<_> =
         texts.iter().filter(|text| Uuid::try_parse(text).is_err()).map(|text| format!("{text:?}")).collect();
     if !bad.is_empty() {
-        return Err(CommandError::Refused(format!("not event ids: {}; {ID_EXAMPLE}", bad.join(", "))));
+        return Err(CommandError::Arguments(format!("not ids: {}; {ID_EXAMPLE}", bad.join(", "))));
     }
     let ids: BTreeSet<_> = texts.iter().filter_map(|text| Uuid::try_parse(text).ok()).collect();
     Ok(ids.into_iter().map(EventId::from).collect())

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use proto::relay::v1::{
     DeadEvent, DeadEventContent, Journey, JourneyEvent, ListDeadEventsResponse, OutboxStatus,
-    dead_event_content::Payload,
+    dead_event_content::Payload, journey_event::State,
 };
 
 use super::refuse::{describe, named};
@@ -73,10 +73,10 @@ fn routes(status: &OutboxStatus) -> String {
     if status.routes.is_empty() {
         return "no relay has reported within the last 10 seconds\n".into();
     }
-    let mut rows = vec![line(["ROUTE", "STATE", "SINCE", "RECEIVER", "RELAY"])];
+    let mut rows = vec![line(["ROUTE", "STATE", "SINCE", "RECEIVER", "RELAY", "REASON"])];
     rows.extend(status.routes.iter().map(|route| {
         let since = route.state_time.unwrap_or_default().to_string();
-        line([&route.route, &route.state, &since, &route.receiver, &route.relay_id])
+        line([&route.route, &route.state, &since, &route.receiver, &route.relay_id, &route.reason])
     }));
     table(&rows, &[])
 }
@@ -97,11 +97,21 @@ pub(super) fn journey(journey: &Journey, why: bool) -> String {
         let subject = if journey.subject.is_empty() { "unknown" } else { &journey.subject };
         _ = writeln!(page, "subject {subject}\n");
     }
-    if journey.events.is_empty() {
-        page += "nothing of it is left in the outbox: it was handled, or never enqueued here\n";
+    let shown = |event: &&JourneyEvent| !why || event.state() != State::Discarded;
+    let events: Vec<_> = journey.events.iter().filter(shown).collect();
+    if events.is_empty() {
+        page += if journey.applied.is_empty() {
+            "nothing of it is left in this outbox: it was handled, or never enqueued here\n"
+        } else {
+            "nothing of it is left in this outbox: receivers have applied it\n"
+        };
     }
-    for event in &journey.events {
-        page += &step(event);
+    if events.is_empty() && why {
+        page += "`outbox-relay journey` asks receivers; their own events, such as answers, are in their outboxes\n";
+    }
+    page.extend(events.into_iter().map(step));
+    if journey.left_out > 0 {
+        _ = writeln!(page, "and {} more events", journey.left_out);
     }
     if !why && !journey.applied.is_empty() {
         let mut rows = vec![line(["APPLIED", "SUBSCRIPTION", "NUMBER", "EVENT"])];
@@ -111,8 +121,8 @@ pub(super) fn journey(journey: &Journey, why: bool) -> String {
         }));
         _ = write!(page, "\n{}", table(&rows, &[2]));
     }
-    for receiver in &journey.not_asked {
-        _ = writeln!(page, "not asked: {}", visible(receiver));
+    for receiver in &journey.unanswered {
+        _ = writeln!(page, "no answer: {}", visible(receiver));
     }
     page
 }
@@ -120,7 +130,8 @@ pub(super) fn journey(journey: &Journey, why: bool) -> String {
 fn step(event: &JourneyEvent) -> String {
     let state = event.state().as_str_name().trim_start_matches("STATE_").replace('_', " ").to_lowercase();
     let subscription = if event.subscription.is_empty() { "no subscription" } else { &event.subscription };
-    let mut text = format!("{} {} for {subscription}: {state}\n  {}\n", event.sequence, event.r#type, event.event_id);
+    let mut text =
+        format!("{} {} for {subscription}: {state}\n  {}\n", event.sequence, visible(&event.r#type), event.event_id);
     for cause in &event.causes {
         _ = writeln!(text, "  {}", visible(&cause.text));
     }

@@ -185,7 +185,7 @@ async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Err
 pub(super) async fn read_routes(connection: &mut PgConnection) -> Result<Vec<RelayRoute>, sqlx::Error> {
     let rows = sqlx::query!(
         "-- operate: read routes
-        SELECT relay_id, route, receiver, state, since
+        SELECT relay_id, route, receiver, state, since, reason
         FROM outbox_routes
         WHERE seen_at > now() - interval '10 s'
         ORDER BY route, relay_id"
@@ -198,6 +198,7 @@ pub(super) async fn read_routes(connection: &mut PgConnection) -> Result<Vec<Rel
         receiver: row.receiver,
         state: row.state,
         state_time: Some(outbox::timestamp(row.since)),
+        reason: row.reason,
     });
     Ok(routes.collect())
 }

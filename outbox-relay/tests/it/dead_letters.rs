@@ -226,7 +226,7 @@ async fn only_dead_events_can_be_shown_or_discarded_and_a_refusal_names_the_stat
             assert!(line.contains(&event_id) && line.contains(state), "{line}");
         }
     }
-    assert!(operator.is_refused(&["dead", "show", "17"]).await.contains("not an event id: \"17\""));
+    assert!(operator.is_misused(&["dead", "show", "17"]).await.contains("not an id: \"17\""));
     assert_eq!((outbox.count().await, count_discarded(&outbox).await), (2, 0));
 }
 

@@ -59,16 +59,18 @@ async fn an_operator_sees_what_was_applied_what_died_what_waits_behind_it_and_wh
     assert_eq!(left[1]["causes"][0]["event_id"], second.to_string(), "{journey}");
     let [of_first] = &journey["applied"].as_array().unwrap()[..] else { panic!("{journey}") };
     assert_eq!((&of_first["event_id"], &of_first["sequence"]), (&first.to_string().into(), &1.into()), "{journey}");
-    assert_eq!((&of_first["subscription"], &journey["not_asked"]), (&"all".into(), &Value::Array(vec![])));
+    assert_eq!((&of_first["subscription"], &journey["unanswered"]), (&"all".into(), &Value::Array(vec![])));
 
     // The same by the id of an event, dead or not, and in words.
     for id in [second.to_string(), third.clone()] {
         assert_eq!(operator.reads(&["journey", "--json", &id]).await["events"], journey["events"]);
     }
     let text = operator.does(&["journey", &subject]).await;
-    let behind = format!("3 {TYPE} for all: waiting\n  {third}\n  behind event {second}, the subject's number 2\n");
+    let behind = format!(
+        "3 {TYPE} for all: waiting\n  {third}\n  behind event {second}, the subject's number 2, which is dead\n"
+    );
     assert!(text.starts_with(&format!("subject {subject}\n")) && text.contains(&behind), "{text}");
-    assert!(text.contains("dead: BAD: no; `outbox-relay dead requeue` or `dead discard` it\n"), "{text}");
+    assert!(text.contains("dead: BAD: no; once the cause is mended, `outbox-relay dead requeue "), "{text}");
     assert!(text.contains("APPLIED") && text.contains(&first.to_string()), "{text}");
     let why = operator.does(&["why", &third]).await;
     assert!(why.contains(&behind) && !why.contains("APPLIED"), "{why}");
@@ -96,7 +98,7 @@ async fn an_operator_sees_what_was_applied_what_died_what_waits_behind_it_and_wh
     let address = receiver.address;
     drop(receiver);
     let text = operator.does(&["journey", &subject]).await;
-    assert!(text.contains(&format!("not asked: all at http://{address}/: ")), "{text}");
+    assert!(text.contains(&format!("no answer: all at http://{address}/: ")), "{text}");
 }
 
 #[tokio::test]
@@ -109,7 +111,10 @@ async fn why_says_who_paused_and_that_no_relay_delivers() {
     assert!(why.contains("all subscriptions are paused since ") && why.contains(" by ann: a move;"), "{why}");
     assert!(why.contains("no relay that delivers all has reported for 10 s: start one with --route all=URL"), "{why}");
     let text = operator.does(&["journey", &Uuid::new_v4().to_string()]).await;
-    assert!(text.contains("not asked: all: no relay that delivers it has reported for 10 s\n"), "{text}");
+    assert!(text.contains("no answer: all: no relay that delivers it has reported for 10 s\n"), "{text}");
     let gone = operator.does(&["why", &Uuid::new_v4().to_string()]).await;
-    assert_eq!(gone, "nothing of it is left in the outbox: it was handled, or never enqueued here\n");
+    assert_eq!(
+        gone,
+        "nothing of it is left in this outbox: it was handled, or never enqueued here\n`outbox-relay journey` asks receivers; their own events, such as answers, are in their outboxes\n"
+    );
 }

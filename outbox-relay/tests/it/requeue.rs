@@ -129,8 +129,8 @@ async fn either_all_named_events_are_requeued_or_none_and_each_obstacle_is_named
     assert!(line.contains(&format!("event {waiting} is not dead: it is waiting")), "{line}");
     assert!(line.contains(&format!("event {unknown} is not in the outbox")), "{line}");
     assert!(!line.contains(&dead), "{line}");
-    let line = operator.is_refused(&["dead", "requeue", &dead, "x", "y"]).await;
-    assert!(line.contains("not event ids: \"x\", \"y\""), "{line}");
+    let line = operator.is_misused(&["dead", "requeue", &dead, "x", "y"]).await;
+    assert!(line.contains("not ids: \"x\", \"y\""), "{line}");
     assert_eq!(outbox.rows().await, before);
 
     // Named twice, the second time in upper case.

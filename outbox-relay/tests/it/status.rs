@@ -96,7 +96,8 @@ async fn the_status_shows_only_routes_of_relays_that_reported_recently() {
         "INSERT INTO outbox_routes (relay_id, route, receiver, state, since, seen_at) VALUES
             ('00000000-0000-4000-8000-000000000001', 'orders.v1.*', 'http://inventory:50052', 'DOWN',
                 '2026-01-02 03:04:05Z', now()),
-            ('00000000-0000-4000-8000-000000000002', '*', 'http://gone:1', 'OPEN', now(), now() - interval '1 min')",
+            ('00000000-0000-4000-8000-000000000002', '*', 'http://gone:1', 'OPEN', now(), now() - interval '1 min');
+        UPDATE outbox_routes SET reason = 'no reply' WHERE state = 'DOWN'",
     )
     .await;
     let operator = Operator::of(&outbox);
@@ -107,10 +108,14 @@ async fn the_status_shows_only_routes_of_relays_that_reported_recently() {
         "receiver": "http://inventory:50052",
         "state": "DOWN",
         "state_time": "2026-01-02T03:04:05Z",
+        "reason": "no reply",
     }]);
     assert_eq!(status["routes"], expected);
     let page = operator.does(&["status"]).await;
-    assert!(page.contains("orders.v1.*") && page.contains("DOWN") && !page.contains("gone"), "{page}");
+    assert!(
+        page.contains("orders.v1.*") && page.contains("DOWN") && page.contains("no reply") && !page.contains("gone"),
+        "{page}"
+    );
 }
 
 /// A running `status --watch`, and its output line by line.
