@@ -14,7 +14,7 @@ use axum::{
     Router,
     body::{Body, Bytes, HttpBody},
     extract::{Request, State},
-    http::HeaderMap,
+    http::{HeaderMap, HeaderValue},
     middleware::{Next, from_fn_with_state},
     response::Response,
 };
@@ -25,6 +25,10 @@ use prost_types::FileDescriptorSet;
 use tokio::time::Instant;
 use tonic::Code;
 
+use crate::trace::{self, KeyValue, NewSpan, Span, SpanKind, Trace};
+
+const TRACEPARENT: &str = "traceparent";
+const TRACESTATE: &str = "tracestate";
 const SERVER: &str = "rpc_server_call_duration_seconds";
 const CLIENT: &str = "rpc_client_call_duration_seconds";
 
@@ -88,9 +92,10 @@ struct Methods {
     other: Arc<Durations>,
 }
 
-async fn answer(State(methods): State<Arc<Methods>>, request: Request, next: Next) -> Response {
+async fn answer(State(methods): State<Arc<Methods>>, mut request: Request, next: Next) -> Response {
     let durations = methods.by_path.get(request.uri().path()).unwrap_or(&methods.other).clone();
-    let mut call = Answering { durations, began: Instant::now(), ended: false };
+    let span = begin_span(&durations, &mut request);
+    let mut call = Answering { durations, span, began: Instant::now(), ended: false };
     let response = next.run(request).await;
     // An answer without a message has its status here, and every other in its trailers.
     if let Some(code) = read_code(response.headers()) {
@@ -100,6 +105,26 @@ async fn answer(State(methods): State<Arc<Methods>>, request: Request, next: Nex
     response.map(|body| Body::new(Answer { body, call }))
 }
 
+/// The span of the call. It takes the place of its caller's in the headers, so the work that it causes belongs to it.
+///
+/// Calls of gRPC's own services have none: load balancers make them without end.
+fn begin_span(durations: &Durations, request: &mut Request) -> Option<Span> {
+    if !trace::is_on() || durations.method.starts_with("grpc.") {
+        return None;
+    }
+    let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let parent = Trace::read(header(TRACEPARENT).unwrap_or_default(), header(TRACESTATE).unwrap_or_default());
+    let method = durations.method.to_string();
+    let attributes = vec![KeyValue::new("rpc.system.name", "grpc"), KeyValue::new("rpc.method", method.clone())];
+    let new = NewSpan { name: method, kind: SpanKind::Server, parent: parent.as_ref(), links: Vec::new(), attributes };
+    let span = new.begin()?;
+    // Its parts are hexadecimal.
+    if let Ok(own) = HeaderValue::from_str(&span.trace().to_string()) {
+        request.headers_mut().insert(TRACEPARENT, own);
+    }
+    Some(span)
+}
+
 fn read_code(headers: &HeaderMap) -> Option<Code> {
     headers.get("grpc-status").map(|status| Code::from_bytes(status.as_bytes()))
 }
@@ -107,6 +132,7 @@ fn read_code(headers: &HeaderMap) -> Option<Code> {
 /// A call that is not answered yet. If it is dropped, somebody has given it up: the caller, or a time limit.
 struct Answering {
     durations: Arc<Durations>,
+    span: Option<Span>,
     began: Instant,
     ended: bool,
 }
@@ -115,6 +141,13 @@ impl Answering {
     fn end(&mut self, code: Code) {
         if !std::mem::replace(&mut self.ended, true) {
             self.durations.record(code, self.began.elapsed());
+            let Some(mut span) = self.span.take() else { return };
+            let name = code_name(code);
+            span.set(KeyValue::new("rpc.status_code", name));
+            if is_error(code, false) {
+                span.set(KeyValue::new("error.type", name));
+                span.fail(String::new());
+            }
         }
     }
 }
@@ -194,7 +227,7 @@ impl Durations {
     }
 
     fn histogram(&self, code: Code) -> Histogram {
-        let name = CODES[code as usize].1;
+        let name = code_name(code);
         let mut labels = vec![
             Label::new("rpc_system_name", "grpc"),
             Label::new("rpc_method", self.method.clone()),
@@ -205,6 +238,11 @@ impl Durations {
         }
         histogram!(self.metric, labels)
     }
+}
+
+/// The name of a code, as the conventions write it.
+pub fn code_name(code: Code) -> &'static str {
+    CODES[code as usize].1
 }
 
 /// To a client, everything but OK. To a server, what is its own fault.

@@ -6,7 +6,7 @@ use clap::Parser;
 use tokio::{net::TcpListener, runtime};
 use tokio_util::sync::CancellationToken;
 
-use crate::{SchemaError, ServeError, parse, shutdown_signal};
+use crate::{SchemaError, ServeError, parse, shutdown_signal, trace};
 
 /// Why a process could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,7 @@ pub async fn serve_until_signal<S, E: From<io::Error>>(
     serve: impl AsyncFnOnce(TcpListener, S, CancellationToken) -> Result<(), E>,
 ) -> Result<(), E> {
     let shutdown = shutdown_signal()?;
+    let _tracing = trace::start();
     serve(bind(address).await?, settings, shutdown).await
 }
 

@@ -24,8 +24,9 @@ mod sessions;
 mod shutdown;
 mod standby;
 mod telemetry;
+pub mod trace;
 
-pub use calls::CallsMade;
+pub use calls::{CallsMade, code_name};
 pub use cli::parse;
 pub use database::{Database, DatabaseSettings, Work, WorkError};
 pub use database_url::{DatabaseUrl, InvalidDatabaseUrl};

@@ -13,7 +13,7 @@ use tonic::{
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
-use crate::{Database, Ending, Ops, calls::measure_answers, health::report_health};
+use crate::{Database, Ending, Ops, calls::measure_answers, health::report_health, trace};
 
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
@@ -80,7 +80,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (names, descriptors) = (services.names, services.descriptors);
     let (mut routes, reporter) = with_health(services)?;
-    if ops.is_on() {
+    if ops.is_on() || trace::is_on() {
         let descriptors = [
             descriptors,
             tonic_health::pb::FILE_DESCRIPTOR_SET,

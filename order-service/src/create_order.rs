@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use chassis::trace::Trace;
 use outbox::{AggregateId, EventId, NewEvent, TraceContext};
 use proto::orders::v1::{Order, OrderCreated, OrderStatus};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
@@ -72,6 +73,11 @@ impl Draft {
             create_time: Some(outbox::timestamp(created_at)),
             rejection: String::new(),
         }
+    }
+
+    /// The call that it is of.
+    pub(crate) fn trace(&self) -> Option<Trace> {
+        self.event.trace().trace()
     }
 
     fn is_of(&self, order: &Order) -> bool {

@@ -2,7 +2,10 @@
 
 use std::{future::pending, mem, slice, sync::Arc, time::Duration};
 
-use chassis::{Database, may_pass};
+use chassis::{
+    Database, may_pass,
+    trace::{self, KeyValue, NewSpan, Span, SpanKind, Trace},
+};
 use clap::Args;
 use futures_util::{
     future::{FutureExt, OptionFuture},
@@ -264,14 +267,33 @@ async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
     let began = Instant::now();
     measure::begun(wanted.iter().map(|call| began.duration_since(call.arrived)));
     let (drafts, answers): (Vec<_>, Vec<_>) = wanted.into_iter().map(|call| (call.draft, call.answer)).unzip();
+    let span = begin_commit(&drafts);
     let relay = relay.clone();
     let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
     measure::ended(began.elapsed());
+    drop(span);
     // A caller that hangs up now learns the answer by repeating its call.
     match placed {
         Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
         Err(cause) => fail(answers, cause),
     }
+}
+
+/// The span of a transaction, which belongs to all of its calls; `None` if the trace of none is sampled.
+fn begin_commit(drafts: &[Draft]) -> Option<Span> {
+    if !trace::is_on() {
+        return None;
+    }
+    let links: Vec<_> = drafts.iter().filter_map(Draft::trace).collect();
+    if !links.iter().any(Trace::is_sampled) {
+        return None;
+    }
+    let attributes = vec![
+        KeyValue::new("db.system.name", "postgresql"),
+        KeyValue::new("db.query.summary", "orders: create orders"),
+        KeyValue::new("db.operation.batch.size", i64::try_from(drafts.len()).unwrap_or(i64::MAX)),
+    ];
+    NewSpan { name: "orders: create orders".into(), kind: SpanKind::Client, parent: None, links, attributes }.begin()
 }
 
 fn fail(answers: Vec<Answer>, cause: sqlx::Error) {

@@ -17,6 +17,7 @@ use crate::{
     deliver::Receiver,
     delivery::{Answer, Delivery, Failed, Failure},
     leased_row::LeasedRow,
+    trace_events::Destination,
 };
 
 #[path = "../tests/it/http_stub.rs"]
@@ -53,7 +54,8 @@ fn row(payload_bytes: usize) -> LeasedRow {
 /// The result of delivering the rows to the stub.
 async fn deliver_to(stub: &HttpStub, rows: &[LeasedRow]) -> Delivery {
     let receiver = format!("http://{}", stub.address).parse().unwrap();
-    let mut receiver = Receiver::connect_lazily(receiver, "orders".into(), Duration::from_secs(30));
+    let mut receiver =
+        Receiver::connect_lazily(receiver, "orders".into(), Destination::default(), Duration::from_secs(30));
     receiver.deliver(rows, Instant::now() + Duration::from_secs(20)).await
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, error::Error, time::Duration};
 
-use chassis::CallsMade;
+use chassis::{CallsMade, code_name, trace::KeyValue};
 use prost_types::Timestamp;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome, RecallRequest,
@@ -20,6 +20,7 @@ use crate::{
     delivery::{Answer, Delivery, Failed, Failure},
     http_answer::{GrpcAnswers, HttpAnswer},
     leased_row::LeasedRow,
+    trace_events::{Destination, begin_delivery, trace_of},
 };
 
 /// How long a receiver may take to describe itself.
@@ -62,6 +63,7 @@ pub(crate) enum Description {
 pub(crate) struct Receiver {
     client: EventReceiverClient<GrpcAnswers>,
     source: String,
+    destination: Destination,
     deliveries: CallsMade,
     descriptions: CallsMade,
 }
@@ -70,7 +72,7 @@ impl Receiver {
     /// Connects at the first call, and again after a break.
     ///
     /// It accepts compressed answers: a grpcio server that compresses does so for every client, whatever that accepts.
-    pub(crate) fn connect_lazily(receiver: Uri, source: String, lease: Duration) -> Self {
+    pub(crate) fn connect_lazily(receiver: Uri, source: String, destination: Destination, lease: Duration) -> Self {
         let channel = Endpoint::from(receiver)
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)
@@ -84,14 +86,19 @@ impl Receiver {
         Self {
             client,
             source,
+            destination,
             deliveries: CallsMade::of("events.v1.EventReceiver/Deliver"),
             descriptions: CallsMade::of("events.v1.EventReceiver/Describe"),
         }
     }
 
+    pub(crate) fn destination(&self) -> &Destination {
+        &self.destination
+    }
+
     /// For questions of an operator, and no deliveries.
     pub(crate) fn connect_to_ask(receiver: Uri) -> Self {
-        Self::connect_lazily(receiver, String::new(), DESCRIBE_LIMIT)
+        Self::connect_lazily(receiver, String::new(), Destination::default(), DESCRIBE_LIMIT)
     }
 
     /// Asks which of these events it has on record, and since when. Each id is answered with its time, or none.
@@ -140,13 +147,25 @@ impl Receiver {
 
     /// Delivers the rows as one batch, in their order, giving up at `deadline`.
     pub(crate) async fn deliver(&mut self, rows: &[LeasedRow], deadline: Instant) -> Delivery {
-        let events = rows.iter().map(|row| event(row, &self.source)).collect();
+        let events = rows.iter().map(|row| event(row, &self.source, self.destination.id)).collect();
         let mut request = Request::new(DeliverRequest { events });
+        let mut span = begin_delivery(rows, &self.destination);
+        if let Some(traceparent) = span.as_ref().and_then(|span| span.trace().to_string().parse().ok()) {
+            request.metadata_mut().insert("traceparent", traceparent);
+        }
         // The receiver learns the deadline too, so that it can stop when this relay no longer waits.
         let began = Instant::now();
         request.set_timeout(deadline.saturating_duration_since(began));
         let called = timeout_at(deadline, self.client.deliver(request)).await;
-        self.deliveries.ended(code_of(&called), began.elapsed());
+        let code = code_of(&called);
+        self.deliveries.ended(code, began.elapsed());
+        if let Some(span) = &mut span {
+            span.set(KeyValue::new("rpc.status_code", code_name(code)));
+            if code != Code::Ok {
+                span.set(KeyValue::new("error.type", code_name(code)));
+                span.fail(String::new());
+            }
+        }
         match called {
             Ok(Ok(response)) => read_answers(rows, response.into_inner()),
             Ok(Err(status)) => Delivery::Failed(read_status(&status)),
@@ -159,12 +178,15 @@ impl Receiver {
 fn code_of<T>(called: &Result<Result<T, Status>, Elapsed>) -> Code {
     match called {
         Ok(Ok(_)) => Code::Ok,
+        // A reply that was cut short.
+        Ok(Err(status)) if status.code() == Code::Ok => Code::Unknown,
         Ok(Err(status)) => status.code(),
         Err(_) => Code::DeadlineExceeded,
     }
 }
 
-fn event(row: &LeasedRow, source: &str) -> Event {
+fn event(row: &LeasedRow, source: &str, subscription_id: i16) -> Event {
+    let own = trace_of(row, subscription_id).map(|trace| trace.to_string());
     Event {
         id: row.event_id.to_string(),
         source: source.to_owned(),
@@ -173,7 +195,7 @@ fn event(row: &LeasedRow, source: &str) -> Event {
         sequence: row.sequence.into(),
         time: Some(outbox::timestamp(row.created_at)),
         data: row.payload.clone(),
-        traceparent: row.traceparent.clone().unwrap_or_default(),
+        traceparent: own.or_else(|| row.traceparent.clone()).unwrap_or_default(),
         tracestate: row.tracestate.clone().unwrap_or_default(),
     }
 }

@@ -35,6 +35,7 @@ mod settings;
 mod settle;
 mod subscription;
 mod sweep;
+mod trace_events;
 mod unhide;
 mod wake;
 
@@ -272,6 +273,7 @@ fn start(
                 receiver: Receiver::connect_lazily(
                     route.settings().receiver.clone(),
                     settings.source.clone(),
+                    subscription.into(),
                     Duration::from_secs(settings.lease_seconds.into()),
                 ),
                 settings: settings.clone(),

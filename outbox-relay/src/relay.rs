@@ -26,6 +26,7 @@ use crate::{
     run::{LastTaken, wake_next},
     settings::Settings,
     settle::{Policy, settle},
+    trace_events::{EndingEvents, FailedEvents},
     wake::Wake,
 };
 
@@ -342,6 +343,8 @@ impl Worker {
         let (events, oldest) = (lease.rows.len(), lease.oldest);
         let last = LastTaken::of(lease.subscription_id, &lease.rows, fates);
         let outcomes = measure::Outcomes::of(&lease, fates);
+        let failed = FailedEvents::of(&lease.rows, fates);
+        let ending = EndingEvents::of(&lease, fates, self.receiver.destination());
         let settled = settle(&self.database, lease, fates, policy, &self.shutdown).await;
         if let Err(cause) = wake_next(&self.database, last).await {
             warn!(%cause, "later events of an aggregate may wait until their time is over");
@@ -350,6 +353,7 @@ impl Worker {
         measure::settled(self.route.name(), &settled);
         if settled.lost + settled.unsettled == 0 {
             outcomes.tell(self.route.name());
+            ending.tell();
         }
         let route = self.route.name();
         debug!(route, worker = self.number, events, handled = settled.handled, ?settled, "settled");
@@ -365,11 +369,7 @@ impl Worker {
             );
         }
         if settled.retried > 0 {
-            let reason = fates.iter().find_map(|fate| match fate {
-                Fate::Failed { reason, .. } => Some(reason.as_str()),
-                Fate::Delete | Fate::Dead(_) | Fate::Held { .. } | Fate::Back(_) => None,
-            });
-            warn!(route, worker = self.number, events = settled.retried, reason, "events failed, and are retried");
+            warn!(route, worker = self.number, events = settled.retried, "events failed, and are retried");
         }
         if settled.died > 0 {
             error!(
@@ -378,6 +378,9 @@ impl Worker {
                 events = settled.died,
                 "events are dead: kept in the outbox with the reason"
             );
+        }
+        if settled.retried + settled.died > 0 {
+            failed.log(route);
         }
     }
 

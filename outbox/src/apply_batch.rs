@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use chassis::trace::Trace;
 use proto::events::v1::{Event, EventResult, Outcome};
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
 use tracing::{info, warn};
@@ -154,9 +155,13 @@ fn stale(retention: Duration) -> Refusal {
 
 fn refused(event: &Event, refusal: &Refusal) -> EventResult {
     let Refusal { outcome, reason, detail } = refusal;
+    let trace = Trace::read(&event.traceparent, "").map(|trace| trace.id().to_string());
     warn!(
         event_id = event.id,
+        subject = event.subject,
         event_type = event.r#type,
+        sequence = event.sequence,
+        trace_id = trace,
         reason,
         detail,
         "event not applied: {}",

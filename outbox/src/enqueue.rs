@@ -1,5 +1,6 @@
 //! Writes events into the outbox, in the transaction of the change that they report.
 
+use chassis::trace::Trace;
 use prost::{Message, Name};
 use sqlx::{Postgres, Transaction};
 
@@ -31,6 +32,13 @@ impl TraceContext {
     }
 }
 
+impl TraceContext {
+    /// For a span of what this context belongs to.
+    pub fn trace(&self) -> Option<Trace> {
+        Trace::read(self.traceparent.as_deref()?, self.tracestate.as_deref().unwrap_or_default())
+    }
+}
+
 /// An event to enqueue.
 #[derive(Clone, Debug)]
 pub struct NewEvent {
@@ -54,6 +62,13 @@ impl NewEvent {
         let (aggregate_id, event_type) = (aggregate_id.into(), M::full_name());
         let id = EventId::derive(&event_type, aggregate_id, sequence);
         Self { id, aggregate_id, sequence, event_type, payload: message.encode_to_vec(), trace: trace.clone() }
+    }
+}
+
+impl NewEvent {
+    /// The context of the call that caused it.
+    pub fn trace(&self) -> &TraceContext {
+        &self.trace
     }
 }
 

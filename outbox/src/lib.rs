@@ -46,6 +46,7 @@ mod prune;
 mod recall;
 mod receive;
 mod resend;
+mod trace_events;
 mod wake;
 
 pub use enqueue::{NewEvent, Rows, TraceContext, enqueue};

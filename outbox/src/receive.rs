@@ -19,6 +19,7 @@ use crate::{
     measure,
     prune::prune_until_shutdown,
     recall::{RECALL_MAX, recall},
+    trace_events::Processing,
 };
 
 const EVENTS_MAX: usize = 1000;
@@ -107,14 +108,16 @@ impl<H: Handler> Receiver<H> {
 #[tonic::async_trait]
 impl<H: Handler> EventReceiver for Receiver<H> {
     async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
-        let events = request.into_inner().events;
+        let (metadata, _, DeliverRequest { mut events }) = request.into_parts();
         let mut fields = Fields::default();
         if events.len() > EVENTS_MAX {
             fields.refuse("events", format!("must be at most {EVENTS_MAX}, and are {}", events.len()));
         }
-        let events = fields.finish(events).map_err(|bad| self.applier.refuse.invalid("INVALID_BATCH", bad))?;
+        fields.finish(()).map_err(|bad| self.applier.refuse.invalid("INVALID_BATCH", bad))?;
         self.check_sources(&events)?;
+        let processing = Processing::begin(&mut events, &metadata);
         let results = self.gatherer.apply(events).await?;
+        processing.end(&results);
         Ok(Response::new(DeliverResponse { results }))
     }
 

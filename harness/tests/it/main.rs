@@ -10,5 +10,6 @@ mod plans;
 mod resend;
 mod system;
 mod third_service;
+mod traces;
 mod up;
 mod with_postgres;
