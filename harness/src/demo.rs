@@ -41,6 +41,14 @@ const ORDERS_AT_ONCE: u32 = 50;
 const WORKERS: u64 = 5;
 const BATCH: u64 = 10;
 
+const NEXT: &str = "
+  The demo has stopped all of this. Where to look next:
+     make up              starts a system that keeps running, and prints how to call it, operate it and measure it
+     docs/operating.md    what an operator does: status, journey, why, dead letters, pause
+     docs/metrics.md      the metrics of each process, with alerts and a dashboard; docs/traces.md for traces
+     make chaos           breaks the system in every way known, and counts what is lost
+";
+
 /// Inventory's events by worker.
 type Shares = BTreeMap<u64, u64>;
 
@@ -87,12 +95,13 @@ async fn show(arguments: &Arguments) -> Result<()> {
     show_workers(&layout, &target).await?;
     show_replay(&target).await?;
     show_audit(&target).await?;
+    show_journey(&layout, order_id).await?;
 
     stop(processes).await?;
     if let Some(cluster) = cluster {
         cluster.stop().await?;
     }
-    println!("\n  The demo has stopped all of this. `make up` starts a system that keeps running.\n");
+    println!("{NEXT}");
     Ok(())
 }
 
@@ -331,6 +340,16 @@ async fn show_replay(target: &Target) -> Result<()> {
     println!("     event {}", replay.event_id);
     println!("     1st delivery: {:<10} {SKU} {before} → {after_first}", name(Outcome::Applied));
     println!("     2nd delivery: {:<10} {SKU} {after_first} → {after_second}", name(replay.second));
+    Ok(())
+}
+
+async fn show_journey(layout: &Layout, order_id: Uuid) -> Result<()> {
+    println!("\n  11. An operator asks where the events of the first order are: `outbox-relay journey`.");
+    let journey = layout.operate(Service::OrdersRelay, &["journey", &order_id.to_string()]).await?;
+    ensure!(journey.contains("APPLIED"), "no receiver has applied the order: {journey}");
+    for line in journey.lines() {
+        println!("     {line}");
+    }
     Ok(())
 }
 

@@ -85,7 +85,7 @@ pub struct Layout {
     pub settings: Vec<(String, String)>,
     /// Directory of the programs, if they are not those beside this one.
     pub programs: Option<PathBuf>,
-    /// Whether the services listen for operators too, on [`OPS_OFFSET`] more than their ports. The relays always do, on theirs.
+    /// Whether the services listen for operators too, on ports that are 1000 more than theirs. The relays always do, on their own.
     pub serves_ops: bool,
     /// Where the processes look for the databases, as `host:port,host:port`: several servers, of which one can write.
     /// If empty, they connect to [`Self::server`].
