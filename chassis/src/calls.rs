@@ -113,7 +113,12 @@ fn begin_span(durations: &Durations, request: &mut Request) -> Option<Span> {
         return None;
     }
     let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
-    let parent = Trace::read(header(TRACEPARENT).unwrap_or_default(), header(TRACESTATE).unwrap_or_default());
+    // A list may come in parts.
+    let all = |name| {
+        let values = request.headers().get_all(name).iter().filter_map(|value| value.to_str().ok());
+        values.collect::<Vec<_>>().join(",")
+    };
+    let parent = Trace::read(header(TRACEPARENT).unwrap_or_default(), &all(TRACESTATE));
     let method = durations.method.to_string();
     let attributes = vec![KeyValue::new("rpc.system.name", "grpc"), KeyValue::new("rpc.method", method.clone())];
     let new = NewSpan { name: method, kind: SpanKind::Server, parent: parent.as_ref(), links: Vec::new(), attributes };
@@ -121,6 +126,10 @@ fn begin_span(durations: &Durations, request: &mut Request) -> Option<Span> {
     // Its parts are hexadecimal.
     if let Ok(own) = HeaderValue::from_str(&span.trace().to_string()) {
         request.headers_mut().insert(TRACEPARENT, own);
+    }
+    // That of another trace would go on with this one.
+    if parent.is_none() {
+        request.headers_mut().remove(TRACESTATE);
     }
     Some(span)
 }

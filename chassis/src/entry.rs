@@ -52,8 +52,12 @@ pub async fn serve_until_signal<S, E: From<io::Error>>(
     serve: impl AsyncFnOnce(TcpListener, S, CancellationToken) -> Result<(), E>,
 ) -> Result<(), E> {
     let shutdown = shutdown_signal()?;
-    let _tracing = trace::start();
-    serve(bind(address).await?, settings, shutdown).await
+    let tracing = trace::start();
+    let served = serve(bind(address).await?, settings, shutdown).await;
+    if let Some(tracing) = tracing {
+        tracing.end().await;
+    }
+    served
 }
 
 pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {

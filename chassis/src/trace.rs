@@ -29,7 +29,7 @@ use opentelemetry_sdk::{
         SdkTracerProvider, ShouldSample, SpanData,
     },
 };
-use tokio::{runtime, sync::oneshot, time::Instant};
+use tokio::{runtime, sync::oneshot, task::spawn_blocking, time::Instant};
 use tracing::{info, warn};
 
 use crate::LogLimit;
@@ -71,6 +71,12 @@ pub(crate) fn start() -> Option<Tracing> {
     if is_off {
         return None;
     }
+    if let Err(wrong) = check_sampler(set("OTEL_TRACES_SAMPLER").as_deref(), set("OTEL_TRACES_SAMPLER_ARG").as_deref())
+    {
+        warn!("no traces: {wrong}");
+        return None;
+    }
+    let endpoint = without_credentials(&endpoint);
     let (provider, end) = match start_exporter() {
         Ok(started) => started,
         Err(cause) => {
@@ -83,12 +89,39 @@ pub(crate) fn start() -> Option<Tracing> {
     Some(Tracing { provider, _end: end })
 }
 
-impl Drop for Tracing {
-    /// Waits for the last spans to be sent, and not for a collector that is away.
-    fn drop(&mut self) {
-        if let Err(cause) = self.provider.shutdown_with_timeout(FLUSH_LIMIT) {
+impl Tracing {
+    /// Waits for the last spans to be sent, and not for a collector that is away. On another thread: work that was detached
+    /// goes on meanwhile, and signals count.
+    pub(crate) async fn end(self) {
+        let Self { provider, _end: exporter } = self;
+        let ended = spawn_blocking(move || provider.shutdown_with_timeout(FLUSH_LIMIT)).await;
+        if let Ok(Err(cause)) = ended {
             warn!(%cause, "the last spans are lost");
         }
+        drop(exporter);
+    }
+}
+
+/// The SDK takes what it does not know for "always". A sampler that does not ask the parent would break each trace in the
+/// middle: the spans of an event name one that was not sent.
+fn check_sampler(sampler: Option<&str>, argument: Option<&str>) -> Result<(), String> {
+    let is_ratio = |text: &str| text.parse().is_ok_and(|ratio: f64| (0.0..=1.0).contains(&ratio));
+    match sampler {
+        None | Some("parentbased_always_on" | "parentbased_always_off") => Ok(()),
+        Some("parentbased_traceidratio") if argument.is_some_and(is_ratio) => Ok(()),
+        Some("parentbased_traceidratio") => Err("OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1".into()),
+        Some(other) => Err(format!(
+            "OTEL_TRACES_SAMPLER is {other:?}, and must be parentbased_always_on, parentbased_always_off or \
+             parentbased_traceidratio"
+        )),
+    }
+}
+
+/// For logs: a URL may have a password.
+fn without_credentials(endpoint: &str) -> String {
+    match endpoint.split_once("://").map(|(scheme, rest)| (scheme, rest.rsplit_once('@'))) {
+        Some((scheme, Some((_, host)))) => format!("{scheme}://{host}"),
+        _ => endpoint.to_owned(),
     }
 }
 
@@ -118,19 +151,22 @@ fn start_exporter() -> Result<(SdkTracerProvider, oneshot::Sender<()>), String> 
 }
 
 fn build_provider(exporter: SpanExporter) -> SdkTracerProvider {
-    let program = env::args().next().unwrap_or_default();
-    let program = Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let resource = Resource::builder();
-    let resource =
-        if env::var_os("OTEL_SERVICE_NAME").is_some() { resource } else { resource.with_service_name(program) };
+    let named = Resource::builder().build();
+    let is_unnamed = named.get(&"service.name".into()).is_none_or(|name| name.as_str().starts_with("unknown_service"));
+    let resource = if is_unnamed { Resource::builder().with_service_name(program_name()).build() } else { named };
     let processor = BatchSpanProcessor::builder(Exporter { exporter, warned: LogLimit::default() }).build();
     SdkTracerProvider::builder()
         .with_span_processor(processor)
         .with_sampler(Box::new(OfLinks { otherwise: Config::default().sampler }) as Box<dyn ShouldSample>)
         .with_id_generator(Ids::default())
         .with_max_links_per_span(LINKS_MAX)
-        .with_resource(resource.build())
+        .with_resource(resource)
         .build()
+}
+
+fn program_name() -> String {
+    let program = env::args().next().unwrap_or_default();
+    Path::new(&program).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Says that a collector is away, which the SDK does not.
@@ -150,14 +186,6 @@ impl opentelemetry_sdk::trace::SpanExporter for Exporter {
             warn!(%cause, spans, "spans are lost: the collector of traces does not take them");
         }
         exported
-    }
-
-    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.exporter.shutdown_with_timeout(timeout)
-    }
-
-    fn force_flush(&self) -> OTelSdkResult {
-        self.exporter.force_flush()
     }
 
     fn set_resource(&mut self, resource: &Resource) {
@@ -226,8 +254,10 @@ impl Trace {
         let mut parts = traceparent.split('-');
         let (version, trace_id, span_id, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         // Later versions may have more parts.
-        let is_known = version.len() == 2 && version != "ff" && (version != "00" || parts.next().is_none());
-        if !is_known || trace_id.len() != 32 || span_id.len() != 16 || flags.len() != 2 {
+        let is_hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        let is_known = version != "ff" && (version != "00" || parts.next().is_none());
+        let lengths = [version, trace_id, span_id, flags].map(str::len);
+        if !is_known || lengths != [2, 32, 16, 2] || ![version, trace_id, span_id, flags].into_iter().all(is_hex) {
             return None;
         }
         let flags = u8::from_str_radix(flags, 16).ok()?;
@@ -239,6 +269,13 @@ impl Trace {
             TraceState::from_str(tracestate).unwrap_or_default(),
         );
         context.is_valid().then_some(Self(context))
+    }
+
+    /// A new one whose spans are not sent.
+    pub fn not_sampled() -> Self {
+        let ids = RandomIdGenerator::default();
+        let (trace_id, span_id) = (ids.new_trace_id(), ids.new_span_id());
+        Self(SpanContext::new(trace_id, span_id, TraceFlags::NOT_SAMPLED, true, TraceState::NONE))
     }
 
     /// Whether its spans are sent.
@@ -342,7 +379,7 @@ impl Span {
 
 #[cfg(test)]
 mod tests {
-    use super::Trace;
+    use super::{Trace, check_sampler, without_credentials};
 
     const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
@@ -373,8 +410,40 @@ mod tests {
             "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-xx",
             "00-zzf7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
             "00-0af7651916cd43dd-b7ad6b7169203331-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-+1",
+            "00-+af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "zz-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         ] {
             assert_eq!(Trace::read(bad, ""), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_sampler_that_breaks_traces_or_means_something_else_is_refused() {
+        for (sampler, argument) in [
+            (None, None),
+            (Some("parentbased_always_off"), None),
+            (Some("parentbased_traceidratio"), Some("0.01")),
+            (Some("parentbased_traceidratio"), Some("1")),
+        ] {
+            assert_eq!(check_sampler(sampler, argument), Ok(()));
+        }
+        for (sampler, argument) in [
+            ("always_off", None),
+            ("traceidratio", Some("0.5")),
+            ("paretbased_always_on", None),
+            ("parentbased_traceidratio", None),
+            ("parentbased_traceidratio", Some("1%")),
+            ("parentbased_traceidratio", Some("1.5")),
+        ] {
+            assert!(check_sampler(Some(sampler), argument).is_err(), "{sampler} {argument:?}");
+        }
+    }
+
+    #[test]
+    fn a_password_of_the_collector_is_not_logged() {
+        assert_eq!(without_credentials("http://user:p@ss@collector:4317"), "http://collector:4317");
+        assert_eq!(without_credentials("http://collector:4317"), "http://collector:4317");
     }
 }

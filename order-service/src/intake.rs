@@ -267,10 +267,13 @@ async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
     let began = Instant::now();
     measure::begun(wanted.iter().map(|call| began.duration_since(call.arrived)));
     let (drafts, answers): (Vec<_>, Vec<_>) = wanted.into_iter().map(|call| (call.draft, call.answer)).unzip();
-    let span = begin_commit(&drafts);
+    let mut span = begin_commit(&drafts);
     let relay = relay.clone();
     let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
     measure::ended(began.elapsed());
+    if let (Some(span), Err(cause)) = (&mut span, &placed) {
+        span.fail(cause.to_string());
+    }
     drop(span);
     // A caller that hangs up now learns the answer by repeating its call.
     match placed {
@@ -284,8 +287,8 @@ fn begin_commit(drafts: &[Draft]) -> Option<Span> {
     if !trace::is_on() {
         return None;
     }
-    let links: Vec<_> = drafts.iter().filter_map(Draft::trace).collect();
-    if !links.iter().any(Trace::is_sampled) {
+    let links: Vec<_> = drafts.iter().filter_map(Draft::trace).filter(Trace::is_sampled).collect();
+    if links.is_empty() {
         return None;
     }
     let attributes = vec![

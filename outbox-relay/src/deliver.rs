@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, error::Error, time::Duration};
 
-use chassis::{CallsMade, code_name, trace::KeyValue};
+use chassis::{
+    CallsMade, code_name,
+    trace::{KeyValue, Span, Trace},
+};
 use prost_types::Timestamp;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, EventResult, Outcome, RecallRequest,
@@ -107,6 +110,7 @@ impl Receiver {
     /// Why it has not answered.
     pub(crate) async fn recall(&mut self, event_ids: Vec<String>) -> Result<Vec<(String, Option<Timestamp>)>, String> {
         let mut request = Request::new(RecallRequest { event_ids });
+        set_trace(&mut request, None);
         request.set_timeout(DESCRIBE_LIMIT);
         let asked = timeout(DESCRIBE_LIMIT, self.client.recall(request)).await;
         let answered = asked.map_err(|_| "no answer to Recall".to_owned())?;
@@ -117,6 +121,7 @@ impl Receiver {
     /// Asks the receiver whether it is up, and what it accepts.
     pub(crate) async fn describe(&mut self) -> Description {
         let mut request = Request::new(DescribeRequest {});
+        set_trace(&mut request, None);
         request.set_timeout(DESCRIBE_LIMIT);
         let began = Instant::now();
         let asked = timeout(DESCRIBE_LIMIT, self.client.describe(request)).await;
@@ -150,9 +155,7 @@ impl Receiver {
         let events = rows.iter().map(|row| event(row, &self.source, self.destination.id)).collect();
         let mut request = Request::new(DeliverRequest { events });
         let mut span = begin_delivery(rows, &self.destination);
-        if let Some(traceparent) = span.as_ref().and_then(|span| span.trace().to_string().parse().ok()) {
-            request.metadata_mut().insert("traceparent", traceparent);
-        }
+        set_trace(&mut request, span.as_ref());
         // The receiver learns the deadline too, so that it can stop when this relay no longer waits.
         let began = Instant::now();
         request.set_timeout(deadline.saturating_duration_since(began));
@@ -171,6 +174,15 @@ impl Receiver {
             Ok(Err(status)) => Delivery::Failed(read_status(&status)),
             Err(_) => Delivery::Failed(failed(Failure::Silent, "no reply within the lease")),
         }
+    }
+}
+
+/// Without a span, the receiver's sampler would make each such call a trace of its own. So it is told not to.
+fn set_trace<T>(request: &mut Request<T>, span: Option<&Span>) {
+    let trace = span.map_or_else(Trace::not_sampled, Span::trace);
+    // Its parts are hexadecimal.
+    if let Ok(traceparent) = trace.to_string().parse() {
+        request.metadata_mut().insert("traceparent", traceparent);
     }
 }
 

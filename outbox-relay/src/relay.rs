@@ -353,8 +353,8 @@ impl Worker {
         measure::settled(self.route.name(), &settled);
         if settled.lost + settled.unsettled == 0 {
             outcomes.tell(self.route.name());
-            ending.tell();
         }
+        ending.tell(&settled);
         let route = self.route.name();
         debug!(route, worker = self.number, events, handled = settled.handled, ?settled, "settled");
         if settled.lost > 0 {

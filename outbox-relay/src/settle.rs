@@ -38,12 +38,14 @@ impl Policy {
 }
 
 /// Counts of the settled events, by how they were settled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
     pub(crate) handled: usize,
     /// Back, after they failed alone.
     pub(crate) retried: usize,
     pub(crate) died: usize,
+    /// Those that died, of their last attempt too: only the row tells how many it had.
+    pub(crate) dead: Vec<EventId>,
     /// Back, with nothing learned about them.
     pub(crate) released: usize,
     /// The lease had expired, and another relay has leased these events.
@@ -238,11 +240,11 @@ async fn settle_rows(
                     WHERE (leased.aggregate_id, leased.subscription_id, leased.sequence)
                         = (back.aggregate_id, $17, back.sequence))
                 FROM unnest($4::uuid[], $5::integer[]) AS back (aggregate_id, sequence)))
-            RETURNING visible_at = 'infinity' AS died, attempted_at = now() AS failed
+            RETURNING event_id, visible_at = 'infinity' AS died, attempted_at = now() AS failed
         )
-        SELECT (SELECT count(*) FROM deleted) AS "handled!", count(*) FILTER (WHERE died) AS "died!",
-            count(*) FILTER (WHERE failed AND NOT died) AS "retried!",
-            count(*) FILTER (WHERE NOT died AND failed IS NOT TRUE) AS "released!"
+        SELECT (SELECT count(*) FROM deleted) AS "handled!", count(*) FILTER (WHERE failed AND NOT died) AS "retried!",
+            count(*) FILTER (WHERE NOT died AND failed IS NOT TRUE) AS "released!",
+            coalesce(array_agg(event_id) FILTER (WHERE died), '{}') AS "dead!: Vec<EventId>"
         FROM returned"#,
         token as LeaseToken,
         &rows.handled.aggregate_ids as &[AggregateId],
@@ -270,9 +272,9 @@ async fn settle_rows(
 /// The counts that the statement returns.
 struct Counts {
     handled: i64,
-    died: i64,
     retried: i64,
     released: i64,
+    dead: Vec<EventId>,
 }
 
 impl From<Counts> for Settled {
@@ -280,8 +282,9 @@ impl From<Counts> for Settled {
         Self {
             handled: count(counts.handled),
             retried: count(counts.retried),
-            died: count(counts.died),
+            died: counts.dead.len(),
             released: count(counts.released),
+            dead: counts.dead,
             ..Self::default()
         }
     }
@@ -449,8 +452,10 @@ mod tests {
                 for (event, failed) in events.iter().zip(&failed) {
                     check(event, failed, policy)?;
                 }
-                let dead = failed.iter().filter(|failed| failed.back_off_seconds.is_none()).count();
-                let expected = Settled { retried: failed.len() - dead, died: dead, ..Settled::default() };
+                let died = failed.iter().filter(|failed| failed.back_off_seconds.is_none()).count();
+                prop_assert_eq!(counts.dead.len(), died);
+                let dead = counts.dead.clone();
+                let expected = Settled { retried: failed.len() - died, died, dead, ..Settled::default() };
                 prop_assert_eq!(counts, expected);
                 Ok(())
             })

@@ -11,7 +11,7 @@ use outbox::{AggregateId, EventId};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::{fate::Fate, lease::Lease, leased_row::LeasedRow, subscription::Subscription};
+use crate::{fate::Fate, lease::Lease, leased_row::LeasedRow, settle::Settled, subscription::Subscription};
 
 /// Odd, and with about as many ones as zeros.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -29,15 +29,23 @@ impl From<&Subscription> for Destination {
     }
 }
 
-/// The context of the row's span, if spans are sent and its trace is sampled.
-pub(crate) fn trace_of(row: &LeasedRow, subscription_id: i16) -> Option<Trace> {
-    let caused_by = cause_of(row)?;
-    caused_by.is_sampled().then(|| caused_by.of_span(span_name(row.event_id, subscription_id)))
+/// The context of what has caused an event, and that of its row's own span.
+struct Traces {
+    cause: Trace,
+    own: Trace,
 }
 
-fn cause_of(row: &LeasedRow) -> Option<Trace> {
+/// Of a row, if spans are sent and its trace is sampled.
+fn traces_of(row: &LeasedRow, subscription_id: i16) -> Option<Traces> {
     let traceparent = row.traceparent.as_deref().filter(|_| trace::is_on())?;
-    Trace::read(traceparent, row.tracestate.as_deref().unwrap_or_default())
+    let cause = Trace::read(traceparent, row.tracestate.as_deref().unwrap_or_default())?;
+    let own = cause.is_sampled().then(|| cause.of_span(span_name(row.event_id, subscription_id)))?;
+    Some(Traces { cause, own })
+}
+
+/// The context of the row's span, if spans are sent and its trace is sampled.
+pub(crate) fn trace_of(row: &LeasedRow, subscription_id: i16) -> Option<Trace> {
+    traces_of(row, subscription_id).map(|traces| traces.own)
 }
 
 fn span_name(event_id: EventId, subscription_id: i16) -> u64 {
@@ -83,14 +91,18 @@ struct FailedEvent {
 impl FailedEvents {
     pub(crate) fn of(rows: &[LeasedRow], fates: &[Fate]) -> Self {
         let failed = rows.iter().zip(fates).filter_map(|(row, fate)| {
-            let (Fate::Dead(reason) | Fate::Failed { reason, .. }) = fate else { return None };
+            let (reason, again) = match fate {
+                Fate::Failed { reason, .. } => (reason, 1),
+                Fate::Dead(reason) => (reason, 0),
+                Fate::Delete | Fate::Held { .. } | Fate::Back(_) => return None,
+            };
             let trace = row.traceparent.as_deref().and_then(|traceparent| Trace::read(traceparent, ""));
             Some(FailedEvent {
                 event_id: row.event_id,
                 subject: row.aggregate_id,
                 event_type: row.event_type.clone(),
                 sequence: row.sequence,
-                failures: row.failures + 1,
+                failures: row.failures + again,
                 trace_id: trace.map(|trace| trace.id().to_string()).unwrap_or_default(),
                 reason: reason.clone(),
             })
@@ -105,31 +117,31 @@ impl FailedEvents {
     }
 }
 
-/// Events of a lease that end with it, if it is settled.
+/// Events of a lease that end with it, if they are settled so.
 pub(crate) struct EndingEvents {
     leased_at: Instant,
     events: Vec<EndingEvent>,
 }
 
 struct EndingEvent {
-    cause: Trace,
-    trace: Trace,
+    event_id: EventId,
+    traces: Traces,
     name: String,
     age: f64,
-    /// Why it is dead; `None`: it was handled.
-    dead: Option<String>,
+    /// Why it failed, and is dead if that was its last attempt; `None`: it was handled.
+    failed: Option<String>,
     attributes: Vec<KeyValue>,
 }
 
 impl EndingEvents {
     pub(crate) fn of(lease: &Lease, fates: &[Fate], destination: &Destination) -> Self {
         let ending = lease.rows.iter().zip(fates).filter_map(|(row, fate)| {
-            let dead = match fate {
+            let failed = match fate {
                 Fate::Delete => None,
-                Fate::Dead(reason) => Some(reason.clone()),
-                Fate::Failed { .. } | Fate::Held { .. } | Fate::Back(_) => return None,
+                Fate::Dead(reason) | Fate::Failed { charge: true, reason, .. } => Some(reason.clone()),
+                Fate::Failed { charge: false, .. } | Fate::Held { .. } | Fate::Back(_) => return None,
             };
-            let trace = trace_of(row, destination.id)?;
+            let traces = traces_of(row, destination.id)?;
             let attributes = vec![
                 KeyValue::new("messaging.system.name", "outbox"),
                 KeyValue::new("messaging.operation.name", "create"),
@@ -141,21 +153,27 @@ impl EndingEvents {
                 KeyValue::new("outbox.failures", i64::from(row.failures)),
             ];
             let name = format!("create {}", row.event_type);
-            Some(EndingEvent { cause: cause_of(row)?, trace, name, age: row.age_seconds, dead, attributes })
+            Some(EndingEvent { event_id: row.event_id, traces, name, age: row.age_seconds, failed, attributes })
         });
         Self { leased_at: lease.leased_at, events: ending.collect() }
     }
 
     /// Sends their spans, which end now.
-    pub(crate) fn tell(self) {
+    ///
+    /// If some rows were lost, or the settlement may have failed, another relay may send one of these too. Twice is better
+    /// than never: the spans of its deliveries name it.
+    pub(crate) fn tell(self, settled: &Settled) {
         #[expect(clippy::disallowed_methods, reason = "spans have the times of this process's clock")]
         let now = SystemTime::now();
         let held = self.leased_at.elapsed();
-        for EndingEvent { cause, trace, name, age, dead, attributes } in self.events {
+        for EndingEvent { event_id, traces: Traces { cause, own }, name, age, failed, attributes } in self.events {
+            if failed.is_some() && !settled.dead.contains(&event_id) {
+                continue;
+            }
             let began = now - held - Duration::from_secs_f64(age.max(0.0));
             let new = NewSpan { name, kind: SpanKind::Producer, parent: Some(&cause), links: Vec::new(), attributes };
-            let Some(mut span) = new.begin_known(&trace, began) else { return };
-            if let Some(reason) = dead {
+            let Some(mut span) = new.begin_known(&own, began) else { return };
+            if let Some(reason) = failed {
                 span.fail(reason);
             }
             span.end_at(now);

@@ -116,9 +116,9 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         fields.finish(()).map_err(|bad| self.applier.refuse.invalid("INVALID_BATCH", bad))?;
         self.check_sources(&events)?;
         let processing = Processing::begin(&mut events, &metadata);
-        let results = self.gatherer.apply(events).await?;
-        processing.end(&results);
-        Ok(Response::new(DeliverResponse { results }))
+        let answer = self.gatherer.apply(events).await;
+        processing.end(&answer);
+        answer.map(|results| Response::new(DeliverResponse { results }))
     }
 
     /// Commits too: relays take an answer as the sign that a delivery can be applied.
