@@ -38,7 +38,7 @@ pub use migrate::{MigrateArguments, MigrateError, migrate};
 pub use ops::Ops;
 pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, log_failure, may_pass};
-pub use schema::SchemaError;
+pub use schema::{SchemaError, check_schema};
 pub use serve::{ServeError, ServeSettings, Services, serve};
 pub use session::{confirm_seen, timed_out};
 pub use shutdown::{EndSettings, Ending, shutdown_signal};

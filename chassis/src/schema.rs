@@ -36,7 +36,10 @@ pub(crate) fn is_contracting(migration: &Migration) -> bool {
 
 /// Checks that all migrations of `migrators` were run, but for contracting ones. Later ones are no error: a new schema is
 /// deployed before the processes that need it.
-pub(crate) async fn check_schema(connection: &mut PgConnection, migrators: &[&Migrator]) -> Result<(), SchemaError> {
+///
+/// # Errors
+/// [`SchemaError`].
+pub async fn check_schema(connection: &mut PgConnection, migrators: &[&Migrator]) -> Result<(), SchemaError> {
     for migrator in migrators {
         check(connection, migrator).await?;
     }

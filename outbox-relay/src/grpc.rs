@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use chassis::{Database, Fields, Refuse, Work};
 use outbox::EventId;
 use proto::relay::v1::{
-    DeadEventContent, DiscardDeadEventRequest, DiscardDeadEventResponse, GetDeadEventRequest, GetJourneyRequest,
-    GetStatusRequest, Journey, ListDeadEventsRequest, ListDeadEventsResponse, OutboxPause, OutboxStatus, PauseRequest,
-    RequeueDeadEventsRequest, RequeueDeadEventsResponse, RestoreDiscardedEventRequest, RestoreDiscardedEventResponse,
-    ResumeRequest, relay_admin_server::RelayAdmin,
+    DeadEventContent, DiagnoseRequest, Diagnosis, DiscardDeadEventRequest, DiscardDeadEventResponse,
+    GetDeadEventRequest, GetJourneyRequest, GetStatusRequest, Journey, ListDeadEventsRequest, ListDeadEventsResponse,
+    OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest, RequeueDeadEventsResponse,
+    RestoreDiscardedEventRequest, RestoreDiscardedEventResponse, ResumeRequest, relay_admin_server::RelayAdmin,
 };
 use sqlx::PgConnection;
 use tokio::time::{Duration, Instant, sleep};
@@ -16,8 +16,8 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::operate::{
     self, Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
-    ask_receivers, check_text, find_subscription, list_dead, read_facts, read_status, read_totals, requeue_piece,
-    show_dead,
+    ask_receivers, check_text, diagnose, find_subscription, list_dead, read_all, read_facts, read_status, read_totals,
+    requeue_piece, show_dead,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
@@ -68,6 +68,12 @@ impl RelayAdmin for Admin {
         self.run(move |connection| Box::pin(async move { show_dead(connection, event_id, descriptors.as_ref()).await }))
             .await
             .map(Response::new)
+    }
+
+    async fn diagnose(&self, _: Request<DiagnoseRequest>) -> Result<Response<Diagnosis>, Status> {
+        let readings = self.run(|connection| Box::pin(read_all(connection))).await?;
+        // Holds no connection while it waits for receivers.
+        Ok(Response::new(diagnose(readings).await))
     }
 
     async fn get_journey(&self, request: Request<GetJourneyRequest>) -> Result<Response<Journey>, Status> {

@@ -4,6 +4,7 @@
 mod command_line;
 mod decode;
 mod discard;
+mod doctor;
 mod journey;
 mod list_dead;
 mod pause;
@@ -26,6 +27,7 @@ pub use command_line::{Command, CommandError, Outbox, run};
 pub use decode::{Descriptors, DescriptorsError};
 
 pub(crate) use discard::{Discard, discard};
+pub(crate) use doctor::{diagnose, read_all};
 pub(crate) use journey::{ask_receivers, read_facts};
 pub(crate) use list_dead::{Page, list_dead};
 pub(crate) use pause::{pause, resume};

@@ -9,7 +9,7 @@ use std::{
 use chassis::DatabaseUrl;
 use clap::{Args, Subcommand};
 use outbox::EventId;
-use proto::relay::v1::{OutboxStatus, dead_event_content::Payload};
+use proto::relay::v1::{OutboxStatus, dead_event_content::Payload, finding::Severity};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};
@@ -19,11 +19,11 @@ use super::{
     Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, SAMPLE, Walk, ask_receivers,
     check_text, count,
     decode::answer,
-    discard, discard_piece, find_subscription, list_dead,
+    diagnose, discard, discard_piece, find_subscription, list_dead,
     list_dead::count_dead,
     pause, print,
     progress::Progress,
-    read_backlogs, read_facts, read_status, read_totals,
+    read_all, read_backlogs, read_facts, read_status, read_totals,
     refuse::{describe, named},
     requeue,
     requeue::Requeued,
@@ -101,6 +101,16 @@ Examples:
     #[command(after_long_help = "Example:
   outbox-relay why 0192f0c1-2345-7abc-8def-0123456789ab")]
     Why(JourneyArguments),
+    /// Examine the outbox: what hinders it, or will, and what to do
+    ///
+    /// Looks at the server, the schema, the rights and settings of the role, both clocks, VACUUM and what holds it up, each
+    /// subscription with its routes and pauses, and asks each receiver to describe itself. Changes nothing.
+    #[command(after_long_help = "Exit code: 0 if there is no fault, 1 if there is one.
+
+Examples:
+  outbox-relay doctor
+  outbox-relay doctor --json | jq '.findings[] | select(.severity == \"SEVERITY_FAULT\")'")]
+    Doctor(DoctorArguments),
     /// List, show, requeue or discard dead events
     #[command(subcommand)]
     Dead(DeadCommand),
@@ -135,6 +145,16 @@ pub struct StatusArguments {
     /// Repeat every second until Ctrl-C. With --json, print one line each time.
     #[arg(long)]
     watch: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Args, Debug)]
+pub struct DoctorArguments {
+    #[command(flatten)]
+    outbox: Outbox,
+    /// Print JSON: the fields of relay.v1.Diagnosis.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Arguments of `journey` and `why`.
@@ -482,6 +502,7 @@ fn explain(cause: &sqlx::Error) -> String {
 pub async fn run(command: Command) -> Result<(), CommandError> {
     let ended = match command {
         Command::Status(arguments) => show_status(arguments).await,
+        Command::Doctor(arguments) => examine(arguments).await,
         Command::Journey(arguments) => show_journey(arguments, Receivers::Asked).await,
         Command::Why(arguments) => show_journey(arguments, Receivers::NotAsked).await,
         Command::Subscribe(arguments) => subscribe_name(arguments).await,
@@ -567,6 +588,22 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
     let redraw = if io::stdout().is_terminal() { "\x1b[H\x1b[J" } else { "\n" };
     let time = status.time.unwrap_or_default();
     say(&format!("{redraw}{time}\n\n{}", print::status(status)))
+}
+
+async fn examine(arguments: DoctorArguments) -> Result<(), CommandError> {
+    let DoctorArguments { outbox, json } = arguments;
+    let diagnosis = diagnose(outbox.ask(read_all).await?).await;
+    if json {
+        say_json(&answer(&diagnosis)?)?;
+    } else {
+        say(&print::diagnosis(&diagnosis))?;
+    }
+    let faults = diagnosis.findings.iter().filter(|finding| finding.severity() == Severity::Fault).count();
+    match faults {
+        0 => Ok(()),
+        1 => Err(CommandError::Refused("there is 1 fault".into())),
+        faults => Err(CommandError::Refused(format!("there are {faults} faults"))),
+    }
 }
 
 /// Whether a command asks receivers what they have applied.

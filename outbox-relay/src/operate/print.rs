@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use proto::relay::v1::{
-    DeadEvent, DeadEventContent, Journey, JourneyEvent, ListDeadEventsResponse, OutboxStatus,
+    DeadEvent, DeadEventContent, Diagnosis, Journey, JourneyEvent, ListDeadEventsResponse, OutboxStatus,
     dead_event_content::Payload, journey_event::State,
 };
 
@@ -88,6 +88,19 @@ fn types(status: &OutboxStatus) -> String {
         [line([&of.r#type]), numbers.to_vec()].concat()
     }));
     table(&rows, &[1, 2, 3, 4])
+}
+
+/// What was found, the worst first, each with what to do.
+pub(super) fn diagnosis(diagnosis: &Diagnosis) -> String {
+    let mut page = String::new();
+    for finding in &diagnosis.findings {
+        let severity = finding.severity().as_str_name().trim_start_matches("SEVERITY_");
+        _ = writeln!(page, "{severity:<8} {}: {}", visible(&finding.about), visible(&finding.text));
+        if !finding.todo.is_empty() {
+            _ = writeln!(page, "{:<8} {}", "", visible(&finding.todo));
+        }
+    }
+    page
 }
 
 /// What is known of a subject's events. `why`: only of those that are left in the outbox.

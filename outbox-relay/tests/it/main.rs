@@ -19,6 +19,7 @@ mod back_off;
 mod dead_letters;
 mod deliver;
 mod describe;
+mod doctor;
 mod drain;
 mod expand;
 mod floor;
