@@ -44,8 +44,12 @@ async fn an_operator_sees_what_was_applied_what_died_what_waits_behind_it_and_wh
     .await;
     outbox.insert(&events).await;
     let relay = Binary::start(&outbox, &receiver, &[]);
-    until("the first is applied, and the second dead", async || {
-        outbox.row(first).await.is_none() && outbox.row(second).await.is_some_and(|row| row.dead)
+    // Relays tell of their routes once a second.
+    let open = "SELECT EXISTS (SELECT FROM outbox_routes WHERE state = 'OPEN')";
+    until("the first is applied, the second dead, and the route told to be open", async || {
+        outbox.row(first).await.is_none()
+            && outbox.row(second).await.is_some_and(|row| row.dead)
+            && sqlx::query_scalar(open).fetch_one(&outbox.pool).await.unwrap()
     })
     .await;
 
