@@ -119,18 +119,29 @@ fn begin_span(durations: &Durations, request: &mut Request) -> Option<Span> {
         values.collect::<Vec<_>>().join(",")
     };
     let parent = Trace::read(header(TRACEPARENT).unwrap_or_default(), &all(TRACESTATE));
-    let method = durations.method.to_string();
-    let attributes = vec![KeyValue::new("rpc.system.name", "grpc"), KeyValue::new("rpc.method", method.clone())];
-    let new = NewSpan { name: method, kind: SpanKind::Server, parent: parent.as_ref(), links: Vec::new(), attributes };
-    let span = new.begin()?;
+    // The context that came says that already, to whatever the call causes.
+    if parent.as_ref().is_some_and(|parent| !parent.is_sampled()) {
+        return None;
+    }
+    let name = durations.method.to_string();
+    let new =
+        NewSpan { name, kind: SpanKind::Server, parent: parent.as_ref(), links: Vec::new(), attributes: Vec::new() };
+    let mut span = new.begin()?;
+    let trace = span.trace();
+    // Most calls are not. What they cause belongs to no trace, and so is sampled by nobody: it needs no context.
+    if !trace.is_sampled() {
+        return None;
+    }
     // Its parts are hexadecimal.
-    if let Ok(own) = HeaderValue::from_str(&span.trace().to_string()) {
+    if let Ok(own) = HeaderValue::from_str(&trace.to_string()) {
         request.headers_mut().insert(TRACEPARENT, own);
     }
     // That of another trace would go on with this one.
     if parent.is_none() {
         request.headers_mut().remove(TRACESTATE);
     }
+    span.set(KeyValue::new("rpc.system.name", "grpc"));
+    span.set(KeyValue::new("rpc.method", durations.method.to_string()));
     Some(span)
 }
 
