@@ -165,8 +165,7 @@ impl Answering {
             let name = code_name(code);
             span.set(KeyValue::new("rpc.status_code", name));
             if is_error(code, false) {
-                span.set(KeyValue::new("error.type", name));
-                span.fail(String::new());
+                span.fail_as(name);
             }
         }
     }

@@ -16,8 +16,8 @@ use std::{
 use opentelemetry::{
     Context,
     trace::{
-        Link, Span as _, SpanContext, SpanId, TraceContextExt as _, TraceFlags, TraceId, TraceState, Tracer as _,
-        TracerProvider as _,
+        Link, Span as _, SpanContext, SpanId, Status, TraceContextExt as _, TraceFlags, TraceId, TraceState,
+        Tracer as _, TracerProvider as _,
     },
 };
 use opentelemetry_otlp::SpanExporter;
@@ -34,10 +34,7 @@ use tracing::{info, warn};
 
 use crate::LogLimit;
 
-pub use opentelemetry::{
-    KeyValue,
-    trace::{SpanKind, Status},
-};
+pub use opentelemetry::{KeyValue, trace::SpanKind};
 
 /// The SDK keeps 128, and drops the others without a word. A batch may have this many events.
 const LINKS_MAX: u32 = 1000;
@@ -283,11 +280,6 @@ impl Trace {
         self.0.is_sampled()
     }
 
-    /// The `tracestate` header; often empty.
-    pub fn state(&self) -> String {
-        self.0.trace_state().header()
-    }
-
     /// The context of another span of the same trace, whose id follows from the `name`.
     #[must_use]
     pub fn of_span(&self, name: u64) -> Self {
@@ -296,9 +288,9 @@ impl Trace {
         Self(SpanContext::new(self.0.trace_id(), span_id, self.0.trace_flags(), true, self.0.trace_state().clone()))
     }
 
-    /// The id of the trace, as logs and collectors show it.
-    pub fn id(&self) -> impl fmt::Display + use<> {
-        self.0.trace_id()
+    /// The id of the trace that a header belongs to, as logs and collectors show it.
+    pub fn id_in(traceparent: &str) -> Option<String> {
+        Some(Self::read(traceparent, "")?.0.trace_id().to_string())
     }
 }
 
@@ -366,6 +358,12 @@ impl Span {
         self.0.set_attribute(attribute);
     }
 
+    /// Marks it as failed, with the type of its error.
+    pub fn fail_as(&mut self, error_type: &'static str) {
+        self.set(KeyValue::new("error.type", error_type));
+        self.fail(String::new());
+    }
+
     /// Marks it as failed.
     pub fn fail(&mut self, why: String) {
         self.0.set_status(Status::error(why));
@@ -386,7 +384,7 @@ mod tests {
     #[test]
     fn a_context_survives_the_way_through_a_header() {
         let trace = Trace::read(PARENT, "vendor=1").unwrap();
-        assert_eq!((trace.to_string().as_str(), trace.state().as_str()), (PARENT, "vendor=1"));
+        assert_eq!((trace.to_string().as_str(), trace.0.trace_state().header().as_str()), (PARENT, "vendor=1"));
         assert!(trace.is_sampled());
         let other = trace.of_span(0x1234);
         assert_eq!(other.to_string(), "00-0af7651916cd43dd8448eb211c80319c-0000000000001234-01");
@@ -394,7 +392,7 @@ mod tests {
         // A later version may say more.
         assert!(Trace::read(&format!("{}-more", PARENT.replacen("00", "01", 1)), "").is_some());
         // A bad second header costs no trace.
-        assert_eq!(Trace::read(PARENT, "no list").map(|trace| trace.state()), Some(String::new()));
+        assert_eq!(Trace::read(PARENT, "no list").map(|trace| trace.0.trace_state().header()), Some(String::new()));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use testkit::{
 /// The first of the five ports that `harness up` uses by default.
 pub const FIRST_PORT: u16 = 50051;
 /// How much more the port for operators of a service is than its port.
-pub(crate) const OPS_OFFSET: u16 = 1000;
+const OPS_OFFSET: u16 = 1000;
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
 /// No process of an earlier version works on these databases, so nothing has to be kept for one.
 const MIGRATE: [&str; 2] = ["migrate", "--contract"];
@@ -142,9 +142,9 @@ impl Service {
         }
     }
 
-    /// Its port for operators.
-    pub(crate) fn ops_port_from(self, first: u16) -> u16 {
-        self.port_from(first) + if self.owns_database() { OPS_OFFSET } else { 0 }
+    /// Its port for operators, if this is its port.
+    pub(crate) fn ops_port(self, port: u16) -> u16 {
+        if self.owns_database() { port + OPS_OFFSET } else { port }
     }
 
     fn owns_database(self) -> bool {
@@ -397,9 +397,7 @@ impl Layout {
     /// If it is not in this system.
     pub fn ops_address(&self, service: Service) -> Result<Option<SocketAddr>> {
         let mut address = self.address(service)?;
-        if service.owns_database() {
-            address.set_port(address.port() + OPS_OFFSET);
-        }
+        address.set_port(service.ops_port(address.port()));
         Ok((self.serves_ops || !service.owns_database()).then_some(address))
     }
 

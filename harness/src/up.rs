@@ -129,7 +129,8 @@ fn layout_on(first: u16, server: Server) -> Layout {
 
 /// The port of a service and its port for operators, which are one if it is a relay.
 fn ports_of(service: Service, first: u16) -> Vec<u16> {
-    let mut ports = vec![service.port_from(first), service.ops_port_from(first)];
+    let port = service.port_from(first);
+    let mut ports = vec![port, service.ops_port(port)];
     ports.dedup();
     ports
 }

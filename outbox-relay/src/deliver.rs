@@ -165,8 +165,7 @@ impl Receiver {
         if let Some(span) = &mut span {
             span.set(KeyValue::new("rpc.status_code", code_name(code)));
             if code != Code::Ok {
-                span.set(KeyValue::new("error.type", code_name(code)));
-                span.fail(String::new());
+                span.fail_as(code_name(code));
             }
         }
         match called {

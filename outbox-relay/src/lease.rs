@@ -309,7 +309,7 @@ pub(crate) fn is_cut_off(cause: &sqlx::Error) -> bool {
     }
 }
 
-async fn read_present(connection: &mut PgConnection) -> Result<OffsetDateTime, sqlx::Error> {
+pub(crate) async fn read_present(connection: &mut PgConnection) -> Result<OffsetDateTime, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- relay: read the present
         SELECT now() AS "now!""#

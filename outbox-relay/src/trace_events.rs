@@ -96,14 +96,13 @@ impl FailedEvents {
                 Fate::Dead(reason) => (reason, 0),
                 Fate::Delete | Fate::Held { .. } | Fate::Back(_) => return None,
             };
-            let trace = row.traceparent.as_deref().and_then(|traceparent| Trace::read(traceparent, ""));
             Some(FailedEvent {
                 event_id: row.event_id,
                 subject: row.aggregate_id,
                 event_type: row.event_type.clone(),
                 sequence: row.sequence,
                 failures: row.failures + again,
-                trace_id: trace.map(|trace| trace.id().to_string()).unwrap_or_default(),
+                trace_id: row.traceparent.as_deref().and_then(Trace::id_in).unwrap_or_default(),
                 reason: reason.clone(),
             })
         });

@@ -155,13 +155,12 @@ fn stale(retention: Duration) -> Refusal {
 
 fn refused(event: &Event, refusal: &Refusal) -> EventResult {
     let Refusal { outcome, reason, detail } = refusal;
-    let trace = Trace::read(&event.traceparent, "").map(|trace| trace.id().to_string());
     warn!(
         event_id = event.id,
         subject = event.subject,
         event_type = event.r#type,
         sequence = event.sequence,
-        trace_id = trace,
+        trace_id = Trace::id_in(&event.traceparent),
         reason,
         detail,
         "event not applied: {}",

@@ -30,9 +30,7 @@ impl TraceContext {
         };
         Self { traceparent: bounded(traceparent, 55), tracestate: bounded(tracestate, 512) }
     }
-}
 
-impl TraceContext {
     /// For a span of what this context belongs to.
     pub fn trace(&self) -> Option<Trace> {
         Trace::read(self.traceparent.as_deref()?, self.tracestate.as_deref().unwrap_or_default())
@@ -63,9 +61,7 @@ impl NewEvent {
         let id = EventId::derive(&event_type, aggregate_id, sequence);
         Self { id, aggregate_id, sequence, event_type, payload: message.encode_to_vec(), trace: trace.clone() }
     }
-}
 
-impl NewEvent {
     /// The context of the call that caused it.
     pub fn trace(&self) -> &TraceContext {
         &self.trace

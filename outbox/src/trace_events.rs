@@ -35,10 +35,7 @@ impl Processing {
         for (place, mut span) in self.0.drain(..) {
             match answer {
                 Ok(results) => tell(&mut span, results.get(place)),
-                Err(status) => {
-                    span.set(KeyValue::new("error.type", code_name(status.code())));
-                    span.fail(String::new());
-                }
+                Err(status) => span.fail_as(code_name(status.code())),
             }
         }
     }
@@ -48,8 +45,7 @@ impl Processing {
 impl Drop for Processing {
     fn drop(&mut self) {
         for (_, span) in &mut self.0 {
-            span.set(KeyValue::new("error.type", "CANCELLED"));
-            span.fail(String::new());
+            span.fail_as("CANCELLED");
         }
     }
 }

@@ -7,9 +7,13 @@ use std::time::{Duration, SystemTime};
 use futures_util::future::join_all;
 use proto::relay::v1::{Diagnosis, Finding, OutboxPause, RelayRoute, finding::Severity};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
-use tokio::time::timeout;
 
-use super::{OperateError, pause::read_pauses, refuse::describe, status::read_routes};
+use super::{
+    OperateError,
+    pause::read_pauses,
+    refuse::{describe, holds_up, resume_command},
+    status::read_routes,
+};
 use crate::{
     MIGRATORS,
     count::{Counted, Upkeep, count_by_subscription, read_upkeep},
@@ -19,8 +23,6 @@ use crate::{
     subscription::{Subscription, read_subscriptions},
 };
 
-/// How long a receiver may take to describe itself.
-const ASK_LIMIT: Duration = Duration::from_secs(2);
 /// Clocks of sound machines differ by less.
 const CLOCK_LIMIT: Duration = Duration::from_secs(60);
 /// A transaction that is older hinders VACUUM.
@@ -99,8 +101,11 @@ pub(crate) async fn read_all(connection: &mut PgConnection) -> Result<Readings, 
 pub(crate) async fn diagnose(readings: Readings) -> Diagnosis {
     let asking = readings.routes.iter().map(|route| async move {
         let described = match route.receiver.parse() {
-            Ok(uri) => timeout(ASK_LIMIT, async { Receiver::connect_to_ask(uri).describe().await }).await.ok(),
-            Err(_) => None,
+            Ok(uri) => Receiver::connect_to_ask(uri).describe().await,
+            Err(_) => {
+                let reason = "its URL cannot be read".into();
+                Description::Unavailable { reason, retry_after: Duration::ZERO }
+            }
         };
         (route, described)
     });
@@ -226,12 +231,9 @@ fn judge_subscription(of: &Counted, readings: &Readings) -> Vec<Finding> {
     let about = format!("subscription {}", of.name);
     let mut findings = Vec::new();
     let mut add = |severity, text: String, todo: String| findings.push(finding(severity, &about, text, todo));
-    for pause in &readings.pauses {
-        if pause.subscription.is_empty() || pause.subscription == of.name {
-            let only = if pause.subscription.is_empty() { "" } else { " --subscription " };
-            let todo = format!("`outbox-relay resume{only}{}` once its reason is gone", pause.subscription);
-            add(Severity::Warning, format!("paused {}", describe(pause)), todo);
-        }
+    for pause in readings.pauses.iter().filter(|pause| holds_up(pause, &of.name)) {
+        let todo = format!("{} once its reason is gone", resume_command(pause));
+        add(Severity::Warning, format!("paused {}", describe(pause)), todo);
     }
     let routes: Vec<_> = readings.routes.iter().filter(|route| route.route == of.name).collect();
     if routes.is_empty() {
@@ -263,21 +265,17 @@ fn judge_subscription(of: &Counted, readings: &Readings) -> Vec<Finding> {
     findings
 }
 
-fn judge_receiver(route: &RelayRoute, subscription: Option<&Subscription>, described: Option<Description>) -> Finding {
+fn judge_receiver(route: &RelayRoute, subscription: Option<&Subscription>, described: Description) -> Finding {
     let about = format!("receiver {}", route.receiver);
     let (types, retention) = match described {
-        Some(Description::Ready { types, retention, .. }) => (types, retention),
-        Some(Description::Unknown(text)) => return finding(Severity::Fault, &about, text, "deploy one that does"),
-        Some(Description::Barred { reason }) => {
+        Description::Ready { types, retention, .. } => (types, retention),
+        Description::Unknown(text) => return finding(Severity::Fault, &about, text, "deploy one that does"),
+        Description::Barred { reason } => {
             return finding(Severity::Fault, &about, reason, "let the relay call it, or correct the route");
         }
-        Some(Description::Unavailable { reason, .. }) => {
+        Description::Unavailable { reason, .. } => {
             let todo = "if the relay reaches it and this machine does not, that is the network; otherwise repair it";
             return finding(Severity::Warning, &about, format!("does not answer here: {reason}"), todo);
-        }
-        None => {
-            let todo = "if the relay reaches it and this machine does not, that is the network; otherwise repair it";
-            return finding(Severity::Warning, &about, format!("does not answer here within {ASK_LIMIT:?}"), todo);
         }
     };
     let pattern = subscription.map_or("*", |of| of.pattern.as_str());
@@ -446,12 +444,13 @@ mod tests {
             let types = types.iter().map(|name| (*name).to_owned()).collect();
             let retention = Duration::from_hours(168);
             let described = Description::Ready { retention, types, sources: Vec::new(), ordered: true };
-            judge_receiver(&route, Some(&subscription), Some(described)).severity()
+            judge_receiver(&route, Some(&subscription), described).severity()
         };
         assert_eq!(severity(&[]), Severity::Ok);
         assert_eq!(severity(&["inventory.v1.StockReserved", "orders.v1.OrderCreated"]), Severity::Ok);
         assert_eq!(severity(&["inventory.v1.StockReserved"]), Severity::Fault);
-        assert_eq!(judge_receiver(&route, None, None).severity(), Severity::Warning);
+        let away = Description::Unavailable { reason: "no answer".into(), retry_after: Duration::ZERO };
+        assert_eq!(judge_receiver(&route, None, away).severity(), Severity::Warning);
         assert!(matches("*", "a.B") && matches("a.B", "a.B") && !matches("a.B", "a.Bc"));
     }
 }

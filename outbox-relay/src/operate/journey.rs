@@ -19,12 +19,12 @@ use uuid::Uuid;
 use super::{
     OperateError,
     pause::read_pauses,
-    refuse::{NotApplicable, Reason, describe},
+    refuse::{NotApplicable, Reason, describe, holds_up, resume_command},
     status::read_routes,
 };
 use crate::{
     deliver::{Description, Receiver},
-    lease::is_cut_off,
+    lease::{is_cut_off, read_present},
     leased_row::LeaseToken,
     route::Condition,
     subscription::{UNROUTED, read_subscriptions},
@@ -111,7 +111,7 @@ pub(crate) async fn read_facts(connection: &mut PgConnection, id: Uuid) -> Resul
     }
     let subject = rows.first().map(|row| row.aggregate_id);
     let subject = subject.or_else(|| discarded.first().map(|row| row.aggregate_id)).unwrap_or_else(|| id.into());
-    let (now, pauses) = (read_time(connection).await?, read_pauses(connection).await?);
+    let (now, pauses) = (read_present(connection).await?, read_pauses(connection).await?);
     let routes = read_routes(connection).await?;
     let subscriptions = read_subscriptions(connection).await?.into_iter().map(|of| of.name).collect();
     Ok(Facts { subject, asked: id, now, rows, discarded, pauses, routes, subscriptions })
@@ -362,14 +362,12 @@ fn predecessor<'r>(row: &Row, rows: &'r [Row]) -> Option<&'r Row> {
 fn causes_of_subscription(subscription: &str, facts: &Facts) -> Vec<WaitCause> {
     let mut causes = Vec::new();
     for pause in &facts.pauses {
-        let (what, resume) = match pause.subscription.as_str() {
-            "" => ("all subscriptions are".to_owned(), "`outbox-relay resume`".to_owned()),
-            name if name == subscription => {
-                (format!("{name} is"), format!("`outbox-relay resume --subscription {name}`"))
-            }
-            _ => continue,
-        };
-        causes.push(cause(Kind::Paused, format!("{what} paused {}; {resume} ends it", describe(pause))));
+        if !holds_up(pause, subscription) {
+            continue;
+        }
+        let what = if pause.subscription.is_empty() { "all subscriptions are" } else { &format!("{subscription} is") };
+        let text = format!("{what} paused {}; {} ends it", describe(pause), resume_command(pause));
+        causes.push(cause(Kind::Paused, text));
     }
     let of_it: Vec<_> = facts.routes.iter().filter(|route| route.route == subscription).collect();
     if of_it.is_empty() {
@@ -454,15 +452,6 @@ async fn find_subject(connection: &mut PgConnection, event_id: Uuid) -> Result<O
         Err(cause) if is_cut_off(&cause) => Ok(None),
         found => found,
     }
-}
-
-async fn read_time(connection: &mut PgConnection) -> Result<OffsetDateTime, sqlx::Error> {
-    sqlx::query_scalar!(
-        r#"-- operate: read the time
-        SELECT now() AS "now!""#
-    )
-    .fetch_one(connection)
-    .await
 }
 
 #[cfg(test)]

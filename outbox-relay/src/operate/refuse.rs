@@ -126,6 +126,19 @@ pub(super) fn named(pause: &OutboxPause, then: &str) -> String {
     if pause.subscription.is_empty() { String::new() } else { format!("{}{then}", pause.subscription) }
 }
 
+/// Whether it is a pause of this subscription, or of all.
+pub(super) fn holds_up(pause: &OutboxPause, subscription: &str) -> bool {
+    pause.subscription.is_empty() || pause.subscription == subscription
+}
+
+/// The command that ends it.
+pub(super) fn resume_command(pause: &OutboxPause) -> String {
+    match pause.subscription.as_str() {
+        "" => "`outbox-relay resume`".into(),
+        name => format!("`outbox-relay resume --subscription {name}`"),
+    }
+}
+
 fn others(pauses: &[OutboxPause]) -> String {
     let command = |pause: &OutboxPause| match pause.subscription.as_str() {
         "" => "`resume` would end the pause of all".to_owned(),
