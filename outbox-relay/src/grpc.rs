@@ -1,32 +1,32 @@
-//! The operator's commands as gRPC: reads requests, and maps answers and errors. The only place that makes a `Status`.
+//! The operator's commands as gRPC: maps answers and errors. The only place that makes a `Status`, with `grpc/requests.rs`.
 
-use std::collections::BTreeSet;
+mod requests;
 
-use chassis::{Database, Fields, Refuse, Work};
-use outbox::EventId;
+use chassis::{Database, Refuse, Work};
 use proto::relay::v1::{
-    DeadEventContent, DiagnoseRequest, Diagnosis, DiscardDeadEventRequest, DiscardDeadEventResponse,
-    GetDeadEventRequest, GetJourneyRequest, GetStatusRequest, Journey, ListDeadEventsRequest, ListDeadEventsResponse,
-    OutboxPause, OutboxStatus, PauseRequest, RequeueDeadEventsRequest, RequeueDeadEventsResponse,
-    RestoreDiscardedEventRequest, RestoreDiscardedEventResponse, ResumeRequest, relay_admin_server::RelayAdmin,
+    BlastRadius, DeadEventContent, DiagnoseRequest, Diagnosis, DiscardDeadEventRequest, DiscardDeadEventResponse,
+    DiscardDeadEventsRequest, DiscardDeadEventsResponse, GetBlastRadiusRequest, GetDeadEventRequest, GetJourneyRequest,
+    GetStatusRequest, GroupDeadEventsRequest, GroupDeadEventsResponse, Journey, ListDeadEventsRequest,
+    ListDeadEventsResponse, ListDeedsRequest, ListDeedsResponse, OutboxPause, OutboxStatus, PauseRequest,
+    RequeueDeadEventsRequest, RequeueDeadEventsResponse, RestoreDiscardedEventRequest, RestoreDiscardedEventResponse,
+    ResumeRequest, UndoDeedRequest, UndoDeedResponse, relay_admin_server::RelayAdmin,
 };
 use sqlx::PgConnection;
 use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
 
+use self::requests::Selection;
 use crate::operate::{
-    self, Descriptors, Discard, Filter, NAME_CHARS, OperateError, PIECE, Page, REASON_CHARS, Reason, SAMPLE, Walk,
-    ask_receivers, check_text, diagnose, find_subscription, list_dead, read_all, read_facts, read_status, read_totals,
-    requeue_piece, show_dead,
+    self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, Reason, SAMPLE, Walk, ask_receivers,
+    diagnose, find_subscription, group_dead, list_dead, list_deeds, measure_blast, read_all, read_facts, read_status,
+    read_totals, show_dead, undo_piece, walk_piece,
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
 
-/// Events that one request may name.
-const EVENT_IDS_MAX: usize = 1000;
-/// A call that requeues all begins no further piece after this time. A piece may take as long as any database work, and
+/// A call that changes all begins no further piece after this time. A piece may take as long as any database work, and
 /// that is still within the limit of a call.
-const REQUEUE_LIMIT: Duration = Duration::from_secs(2);
+const PIECES_LIMIT: Duration = Duration::from_secs(2);
 /// Pieces of one call, so that a caller on a fast server also learns how far it is.
 const PIECES_MAX: usize = 10;
 /// Bytes of an error message. It travels in the headers, and clients accept at most 16 KiB of these.
@@ -53,7 +53,7 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<ListDeadEventsRequest>,
     ) -> Result<Response<ListDeadEventsResponse>, Status> {
-        let page = read_page(request.into_inner())?;
+        let page = requests::page(request.into_inner())?;
         self.run(move |connection| Box::pin(async move { list_dead(connection, &page).await })).await.map(Response::new)
     }
 
@@ -61,9 +61,7 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<GetDeadEventRequest>,
     ) -> Result<Response<DeadEventContent>, Status> {
-        let mut fields = Fields::default();
-        let event_id = fields.uuid("event_id", &request.into_inner().event_id);
-        let event_id = fields.finish(EventId::from(event_id)).map_err(|bad| REFUSE.invalid("INVALID_EVENT_ID", bad))?;
+        let event_id = requests::event_id(&request.into_inner())?;
         let descriptors = self.descriptors.clone();
         self.run(move |connection| Box::pin(async move { show_dead(connection, event_id, descriptors.as_ref()).await }))
             .await
@@ -77,86 +75,159 @@ impl RelayAdmin for Admin {
     }
 
     async fn get_journey(&self, request: Request<GetJourneyRequest>) -> Result<Response<Journey>, Status> {
-        let mut fields = Fields::default();
-        let id = fields.uuid("id", &request.into_inner().id);
-        let id = fields.finish(id).map_err(|bad| REFUSE.invalid("INVALID_ID", bad))?;
+        let id = requests::journey_id(&request.into_inner())?;
         let facts = self.run(move |connection| Box::pin(async move { read_facts(connection, id).await })).await?;
         // Holds no connection while it waits for receivers.
         ask_receivers(facts).await.map(Response::new).map_err(|error| refuse(&error))
+    }
+
+    async fn group_dead_events(
+        &self,
+        request: Request<GroupDeadEventsRequest>,
+    ) -> Result<Response<GroupDeadEventsResponse>, Status> {
+        let filter = requests::groups(request.into_inner())?;
+        self.run(move |connection| Box::pin(async move { group_dead(connection, &filter).await }))
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_blast_radius(&self, request: Request<GetBlastRadiusRequest>) -> Result<Response<BlastRadius>, Status> {
+        let (ids, filter) = match requests::blast(request.into_inner())? {
+            Selection::All { filter, .. } => (None, filter),
+            Selection::Named { ids, subscription } => (Some(ids), Filter { subscription, ..Filter::default() }),
+        };
+        self.run(move |connection| Box::pin(async move { measure_blast(connection, ids.as_deref(), &filter).await }))
+            .await
+            .map(Response::new)
     }
 
     async fn requeue_dead_events(
         &self,
         request: Request<RequeueDeadEventsRequest>,
     ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
-        let answer = match read_selection(request.into_inner())? {
-            Selection::All { filter, from } => self.requeue_all(filter, from).await,
+        let (selection, author) = requests::requeue(request.into_inner())?;
+        let answer = match selection {
+            Selection::All { filter, from } => {
+                let Walked { events: requeued, freed, too_old, remaining, next_token, deed_id } =
+                    self.change_all(Change::Requeue, filter, from, author).await?;
+                RequeueDeadEventsResponse { requeued, freed, too_old, remaining, next_token, deed_id }
+            }
             Selection::Named { ids, subscription } => {
                 self.run(move |connection| {
-                    Box::pin(async move { operate::requeue(connection, &ids, subscription.as_deref()).await })
+                    Box::pin(async move { operate::requeue(connection, &ids, subscription.as_deref(), &author).await })
                 })
-                .await
+                .await?
             }
         };
-        answer.map(Response::new)
+        Ok(Response::new(answer))
+    }
+
+    async fn discard_dead_events(
+        &self,
+        request: Request<DiscardDeadEventsRequest>,
+    ) -> Result<Response<DiscardDeadEventsResponse>, Status> {
+        let (selection, author) = requests::discard(request.into_inner())?;
+        let answer = match selection {
+            Selection::All { filter, from } => {
+                let Walked { events: discarded, freed, remaining, next_token, deed_id, .. } =
+                    self.change_all(Change::Discard, filter, from, author).await?;
+                DiscardDeadEventsResponse { discarded, freed, remaining, next_token, deed_id }
+            }
+            Selection::Named { ids, subscription } => {
+                let asked = Discard { event_ids: ids, subscription, author, refuse: false };
+                let done = self
+                    .run(move |connection| Box::pin(async move { operate::discard(connection, &asked).await }))
+                    .await?;
+                DiscardDeadEventsResponse {
+                    discarded: done.changed.events,
+                    freed: done.changed.freed,
+                    deed_id: done.deed_id,
+                    ..DiscardDeadEventsResponse::default()
+                }
+            }
+        };
+        Ok(Response::new(answer))
     }
 
     async fn discard_dead_event(
         &self,
         request: Request<DiscardDeadEventRequest>,
     ) -> Result<Response<DiscardDeadEventResponse>, Status> {
-        let DiscardDeadEventRequest { event_id, discarded_by, reason, subscription, refuse } = request.into_inner();
-        let mut fields = Fields::default();
-        let event_id = EventId::from(fields.uuid("event_id", &event_id));
-        let by = read_text(&mut fields, "discarded_by", &discarded_by, NAME_CHARS);
-        let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
-        let subscription = read_subscription(&mut fields, &subscription);
-        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_DISCARD", bad))?;
-        let asked = Discard { event_id, subscription, by, reason, refuse };
-        self.run(move |connection| Box::pin(async move { operate::discard(connection, &asked).await }))
-            .await
-            .map(Response::new)
+        let asked = requests::discard_one(request.into_inner())?;
+        let done =
+            self.run(move |connection| Box::pin(async move { operate::discard(connection, &asked).await })).await?;
+        Ok(Response::new(DiscardDeadEventResponse {
+            freed: done.changed.freed,
+            discard_time: Some(outbox::timestamp(done.at)),
+            deed_id: done.deed_id,
+        }))
     }
 
     async fn restore_discarded_event(
         &self,
         request: Request<RestoreDiscardedEventRequest>,
     ) -> Result<Response<RestoreDiscardedEventResponse>, Status> {
-        let RestoreDiscardedEventRequest { event_id, subscription, restored_by } = request.into_inner();
-        let mut fields = Fields::default();
-        let event_id = EventId::from(fields.uuid("event_id", &event_id));
-        let by = read_text(&mut fields, "restored_by", &restored_by, NAME_CHARS);
-        let subscription = read_subscription(&mut fields, &subscription);
-        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_RESTORE", bad))?;
+        let (event_id, subscription, author) = requests::restore(request.into_inner())?;
         self.run(move |connection| {
-            Box::pin(async move { operate::restore(connection, event_id, subscription.as_deref(), &by).await })
+            Box::pin(async move { operate::restore(connection, event_id, subscription.as_deref(), &author).await })
         })
         .await
         .map(Response::new)
     }
 
     async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<OutboxPause>, Status> {
-        let PauseRequest { paused_by, reason, subscription } = request.into_inner();
-        let mut fields = Fields::default();
-        let by = read_text(&mut fields, "paused_by", &paused_by, NAME_CHARS);
-        let reason = read_text(&mut fields, "reason", &reason, REASON_CHARS);
-        let subscription = read_subscription(&mut fields, &subscription);
-        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_PAUSE", bad))?;
+        let (subscription, author) = requests::pause(request.into_inner())?;
         self.run(move |connection| {
-            Box::pin(async move { operate::pause(connection, subscription.as_deref(), &by, &reason).await })
+            Box::pin(async move { operate::pause(connection, subscription.as_deref(), &author).await })
         })
         .await
         .map(Response::new)
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<OutboxPause>, Status> {
-        let mut fields = Fields::default();
-        let subscription = read_subscription(&mut fields, &request.into_inner().subscription);
-        fields.finish(()).map_err(|bad| REFUSE.invalid("INVALID_RESUME", bad))?;
-        self.run(move |connection| Box::pin(async move { operate::resume(connection, subscription.as_deref()).await }))
+        let (subscription, author) = requests::resume(request.into_inner())?;
+        self.run(move |connection| {
+            Box::pin(async move { operate::resume(connection, subscription.as_deref(), &author).await })
+        })
+        .await
+        .map(Response::new)
+    }
+
+    async fn list_deeds(&self, request: Request<ListDeedsRequest>) -> Result<Response<ListDeedsResponse>, Status> {
+        let page = requests::deeds(request.into_inner())?;
+        self.run(move |connection| Box::pin(async move { Ok(list_deeds(connection, &page).await?) }))
             .await
             .map(Response::new)
     }
+
+    async fn undo_deed(&self, request: Request<UndoDeedRequest>) -> Result<Response<UndoDeedResponse>, Status> {
+        let (mut undo, author) = requests::undo(request.into_inner())?;
+        let began = Instant::now();
+        let mut answer = UndoDeedResponse::default();
+        for _ in 0..PIECES_MAX {
+            let (of_piece, by, deed_id) = (undo.clone(), author.clone(), undo.deed_id);
+            let piece = self
+                .run(move |connection| Box::pin(async move { undo_piece(connection, of_piece, &by, PIECE).await }))
+                .await?;
+            answer = UndoDeedResponse { undone: answer.undone + piece.undone, left: answer.left + piece.left, ..piece };
+            match operate::Undo::resume(deed_id, &answer.next_token) {
+                Some(rest) if began.elapsed() <= PIECES_LIMIT => undo = rest,
+                _ => break,
+            }
+        }
+        Ok(Response::new(answer))
+    }
+}
+
+/// What a call has changed of all events that match.
+#[derive(Debug, Default)]
+struct Walked {
+    events: i64,
+    freed: i64,
+    too_old: i64,
+    remaining: i64,
+    next_token: String,
+    deed_id: i64,
 }
 
 impl Admin {
@@ -168,36 +239,44 @@ impl Admin {
         self.database.run(work).await.map_err(|error| refuse(&error))
     }
 
-    /// Requeues some pieces of a walk over all dead events. Each piece is a unit of work of its own, so none comes near
-    /// its time limit, however many events are dead.
+    /// Does some pieces of a walk over all dead events. Each piece is a unit of work of its own, so none comes near its
+    /// time limit, however many events are dead.
     ///
-    /// If a piece fails, the earlier ones stay requeued. A caller that repeats the call goes on with the events that are
+    /// If a piece fails, the earlier ones stay changed. A caller that repeats the call goes on with the events that are
     /// still dead, with the token or without it.
-    async fn requeue_all(&self, filter: Filter, from: Option<Walk>) -> Result<RequeueDeadEventsResponse, Status> {
+    async fn change_all(
+        &self,
+        change: Change,
+        filter: Filter,
+        from: Option<Walk>,
+        author: Author,
+    ) -> Result<Walked, Status> {
         let began = Instant::now();
         let mut rest = match from {
             Some(walk) => Some(walk),
             None => {
-                self.run(|connection| {
+                self.run(move |connection| {
                     Box::pin(async move {
                         find_subscription(connection, filter.subscription.as_deref()).await?;
-                        Ok(Walk::begin(connection, filter).await?)
+                        Ok(Walk::begin(connection, change, filter).await?)
                     })
                 })
                 .await?
             }
         };
-        let mut answer = RequeueDeadEventsResponse::default();
+        let mut answer = Walked::default();
         for _ in 0..PIECES_MAX {
             let Some(walk) = rest.take() else { break };
+            let by = author.clone();
             let piece = self
-                .run(move |connection| Box::pin(async move { Ok(requeue_piece(connection, walk, PIECE).await?) }))
+                .run(move |connection| Box::pin(async move { walk_piece(connection, walk, &by, PIECE).await }))
                 .await?;
-            answer.requeued += piece.requeued.events;
-            answer.freed += piece.requeued.freed;
+            answer.events += piece.changed.events;
+            answer.freed += piece.changed.freed;
             answer.too_old += piece.too_old;
+            answer.deed_id = piece.deed_id.unwrap_or_default();
             rest = piece.rest;
-            if began.elapsed() > REQUEUE_LIMIT {
+            if began.elapsed() > PIECES_LIMIT {
                 break;
             }
         }
@@ -221,6 +300,8 @@ fn refuse(error: &OperateError) -> Status {
         OperateError::NoRefusals => (Code::FailedPrecondition, "NO_REFUSALS"),
         OperateError::NotRefused(_) => (Code::FailedPrecondition, "NOT_REFUSED"),
         OperateError::OlderVersion => (Code::FailedPrecondition, "OLDER_VERSION"),
+        OperateError::NoDeed(_) => (Code::NotFound, "DEED_NOT_FOUND"),
+        OperateError::CannotUndo { .. } => (Code::FailedPrecondition, "CANNOT_UNDO"),
         // The reason is that of the first event. The message gives the reason of each.
         OperateError::NotApplicable(events) => match events.first().map(|event| &event.reason) {
             Some(Reason::TooOld { .. } | Reason::Forgotten { .. }) => (Code::FailedPrecondition, "EVENT_TOO_OLD"),
@@ -238,81 +319,4 @@ fn refuse(error: &OperateError) -> Status {
         message.push('…');
     }
     REFUSE.with(code, reason, message)
-}
-
-fn read_page(request: ListDeadEventsRequest) -> Result<Page, Status> {
-    let ListDeadEventsRequest { page_size, page_token, r#type, failing, subscription } = request;
-    let mut fields = Fields::default();
-    let size = fields.page_size("page_size", page_size);
-    let filter = read_filter(&mut fields, &r#type, &subscription);
-    let list = Page::list(&filter, failing);
-    let before = match page_token.as_str() {
-        "" => Page::first(),
-        token => {
-            let last = chassis::decode_page_token(&list, token).and_then(|last| Page::read_position(&last));
-            last.unwrap_or_else(|| {
-                fields.refuse("page_token", "must be the next_page_token of an earlier answer to the same request");
-                Page::first()
-            })
-        }
-    };
-    let page = Page { size, before, filter, failing };
-    fields.finish(page).map_err(|bad| REFUSE.invalid("INVALID_PAGE", bad))
-}
-
-/// The dead events that a request names.
-enum Selection {
-    /// All of these events, or none.
-    Named { ids: Vec<EventId>, subscription: Option<String> },
-    /// All of these events that are not too old. They are visited from the beginning, or from where an earlier call has
-    /// ended.
-    All { filter: Filter, from: Option<Walk> },
-}
-
-fn read_selection(request: RequeueDeadEventsRequest) -> Result<Selection, Status> {
-    let RequeueDeadEventsRequest { event_ids, all, r#type, token, subscription } = request;
-    let mut fields = Fields::default();
-    if all != event_ids.is_empty() {
-        fields.refuse("event_ids", "must name events unless `all` is set, and must be empty if it is");
-    }
-    if event_ids.len() > EVENT_IDS_MAX {
-        fields.refuse("event_ids", format!("must name at most {EVENT_IDS_MAX} events, but names {}", event_ids.len()));
-    }
-    if !all && !r#type.is_empty() {
-        fields.refuse("type", "must be empty unless `all` is set");
-    }
-    if !all && !token.is_empty() {
-        fields.refuse("token", "must be empty unless `all` is set");
-    }
-    let filter = read_filter(&mut fields, &r#type, &subscription);
-    let numbered = event_ids.iter().take(EVENT_IDS_MAX).enumerate();
-    // In a set, so that an event that is named twice counts once.
-    let ids: BTreeSet<_> =
-        numbered.map(|(index, id)| EventId::from(fields.uuid(format!("event_ids[{index}]"), id))).collect();
-    let from = if all && !token.is_empty() { Walk::resume(&token, filter.clone()) } else { None };
-    if all && !token.is_empty() && from.is_none() {
-        fields.refuse("token", "must be the next_token of an earlier answer for the same filters");
-    }
-    let selection = if all {
-        Selection::All { filter, from }
-    } else {
-        Selection::Named { ids: ids.into_iter().collect(), subscription: filter.subscription }
-    };
-    fields.finish(selection).map_err(|bad| REFUSE.invalid("INVALID_REQUEUE", bad))
-}
-
-fn read_filter(fields: &mut Fields, event_type: &str, subscription: &str) -> Filter {
-    let event_type = (!event_type.is_empty()).then(|| read_text(fields, "type", event_type, NAME_CHARS));
-    Filter { event_type, subscription: read_subscription(fields, subscription) }
-}
-
-fn read_subscription(fields: &mut Fields, name: &str) -> Option<String> {
-    (!name.is_empty()).then(|| read_text(fields, "subscription", name, NAME_CHARS))
-}
-
-fn read_text(fields: &mut Fields, name: &str, text: &str, chars: std::ops::RangeInclusive<usize>) -> String {
-    check_text(text, chars).unwrap_or_else(|description| {
-        fields.refuse(name, description);
-        String::new()
-    })
 }

@@ -1,8 +1,11 @@
 //! The operator's commands: a file for each, with its SQL. The command line runs them directly on the database, so it
 //! works while no relay is up. `grpc.rs` offers the same to programs. Both answer with the messages of the contract.
 
+mod arguments;
+mod blast_radius;
 mod command_line;
 mod decode;
+mod deeds;
 mod discard;
 mod doctor;
 mod journey;
@@ -12,20 +15,24 @@ mod print;
 mod progress;
 mod refuse;
 mod requeue;
-mod requeue_all;
 mod restore;
 mod show_dead;
 mod status;
 mod subscribe;
+mod undo;
+mod walk;
 
 use std::ops::RangeInclusive;
 
-use outbox::AggregateId;
+use outbox::{AggregateId, EventId};
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
-pub use command_line::{Command, CommandError, Outbox, run};
+pub use arguments::{Command, Outbox};
+pub use command_line::{CommandError, run};
 pub use decode::{Descriptors, DescriptorsError};
 
+pub(crate) use blast_radius::{group_dead, measure_blast};
+pub(crate) use deeds::{Author, DeedPage, list_deeds};
 pub(crate) use discard::{Discard, discard};
 pub(crate) use doctor::{diagnose, read_all};
 pub(crate) use journey::{ask_receivers, read_facts};
@@ -33,11 +40,12 @@ pub(crate) use list_dead::{Page, list_dead};
 pub(crate) use pause::{pause, resume};
 pub(crate) use refuse::{OperateError, Reason};
 pub(crate) use requeue::requeue;
-pub(crate) use requeue_all::{PIECE, Walk, requeue_piece};
 pub(crate) use restore::restore;
 pub(crate) use show_dead::show_dead;
 pub(crate) use status::{SAMPLE, read_backlogs, read_status, read_totals};
 pub(crate) use subscribe::{discard_ended, discard_piece, find_subscription, subscribe, unsubscribe};
+pub(crate) use undo::{Undo, undo_piece};
+pub(crate) use walk::{Change, PIECE, Walk, walk_piece};
 
 /// Which dead or failing events a command is about. Without a field, all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,14 +53,39 @@ pub(crate) struct Filter {
     pub(crate) event_type: Option<String>,
     /// The name of a subscription.
     pub(crate) subscription: Option<String>,
+    /// What precedes the first colon of the last reason.
+    pub(crate) code: Option<String>,
 }
 
 impl Filter {
     /// A name for the list of these events, for page tokens.
     fn name(&self) -> String {
         let text = |field: &Option<String>| field.clone().unwrap_or_default();
-        format!("{} {}", text(&self.event_type), text(&self.subscription)).trim_end().to_owned()
+        format!("{} {} {}", text(&self.event_type), text(&self.subscription), text(&self.code)).trim_end().to_owned()
     }
+
+    /// The dead events that match, for people. The subscription is told elsewhere.
+    fn describe(&self) -> String {
+        let of_type = self.event_type.as_deref().map(|event_type| format!(" of type {event_type}"));
+        let with_code = self.code.as_deref().map(|code| format!(" with {code}"));
+        format!("all dead events{}{}", of_type.unwrap_or_default(), with_code.unwrap_or_default())
+    }
+}
+
+/// Events that an operator has named, for people.
+fn describe_named(event_ids: &[EventId]) -> String {
+    match event_ids {
+        [event_id] => format!("event {event_id}"),
+        _ => format!("{} events by id", event_ids.len()),
+    }
+}
+
+/// What a deed has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changed {
+    pub(crate) events: i64,
+    /// Later events of their aggregates that are visible now.
+    pub(crate) freed: i64,
 }
 
 /// The position of an event in the sequence of its aggregate, in a subscription.
@@ -125,6 +158,12 @@ async fn free_late_successors(connection: &mut PgConnection, positions: &[Positi
     }
 }
 
+/// Call this after the commit of a change that has freed the successors of events at these positions.
+async fn tell_of_change(connection: &mut PgConnection, positions: &[Position]) {
+    free_late_successors(connection, positions).await;
+    wake_relays(connection).await;
+}
+
 /// Call this after the commit. Without a notification relays poll within their interval, so the operator gets no error.
 async fn wake_relays(connection: &mut PgConnection) {
     if let Err(cause) = outbox::notify(connection, outbox::CHANNEL).await {
@@ -136,6 +175,8 @@ async fn wake_relays(connection: &mut PgConnection) {
 pub(crate) const NAME_CHARS: RangeInclusive<usize> = 1..=200;
 /// Characters of a reason.
 pub(crate) const REASON_CHARS: RangeInclusive<usize> = 1..=1000;
+/// Characters of a reason that may be left out.
+pub(crate) const OPTIONAL_REASON_CHARS: RangeInclusive<usize> = 0..=1000;
 
 /// Trims and checks text from a person. Control characters are refused: Postgres cannot store all of them, and
 /// terminals interpret them.

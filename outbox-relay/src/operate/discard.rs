@@ -1,15 +1,15 @@
-//! Discards a dead event, and refuses what it tells of if the operator says so.
+//! Discards dead events, and refuses what one tells of if the operator says so.
 
 use outbox::EventId;
-use proto::relay::v1::DiscardDeadEventResponse;
+use proto::relay::v1::deed::Kind;
 use sqlx::{
     PgConnection, Postgres, Transaction,
     types::{Uuid, time::OffsetDateTime},
 };
 
 use super::{
-    OperateError, Position, begin_durable, count, find_subscription, free_late_successors, free_successors,
-    refuse::explain, wake_relays,
+    Author, Changed, OperateError, Position, begin_durable, count, deeds::NewDeed, describe_named, find_subscription,
+    free_successors, refuse::explain, requeue::lock_dead, tell_of_change,
 };
 
 struct DiscardedRow {
@@ -20,78 +20,125 @@ struct DiscardedRow {
     discarded_at: OffsetDateTime,
 }
 
+/// Rows that are in `outbox_discarded` now.
+pub(super) struct GivenUp(Vec<DiscardedRow>);
+
+impl GivenUp {
+    pub(super) fn positions(&self) -> Vec<Position> {
+        let position = |event: &DiscardedRow| Position {
+            subscription_id: event.subscription_id,
+            aggregate_id: event.aggregate_id.into(),
+            sequence: event.sequence,
+        };
+        self.0.iter().map(position).collect()
+    }
+}
+
 /// A discard, as an operator asks for it.
 #[derive(Debug)]
 pub(crate) struct Discard {
-    pub(crate) event_id: EventId,
-    /// The subscription in which it is discarded; `None` for each in which it is dead.
+    pub(crate) event_ids: Vec<EventId>,
+    /// The subscription in which they are discarded; `None` for each in which they are dead.
     pub(crate) subscription: Option<String>,
-    pub(crate) by: String,
-    pub(crate) reason: String,
-    /// Whether to refuse what the event tells of, with the reason.
+    pub(crate) author: Author,
+    /// Whether to refuse what the event tells of, with the reason. Only of a single event: customers read the reason.
     pub(crate) refuse: bool,
 }
 
-/// Moves the whole event into `outbox_discarded`, with the operator's name and reason, and frees its successors. One
-/// statement deletes and inserts, so at any moment the event is in exactly one of the two tables. That goes for each
-/// subscription in which it is dead, or for the given one.
+/// What was discarded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Discarded {
+    pub(crate) changed: Changed,
+    pub(crate) at: OffsetDateTime,
+    pub(crate) deed_id: i64,
+}
+
+/// Discards the events in each subscription in which they are dead, or in the given one, and frees their successors.
 ///
 /// A refusal is made by the service that owns the database, in the same transaction. So nobody is told of a refusal
 /// while the event may still be delivered.
 ///
 /// # Errors
-/// [`OperateError::NotApplicable`] when it is not dead, [`OperateError::NoRefusals`] and [`OperateError::NotRefused`] if
-/// nothing can be refused, and those of the database.
-pub(crate) async fn discard(
-    connection: &mut PgConnection,
-    discard: &Discard,
-) -> Result<DiscardDeadEventResponse, OperateError> {
-    let Discard { event_id, subscription, by, reason, refuse } = discard;
-    let event_id = *event_id;
+/// [`OperateError::NotApplicable`] if one is not dead; then none was discarded. [`OperateError::NoRefusals`] and
+/// [`OperateError::NotRefused`] if nothing can be refused, and those of the database.
+pub(crate) async fn discard(connection: &mut PgConnection, discard: &Discard) -> Result<Discarded, OperateError> {
+    let Discard { event_ids, subscription, author, refuse } = discard;
     let subscription_id = find_subscription(connection, subscription.as_deref()).await?;
     let mut tx = begin_durable(connection).await?;
-    let discarded = sqlx::query_as!(
-        DiscardedRow,
-        "-- operate: discard
-        WITH given_up AS (
-            DELETE FROM outbox
-            WHERE visible_at = 'infinity' AND event_id = $1
-              AND ($4::smallint IS NULL OR subscription_id = $4)
-            RETURNING event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
-                tracestate, last_error)
-        INSERT INTO outbox_discarded (event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type,
-            payload, traceparent, tracestate, last_error, discarded_by, reason, refused)
-        SELECT event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
-            tracestate, last_error, $2, $3, $5
-        FROM given_up
-        RETURNING subscription_id, aggregate_id, sequence, event_type, discarded_at",
-        event_id as EventId,
-        by,
-        reason,
-        subscription_id,
-        refuse,
-    )
-    .fetch_all(&mut *tx)
-    .await?;
-    let Some(first) = discarded.first() else {
-        return Err(OperateError::NotApplicable(explain(&mut tx, &[event_id]).await?));
+    let dead = lock_dead(&mut tx, event_ids, subscription_id).await?;
+    let is_dead = |event_id: &EventId| dead.iter().any(|dead| dead.event_id == *event_id);
+    let others: Vec<_> = event_ids.iter().copied().filter(|event_id| !is_dead(event_id)).collect();
+    if !others.is_empty() {
+        return Err(OperateError::NotApplicable(explain(&mut tx, &others).await?));
+    }
+    let rows: Vec<_> = dead.into_iter().map(|dead| dead.row).collect();
+    let about = describe_named(event_ids) + if *refuse { ", with a refusal of what it tells of" } else { "" };
+    let deed = NewDeed::new(Kind::Discard, author, subscription_id, &about);
+    let deed_id = NewDeed { can_undo: !*refuse, ..deed }.record(&mut tx).await?;
+    let given_up = give_up_refused(&mut tx, &rows, author, deed_id, *refuse).await?;
+    let Some(first) = given_up.0.first() else {
+        return Err(OperateError::NotApplicable(explain(&mut tx, event_ids).await?));
     };
     if *refuse {
-        refuse_event(&mut tx, first, reason).await?;
+        refuse_event(&mut tx, first, &author.reason).await?;
     }
-    let discarded_at = first.discarded_at;
-    let position = |event: &DiscardedRow| Position {
-        subscription_id: event.subscription_id,
-        aggregate_id: event.aggregate_id.into(),
-        sequence: event.sequence,
-    };
-    let positions: Vec<_> = discarded.iter().map(position).collect();
+    let (at, positions) = (first.discarded_at, given_up.positions());
     let freed = free_successors(&mut tx, &positions).await?;
     tx.commit().await?;
-    free_late_successors(connection, &positions).await;
-    wake_relays(connection).await;
-    let discard_time = Some(outbox::timestamp(discarded_at));
-    Ok(DiscardDeadEventResponse { freed: count(freed), discard_time })
+    tell_of_change(connection, &positions).await;
+    Ok(Discarded { changed: Changed { events: count(positions.len() as u64), freed: count(freed) }, at, deed_id })
+}
+
+/// Moves whole events into `outbox_discarded`, with the operator's name and reason, and records them with the deed. The
+/// transaction has locked the rows, which are given by their `ctid`. One statement deletes and inserts, so at any moment an
+/// event is in exactly one of the two tables.
+pub(super) async fn give_up(
+    tx: &mut Transaction<'_, Postgres>,
+    rows: &[String],
+    author: &Author,
+    deed_id: i64,
+) -> Result<GivenUp, sqlx::Error> {
+    give_up_refused(tx, rows, author, deed_id, false).await
+}
+
+/// An event that was sent again after an earlier discard may be there already.
+async fn give_up_refused(
+    tx: &mut Transaction<'_, Postgres>,
+    rows: &[String],
+    author: &Author,
+    deed_id: i64,
+    refused: bool,
+) -> Result<GivenUp, sqlx::Error> {
+    let discarded = sqlx::query_as!(
+        DiscardedRow,
+        r#"-- operate: discard
+        WITH given_up AS (
+            DELETE FROM outbox
+            WHERE ctid = ANY ($1::text[]::tid[])
+            RETURNING event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
+                tracestate, last_error
+        ), kept AS (
+            INSERT INTO outbox_discarded (event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type,
+                payload, traceparent, tracestate, last_error, discarded_by, reason, refused)
+            SELECT event_id, subscription_id, aggregate_id, sequence, created_at, attempts, event_type, payload, traceparent,
+                tracestate, last_error, $2, $3, $5
+            FROM given_up
+            ON CONFLICT (event_id, subscription_id) DO UPDATE
+            SET created_at = excluded.created_at, attempts = excluded.attempts, last_error = excluded.last_error,
+                discarded_at = excluded.discarded_at, discarded_by = excluded.discarded_by, reason = excluded.reason,
+                refused = excluded.refused OR outbox_discarded.refused
+        ), recorded AS (
+            INSERT INTO outbox_deed_events (deed_id, event_id, subscription_id, aggregate_id, sequence)
+            SELECT $4, event_id, subscription_id, aggregate_id, sequence FROM given_up
+        )
+        SELECT subscription_id, aggregate_id, sequence, event_type, now() AS "discarded_at!" FROM given_up"#,
+        rows,
+        author.name,
+        author.reason,
+        deed_id,
+        refused,
+    );
+    discarded.fetch_all(&mut **tx).await.map(GivenUp)
 }
 
 /// The function is not named in a statement before it is known to be there: not every service defines it.

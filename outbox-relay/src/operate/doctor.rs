@@ -30,9 +30,11 @@ const HORIZON_LIMIT: f64 = 600.0;
 /// Fewer dead rows cost a scan nothing.
 const DEAD_ROWS_LIMIT: i64 = 100_000;
 /// What the role needs: a table, and what it does there.
-const RIGHTS: [(&str, &str); 6] = [
+const RIGHTS: [(&str, &str); 8] = [
     ("outbox", "SELECT, UPDATE, DELETE"),
     ("outbox_discarded", "SELECT, INSERT"),
+    ("outbox_deeds", "SELECT, INSERT"),
+    ("outbox_deed_events", "SELECT, INSERT"),
     ("outbox_pauses", "SELECT, INSERT, DELETE"),
     ("outbox_routes", "SELECT, INSERT, UPDATE, DELETE"),
     ("outbox_subscriptions", "SELECT, INSERT, UPDATE"),

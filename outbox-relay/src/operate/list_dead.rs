@@ -89,7 +89,6 @@ pub(crate) async fn list_dead(
     if more {
         rows.pop();
     }
-    let event_type = page.filter.event_type.as_deref();
     let list = Page::list(&page.filter, page.failing);
     let last = rows.last().filter(|_| more);
     let next_page_token =
@@ -98,8 +97,8 @@ pub(crate) async fn list_dead(
         dead_events: rows.into_iter().map(DeadEvent::from).collect(),
         next_page_token: next_page_token.unwrap_or_default(),
         total_size: match page.failing {
-            true => count_failing(connection, event_type, only).await?,
-            false => count_dead(connection, event_type, only).await?,
+            true => count_failing(connection, &page.filter, only).await?,
+            false => count_dead(connection, &page.filter, only).await?,
         },
     })
 }
@@ -120,6 +119,7 @@ async fn read_dead(connection: &mut PgConnection, page: &Page, only: Option<i16>
         WHERE visible_at = 'infinity' AND event_id <= $1 AND (event_id, subscription_id) < ($1, $4)
           AND ($2::text IS NULL OR event_type = $2)
           AND ($5::smallint IS NULL OR subscription_id = $5)
+          AND ($6::text IS NULL OR split_part(last_error, ':', 1) = $6)
         ORDER BY event_id DESC, subscription_id DESC
         LIMIT $3"#,
         page.before.0 as EventId,
@@ -127,6 +127,7 @@ async fn read_dead(connection: &mut PgConnection, page: &Page, only: Option<i16>
         i64::from(page.size) + 1,
         page.before.1,
         only,
+        page.filter.code,
     )
     .fetch_all(connection)
     .await
@@ -154,6 +155,7 @@ async fn read_failing(
           AND (event_id, subscription_id) < ($1, $4)
           AND ($2::text IS NULL OR event_type = $2)
           AND ($5::smallint IS NULL OR subscription_id = $5)
+          AND ($6::text IS NULL OR split_part(last_error, ':', 1) = $6)
         ORDER BY event_id DESC, subscription_id DESC
         LIMIT $3"#,
         page.before.0 as EventId,
@@ -161,45 +163,38 @@ async fn read_failing(
         i64::from(page.size) + 1,
         page.before.1,
         only,
+        page.filter.code,
     )
     .fetch_all(connection)
     .await
 }
 
-async fn count_failing(
-    connection: &mut PgConnection,
-    event_type: Option<&str>,
-    only: Option<i16>,
-) -> Result<i64, sqlx::Error> {
+async fn count_failing(connection: &mut PgConnection, filter: &Filter, only: Option<i16>) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count failing
         SELECT count(*) AS "count!" FROM outbox
         WHERE (failures > 0 OR (attempts = 0 AND last_error IS NOT NULL)) AND visible_at < 'infinity'
           AND ($1::text IS NULL OR event_type = $1)
-          AND ($2::smallint IS NULL OR subscription_id = $2)"#,
-        event_type,
+          AND ($2::smallint IS NULL OR subscription_id = $2)
+          AND ($3::text IS NULL OR split_part(last_error, ':', 1) = $3)"#,
+        filter.event_type,
         only,
+        filter.code,
     )
     .fetch_one(connection)
     .await
 }
 
-/// The number of these events that are dead.
-///
-/// # Errors
-/// Those of the database.
-pub(super) async fn count_dead(
-    connection: &mut PgConnection,
-    event_type: Option<&str>,
-    only: Option<i16>,
-) -> Result<i64, sqlx::Error> {
+async fn count_dead(connection: &mut PgConnection, filter: &Filter, only: Option<i16>) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count dead
         SELECT count(*) AS "count!" FROM outbox
         WHERE visible_at = 'infinity' AND ($1::text IS NULL OR event_type = $1)
-          AND ($2::smallint IS NULL OR subscription_id = $2)"#,
-        event_type,
+          AND ($2::smallint IS NULL OR subscription_id = $2)
+          AND ($3::text IS NULL OR split_part(last_error, ':', 1) = $3)"#,
+        filter.event_type,
         only,
+        filter.code,
     )
     .fetch_one(connection)
     .await

@@ -1,9 +1,11 @@
 //! Pauses all leasing from an outbox, or from one subscription, and resumes it.
 
-use proto::relay::v1::OutboxPause;
+use proto::relay::v1::{OutboxPause, deed::Kind};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::{OperateError, begin_durable, subscribe::find_subscription, wake_relays};
+use super::{
+    Author, OperateError, begin_durable, deeds::NewDeed, refuse::describe, subscribe::find_subscription, wake_relays,
+};
 
 /// Stands for all subscriptions.
 const ALL: i16 = 0;
@@ -18,7 +20,8 @@ struct PauseRow {
 impl From<PauseRow> for OutboxPause {
     fn from(row: PauseRow) -> Self {
         let PauseRow { subscription, paused_at, paused_by, reason } = row;
-        Self { pause_time: Some(outbox::timestamp(paused_at)), paused_by, reason, subscription }
+        let pause_time = Some(outbox::timestamp(paused_at));
+        Self { pause_time, paused_by, reason, subscription, deed_id: 0 }
     }
 }
 
@@ -30,35 +33,44 @@ impl From<PauseRow> for OutboxPause {
 pub(crate) async fn pause(
     connection: &mut PgConnection,
     subscription: Option<&str>,
-    by: &str,
-    reason: &str,
+    author: &Author,
 ) -> Result<OutboxPause, OperateError> {
     let name = subscription.unwrap_or_default();
     loop {
-        let subscription_id = find_subscription(connection, subscription).await?.unwrap_or(ALL);
+        let subscription_id = find_subscription(connection, subscription).await?;
         let mut tx = begin_durable(connection).await?;
-        let paused = sqlx::query_as!(
-            PauseRow,
-            r#"-- operate: pause
-            INSERT INTO outbox_pauses (subscription_id, paused_by, reason) VALUES ($1, $2, $3)
-            ON CONFLICT DO NOTHING
-            RETURNING $4::text AS "subscription!", paused_at, paused_by, reason"#,
-            subscription_id,
-            by,
-            reason,
-            name,
-        )
-        .fetch_optional(&mut *tx)
-        .await?;
-        tx.commit().await?;
-        if let Some(paused) = paused {
-            return Ok(paused.into());
+        if let Some(paused) = insert_pause(&mut tx, subscription_id, name, author).await? {
+            let deed_id = NewDeed::new(Kind::Pause, author, subscription_id, "").record(&mut tx).await?;
+            tx.commit().await?;
+            return Ok(OutboxPause { deed_id, ..paused });
         }
+        tx.rollback().await?;
         if let Some(pause) = read_pauses(connection).await?.into_iter().find(|pause| pause.subscription == name) {
             return Err(OperateError::AlreadyPaused(pause));
         }
         // Another operator resumed it between the two statements: pause again.
     }
+}
+
+/// Returns `None` if it is paused already.
+pub(super) async fn insert_pause(
+    tx: &mut PgConnection,
+    subscription_id: Option<i16>,
+    name: &str,
+    author: &Author,
+) -> Result<Option<OutboxPause>, sqlx::Error> {
+    let paused = sqlx::query_as!(
+        PauseRow,
+        r#"-- operate: pause
+        INSERT INTO outbox_pauses (subscription_id, paused_by, reason) VALUES ($1, $2, $3)
+        ON CONFLICT DO NOTHING
+        RETURNING $4::text AS "subscription!", paused_at, paused_by, reason"#,
+        subscription_id.unwrap_or(ALL),
+        author.name,
+        author.reason,
+        name,
+    );
+    Ok(paused.fetch_optional(tx).await?.map(OutboxPause::from))
 }
 
 /// Ends the pause of the subscription, or that of all, and returns it.
@@ -68,26 +80,40 @@ pub(crate) async fn pause(
 pub(crate) async fn resume(
     connection: &mut PgConnection,
     subscription: Option<&str>,
+    author: &Author,
 ) -> Result<OutboxPause, OperateError> {
-    let subscription_id = find_subscription(connection, subscription).await?.unwrap_or(ALL);
+    let subscription_id = find_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
+    let name = subscription.unwrap_or_default();
+    let Some(ended) = delete_pause(&mut tx, subscription_id, name, None).await? else {
+        tx.rollback().await?;
+        return Err(OperateError::NotPaused(read_pauses(connection).await?));
+    };
+    let about = format!("paused {}", describe(&ended));
+    let deed_id = NewDeed::new(Kind::Resume, author, subscription_id, &about).record(&mut tx).await?;
+    tx.commit().await?;
+    wake_relays(connection).await;
+    Ok(OutboxPause { deed_id, ..ended })
+}
+
+/// Returns the pause, or `None` if there is none, or one that began at another time than the given.
+pub(super) async fn delete_pause(
+    tx: &mut PgConnection,
+    subscription_id: Option<i16>,
+    name: &str,
+    began: Option<OffsetDateTime>,
+) -> Result<Option<OutboxPause>, sqlx::Error> {
     let ended = sqlx::query_as!(
         PauseRow,
         r#"-- operate: resume
         DELETE FROM outbox_pauses
-        WHERE subscription_id = $1
+        WHERE subscription_id = $1 AND ($3::timestamptz IS NULL OR paused_at = $3)
         RETURNING $2::text AS "subscription!", paused_at, paused_by, reason"#,
-        subscription_id,
-        subscription.unwrap_or_default(),
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
-    tx.commit().await?;
-    let Some(ended) = ended else {
-        return Err(OperateError::NotPaused(read_pauses(connection).await?));
-    };
-    wake_relays(connection).await;
-    Ok(ended.into())
+        subscription_id.unwrap_or(ALL),
+        name,
+        began,
+    );
+    Ok(ended.fetch_optional(tx).await?.map(OutboxPause::from))
 }
 
 /// The pauses there are; of all subscriptions first.

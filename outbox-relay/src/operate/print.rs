@@ -3,11 +3,14 @@
 use std::fmt::Write;
 
 use proto::relay::v1::{
-    DeadEvent, DeadEventContent, Diagnosis, Journey, JourneyEvent, ListDeadEventsResponse, OutboxStatus,
-    dead_event_content::Payload, journey_event::State,
+    DeadEvent, DeadEventContent, Diagnosis, GroupDeadEventsResponse, Journey, JourneyEvent, ListDeadEventsResponse,
+    ListDeedsResponse, OutboxStatus, dead_event_content::Payload, journey_event::State,
 };
 
-use super::refuse::{describe, named};
+use super::{
+    deeds::word,
+    refuse::{describe, named},
+};
 
 /// The status.
 pub(super) fn status(status: &OutboxStatus) -> String {
@@ -58,6 +61,43 @@ pub(super) fn subscriptions(status: &OutboxStatus) -> String {
     let paused = status.pause.iter().chain(subscriptions.iter().filter_map(|of| of.pause.as_ref()));
     let paused = paused.map(|pause| format!("PAUSED {}{}\n", named(pause, " "), visible(&describe(pause))));
     table(&rows, &[2, 3, 4, 5, 6]) + &paused.collect::<String>()
+}
+
+/// Dead events by why they died.
+pub(super) fn groups(answer: &GroupDeadEventsResponse) -> String {
+    if answer.groups.is_empty() {
+        return "no dead events\n".into();
+    }
+    let mut rows = vec![line(["EVENTS", "SUBSCRIPTION", "TYPE", "CODE", "OLDEST", "ONE OF THE REASONS"])];
+    rows.extend(answer.groups.iter().map(|of| {
+        let oldest = of.oldest_time.unwrap_or_default().to_string();
+        line([&of.events.to_string(), &of.subscription, &of.r#type, &of.code, &oldest, &of.reason])
+    }));
+    let left_out = match answer.left_out {
+        0 => String::new(),
+        events => format!("and {events} events in smaller groups\n"),
+    };
+    table(&rows, &[0]) + &left_out
+}
+
+/// What operators have done, newest first.
+pub(super) fn deeds(list: &ListDeedsResponse) -> String {
+    if list.deeds.is_empty() {
+        return "no deeds\n".into();
+    }
+    let mut rows = vec![line(["DEED", "TIME", "BY", "WHAT", "EVENTS", "SUBSCRIPTION", "ABOUT", "REASON", "UNDO"])];
+    rows.extend(list.deeds.iter().map(|of| {
+        let time = of.time.unwrap_or_default().to_string();
+        let undo = match (of.undone_by, of.can_undo) {
+            (0, true) => "possible".to_owned(),
+            (0, false) => String::new(),
+            (undone_by, _) => format!("by deed {undone_by}"),
+        };
+        let (deed_id, events) = (of.deed_id.to_string(), of.events.to_string());
+        let (what, subscription) = (word(of.kind()), &of.subscription);
+        line([&deed_id, &time, &of.done_by, what, &events, subscription, &of.about, &of.reason, &undo])
+    }));
+    table(&rows, &[0, 4])
 }
 
 fn failing(status: &OutboxStatus) -> String {

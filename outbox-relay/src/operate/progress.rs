@@ -10,8 +10,10 @@ const LINE_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two redrawn lines on a terminal.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The progress of a requeue. A command shorter than the interval shows nothing.
+/// The progress of a change of all. A command shorter than the interval shows nothing.
 pub(super) struct Progress {
+    /// What is done to the events, such as `requeued`.
+    done: &'static str,
     total: i64,
     is_terminal: bool,
     shown_at: Instant,
@@ -20,17 +22,17 @@ pub(super) struct Progress {
 
 impl Progress {
     /// Of that many events.
-    pub(super) fn of(total: i64) -> Self {
-        Self { total, is_terminal: io::stderr().is_terminal(), shown_at: Instant::now(), is_drawn: false }
+    pub(super) fn of(done: &'static str, total: i64) -> Self {
+        Self { done, total, is_terminal: io::stderr().is_terminal(), shown_at: Instant::now(), is_drawn: false }
     }
 
-    pub(super) fn show(&mut self, requeued: i64) {
+    pub(super) fn show(&mut self, events: i64) {
         let interval = if self.is_terminal { REDRAW_INTERVAL } else { LINE_INTERVAL };
         if self.shown_at.elapsed() < interval {
             return;
         }
         self.shown_at = Instant::now();
-        let text = format!("requeued {} of {}", grouped(requeued), grouped(self.total));
+        let text = format!("{} {} of {}", self.done, grouped(events), grouped(self.total));
         // The command goes on even if nobody can see how far it is.
         if self.is_terminal {
             self.is_drawn = true;

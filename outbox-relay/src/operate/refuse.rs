@@ -39,6 +39,11 @@ pub(crate) enum OperateError {
     /// Why the service that owns the outbox cannot refuse what the event tells of.
     #[error("nothing was discarded, since it cannot be refused: {0}; discard the event without it")]
     NotRefused(String),
+    #[error("there is no deed {0}: `outbox-relay deeds` lists them")]
+    NoDeed(i64),
+    /// Nothing of the deed can be undone.
+    #[error("deed {deed_id} {why}")]
+    CannotUndo { deed_id: i64, why: &'static str },
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }

@@ -1,34 +1,27 @@
 //! Requeues dead events, so that they are delivered again.
 
 use outbox::EventId;
-use proto::relay::v1::RequeueDeadEventsResponse;
+use proto::relay::v1::{RequeueDeadEventsResponse, deed::Kind};
 use sqlx::{PgConnection, Postgres, Transaction};
 
 use super::{
-    OperateError, Position, Reason, begin_durable, count, find_subscription, free_late_successors, free_successors,
+    Author, OperateError, Position, Reason, begin_durable, count,
+    deeds::NewDeed,
+    describe_named, find_subscription, free_successors,
     refuse::{NotApplicable, explain},
-    wake_relays,
+    tell_of_change,
 };
 
 /// The age limit of events whose receiver has told none yet: six sevenths of the retention that services have by default.
 pub(super) const MAX_AGE_UNTOLD: i32 = 6 * 24 * 3600;
 
 /// A dead event, locked by this transaction.
-struct Dead {
-    row: String,
-    event_id: EventId,
+pub(super) struct Dead {
+    pub(super) row: String,
+    pub(super) event_id: EventId,
     age_hours: f64,
     max_age_hours: f64,
     too_old: bool,
-}
-
-/// What a requeue has changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Requeued {
-    /// Events that are visible now.
-    pub(crate) events: i64,
-    /// Later events of their aggregates that are visible now.
-    pub(crate) freed: i64,
 }
 
 /// Makes the named events visible at once, in each subscription in which they are dead, or in the given one. Frees their
@@ -41,6 +34,7 @@ pub(crate) async fn requeue(
     connection: &mut PgConnection,
     event_ids: &[EventId],
     subscription: Option<&str>,
+    author: &Author,
 ) -> Result<RequeueDeadEventsResponse, OperateError> {
     let subscription_id = find_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
@@ -48,32 +42,23 @@ pub(crate) async fn requeue(
         lock_dead(&mut tx, event_ids, subscription_id).await?.into_iter().partition(|dead| dead.too_old);
     let (rows, young): (Vec<_>, Vec<_>) = young.into_iter().map(|dead| (dead.row, dead.event_id)).unzip();
     refuse_unless_all(&mut tx, event_ids, &young, &old).await?;
-    let (positions, Requeued { events, freed }) = commit_requeue(tx, &rows).await?;
-    tell_of_requeue(connection, &positions).await;
-    Ok(RequeueDeadEventsResponse { requeued: events, freed, ..RequeueDeadEventsResponse::default() })
-}
-
-/// Requeues dead rows that the transaction has locked, and commits it. The rows are given by their `ctid`.
-pub(super) async fn commit_requeue(
-    mut tx: Transaction<'_, Postgres>,
-    rows: &[String],
-) -> Result<(Vec<Position>, Requeued), sqlx::Error> {
-    let positions = make_visible(&mut tx, rows).await?;
+    let about = describe_named(event_ids);
+    let deed_id = NewDeed::new(Kind::Requeue, author, subscription_id, &about).record(&mut tx).await?;
+    let positions = make_visible(&mut tx, &rows, deed_id).await?;
     let freed = free_successors(&mut tx, &positions).await?;
     tx.commit().await?;
-    let events = count(positions.len() as u64);
-    Ok((positions, Requeued { events, freed: count(freed) }))
-}
-
-/// Call this after the commit.
-pub(super) async fn tell_of_requeue(connection: &mut PgConnection, positions: &[Position]) {
-    free_late_successors(connection, positions).await;
-    wake_relays(connection).await;
+    tell_of_change(connection, &positions).await;
+    Ok(RequeueDeadEventsResponse {
+        requeued: count(positions.len() as u64),
+        freed: count(freed),
+        deed_id,
+        ..RequeueDeadEventsResponse::default()
+    })
 }
 
 /// Locks the events in the order of their ids. So two operators who requeue the same events do not deadlock. The second
 /// waits for the first, and then finds that the events are no longer dead.
-async fn lock_dead(
+pub(super) async fn lock_dead(
     tx: &mut Transaction<'_, Postgres>,
     event_ids: &[EventId],
     subscription_id: Option<i16>,
@@ -121,16 +106,29 @@ async fn refuse_unless_all(
     if refused.is_empty() { Ok(()) } else { Err(OperateError::NotApplicable(refused)) }
 }
 
+/// Requeues dead rows that the transaction has locked, and records them with the deed.
+///
 /// By `ctid`. The rows are locked, so they cannot move. And no statistics can make the plan read all dead rows.
-async fn make_visible(tx: &mut Transaction<'_, Postgres>, rows: &[String]) -> Result<Vec<Position>, sqlx::Error> {
+pub(super) async fn make_visible(
+    tx: &mut Transaction<'_, Postgres>,
+    rows: &[String],
+    deed_id: i64,
+) -> Result<Vec<Position>, sqlx::Error> {
     sqlx::query_as!(
         Position,
         "-- operate: requeue
-        UPDATE outbox
-        SET visible_at = now(), attempts_before_requeue = attempts, failures = 0, attempted_at = NULL
-        WHERE ctid = ANY ($1::text[]::tid[])
-        RETURNING subscription_id, aggregate_id, sequence",
+        WITH requeued AS (
+            UPDATE outbox
+            SET visible_at = now(), attempts_before_requeue = attempts, failures = 0, attempted_at = NULL
+            WHERE ctid = ANY ($1::text[]::tid[])
+            RETURNING event_id, subscription_id, aggregate_id, sequence
+        ), recorded AS (
+            INSERT INTO outbox_deed_events (deed_id, event_id, subscription_id, aggregate_id, sequence)
+            SELECT $2, event_id, subscription_id, aggregate_id, sequence FROM requeued
+        )
+        SELECT subscription_id, aggregate_id, sequence FROM requeued",
         rows,
+        deed_id,
     )
     .fetch_all(&mut **tx)
     .await

@@ -1,9 +1,10 @@
 //! Makes, ends and lists subscriptions.
 
 use chassis::Database;
+use proto::relay::v1::deed::Kind;
 use sqlx::PgConnection;
 
-use super::{OperateError, begin_durable};
+use super::{Author, OperateError, begin_durable, deeds::NewDeed};
 use crate::subscription::{Subscription, read_subscriptions};
 
 /// Rows of an ended subscription that one statement discards.
@@ -70,6 +71,10 @@ pub(crate) async fn subscribe(
     )
     .fetch_one(&mut *tx)
     .await?;
+    let author = Author { name: by.to_owned(), reason: String::new() };
+    let about = format!("{name} to {pattern}");
+    let deed = NewDeed::new(Kind::Subscribe, &author, Some(made.id), &about);
+    NewDeed { can_undo: false, ..deed }.record(&mut tx).await?;
     tx.commit().await?;
     Ok(Subscribed { subscription: made, existed: false })
 }
@@ -110,22 +115,26 @@ pub(crate) async fn find_subscription(
 pub(crate) async fn unsubscribe(
     connection: &mut PgConnection,
     name: &str,
-    by: &str,
-    reason: &str,
+    author: &Author,
 ) -> Result<(), OperateError> {
     let mut tx = begin_durable(connection).await?;
-    let ended = sqlx::query!(
+    let ended = sqlx::query_scalar!(
         "-- operate: unsubscribe
         UPDATE outbox_subscriptions SET ended_at = now(), ended_by = $2, reason = $3
-        WHERE name = $1 AND ended_at IS NULL",
+        WHERE name = $1 AND ended_at IS NULL
+        RETURNING subscription_id",
         name,
-        by,
-        reason,
+        author.name,
+        author.reason,
     )
-    .execute(&mut *tx)
+    .fetch_optional(&mut *tx)
     .await?;
+    if let Some(subscription_id) = ended {
+        let deed = NewDeed::new(Kind::Unsubscribe, author, Some(subscription_id), name);
+        NewDeed { can_undo: false, ..deed }.record(&mut tx).await?;
+    }
     tx.commit().await?;
-    if ended.rows_affected() == 0 {
+    if ended.is_none() {
         find_subscription(connection, Some(name)).await?;
     }
     Ok(())

@@ -17,6 +17,7 @@ mod wait;
 
 mod back_off;
 mod dead_letters;
+mod deeds;
 mod deliver;
 mod describe;
 mod doctor;

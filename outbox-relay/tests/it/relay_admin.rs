@@ -3,8 +3,9 @@
 use std::{fmt::Debug, net::SocketAddr};
 
 use proto::relay::v1::{
-    DiscardDeadEventRequest, GetDeadEventRequest, GetStatusRequest, ListDeadEventsRequest, PauseRequest,
-    RequeueDeadEventsRequest, RestoreDiscardedEventRequest, ResumeRequest, dead_event_content::Payload,
+    DiscardDeadEventRequest, DiscardDeadEventsRequest, GetBlastRadiusRequest, GetDeadEventRequest, GetStatusRequest,
+    ListDeadEventsRequest, ListDeedsRequest, OutboxPause, PauseRequest, RequeueDeadEventsRequest,
+    RestoreDiscardedEventRequest, ResumeRequest, UndoDeedRequest, dead_event_content::Payload,
     relay_admin_client::RelayAdminClient, relay_admin_server::SERVICE_NAME,
 };
 use testkit::{
@@ -25,8 +26,8 @@ use uuid::Uuid;
 
 use crate::{
     operator::{
-        Operator, count_discarded, insert_dead, insert_dead_with_successors, insert_many_dead, kill_requeued,
-        make_older,
+        Operator, count_dead, count_discarded, insert_dead, insert_dead_with_successors, insert_many_dead,
+        kill_requeued, make_older,
     },
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
@@ -59,6 +60,10 @@ impl Admin {
     async fn stop(self) {
         self.relay.stop().await;
     }
+}
+
+fn requeue_by_ann() -> RequeueDeadEventsRequest {
+    RequeueDeadEventsRequest { requeued_by: "ann".into(), ..RequeueDeadEventsRequest::default() }
 }
 
 /// Checks the code of a refusal, its reason and its bad fields. Returns its message.
@@ -110,8 +115,7 @@ async fn dead_events_are_listed_in_pages_newest_first() {
             page_token: page_token.clone(),
             r#type: "a.B".into(),
             page_size: -1,
-            failing: false,
-            subscription: String::new(),
+            ..ListDeadEventsRequest::default()
         };
         let refused = admin.client().list_dead_events(of_another_type).await;
         assert_refused(refused, Code::InvalidArgument, "INVALID_PAGE", &["page_size", "page_token"]);
@@ -147,7 +151,7 @@ async fn requeued_events_and_their_successors_are_delivered_at_once() {
     let line = insert_dead_with_successors(&outbox).await;
     let admin = Admin::start(outbox).await;
     let event_ids = vec![line[0].event_id.to_string(); 2];
-    let request = RequeueDeadEventsRequest { event_ids, ..RequeueDeadEventsRequest::default() };
+    let request = RequeueDeadEventsRequest { event_ids, ..requeue_by_ann() };
     let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
     assert_eq!((done.requeued, done.freed, done.too_old), (1, 2, 0));
     admin.outbox.wait_until_empty().await;
@@ -156,7 +160,7 @@ async fn requeued_events_and_their_successors_are_delivered_at_once() {
     let old = insert_dead(&admin.outbox).await;
     make_older(&admin.outbox, old, 200).await;
     insert_dead(&admin.outbox).await;
-    let all = RequeueDeadEventsRequest { all: true, r#type: "test.v1.Happened".into(), ..Default::default() };
+    let all = RequeueDeadEventsRequest { all: true, r#type: "test.v1.Happened".into(), ..requeue_by_ann() };
     let done = admin.client().requeue_dead_events(all).await.unwrap().into_inner();
     assert_eq!((done.requeued, done.freed, done.too_old), (1, 0, 1));
     assert_eq!((done.remaining, done.next_token.as_str()), (0, ""));
@@ -178,7 +182,7 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
     let admin = Admin::start(outbox).await;
     let requeue = async |other: Uuid| {
         let event_ids = vec![dead.to_string(), other.to_string()];
-        let request = RequeueDeadEventsRequest { event_ids, ..RequeueDeadEventsRequest::default() };
+        let request = RequeueDeadEventsRequest { event_ids, ..requeue_by_ann() };
         admin.client().requeue_dead_events(request).await
     };
     let message = assert_refused(requeue(Uuid::now_v7()).await, Code::NotFound, "EVENT_NOT_FOUND", &[]);
@@ -193,18 +197,20 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
         r#type: "\n".into(),
         token: "x".into(),
         subscription: "\n".into(),
+        code: "\n".into(),
+        requeued_by: " ".into(),
+        reason: "a\nb".into(),
     };
     let refused = admin.client().requeue_dead_events(request).await;
-    let bad = ["event_ids", "type", "subscription", "event_ids[0]", "token"];
+    let bad = ["event_ids", "type", "code", "subscription", "event_ids[0]", "token", "requeued_by", "reason"];
     assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &bad);
-    let request =
-        RequeueDeadEventsRequest { event_ids: vec![dead.to_string()], token: "x".into(), ..Default::default() };
+    let request = RequeueDeadEventsRequest { event_ids: vec![dead.to_string()], token: "x".into(), ..requeue_by_ann() };
     let refused = admin.client().requeue_dead_events(request).await;
     assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["token"]);
-    let refused = admin.client().requeue_dead_events(RequeueDeadEventsRequest::default()).await;
+    let refused = admin.client().requeue_dead_events(requeue_by_ann()).await;
     assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["event_ids"]);
     let unknown = (0..1000).map(|_| Uuid::now_v7().to_string()).collect();
-    let request = RequeueDeadEventsRequest { event_ids: unknown, ..RequeueDeadEventsRequest::default() };
+    let request = RequeueDeadEventsRequest { event_ids: unknown, ..requeue_by_ann() };
     let message =
         assert_refused(admin.client().requeue_dead_events(request).await, Code::NotFound, "EVENT_NOT_FOUND", &[]);
     assert!(message.ends_with('…'), "{message}");
@@ -226,7 +232,7 @@ async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_on
         .unwrap();
     let (mut requeued, mut calls, mut token) = (0, 0, String::new());
     loop {
-        let request = RequeueDeadEventsRequest { all: true, token, ..Default::default() };
+        let request = RequeueDeadEventsRequest { all: true, token, ..requeue_by_ann() };
         let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
         assert!(done.requeued > 0 && done.requeued <= 50_000, "{done:?}");
         requeued += done.requeued;
@@ -237,7 +243,7 @@ async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_on
             break;
         }
         let of_another_type =
-            RequeueDeadEventsRequest { all: true, token: token.clone(), r#type: "a.B".into(), ..Default::default() };
+            RequeueDeadEventsRequest { all: true, token: token.clone(), r#type: "a.B".into(), ..requeue_by_ann() };
         let refused = admin.client().requeue_dead_events(of_another_type).await;
         assert_refused(refused, Code::InvalidArgument, "INVALID_REQUEUE", &["token"]);
         // The events die again behind the walk, and are not requeued again.
@@ -246,7 +252,7 @@ async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_on
     assert!(calls >= 2 && requeued == dead, "{requeued} in {calls} calls");
 
     // Without the token a call starts from the beginning, with the events that have died again.
-    let request = RequeueDeadEventsRequest { all: true, ..Default::default() };
+    let request = RequeueDeadEventsRequest { all: true, ..requeue_by_ann() };
     let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
     assert!(done.requeued > 0, "{done:?}");
     admin.stop().await;
@@ -316,12 +322,17 @@ async fn a_pause_starts_once_and_ends_once() {
     let request = || PauseRequest { paused_by: "ann".into(), reason: "moving".into(), ..PauseRequest::default() };
     let paused = admin.client().pause(request()).await.unwrap().into_inner();
     let status = admin.client().get_status(GetStatusRequest {}).await.unwrap().into_inner();
-    assert_eq!(status.pause.as_ref(), Some(&paused));
+    let of_status = OutboxPause { deed_id: 0, ..paused.clone() };
+    assert_eq!((status.pause.as_ref(), paused.deed_id), (Some(&of_status), 1));
     let message =
         assert_refused(admin.client().pause(request()).await, Code::FailedPrecondition, "ALREADY_PAUSED", &[]);
     assert!(message.contains("by ann: moving"), "{message}");
-    assert_eq!(admin.client().resume(ResumeRequest::default()).await.unwrap().into_inner(), paused);
-    assert_refused(admin.client().resume(ResumeRequest::default()).await, Code::FailedPrecondition, "NOT_PAUSED", &[]);
+    let resume = || ResumeRequest { resumed_by: "bob".into(), ..ResumeRequest::default() };
+    let ended = admin.client().resume(resume()).await.unwrap().into_inner();
+    assert_eq!(ended, OutboxPause { deed_id: 2, ..paused });
+    assert_refused(admin.client().resume(resume()).await, Code::FailedPrecondition, "NOT_PAUSED", &[]);
+    let refused = admin.client().resume(ResumeRequest::default()).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_RESUME", &["resumed_by"]);
     let refused = admin.client().pause(PauseRequest::default()).await;
     assert_refused(refused, Code::InvalidArgument, "INVALID_PAUSE", &["paused_by", "reason"]);
     admin.stop().await;
@@ -396,4 +407,106 @@ async fn a_connection_on_which_an_operators_tool_asks_now_and_then_does_not_dela
     kept.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200 OK");
     relay.stop().await;
+}
+
+/// More than one call undoes, and no event is delivered meanwhile.
+#[tokio::test]
+async fn a_discard_of_all_and_its_undo_take_several_calls_and_are_one_deed_each() {
+    let outbox = Outbox::create().await;
+    let dead = 50_001;
+    insert_many_dead(&outbox, dead).await;
+    let admin = Admin::start(outbox).await;
+    let discard = |token| DiscardDeadEventsRequest {
+        all: true,
+        code: "BUSY".into(),
+        token,
+        discarded_by: "ann".into(),
+        reason: "a test".into(),
+        ..DiscardDeadEventsRequest::default()
+    };
+    let (mut discarded, mut deeds, mut token) = (0, Vec::new(), String::new());
+    loop {
+        let done = admin.client().discard_dead_events(discard(token)).await.unwrap().into_inner();
+        discarded += done.discarded;
+        deeds.push(done.deed_id);
+        assert_eq!(discarded + done.remaining, dead);
+        token = done.next_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert!(deeds.len() >= 2 && deeds.iter().all(|deed| *deed == 1), "{deeds:?}");
+    assert_eq!((discarded, count_discarded(&admin.outbox).await), (dead, dead));
+
+    let undo = |token| UndoDeedRequest { deed_id: 1, undone_by: "bob".into(), reason: String::new(), token };
+    let (mut undone, mut calls, mut token) = (0, 0, String::new());
+    loop {
+        let done = admin.client().undo_deed(undo(token)).await.unwrap().into_inner();
+        (undone, calls, token) = (undone + done.undone, calls + 1, done.next_token);
+        assert_eq!((done.left, done.deed_id), (0, 2));
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert!(calls >= 2 && undone == dead, "{undone} in {calls} calls");
+    assert_eq!((count_dead(&admin.outbox).await, count_discarded(&admin.outbox).await), (dead, 0));
+    let mut again = admin.client().undo_deed(undo(String::new())).await;
+    while let Ok(done) = again {
+        let done = done.into_inner();
+        assert_eq!((done.undone, done.deed_id), (0, 0));
+        again = admin.client().undo_deed(undo(done.next_token)).await;
+    }
+    assert_refused(again, Code::FailedPrecondition, "CANNOT_UNDO", &[]);
+
+    let request = ListDeedsRequest { page_size: 1, ..ListDeedsRequest::default() };
+    let page = admin.client().list_deeds(request).await.unwrap().into_inner();
+    assert_eq!(
+        page.deeds.iter().map(|deed| (deed.deed_id, deed.undoes, deed.events)).collect::<Vec<_>>(),
+        [(2, 1, dead)]
+    );
+    let request = ListDeedsRequest { page_token: page.next_page_token, ..ListDeedsRequest::default() };
+    let page = admin.client().list_deeds(request).await.unwrap().into_inner();
+    assert_eq!(page.deeds.iter().map(|deed| (deed.deed_id, deed.undone_by)).collect::<Vec<_>>(), [(1, 2)]);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn bad_requests_about_deeds_name_every_bad_field() {
+    let admin = Admin::start(Outbox::create().await).await;
+    let request = UndoDeedRequest { token: "x".into(), reason: "a\nb".into(), ..UndoDeedRequest::default() };
+    let refused = admin.client().undo_deed(request).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_UNDO", &["deed_id", "undone_by", "reason", "token"]);
+    let request = UndoDeedRequest { deed_id: 17, undone_by: "ann".into(), ..UndoDeedRequest::default() };
+    assert_refused(admin.client().undo_deed(request).await, Code::NotFound, "DEED_NOT_FOUND", &[]);
+    let request = ListDeedsRequest { page_size: -1, page_token: "x".into(), event_id: "x".into() };
+    let refused = admin.client().list_deeds(request).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_PAGE", &["page_size", "event_id", "page_token"]);
+    let refused = admin.client().discard_dead_events(DiscardDeadEventsRequest::default()).await;
+    let bad = ["event_ids", "discarded_by", "reason"];
+    assert_refused(refused, Code::InvalidArgument, "INVALID_DISCARD", &bad);
+    let refused = admin.client().get_blast_radius(GetBlastRadiusRequest::default()).await;
+    assert_refused(refused, Code::InvalidArgument, "INVALID_SELECTION", &["event_ids"]);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn a_blast_radius_counts_what_a_deed_would_change_and_changes_nothing() {
+    let outbox = Outbox::create().await;
+    let [first, ..] = insert_dead_with_successors(&outbox).await;
+    let old = insert_dead(&outbox).await;
+    make_older(&outbox, old, 200).await;
+    insert_many_dead(&outbox, 3).await;
+    let admin = Admin::start(outbox).await;
+    let measure = async |request: GetBlastRadiusRequest| {
+        let of = admin.client().get_blast_radius(request).await.unwrap().into_inner();
+        (of.events, of.subjects, of.held_back, of.too_old, of.more)
+    };
+    let all = |code: &str| GetBlastRadiusRequest { all: true, code: code.into(), ..Default::default() };
+    assert_eq!(measure(all("")).await, (5, 5, 2, 1, false));
+    assert_eq!(measure(all("BUSY")).await, (3, 3, 0, 0, false));
+    assert_eq!(measure(all("NONE")).await, (0, 0, 0, 0, false));
+    let event_ids = vec![first.event_id.to_string()];
+    assert_eq!(measure(GetBlastRadiusRequest { event_ids, ..Default::default() }).await, (1, 1, 2, 0, false));
+    assert_eq!(count_dead(&admin.outbox).await, 5);
+    admin.stop().await;
 }

@@ -1,26 +1,33 @@
-//! Requeues all dead events, piece by piece.
+//! Requeues or discards all dead events that match, piece by piece.
 //!
 //! One transaction for millions of events would hold all their locks for minutes. It would exceed the limit of database
 //! work, and then nothing of it would be committed. So a [`Walk`] visits the dead events in the order of their ids, and
-//! each piece of it is a transaction of its own. Whatever ends the walk, every piece is requeued or still dead as a
-//! whole. A new walk goes on with those that are still dead.
+//! each piece of it is a transaction of its own. Whatever ends the walk, every piece is changed or still dead as a whole.
+//! A new walk goes on with those that are still dead.
 //!
 //! A walk visits each id once, since each piece begins behind the last. An event that dies again during the walk keeps
 //! its id, which lies behind the walk. So no event is requeued for ever, however fast it dies. The walk ends at the
 //! largest id that was dead when it began, and ids begin with the time of their aggregate. So new aggregates cannot prolong
-//! it. An event that dies ahead of the walk is requeued along with the others: once.
+//! it. An event that dies ahead of the walk is changed along with the others: once.
 //!
 //! Each piece costs the same. The index of dead rows keeps an entry for each row that was requeued until VACUUM removes
 //! it, which it cannot do while an old transaction is open. These entries lie behind the walk as well, so only a later
 //! walk passes over them.
+//!
+//! All pieces of a walk are one deed, which the first piece that changes an event records.
 
 use outbox::EventId;
+use proto::relay::v1::deed::Kind;
 use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use super::{
-    Filter, begin_durable, count,
-    requeue::{MAX_AGE_UNTOLD, Requeued, commit_requeue, tell_of_requeue},
+    Author, Changed, Filter, OperateError, begin_durable, count,
+    deeds::NewDeed,
+    discard::give_up,
+    find_subscription, free_successors,
+    requeue::{MAX_AGE_UNTOLD, make_visible},
+    tell_of_change,
 };
 
 /// Dead events in one piece. A piece of so many takes a fraction of a second, even on a busy server.
@@ -28,23 +35,54 @@ pub(crate) const PIECE: u32 = 5000;
 /// Dead events that are counted ahead of a walk, so that the count takes less time than a piece.
 const COUNTED_MAX: i64 = 100_000;
 
-/// The part of the dead events that a requeue of all has yet to visit.
+/// What a walk does to the events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Those that are too old stay dead.
+    Requeue,
+    Discard,
+}
+
+impl Change {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Requeue => Kind::Requeue,
+            Self::Discard => Kind::Discard,
+        }
+    }
+
+    /// The list that the tokens of such a walk are valid for.
+    fn list(self, filter: &Filter) -> String {
+        let word = match self {
+            Self::Requeue => "requeue",
+            Self::Discard => "discard",
+        };
+        format!("{word} {}", filter.name())
+    }
+}
+
+/// The part of the dead events that a change of all has yet to visit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Walk {
+    change: Change,
     /// The last event it has visited.
     after: EventId,
     /// The last event it visits.
     until: EventId,
-    /// It requeues only these events. It visits all.
+    /// It changes only these events. It visits all.
     filter: Filter,
+    /// The deed, once an event was changed.
+    pub(crate) deed_id: Option<i64>,
 }
 
 /// A piece of a walk.
 #[derive(Debug)]
 pub(crate) struct Piece {
-    pub(crate) requeued: Requeued,
+    pub(crate) changed: Changed,
     /// Events that stay dead.
     pub(crate) too_old: i64,
+    /// The deed, once an event was changed, in this piece or in one before.
+    pub(crate) deed_id: Option<i64>,
     /// What is left of the walk.
     pub(crate) rest: Option<Walk>,
 }
@@ -59,7 +97,11 @@ impl Walk {
     ///
     /// # Errors
     /// Those of the database.
-    pub(crate) async fn begin(connection: &mut PgConnection, filter: Filter) -> Result<Option<Self>, sqlx::Error> {
+    pub(crate) async fn begin(
+        connection: &mut PgConnection,
+        change: Change,
+        filter: Filter,
+    ) -> Result<Option<Self>, sqlx::Error> {
         let last = sqlx::query_scalar!(
             r#"-- operate: find the last dead
             SELECT event_id AS "event_id: EventId" FROM outbox
@@ -67,20 +109,24 @@ impl Walk {
         )
         .fetch_optional(connection)
         .await?;
-        Ok(last.map(|until| Self { after: Uuid::nil().into(), until, filter }))
+        Ok(last.map(|until| Self { change, after: Uuid::nil().into(), until, filter, deed_id: None }))
     }
 
     /// A token from which [`Walk::resume`] makes this walk again.
     pub(crate) fn token(&self) -> String {
-        chassis::encode_page_token(&name(&self.filter), &format!("{} {}", self.after, self.until))
+        let deed_id = self.deed_id.unwrap_or_default();
+        let place = format!("{} {} {deed_id}", self.after, self.until);
+        chassis::encode_page_token(&self.change.list(&self.filter), &place)
     }
 
-    /// The walk of a token; `None` if the token is not one of a walk over these events.
-    pub(crate) fn resume(token: &str, filter: Filter) -> Option<Self> {
-        let range = chassis::decode_page_token(&name(&filter), token)?;
-        let (after, until) = range.split_once(' ')?;
-        let id = |text| Uuid::try_parse(text).map(EventId::from).ok();
-        Some(Self { after: id(after)?, until: id(until)?, filter })
+    /// The walk of a token; `None` if the token is not one of such a walk over these events.
+    pub(crate) fn resume(token: &str, change: Change, filter: Filter) -> Option<Self> {
+        let place = chassis::decode_page_token(&change.list(&filter), token)?;
+        let mut parts = place.split(' ');
+        let mut id = || Uuid::try_parse(parts.next()?).map(EventId::from).ok();
+        let (after, until) = (id()?, id()?);
+        let deed_id = Some(parts.next()?.parse().ok()?).filter(|deed_id| *deed_id > 0);
+        Some(Self { change, after, until, filter, deed_id })
     }
 
     /// The number of dead events ahead, as far as they are among the next hundred thousand.
@@ -93,50 +139,70 @@ impl Walk {
             r#"-- operate: count ahead
             SELECT count(*) AS "count!"
             FROM (
-                SELECT event_type, subscription_id FROM outbox
+                SELECT event_type, subscription_id, last_error FROM outbox
                 WHERE visible_at = 'infinity' AND event_id > $1 AND event_id <= $2
                 ORDER BY event_id LIMIT $4) AS ahead
             WHERE ($3::text IS NULL OR event_type = $3)
-              AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))"#,
+              AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+              AND ($6::text IS NULL OR split_part(last_error, ':', 1) = $6)"#,
             self.after as EventId,
             self.until as EventId,
             self.filter.event_type,
             COUNTED_MAX,
             self.filter.subscription,
+            self.filter.code,
         )
         .fetch_one(&mut *tx)
         .await?;
         tx.commit().await?;
         Ok(counted)
     }
+
+    /// The deed of this walk, which is recorded now if no earlier piece has.
+    async fn deed(&self, tx: &mut PgConnection, author: &Author) -> Result<i64, OperateError> {
+        if let Some(deed_id) = self.deed_id {
+            return Ok(deed_id);
+        }
+        let only = find_subscription(tx, self.filter.subscription.as_deref()).await?;
+        Ok(NewDeed::new(self.change.kind(), author, only, &self.filter.describe()).record(tx).await?)
+    }
 }
 
-/// The list that the tokens of a walk are valid for.
-fn name(filter: &Filter) -> String {
-    format!("requeue {}", filter.name())
-}
-
-/// Requeues the next events of a walk, as [`super::requeue`] does. At most `events_max` dead events are looked at, so a
-/// piece is short even if few events are of the type.
+/// Changes the next events of a walk, as [`super::requeue`] and [`super::discard`] do. At most `events_max` dead events are
+/// looked at, so a piece is short even if few events match.
 ///
 /// # Errors
-/// Those of the database. The piece is then requeued as a whole, or not at all; the walk it began with visits it again.
-pub(crate) async fn requeue_piece(
+/// Those of the database, and [`OperateError::NoSubscription`] if it was ended meanwhile. The piece is then changed as a
+/// whole, or not at all; the walk it began with visits it again.
+pub(crate) async fn walk_piece(
     connection: &mut PgConnection,
     walk: Walk,
+    author: &Author,
     events_max: u32,
-) -> Result<Piece, sqlx::Error> {
+) -> Result<Piece, OperateError> {
     let mut tx = begin_in_order(connection).await?;
     let end = find_end(&mut tx, &walk, events_max).await?;
     let piece = Walk { until: end.unwrap_or(walk.until), ..walk.clone() };
-    let (old, young): (Vec<_>, Vec<_>) = lock(&mut tx, &piece).await?.into_iter().partition(|dead| dead.too_old);
-    let young: Vec<_> = young.into_iter().map(|dead| dead.row).collect();
-    let (positions, requeued) = commit_requeue(tx, &young).await?;
-    if !positions.is_empty() {
-        tell_of_requeue(connection, &positions).await;
+    let stays = |dead: &Locked| dead.too_old && walk.change == Change::Requeue;
+    let (old, others): (Vec<_>, Vec<_>) = lock(&mut tx, &piece).await?.into_iter().partition(stays);
+    let rows: Vec<_> = others.into_iter().map(|dead| dead.row).collect();
+    let (mut deed_id, mut positions, mut freed) = (walk.deed_id, Vec::new(), 0);
+    if !rows.is_empty() {
+        let deed = walk.deed(&mut tx, author).await?;
+        positions = match walk.change {
+            Change::Requeue => make_visible(&mut tx, &rows, deed).await?,
+            Change::Discard => give_up(&mut tx, &rows, author, deed).await?.positions(),
+        };
+        freed = free_successors(&mut tx, &positions).await?;
+        deed_id = Some(deed);
     }
-    let rest = (piece.until < walk.until).then_some(Walk { after: piece.until, ..walk });
-    Ok(Piece { requeued, too_old: count(old.len() as u64), rest })
+    tx.commit().await?;
+    if !positions.is_empty() {
+        tell_of_change(connection, &positions).await;
+    }
+    let changed = Changed { events: count(positions.len() as u64), freed: count(freed) };
+    let rest = (piece.until < walk.until).then_some(Walk { after: piece.until, deed_id, ..walk });
+    Ok(Piece { changed, too_old: count(old.len() as u64), deed_id, rest })
 }
 
 /// Begins a transaction in which the index of dead rows is scanned in its order. The planner takes a range of ids for a
@@ -185,6 +251,7 @@ async fn lock(tx: &mut Transaction<'_, Postgres>, piece: &Walk) -> Result<Vec<Lo
         WHERE visible_at = 'infinity' AND event_id > $1 AND event_id <= $2
           AND ($3::text IS NULL OR event_type = $3)
           AND ($5::text IS NULL OR subscription_id = (SELECT subscription_id FROM outbox_subscriptions WHERE name = $5 AND ended_at IS NULL))
+          AND ($6::text IS NULL OR split_part(last_error, ':', 1) = $6)
         ORDER BY event_id, subscription_id
         FOR UPDATE"#,
         piece.after as EventId,
@@ -192,6 +259,7 @@ async fn lock(tx: &mut Transaction<'_, Postgres>, piece: &Walk) -> Result<Vec<Lo
         piece.filter.event_type,
         MAX_AGE_UNTOLD,
         piece.filter.subscription,
+        piece.filter.code,
     )
     .fetch_all(&mut **tx)
     .await
@@ -204,8 +272,8 @@ mod tests {
     use tokio::time::{Duration, Instant, sleep};
     use uuid::Uuid;
 
-    use super::{Filter, Piece, Requeued, Walk, requeue_piece};
-    use crate::operate::{Discard, discard};
+    use super::{Change, Changed, Filter, Piece, Walk, walk_piece};
+    use crate::operate::{Author, Discard, discard};
 
     /// An outbox with dead events, and an operator's connection.
     struct Outbox {
@@ -269,11 +337,11 @@ mod tests {
 
         async fn begin(&mut self, event_type: Option<&str>) -> Option<Walk> {
             let filter = Filter { event_type: event_type.map(str::to_owned), ..Filter::default() };
-            Walk::begin(&mut self.operator, filter).await.unwrap()
+            Walk::begin(&mut self.operator, Change::Requeue, filter).await.unwrap()
         }
 
         async fn piece(&mut self, walk: Walk, events_max: u32) -> Piece {
-            requeue_piece(&mut self.operator, walk, events_max).await.unwrap()
+            walk_piece(&mut self.operator, walk, &ann(), events_max).await.unwrap()
         }
 
         /// Walks to the end. Returns the pieces.
@@ -303,10 +371,14 @@ mod tests {
         Uuid::from_u128(number)
     }
 
-    fn total(pieces: &[Piece]) -> Requeued {
-        pieces.iter().fold(Requeued::default(), |sum, piece| Requeued {
-            events: sum.events + piece.requeued.events,
-            freed: sum.freed + piece.requeued.freed,
+    fn ann() -> Author {
+        Author { name: "ann".into(), reason: "inventory is mended".into() }
+    }
+
+    fn total(pieces: &[Piece]) -> Changed {
+        pieces.iter().fold(Changed::default(), |sum, piece| Changed {
+            events: sum.events + piece.changed.events,
+            freed: sum.freed + piece.changed.freed,
         })
     }
 
@@ -315,7 +387,7 @@ mod tests {
         let mut outbox = Outbox::with_dead(2500).await;
         let walk = outbox.begin(None).await.unwrap();
         let first = outbox.piece(walk, 400).await;
-        assert_eq!(first.requeued, Requeued { events: 400, freed: 40 });
+        assert_eq!(first.changed, Changed { events: 400, freed: 40 });
         let later = "SELECT count(*) FROM outbox WHERE visible_at = 'infinity'
             AND event_id > '00000000-0000-0000-0000-000000000190'";
         assert_eq!((outbox.dead().await, outbox.count(later).await), (2100, 2100));
@@ -323,7 +395,7 @@ mod tests {
         assert_eq!(rest.count_remaining(&mut outbox.operator).await.unwrap(), 2100);
 
         let pieces = outbox.walk(Some(rest), 400).await;
-        let events: Vec<_> = pieces.iter().map(|piece| piece.requeued.events).collect();
+        let events: Vec<_> = pieces.iter().map(|piece| piece.changed.events).collect();
         assert_eq!(events, [400, 400, 400, 400, 400, 100]);
         assert_eq!((outbox.requeued().await, outbox.dead().await, outbox.parked().await), (2500, 0, 0));
         assert_eq!(outbox.begin(None).await, None);
@@ -337,14 +409,14 @@ mod tests {
             let mut walk = outbox.begin(None).await;
             for _ in 0..pieces {
                 let piece = outbox.piece(walk.unwrap(), 300).await;
-                requeued += piece.requeued.events;
+                requeued += piece.changed.events;
                 walk = piece.rest;
             }
             assert_eq!((outbox.requeued().await, outbox.dead().await), (requeued, 2500 - requeued));
         }
         assert_eq!(requeued, 1800);
         let walk = outbox.begin(None).await;
-        assert_eq!(total(&outbox.walk(walk, 300).await), Requeued { events: 700, freed: 70 });
+        assert_eq!(total(&outbox.walk(walk, 300).await), Changed { events: 700, freed: 70 });
         assert_eq!((outbox.requeued().await, outbox.parked().await), (2500, 0));
     }
 
@@ -368,12 +440,13 @@ mod tests {
                 )
                 .await;
         };
-        let (ended, ()) = tokio::join!(requeue_piece(&mut operator, walk.clone(), 300), cut);
+        let author = ann();
+        let (ended, ()) = tokio::join!(walk_piece(&mut operator, walk.clone(), &author, 300), cut);
         ended.unwrap_err();
         other.rollback().await.unwrap();
         assert_eq!((outbox.requeued().await, outbox.dead().await), (300, 700));
 
-        assert_eq!(total(&outbox.walk(Some(walk), 300).await), Requeued { events: 700, freed: 70 });
+        assert_eq!(total(&outbox.walk(Some(walk), 300).await), Changed { events: 700, freed: 70 });
         assert_eq!(outbox.requeued().await, 1000);
     }
 
@@ -384,7 +457,7 @@ mod tests {
         let (mut pieces, mut requeued) = (0, 0);
         while let Some(walk) = rest {
             let piece = outbox.piece(walk, 100).await;
-            requeued += piece.requeued.events;
+            requeued += piece.changed.events;
             rest = piece.rest;
             pieces += 1;
             // All that were requeued die at once. And one event is enqueued, and dies.
@@ -410,7 +483,7 @@ mod tests {
         outbox.insert_dead(200_000).await;
         let walk = outbox.begin(None).await.unwrap();
         let mut operator = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
-        requeue_piece(&mut operator, walk, 100).await.unwrap();
+        walk_piece(&mut operator, walk, &ann(), 100).await.unwrap();
         // A session reports its statistics when it ends.
         operator.close().await.unwrap();
         let read = "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'outbox'";
@@ -435,8 +508,9 @@ mod tests {
             outbox.operator_waits().await;
             other.commit().await.unwrap();
         };
-        let (piece, ()) = tokio::join!(requeue_piece(&mut operator, walk, 300), commit);
-        assert_eq!(piece.unwrap().requeued, Requeued { events: 100, freed: 10 });
+        let author = ann();
+        let (piece, ()) = tokio::join!(walk_piece(&mut operator, walk, &author, 300), commit);
+        assert_eq!(piece.unwrap().changed, Changed { events: 100, freed: 10 });
         assert_eq!((outbox.requeued().await, outbox.dead().await), (100, 0));
     }
 
@@ -447,8 +521,7 @@ mod tests {
         let walk = outbox.piece(walk, 300).await.rest;
         let mut other = PgConnection::connect(&outbox.test.url_as("outbox_relay")).await.unwrap();
         // One is gone before its piece, and one goes while its piece waits for it.
-        let (by, reason) = ("ann".to_owned(), "a typo".to_owned());
-        let asked = Discard { event_id: id(900).into(), subscription: None, by, reason, refuse: false };
+        let asked = Discard { event_ids: vec![id(900).into()], subscription: None, author: ann(), refuse: false };
         discard(&mut other, &asked).await.unwrap();
         let mut discarding = outbox.pool.begin().await.unwrap();
         sqlx::query("DELETE FROM outbox WHERE event_id = $1").bind(id(450)).execute(&mut *discarding).await.unwrap();
@@ -457,9 +530,10 @@ mod tests {
             outbox.operator_waits().await;
             discarding.commit().await.unwrap();
         };
-        let (piece, ()) = tokio::join!(requeue_piece(&mut operator, walk.unwrap(), 300), commit);
+        let author = ann();
+        let (piece, ()) = tokio::join!(walk_piece(&mut operator, walk.unwrap(), &author, 300), commit);
         let piece = piece.unwrap();
-        assert_eq!(piece.requeued.events, 299);
+        assert_eq!(piece.changed.events, 299);
         assert_eq!(total(&outbox.walk(piece.rest, 300).await).events, 399);
         assert_eq!((outbox.requeued().await, outbox.dead().await), (998, 0));
         assert_eq!(outbox.count("SELECT count(*) FROM outbox_discarded").await, 1);
@@ -490,12 +564,19 @@ mod tests {
     #[test]
     fn a_token_continues_a_walk_over_the_same_type_only() {
         let of = |event_type: &str| Filter { event_type: Some(event_type.to_owned()), ..Filter::default() };
-        let walk = Walk { after: id(1).into(), until: id(9).into(), filter: of("a.B") };
-        assert_eq!(Walk::resume(&walk.token(), of("a.B")), Some(walk.clone()));
-        assert_eq!(Walk::resume(&walk.token(), of("a.C")), None);
-        assert_eq!(Walk::resume(&walk.token(), Filter::default()), None);
-        assert_eq!(Walk::resume("no token", of("a.B")), None);
+        let walk = Walk {
+            change: Change::Requeue,
+            after: id(1).into(),
+            until: id(9).into(),
+            filter: of("a.B"),
+            deed_id: Some(7),
+        };
+        assert_eq!(Walk::resume(&walk.token(), Change::Requeue, of("a.B")), Some(walk.clone()));
+        assert_eq!(Walk::resume(&walk.token(), Change::Discard, of("a.B")), None);
+        assert_eq!(Walk::resume(&walk.token(), Change::Requeue, of("a.C")), None);
+        assert_eq!(Walk::resume(&walk.token(), Change::Requeue, Filter::default()), None);
+        assert_eq!(Walk::resume("no token", Change::Requeue, of("a.B")), None);
         let page = chassis::encode_page_token("requeue a.B", &id(1).to_string());
-        assert_eq!(Walk::resume(&page, of("a.B")), None);
+        assert_eq!(Walk::resume(&page, Change::Requeue, of("a.B")), None);
     }
 }
