@@ -42,12 +42,19 @@ const SECONDS: [f64; 22] = [
 /// For numbers of things that are handled together.
 const COUNTS: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
+/// What else is served.
+#[derive(Debug)]
+struct Added {
+    grpc: Router,
+    pages: Router,
+}
+
 /// What this process serves to operators. The listener is closed when this is dropped.
 #[derive(Debug)]
 pub struct Ops {
     pub(crate) readiness: Readiness,
     /// What is served besides, once there is a database for it.
-    added: Arc<OnceLock<Router>>,
+    added: Arc<OnceLock<Added>>,
     serving: Option<AbortOnDropHandle<Result<(), ServeError>>>,
     reporting: Option<AbortOnDropHandle<()>>,
     _upkeep: Option<AbortOnDropHandle<()>>,
@@ -110,20 +117,21 @@ impl Ops {
         self.serving.is_some()
     }
 
-    /// Serves these gRPC services too, and reports by health whether the database can be written to.
+    /// Serves these gRPC services and pages too, and reports by health whether the database can be written to.
     ///
     /// # Errors
     /// When their descriptors cannot be decoded.
     pub fn add(
         &mut self,
         services: Services,
+        pages: Router,
         database: &Database,
         shutdown: CancellationToken,
     ) -> Result<(), ServeError> {
         let names = services.names;
         let (routes, reporter) = with_health(services)?;
         // Only the first counts, and there is one.
-        self.added.get_or_init(|| routes.into_axum_router());
+        self.added.get_or_init(|| Added { grpc: routes.into_axum_router(), pages });
         let reporting = report_health(reporter, names, self.readiness.clone(), database.probe(), shutdown);
         self.reporting = Some(AbortOnDropHandle::new(tokio::spawn(reporting)));
         Ok(())
@@ -147,7 +155,7 @@ impl Ops {
     }
 }
 
-fn route(metrics: PrometheusHandle, readiness: Readiness, added: Arc<OnceLock<Router>>) -> Router {
+fn route(metrics: PrometheusHandle, readiness: Readiness, added: Arc<OnceLock<Added>>) -> Router {
     let render = move || async move {
         // Names wait in it for their descriptions.
         metrics.run_upkeep();
@@ -162,19 +170,22 @@ fn route(metrics: PrometheusHandle, readiness: Readiness, added: Arc<OnceLock<Ro
         .fallback(move |request| pass_on(added, later.state(), request))
 }
 
-/// Only gRPC is passed on. Otherwise a page in an operator's browser could call what is served here: tonic looks at the
-/// path alone. Browsers speak no HTTP/2 without TLS, and ask before they send this type of content elsewhere.
+/// Only gRPC reaches the services. Otherwise a page in an operator's browser could call them: tonic looks at the path
+/// alone. Browsers speak no HTTP/2 without TLS, and ask before they send this type of content elsewhere.
 ///
 /// A gRPC client takes the one status for UNAVAILABLE, and the other for UNIMPLEMENTED.
-async fn pass_on(added: Arc<OnceLock<Router>>, state: State, request: Request) -> Response {
+async fn pass_on(added: Arc<OnceLock<Added>>, state: State, request: Request) -> Response {
     let content = request.headers().get(CONTENT_TYPE).map_or(&[][..], |value| value.as_bytes());
     let is_grpc = request.version() == Version::HTTP_2
         && content
             .strip_prefix(b"application/grpc")
             .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')));
-    match added.get().filter(|_| is_grpc) {
-        Some(router) => router.clone().oneshot(request).await.into_response(),
+    match added.get() {
+        Some(Added { grpc, .. }) if is_grpc => grpc.clone().oneshot(request).await.into_response(),
+        Some(Added { pages, .. }) => pages.clone().oneshot(request).await.into_response(),
+        // A gRPC client reads the status alone.
         None if is_grpc && state == State::Starts => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        None if state == State::Starts => page(state).into_response(),
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }

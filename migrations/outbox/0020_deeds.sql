@@ -23,19 +23,24 @@ COMMENT ON COLUMN outbox_deeds.undoes IS 'The deed that this one undid.';
 CREATE INDEX outbox_deeds_undone ON outbox_deeds (undoes) WHERE undoes IS NOT NULL;
 
 CREATE TABLE outbox_deed_events (
+    change_id       bigint   GENERATED ALWAYS AS IDENTITY CONSTRAINT outbox_deed_events_pkey PRIMARY KEY,
     deed_id         bigint   NOT NULL CONSTRAINT outbox_deed_events_deed REFERENCES outbox_deeds ON DELETE CASCADE,
     event_id        uuid     NOT NULL,
     subscription_id smallint NOT NULL,
     aggregate_id    uuid     NOT NULL,
-    sequence        integer  NOT NULL,
-    CONSTRAINT outbox_deed_events_pkey PRIMARY KEY (deed_id, event_id, subscription_id)
+    sequence        integer  NOT NULL
 );
 COMMENT ON TABLE outbox_deed_events IS 'The events that a deed has changed.';
+COMMENT ON COLUMN outbox_deed_events.change_id IS 'Of two changes of an event, the later one has the larger: it is drawn while the event is locked. A deed may take hours.';
+CREATE INDEX outbox_deed_events_deed ON outbox_deed_events (deed_id, event_id, subscription_id, change_id);
 -- For the deeds of an event, and whether a later one has changed it.
-CREATE INDEX outbox_deed_events_event ON outbox_deed_events (event_id, subscription_id, deed_id);
+CREATE INDEX outbox_deed_events_event ON outbox_deed_events (event_id, subscription_id, change_id);
 
-GRANT SELECT, INSERT ON outbox_deeds, outbox_deed_events TO outbox_relay;
+-- Not the ids, and not the time.
+GRANT SELECT ON outbox_deeds, outbox_deed_events TO outbox_relay;
+GRANT INSERT (done_by, kind, subscription_id, reason, about, can_undo, undoes) ON outbox_deeds TO outbox_relay;
+GRANT INSERT (deed_id, event_id, subscription_id, aggregate_id, sequence) ON outbox_deed_events TO outbox_relay;
 
--- An event that was discarded, sent again and died again is discarded once more, over its earlier row.
-GRANT UPDATE (created_at, attempts, last_error, discarded_at, discarded_by, reason, refused) ON outbox_discarded
-    TO outbox_relay;
+-- An event that was discarded, sent again and died again is discarded once more, over its earlier row. Whether it was
+-- refused stays as it is: a refusal cannot be taken back.
+GRANT UPDATE (created_at, attempts, last_error, discarded_at, discarded_by, reason) ON outbox_discarded TO outbox_relay;

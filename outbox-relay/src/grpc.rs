@@ -16,10 +16,13 @@ use tokio::time::{Duration, Instant, sleep};
 use tonic::{Code, Request, Response, Status};
 
 use self::requests::Selection;
-use crate::operate::{
-    self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, Reason, SAMPLE, Walk, ask_receivers,
-    diagnose, find_subscription, group_dead, list_dead, list_deeds, measure_blast, read_all, read_facts, read_status,
-    read_totals, show_dead, undo_piece, walk_piece,
+use crate::{
+    access::Denied,
+    operate::{
+        self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, Reason, SAMPLE, Walk, ask_receivers,
+        diagnose, find_subscription, group_dead, list_dead, list_deeds, measure_blast, read_all, read_facts,
+        read_status, read_totals, show_dead, undo_piece, walk_piece,
+    },
 };
 
 const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
@@ -105,7 +108,7 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<RequeueDeadEventsRequest>,
     ) -> Result<Response<RequeueDeadEventsResponse>, Status> {
-        let (selection, author) = requests::requeue(request.into_inner())?;
+        let (selection, author) = requests::requeue(request)?;
         let answer = match selection {
             Selection::All { filter, from } => {
                 let Walked { events: requeued, freed, too_old, remaining, next_token, deed_id } =
@@ -126,7 +129,7 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<DiscardDeadEventsRequest>,
     ) -> Result<Response<DiscardDeadEventsResponse>, Status> {
-        let (selection, author) = requests::discard(request.into_inner())?;
+        let (selection, author) = requests::discard(request)?;
         let answer = match selection {
             Selection::All { filter, from } => {
                 let Walked { events: discarded, freed, remaining, next_token, deed_id, .. } =
@@ -153,7 +156,7 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<DiscardDeadEventRequest>,
     ) -> Result<Response<DiscardDeadEventResponse>, Status> {
-        let asked = requests::discard_one(request.into_inner())?;
+        let asked = requests::discard_one(request)?;
         let done =
             self.run(move |connection| Box::pin(async move { operate::discard(connection, &asked).await })).await?;
         Ok(Response::new(DiscardDeadEventResponse {
@@ -167,7 +170,7 @@ impl RelayAdmin for Admin {
         &self,
         request: Request<RestoreDiscardedEventRequest>,
     ) -> Result<Response<RestoreDiscardedEventResponse>, Status> {
-        let (event_id, subscription, author) = requests::restore(request.into_inner())?;
+        let (event_id, subscription, author) = requests::restore(request)?;
         self.run(move |connection| {
             Box::pin(async move { operate::restore(connection, event_id, subscription.as_deref(), &author).await })
         })
@@ -176,7 +179,7 @@ impl RelayAdmin for Admin {
     }
 
     async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<OutboxPause>, Status> {
-        let (subscription, author) = requests::pause(request.into_inner())?;
+        let (subscription, author) = requests::pause(request)?;
         self.run(move |connection| {
             Box::pin(async move { operate::pause(connection, subscription.as_deref(), &author).await })
         })
@@ -185,7 +188,7 @@ impl RelayAdmin for Admin {
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<OutboxPause>, Status> {
-        let (subscription, author) = requests::resume(request.into_inner())?;
+        let (subscription, author) = requests::resume(request)?;
         self.run(move |connection| {
             Box::pin(async move { operate::resume(connection, subscription.as_deref(), &author).await })
         })
@@ -201,20 +204,24 @@ impl RelayAdmin for Admin {
     }
 
     async fn undo_deed(&self, request: Request<UndoDeedRequest>) -> Result<Response<UndoDeedResponse>, Status> {
-        let (mut undo, author) = requests::undo(request.into_inner())?;
-        let began = Instant::now();
+        let (undo, author) = requests::undo(request)?;
+        let (began, mut rest) = (Instant::now(), Some(undo));
         let mut answer = UndoDeedResponse::default();
         for _ in 0..PIECES_MAX {
-            let (of_piece, by, deed_id) = (undo.clone(), author.clone(), undo.deed_id);
+            let Some(undo) = rest.take() else { break };
+            let by = author.clone();
             let piece = self
-                .run(move |connection| Box::pin(async move { undo_piece(connection, of_piece, &by, PIECE).await }))
+                .run(move |connection| Box::pin(async move { undo_piece(connection, undo, &by, PIECE).await }))
                 .await?;
-            answer = UndoDeedResponse { undone: answer.undone + piece.undone, left: answer.left + piece.left, ..piece };
-            match operate::Undo::resume(deed_id, &answer.next_token) {
-                Some(rest) if began.elapsed() <= PIECES_LIMIT => undo = rest,
-                _ => break,
+            answer.undone += piece.undone;
+            answer.left += piece.left;
+            answer.deed_id = piece.undo_id.unwrap_or_default();
+            rest = piece.rest;
+            if began.elapsed() > PIECES_LIMIT {
+                break;
             }
         }
+        answer.next_token = rest.map(|undo| undo.token()).unwrap_or_default();
         Ok(Response::new(answer))
     }
 }
@@ -288,6 +295,17 @@ impl Admin {
         }
         Ok(answer)
     }
+}
+
+/// Why a caller may not call.
+pub(crate) fn deny(denied: &Denied) -> Status {
+    let (code, reason) = match denied {
+        Denied::NoToken | Denied::NotLocal => (Code::Unauthenticated, "TOKEN_REQUIRED"),
+        Denied::UnknownToken => (Code::Unauthenticated, "TOKEN_UNKNOWN"),
+        Denied::Viewer(_) => (Code::PermissionDenied, "OPERATORS_ONLY"),
+        Denied::Broken(_) => (Code::Unavailable, "TOKEN_FILE_BROKEN"),
+    };
+    REFUSE.with(code, reason, denied.to_string())
 }
 
 fn refuse(error: &OperateError) -> Status {

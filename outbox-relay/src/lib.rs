@@ -3,10 +3,12 @@
 //! It knows nothing of any domain. It runs beside any database with the outbox table, and delivers to any service that
 //! implements `events.v1.EventReceiver`.
 
+mod access;
 mod ahead;
 mod announce;
 #[cfg(test)]
 mod answer_tests;
+mod console;
 mod count;
 mod deliver;
 mod delivery;
@@ -41,6 +43,7 @@ mod wake;
 
 use std::{sync::Arc, time::Duration};
 
+use axum::Router;
 use chassis::{Database, DatabaseUrl, Ops, RunError, Services};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
@@ -56,6 +59,7 @@ use tracing::{info, warn};
 use crate::{
     ahead::Ahead,
     announce::{OtherReceiver, claim},
+    console::{Console, SharedStatus, guard_grpc, pages},
     deliver::Receiver,
     failures::Failures,
     floor::Floor,
@@ -72,7 +76,11 @@ use crate::{
     wake::Wake,
 };
 
-pub use crate::{route::RouteSettings, settings::Settings};
+pub use crate::{
+    access::{Role, TokenFile, TokenFileError},
+    route::RouteSettings,
+    settings::Settings,
+};
 
 /// Connections for the calls of RelayAdmin, beside those of the workers.
 const OPERATORS_CONNECTIONS: u32 = 2;
@@ -115,10 +123,9 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     };
     let asking = database.url_of_own_session(settings.listen_database_url.as_ref());
     let Some(own_session) = shutdown.run_until_cancelled(asking).await else { return Ok(()) };
-    let admin = Admin { database: of_operators, descriptors: settings.descriptors.clone() };
-    let routes = Routes::new(RelayAdminServer::new(admin).accept_compressed(CompressionEncoding::Gzip));
-    let services = Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS };
-    ops.add(services, &database, shutdown.clone())?;
+    let admin = Arc::new(Admin { database: of_operators, descriptors: settings.descriptors.clone() });
+    let (services, pages) = offer_to_operators(admin, &settings);
+    ops.add(services, pages, &database, shutdown.clone())?;
     let own_session = own_session?;
     let working = run_workers(database.clone(), own_session, settings.clone(), relay, subscriptions?, shutdown.clone());
     let (end, end_of_work) = (shutdown.clone().drop_guard(), work_ended.drop_guard());
@@ -133,6 +140,19 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let worked = workers.await.unwrap_or(Err(RunError::Panicked("a worker")));
     info!("outbox-relay ended");
     served.and(worked)
+}
+
+/// RelayAdmin by gRPC, and the console.
+fn offer_to_operators(admin: Arc<Admin>, settings: &Settings) -> (Services, Router) {
+    let service = RelayAdminServer::from_arc(Arc::clone(&admin)).accept_compressed(CompressionEncoding::Gzip);
+    let routes = Routes::new(service);
+    let routes = match settings.token_file.clone() {
+        Some(tokens) => Routes::from(guard_grpc(routes.into_axum_router(), tokens)),
+        None => routes,
+    };
+    let (tokens, hosts) = (settings.token_file.clone(), settings.console_hosts.clone());
+    let console = Console { admin, tokens, hosts, status: SharedStatus::default() };
+    (Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS }, pages(console))
 }
 
 /// The first two routes for which this holds.

@@ -31,6 +31,8 @@ pub use arguments::{Command, Outbox};
 pub use command_line::{CommandError, run};
 pub use decode::{Descriptors, DescriptorsError};
 
+pub(crate) use decode::{answer, question};
+
 pub(crate) use blast_radius::{group_dead, measure_blast};
 pub(crate) use deeds::{Author, DeedPage, list_deeds};
 pub(crate) use discard::{Discard, discard};
@@ -61,7 +63,8 @@ impl Filter {
     /// A name for the list of these events, for page tokens.
     fn name(&self) -> String {
         let text = |field: &Option<String>| field.clone().unwrap_or_default();
-        format!("{} {} {}", text(&self.event_type), text(&self.subscription), text(&self.code)).trim_end().to_owned()
+        // None of them contains a tab.
+        format!("{}\t{}\t{}", text(&self.event_type), text(&self.subscription), text(&self.code))
     }
 
     /// The dead events that match, for people. The subscription is told elsewhere.

@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use chassis::{DatabaseSettings, DatabaseUrl, ServeSettings};
 use clap::Args;
 
-use crate::{operate::Descriptors, route::RouteSettings};
+use crate::{access::TokenFile, operate::Descriptors, route::RouteSettings};
 
 /// Settings of the relay.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Address for operators and their tools: gRPC (RelayAdmin, health), and HTTP (/livez, /readyz and /metrics). There
-    /// is no authentication, so bind it to loopback or to a network of your own.
+    /// Address for operators and their tools: gRPC (RelayAdmin, health), and HTTP (/console/, /livez, /readyz and
+    /// /metrics). Without --token-file anybody who reaches it may do deeds by RelayAdmin, so bind it to loopback or to a
+    /// network of your own.
     #[arg(long, env = "RELAY_OPS_LISTEN", default_value = "127.0.0.1:50053")]
     pub ops_listen: SocketAddr,
     /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
@@ -61,6 +62,14 @@ pub struct Settings {
     /// their payloads as JSON. Without it RelayAdmin decodes only the events of orders and inventory.
     #[arg(long, env = "RELAY_DESCRIPTORS", value_name = "FILE")]
     pub descriptors: Option<Descriptors>,
+    /// File with a line `ROLE SHA256 NAME` for each token, as `outbox-relay token` prints it. RelayAdmin and the console
+    /// then answer only those who send a token. It is read again for each call. Without it, the console answers programs on
+    /// this machine, which may look and not act.
+    #[arg(long, env = "RELAY_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<TokenFile>,
+    /// Name by which browsers may ask for the console, beside localhost and addresses. Repeat the flag for more names.
+    #[arg(long = "console-host", env = "RELAY_CONSOLE_HOSTS", value_name = "NAME", value_delimiter = ',')]
+    pub console_hosts: Vec<String>,
     /// Limits on the use of the database.
     #[command(flatten)]
     pub database: DatabaseSettings,

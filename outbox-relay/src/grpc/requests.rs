@@ -9,13 +9,16 @@ use proto::relay::v1::{
     GroupDeadEventsRequest, ListDeadEventsRequest, ListDeedsRequest, PauseRequest, RequeueDeadEventsRequest,
     RestoreDiscardedEventRequest, ResumeRequest, UndoDeedRequest,
 };
-use tonic::Status;
+use tonic::{Request, Status};
 use uuid::Uuid;
 
 use super::REFUSE;
-use crate::operate::{
-    Author, Change, DeedPage, Discard, Filter, NAME_CHARS, OPTIONAL_REASON_CHARS, Page, REASON_CHARS, Undo, Walk,
-    check_text,
+use crate::{
+    access::Caller,
+    operate::{
+        Author, Change, DeedPage, Discard, Filter, NAME_CHARS, OPTIONAL_REASON_CHARS, Page, REASON_CHARS, Undo, Walk,
+        check_text,
+    },
 };
 
 /// Events that one request may name.
@@ -67,13 +70,14 @@ pub(super) fn deeds(request: ListDeedsRequest) -> Result<DeedPage, Status> {
     finish(fields, DeedPage { size, before: before.unwrap_or(i64::MAX), event_id }, "INVALID_PAGE")
 }
 
-pub(super) fn undo(request: UndoDeedRequest) -> Result<(Undo, Author), Status> {
-    let UndoDeedRequest { deed_id, undone_by, reason, token } = request;
+pub(super) fn undo(request: Request<UndoDeedRequest>) -> Result<(Undo, Author), Status> {
+    let caller = request.extensions().get().cloned();
+    let UndoDeedRequest { deed_id, undone_by, reason, token } = request.into_inner();
     let mut fields = Fields::default();
     if deed_id <= 0 {
         fields.refuse("deed_id", "must be the id of a deed: a number from 1");
     }
-    let author = read_author(&mut fields, "undone_by", &undone_by, &reason, OPTIONAL_REASON_CHARS);
+    let author = read_author(&mut fields, caller, "undone_by", &undone_by, &reason, OPTIONAL_REASON_CHARS);
     let from = if token.is_empty() { None } else { Undo::resume(deed_id, &token) };
     if !token.is_empty() && from.is_none() {
         fields.refuse("token", "must be the next_token of an earlier answer for the same deed");
@@ -81,55 +85,65 @@ pub(super) fn undo(request: UndoDeedRequest) -> Result<(Undo, Author), Status> {
     finish(fields, (from.unwrap_or_else(|| Undo::begin(deed_id)), author), "INVALID_UNDO")
 }
 
-pub(super) fn pause(request: PauseRequest) -> Result<(Option<String>, Author), Status> {
-    let PauseRequest { paused_by, reason, subscription } = request;
+pub(super) fn pause(request: Request<PauseRequest>) -> Result<(Option<String>, Author), Status> {
+    let caller = request.extensions().get().cloned();
+    let PauseRequest { paused_by, reason, subscription } = request.into_inner();
     let mut fields = Fields::default();
-    let author = read_author(&mut fields, "paused_by", &paused_by, &reason, REASON_CHARS);
+    let author = read_author(&mut fields, caller, "paused_by", &paused_by, &reason, REASON_CHARS);
     let subscription = read_subscription(&mut fields, &subscription);
     finish(fields, (subscription, author), "INVALID_PAUSE")
 }
 
-pub(super) fn resume(request: ResumeRequest) -> Result<(Option<String>, Author), Status> {
-    let ResumeRequest { subscription, resumed_by, reason } = request;
+pub(super) fn resume(request: Request<ResumeRequest>) -> Result<(Option<String>, Author), Status> {
+    let caller = request.extensions().get().cloned();
+    let ResumeRequest { subscription, resumed_by, reason } = request.into_inner();
     let mut fields = Fields::default();
-    let author = read_author(&mut fields, "resumed_by", &resumed_by, &reason, OPTIONAL_REASON_CHARS);
+    let author = read_author(&mut fields, caller, "resumed_by", &resumed_by, &reason, OPTIONAL_REASON_CHARS);
     let subscription = read_subscription(&mut fields, &subscription);
     finish(fields, (subscription, author), "INVALID_RESUME")
 }
 
-pub(super) fn restore(request: RestoreDiscardedEventRequest) -> Result<(EventId, Option<String>, Author), Status> {
-    let RestoreDiscardedEventRequest { event_id, subscription, restored_by, reason } = request;
+pub(super) fn restore(
+    request: Request<RestoreDiscardedEventRequest>,
+) -> Result<(EventId, Option<String>, Author), Status> {
+    let caller = request.extensions().get().cloned();
+    let RestoreDiscardedEventRequest { event_id, subscription, restored_by, reason } = request.into_inner();
     let mut fields = Fields::default();
     let event_id = EventId::from(fields.uuid("event_id", &event_id));
-    let author = read_author(&mut fields, "restored_by", &restored_by, &reason, OPTIONAL_REASON_CHARS);
+    let author = read_author(&mut fields, caller, "restored_by", &restored_by, &reason, OPTIONAL_REASON_CHARS);
     let subscription = read_subscription(&mut fields, &subscription);
     finish(fields, (event_id, subscription, author), "INVALID_RESTORE")
 }
 
-pub(super) fn discard_one(request: DiscardDeadEventRequest) -> Result<Discard, Status> {
-    let DiscardDeadEventRequest { event_id, discarded_by, reason, subscription, refuse } = request;
+pub(super) fn discard_one(request: Request<DiscardDeadEventRequest>) -> Result<Discard, Status> {
+    let caller = request.extensions().get().cloned();
+    let DiscardDeadEventRequest { event_id, discarded_by, reason, subscription, refuse } = request.into_inner();
     let mut fields = Fields::default();
     let event_id = EventId::from(fields.uuid("event_id", &event_id));
-    let author = read_author(&mut fields, "discarded_by", &discarded_by, &reason, REASON_CHARS);
+    let author = read_author(&mut fields, caller, "discarded_by", &discarded_by, &reason, REASON_CHARS);
     let subscription = read_subscription(&mut fields, &subscription);
     finish(fields, Discard { event_ids: vec![event_id], subscription, author, refuse }, "INVALID_DISCARD")
 }
 
-pub(super) fn discard(request: DiscardDeadEventsRequest) -> Result<(Selection, Author), Status> {
-    let DiscardDeadEventsRequest { event_ids, all, r#type, code, token, subscription, discarded_by, reason } = request;
+pub(super) fn discard(request: Request<DiscardDeadEventsRequest>) -> Result<(Selection, Author), Status> {
+    let caller = request.extensions().get().cloned();
+    let DiscardDeadEventsRequest { event_ids, all, r#type, code, token, subscription, discarded_by, reason } =
+        request.into_inner();
     let mut fields = Fields::default();
     let asked = Asked { event_ids, all, event_type: &r#type, code: &code, subscription: &subscription };
     let selection = read_selection(&mut fields, asked, Some((&token, Change::Discard)));
-    let author = read_author(&mut fields, "discarded_by", &discarded_by, &reason, REASON_CHARS);
+    let author = read_author(&mut fields, caller, "discarded_by", &discarded_by, &reason, REASON_CHARS);
     finish(fields, (selection, author), "INVALID_DISCARD")
 }
 
-pub(super) fn requeue(request: RequeueDeadEventsRequest) -> Result<(Selection, Author), Status> {
-    let RequeueDeadEventsRequest { event_ids, all, r#type, token, subscription, code, requeued_by, reason } = request;
+pub(super) fn requeue(request: Request<RequeueDeadEventsRequest>) -> Result<(Selection, Author), Status> {
+    let caller = request.extensions().get().cloned();
+    let RequeueDeadEventsRequest { event_ids, all, r#type, token, subscription, code, requeued_by, reason } =
+        request.into_inner();
     let mut fields = Fields::default();
     let asked = Asked { event_ids, all, event_type: &r#type, code: &code, subscription: &subscription };
     let selection = read_selection(&mut fields, asked, Some((&token, Change::Requeue)));
-    let author = read_author(&mut fields, "requeued_by", &requeued_by, &reason, OPTIONAL_REASON_CHARS);
+    let author = read_author(&mut fields, caller, "requeued_by", &requeued_by, &reason, OPTIONAL_REASON_CHARS);
     finish(fields, (selection, author), "INVALID_REQUEUE")
 }
 
@@ -199,14 +213,19 @@ fn read_subscription(fields: &mut Fields, name: &str) -> Option<String> {
     (!name.is_empty()).then(|| read_text(fields, "subscription", name, NAME_CHARS))
 }
 
+/// A caller who is known by his token acts under that name, whatever the request says.
 fn read_author(
     fields: &mut Fields,
+    caller: Option<Caller>,
     field: &'static str,
     by: &str,
     reason: &str,
     reason_chars: RangeInclusive<usize>,
 ) -> Author {
-    Author { name: read_text(fields, field, by, NAME_CHARS), reason: read_text(fields, "reason", reason, reason_chars) }
+    Author {
+        name: caller.map_or_else(|| read_text(fields, field, by, NAME_CHARS), |caller| caller.name),
+        reason: read_text(fields, "reason", reason, reason_chars),
+    }
 }
 
 /// The position of a page token; `None` for the first page.

@@ -4,7 +4,7 @@ use chassis::DatabaseUrl;
 use clap::{Args, Subcommand};
 
 use super::{Descriptors, NAME_CHARS, OPTIONAL_REASON_CHARS, REASON_CHARS, check_text};
-use crate::route::is_name;
+use crate::{access::Role, route::is_name};
 
 /// The operator's commands.
 #[derive(Debug, Subcommand)]
@@ -85,11 +85,17 @@ Examples:
   outbox-relay deeds --event 0192f0c1-2345-7abc-8def-0123456789ab
   outbox-relay deeds --json | jq '.deeds[] | select(.done_by == \"ann\")'")]
     Deeds(DeedsArguments),
+    /// Make a token for the console and RelayAdmin
+    ///
+    /// Prints the token, which is nowhere else, and the line for it in the file of `serve --token-file`.
+    #[command(after_long_help = "Example:
+  outbox-relay token operator 'Ann B.'")]
+    Token(TokenArguments),
     /// Undo a deed, as far as that is still possible
     ///
-    /// Requeued events that no relay has taken since are dead again. Discarded events are restored, and restored ones that
-    /// are still dead are discarded. A pause ends, and a pause that has ended begins again. Events that have changed since
-    /// stay as they are, and are counted. The undo is a deed itself.
+    /// Requeued events are dead again, unless a relay holds them or they have failed since. Discarded events are restored,
+    /// and restored ones that are still dead are discarded. A pause ends, and a pause that has ended begins again. All other
+    /// events stay as they are, and are counted. The undo is a deed itself.
     #[command(after_long_help = "Example:
   outbox-relay undo 17 --reason 'the wrong type'")]
     Undo(UndoArguments),
@@ -204,6 +210,17 @@ pub struct DeedsArguments {
     /// Print JSON: the deeds, as in relay.v1.ListDeedsResponse.
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// Arguments of `token`.
+#[derive(Args, Debug)]
+pub struct TokenArguments {
+    /// What its owner may do: look (viewer), or do deeds, too (operator).
+    #[arg(value_name = "viewer|operator")]
+    pub(super) role: Role,
+    /// Name of its owner, under which deeds are kept.
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
 }
 
 /// Arguments of `undo`.

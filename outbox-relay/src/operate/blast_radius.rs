@@ -6,8 +6,10 @@ use sqlx::PgConnection;
 
 use super::{Filter, OperateError, find_subscription, requeue::MAX_AGE_UNTOLD};
 
-/// Dead events that are counted, so that the answer comes soon.
-const COUNTED_MAX: i64 = 100_000;
+/// Dead events that are looked at, so that the answer comes soon.
+const LOOKED_AT_MAX: i64 = 50_000;
+/// Later events that are counted for one subject.
+const BEHIND_MAX: i64 = 1000;
 /// Groups of one answer.
 const GROUPS_MAX: i64 = 200;
 
@@ -24,42 +26,47 @@ pub(crate) async fn measure_blast(
     let only = find_subscription(connection, filter.subscription.as_deref()).await?;
     let counted = sqlx::query!(
         r#"-- operate: measure blast
-        WITH dead AS MATERIALIZED (
+        WITH looked_at AS MATERIALIZED (
+            SELECT aggregate_id, subscription_id, sequence, created_at, event_type, last_error FROM outbox
+            WHERE visible_at = 'infinity' AND ($1::uuid[] IS NULL OR event_id = ANY ($1))
+            LIMIT $6
+        ), dead AS MATERIALIZED (
             SELECT aggregate_id, subscription_id, sequence, created_at < now() - make_interval(secs => coalesce((
                     SELECT max_age_seconds FROM outbox_subscriptions AS named
                     WHERE named.subscription_id = outbox.subscription_id), $5)) AS too_old
-            FROM outbox
-            WHERE visible_at = 'infinity'
-              AND ($1::uuid[] IS NULL OR event_id = ANY ($1))
-              AND ($2::text IS NULL OR event_type = $2)
+            FROM looked_at AS outbox
+            WHERE ($2::text IS NULL OR event_type = $2)
               AND ($3::text IS NULL OR split_part(last_error, ':', 1) = $3)
               AND ($4::smallint IS NULL OR subscription_id = $4)
-            LIMIT $6::bigint + 1
         ), first AS (
             SELECT aggregate_id, subscription_id, min(sequence) AS sequence FROM dead GROUP BY 1, 2
         )
         SELECT count(*) AS "events!", count(DISTINCT aggregate_id) AS "subjects!",
             count(*) FILTER (WHERE too_old) AS "too_old!",
             (SELECT coalesce(sum(behind.events), 0)::bigint FROM first CROSS JOIN LATERAL (
-                SELECT count(*) AS events FROM outbox AS later
-                WHERE later.aggregate_id = first.aggregate_id AND later.subscription_id = first.subscription_id
-                  AND later.sequence > first.sequence AND later.visible_at <> 'infinity') AS behind) AS "held_back!"
+                SELECT count(*) AS events FROM (
+                    SELECT FROM outbox AS later
+                    WHERE later.aggregate_id = first.aggregate_id AND later.subscription_id = first.subscription_id
+                      AND later.sequence > first.sequence AND later.visible_at <> 'infinity'
+                    LIMIT $7) AS later) AS behind) AS "held_back!",
+            (SELECT count(*) FROM looked_at) AS "looked_at!"
         FROM dead"#,
         event_ids as Option<&[EventId]>,
         filter.event_type,
         filter.code,
         only,
         MAX_AGE_UNTOLD,
-        COUNTED_MAX,
+        LOOKED_AT_MAX,
+        BEHIND_MAX,
     )
     .fetch_one(connection)
     .await?;
     Ok(BlastRadius {
-        events: counted.events.min(COUNTED_MAX),
+        events: counted.events,
         subjects: counted.subjects,
         held_back: counted.held_back,
         too_old: counted.too_old,
-        more: counted.events > COUNTED_MAX,
+        more: counted.looked_at == LOOKED_AT_MAX,
     })
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use outbox::EventId;
-use proto::relay::v1::{OutboxStatus, dead_event_content::Payload, finding::Severity};
+use proto::relay::v1::{BlastRadius, OutboxStatus, dead_event_content::Payload, finding::Severity};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};
@@ -15,20 +15,25 @@ use uuid::Uuid;
 
 use super::{
     Author, Change, Changed, Command, DeedPage, Discard, Filter, OperateError, Outbox, PIECE, Page, SAMPLE, Undo, Walk,
+    answer,
     arguments::{
         DeadCommand, DeedsArguments, DiscardArguments, DoctorArguments, GroupsArguments, JourneyArguments,
         ListArguments, PauseArguments, RequeueArguments, RestoreArguments, ResumeArguments, ShowArguments,
-        StatusArguments, SubscribeArguments, SubscriptionsArguments, UndoArguments, UnsubscribeArguments,
+        StatusArguments, SubscribeArguments, SubscriptionsArguments, TokenArguments, UndoArguments,
+        UnsubscribeArguments,
     },
-    ask_receivers, count,
-    decode::answer,
-    diagnose, discard, discard_piece, group_dead, list_dead, list_deeds, measure_blast, pause, print,
+    ask_receivers, count, diagnose, discard, discard_piece, find_subscription, group_dead, list_dead,
+    list_dead::count_dead,
+    list_deeds, measure_blast, pause, print,
     progress::Progress,
     read_all, read_backlogs, read_facts, read_status, read_totals,
     refuse::{describe, named},
     requeue, restore, resume, show_dead, subscribe, undo_piece, unsubscribe, wake_relays, walk_piece,
 };
-use crate::subscription::{Subscription, Unrouted, adopt_piece};
+use crate::{
+    access::make_token,
+    subscription::{Subscription, Unrouted, adopt_piece},
+};
 
 /// How long connecting may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -67,12 +72,14 @@ pub enum CommandError {
     )]
     NoAnswer,
     /// A signal came between two pieces of a long command.
-    #[error("interrupted: {} {what}; repeat the command for the rest", were(*.events))]
+    #[error("interrupted: {} {what}{}; repeat the command for the rest", were(*.events), deed(*.deed_id))]
     Interrupted {
         /// What was done to them, such as `requeued`.
         what: &'static str,
         /// Events that were changed.
         events: i64,
+        /// The deed that they are recorded with; 0 if there is none yet.
+        deed_id: i64,
     },
     /// A long command failed after some of its pieces.
     #[error("{} {what}, then: {cause}; repeat the command for the rest", were(*.events))]
@@ -154,6 +161,7 @@ pub async fn run(command: Command) -> Result<(), CommandError> {
         Command::Resume(arguments) => resume_outbox(arguments).await,
         Command::Deeds(arguments) => show_deeds(arguments).await,
         Command::Undo(arguments) => undo_deed(arguments).await,
+        Command::Token(arguments) => tell_token(&arguments),
     };
     match ended {
         // The reader closed the pipe, as `| head` does.
@@ -351,32 +359,38 @@ async fn show_deeds(arguments: DeedsArguments) -> Result<(), CommandError> {
     say_json(&shown)
 }
 
+fn tell_token(arguments: &TokenArguments) -> Result<(), CommandError> {
+    let (token, line) = make_token(arguments.role, &arguments.name);
+    say(&format!("the token:                   {token}\nits line in the token file:  {line}\n"))
+}
+
 async fn undo_deed(arguments: UndoArguments) -> Result<(), CommandError> {
     const WHAT: &str = "changed back";
     let UndoArguments { outbox, deed_id, reason, by } = arguments;
     let author = Author { name: by, reason };
     let shutdown = chassis::shutdown_signal()?;
     let mut connection = outbox.connect().await?;
-    let (mut undone, mut left) = (0, 0);
+    let (mut undone, mut left, mut undo_id) = (0, 0, 0);
     let mut rest = Some(Undo::begin(deed_id));
     while let Some(undo) = rest {
         if shutdown.is_cancelled() {
-            return Err(CommandError::Interrupted { what: WHAT, events: undone });
+            return Err(CommandError::Interrupted { what: WHAT, events: undone, deed_id: undo_id });
         }
         let piece = in_time(undo_piece(&mut connection, undo, &author, PIECE)).await;
         let piece = piece.map_err(|cause| unfinished(cause, WHAT, undone))?;
         undone += piece.undone;
         left += piece.left;
-        rest = Undo::resume(deed_id, &piece.next_token);
+        undo_id = piece.undo_id.unwrap_or_default();
+        rest = piece.rest;
     }
     drop(timeout(CONNECT_LIMIT, connection.close()).await);
     let left = match left {
         0 => String::new(),
-        1 => "; 1 event changed since, and stays".to_owned(),
-        left => format!("; {left} events changed since, and stay"),
+        1 => "; 1 event stays as it is".to_owned(),
+        left => format!("; {left} events stay as they are"),
     };
     let what = if undone == 0 { String::new() } else { format!(": {} changed back", were(undone)) };
-    say(&format!("undid deed {deed_id} as {}{what}{left}\n", author.name))
+    say(&format!("undid deed {deed_id} as {}{}{what}{left}\n", author.name, deed(undo_id)))
 }
 
 async fn show(arguments: ShowArguments) -> Result<(), CommandError> {
@@ -481,25 +495,21 @@ impl ChangeOfAll {
 
     /// Asks the operator to confirm what would change, unless `yes` is set. Returns the number of dead events.
     async fn confirm(&self, outbox: &Outbox, yes: bool) -> Result<i64, CommandError> {
-        let blast = outbox.ask(async |connection| measure_blast(connection, None, &self.filter).await).await?;
+        let only = self.filter.subscription.as_deref();
+        let only = outbox.ask(async |connection| find_subscription(connection, only).await).await?;
+        let dead = outbox.ask(async |connection| count_dead(connection, &self.filter, only).await).await?;
         let of_type = self.filter.event_type.as_deref().map(|event_type| format!(" of type {event_type}"));
         let with_code = self.filter.code.as_deref().map(|code| format!(" with {code}"));
         let for_name = self.filter.subscription.as_deref().map(|name| format!(" for {name}"));
         let matching = [of_type, with_code, for_name].into_iter().flatten().collect::<String>();
-        if blast.events == 0 {
+        if dead == 0 {
             return Err(CommandError::Refused(format!("there are no dead events{matching}")));
         }
         if yes {
-            return Ok(blast.events);
+            return Ok(dead);
         }
-        let at_least = if blast.more { "at least " } else { "" };
-        let freeing = match blast.held_back {
-            0 => String::new(),
-            held_back => format!(", and free {held_back} that wait for them"),
-        };
-        let (verb, dead, subjects) = (self.verb(), events(blast.events), blast.subjects);
-        let of = if subjects == 1 { "1 subject".to_owned() } else { format!("{subjects} subjects") };
-        let what = format!("{verb} {at_least}{dead}{matching} of {of}{freeing}");
+        let blast = outbox.ask(async |connection| measure_blast(connection, None, &self.filter).await).await?;
+        let what = format!("{} {}{matching}{}", self.verb(), events(dead), self.describe(&blast));
         if !io::stdin().is_terminal() {
             return Err(CommandError::Refused(format!("this would {what}: confirm it with --yes")));
         }
@@ -507,9 +517,29 @@ impl ChangeOfAll {
         let mut line = String::new();
         io::stdin().read_line(&mut line)?;
         match line.trim() {
-            "y" | "Y" | "yes" => Ok(blast.events),
+            "y" | "Y" | "yes" => Ok(dead),
             _ => Err(CommandError::Refused(format!("nothing was {}", self.done()))),
         }
+    }
+
+    /// What else the deed would change, as the end of a sentence.
+    fn describe(&self, blast: &BlastRadius) -> String {
+        let at_least = if blast.more { "at least " } else { "" };
+        let of = match blast.subjects {
+            1 => " of 1 subject".to_owned(),
+            subjects => format!(" of {at_least}{subjects} subjects"),
+        };
+        let freeing = match blast.held_back {
+            0 => String::new(),
+            held_back => format!(", and free {at_least}{held_back} that wait for them"),
+        };
+        let too_old = match blast.too_old {
+            too_old if too_old > 0 && self.change == Change::Requeue => {
+                format!("; {at_least}{too_old} of them are too old, and would stay dead")
+            }
+            _ => String::new(),
+        };
+        of + &freeing + &too_old
     }
 
     /// Walks over the dead events, of which there were `dead` when it was asked for. Returns what it has changed, how many
@@ -522,7 +552,7 @@ impl ChangeOfAll {
         let mut rest = in_time(Walk::begin(&mut connection, self.change, self.filter.clone())).await?;
         while let Some(walk) = rest {
             if shutdown.is_cancelled() {
-                return Err(CommandError::Interrupted { what: self.done(), events: done.events });
+                return Err(CommandError::Interrupted { what: self.done(), events: done.events, deed_id });
             }
             let piece = in_time(walk_piece(&mut connection, walk, &self.author, PIECE)).await;
             let piece = piece.map_err(|cause| unfinished(cause, self.done(), done.events))?;
@@ -548,7 +578,8 @@ async fn restore_discarded(arguments: RestoreArguments) -> Result<(), CommandErr
     let author = Author { name: by, reason };
     let done = outbox.ask(async |connection| restore(connection, event_id, only, &author).await).await?;
     let dead = if done.restored == 1 { String::new() } else { format!(" for {} subscriptions", done.restored) };
-    say(&format!("event {event_id} is dead again{dead}; requeue it, so that it is delivered\n"))
+    let deed = deed(done.deed_id);
+    say(&format!("event {event_id} is dead again{dead}; requeue it, so that it is delivered{deed}\n"))
 }
 
 async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {
@@ -556,7 +587,7 @@ async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {
     let only = subscription.as_deref();
     let author = Author { name: by, reason };
     let paused = outbox.ask(async |connection| pause(connection, only, &author).await).await?;
-    say(&format!("paused {}{}\n", named(&paused, " "), describe(&paused)))
+    say(&format!("paused {}{}{}\n", named(&paused, " "), describe(&paused), deed(paused.deed_id)))
 }
 
 async fn resume_outbox(arguments: ResumeArguments) -> Result<(), CommandError> {
@@ -564,7 +595,7 @@ async fn resume_outbox(arguments: ResumeArguments) -> Result<(), CommandError> {
     let author = Author { name: by, reason };
     let ended = outbox.ask(async |connection| resume(connection, subscription.as_deref(), &author).await).await?;
     let what = if ended.subscription.is_empty() { String::new() } else { format!(" {}", ended.subscription) };
-    say(&format!("resumed{what}; it was paused {}\n", describe(&ended)))
+    say(&format!("resumed{what}; it was paused {}{}\n", describe(&ended), deed(ended.deed_id)))
 }
 
 fn were(number: i64) -> String {

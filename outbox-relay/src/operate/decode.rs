@@ -87,11 +87,26 @@ pub(super) fn decode(
     serde_json::to_string(&message).map_err(|cause| Undecodable::NoJson { event_type: event_type.to_owned(), cause })
 }
 
+/// A message of the contract from JSON. Nothing at all is an empty message.
+///
+/// # Errors
+/// If it is no JSON of this message. An unknown field is an error, too.
+pub(crate) fn question<M: Message + Name + Default>(json: &[u8]) -> serde_json::Result<M> {
+    if json.is_empty() {
+        return Ok(M::default());
+    }
+    let descriptor = CONTRACT.get_message_by_name(&M::full_name()).expect("M was generated from the contract");
+    let mut reading = serde_json::Deserializer::from_slice(json);
+    let dynamic = DynamicMessage::deserialize(descriptor, &mut reading)?;
+    reading.end()?;
+    Ok(dynamic.transcode_to().expect("M is encoded as the contract says"))
+}
+
 /// A message of the contract as JSON.
 ///
 /// # Errors
 /// If the message has no JSON form: a time outside the years 1 to 9999 has none.
-pub(super) fn answer<M: Message + Name>(message: &M) -> serde_json::Result<Value> {
+pub(crate) fn answer<M: Message + Name>(message: &M) -> serde_json::Result<Value> {
     let descriptor = CONTRACT.get_message_by_name(&M::full_name()).expect("M was generated from the contract");
     let mut dynamic = DynamicMessage::new(descriptor);
     dynamic.transcode_from(message).expect("M is encoded as the contract says");

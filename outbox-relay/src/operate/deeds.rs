@@ -7,6 +7,9 @@ use outbox::EventId;
 use proto::relay::v1::{Deed, ListDeedsResponse, deed::Kind};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
+/// Events of a deed that are counted.
+const COUNTED_MAX: i64 = 100_000;
+
 /// Who does a deed, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Author {
@@ -32,6 +35,31 @@ impl<'d> NewDeed<'d> {
     /// A deed that can be undone.
     pub(super) fn new(kind: Kind, author: &'d Author, subscription_id: Option<i16>, about: &'d str) -> Self {
         Self { kind, author, subscription_id, about, can_undo: true, undoes: None }
+    }
+
+    /// The deed with this id, if it is this one, begun by an earlier piece; otherwise a new one. The id comes from a token,
+    /// so it may be that of any deed.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub(super) async fn go_on(&self, tx: &mut PgConnection, begun: Option<i64>) -> Result<i64, sqlx::Error> {
+        let Some(begun) = begun else { return self.record(tx).await };
+        let found = sqlx::query_scalar!(
+            "-- operate: find begun deed
+            SELECT deed_id FROM outbox_deeds
+            WHERE deed_id = $1 AND done_by = $2 AND kind = $3 AND about = $4
+              AND subscription_id IS NOT DISTINCT FROM $5 AND undoes IS NOT DISTINCT FROM $6",
+            begun,
+            self.author.name,
+            word(self.kind),
+            self.about,
+            self.subscription_id,
+            self.undoes,
+        );
+        match found.fetch_optional(&mut *tx).await? {
+            Some(deed_id) => Ok(deed_id),
+            None => self.record(tx).await,
+        }
     }
 
     /// Writes the deed into the transaction of its effect. Returns its id.
@@ -127,7 +155,8 @@ impl From<DeedRow> for Deed {
     }
 }
 
-/// Newest first. Reads one row more than the page holds, to know whether another page follows.
+/// Newest first. Reads one row more than the page holds, to know whether another page follows. Counts as many events of a
+/// deed as take no time that an operator would notice.
 ///
 /// # Errors
 /// Those of the database.
@@ -139,7 +168,8 @@ pub(crate) async fn list_deeds(
         DeedRow,
         r#"-- operate: list deeds
         SELECT deed_id, kind, done_at, done_by, deeds.reason, coalesce(name, '') AS "subscription!", about,
-            (SELECT count(*) FROM outbox_deed_events AS of_deed WHERE of_deed.deed_id = deeds.deed_id) AS "events!",
+            (SELECT count(*) FROM (
+                SELECT FROM outbox_deed_events AS of_deed WHERE of_deed.deed_id = deeds.deed_id LIMIT $4) AS counted) AS "events!",
             can_undo, undoes,
             (SELECT max(later.deed_id) FROM outbox_deeds AS later WHERE later.undoes = deeds.deed_id) AS undone_by
         FROM outbox_deeds AS deeds LEFT JOIN outbox_subscriptions USING (subscription_id)
@@ -151,6 +181,7 @@ pub(crate) async fn list_deeds(
         page.before,
         i64::from(page.size) + 1,
         page.event_id as Option<EventId>,
+        COUNTED_MAX,
     )
     .fetch_all(connection)
     .await?;

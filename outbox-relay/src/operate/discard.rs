@@ -18,6 +18,7 @@ struct DiscardedRow {
     sequence: i32,
     event_type: String,
     discarded_at: OffsetDateTime,
+    refused: bool,
 }
 
 /// Rows that are in `outbox_discarded` now.
@@ -79,6 +80,10 @@ pub(crate) async fn discard(connection: &mut PgConnection, discard: &Discard) ->
     let Some(first) = given_up.0.first() else {
         return Err(OperateError::NotApplicable(explain(&mut tx, event_ids).await?));
     };
+    if *refuse && !first.refused {
+        let why = "it was discarded before without a refusal, and sent again";
+        return Err(OperateError::NotRefused(why.to_owned()));
+    }
     if *refuse {
         refuse_event(&mut tx, first, &author.reason).await?;
     }
@@ -125,13 +130,14 @@ async fn give_up_refused(
             FROM given_up
             ON CONFLICT (event_id, subscription_id) DO UPDATE
             SET created_at = excluded.created_at, attempts = excluded.attempts, last_error = excluded.last_error,
-                discarded_at = excluded.discarded_at, discarded_by = excluded.discarded_by, reason = excluded.reason,
-                refused = excluded.refused OR outbox_discarded.refused
+                discarded_at = excluded.discarded_at, discarded_by = excluded.discarded_by, reason = excluded.reason
+            RETURNING event_id, subscription_id, refused
         ), recorded AS (
             INSERT INTO outbox_deed_events (deed_id, event_id, subscription_id, aggregate_id, sequence)
             SELECT $4, event_id, subscription_id, aggregate_id, sequence FROM given_up
         )
-        SELECT subscription_id, aggregate_id, sequence, event_type, now() AS "discarded_at!" FROM given_up"#,
+        SELECT given_up.subscription_id, aggregate_id, sequence, event_type, now() AS "discarded_at!", refused
+        FROM given_up JOIN kept USING (event_id, subscription_id)"#,
         rows,
         author.name,
         author.reason,

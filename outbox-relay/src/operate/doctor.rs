@@ -32,7 +32,7 @@ const DEAD_ROWS_LIMIT: i64 = 100_000;
 /// What the role needs: a table, and what it does there.
 const RIGHTS: [(&str, &str); 8] = [
     ("outbox", "SELECT, UPDATE, DELETE"),
-    ("outbox_discarded", "SELECT, INSERT"),
+    ("outbox_discarded", "SELECT, INSERT, UPDATE"),
     ("outbox_deeds", "SELECT, INSERT"),
     ("outbox_deed_events", "SELECT, INSERT"),
     ("outbox_pauses", "SELECT, INSERT, DELETE"),
@@ -323,7 +323,9 @@ async fn find_lacking_rights(connection: &mut PgConnection) -> Result<Vec<String
         r#"-- operate: find lacking rights
         SELECT right_of || ' on ' || name AS "lacking!"
         FROM unnest($1::text[], $2::text[]) AS needed (name, right_of)
-        WHERE to_regclass(name) IS NOT NULL AND NOT has_table_privilege(to_regclass(name), right_of)
+        WHERE to_regclass(name) IS NOT NULL AND NOT CASE right_of
+            WHEN 'DELETE' THEN has_table_privilege(to_regclass(name), right_of)
+            ELSE has_any_column_privilege(to_regclass(name), right_of) END
         ORDER BY name, right_of"#,
         &tables,
         &rights,

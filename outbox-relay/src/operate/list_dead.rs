@@ -185,7 +185,15 @@ async fn count_failing(connection: &mut PgConnection, filter: &Filter, only: Opt
     .await
 }
 
-async fn count_dead(connection: &mut PgConnection, filter: &Filter, only: Option<i16>) -> Result<i64, sqlx::Error> {
+/// The number of these events that are dead.
+///
+/// # Errors
+/// Those of the database.
+pub(super) async fn count_dead(
+    connection: &mut PgConnection,
+    filter: &Filter,
+    only: Option<i16>,
+) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: count dead
         SELECT count(*) AS "count!" FROM outbox

@@ -65,6 +65,10 @@ pub(crate) async fn restore(
     let deed_id = NewDeed::new(Kind::Restore, author, subscription_id, &about).record(&mut tx).await?;
     let subscription_ids: Vec<_> = discarded.iter().map(|discarded| discarded.subscription_id).collect();
     let restored = bring_back(&mut tx, &vec![event_id; discarded.len()], &subscription_ids, author, deed_id).await?;
+    if restored < discarded.len() as u64 {
+        // Another operator was faster.
+        return Err(OperateError::NotApplicable(vec![NotApplicable { event_id, reason: Reason::NotDiscarded }]));
+    }
     tx.commit().await?;
     Ok(RestoreDiscardedEventResponse { restored: count(restored), deed_id })
 }

@@ -175,7 +175,10 @@ pub(crate) async fn discard_piece(connection: &mut PgConnection) -> Result<u64, 
             payload, traceparent, tracestate, last_error, discarded_by, reason)
         SELECT event_id, subscription_id, aggregate_id, sequence, given_up.created_at, attempts, event_type, payload,
             traceparent, tracestate, coalesce(last_error, 'not delivered'), ended_by, 'unsubscribed: ' || reason
-        FROM given_up JOIN outbox_subscriptions USING (subscription_id)",
+        FROM given_up JOIN outbox_subscriptions USING (subscription_id)
+        ON CONFLICT (event_id, subscription_id) DO UPDATE
+        SET created_at = excluded.created_at, attempts = excluded.attempts, last_error = excluded.last_error,
+            discarded_at = excluded.discarded_at, discarded_by = excluded.discarded_by, reason = excluded.reason",
         PIECE,
     )
     .execute(&mut *tx)

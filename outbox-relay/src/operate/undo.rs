@@ -3,8 +3,10 @@
 //! An undo is a deed itself, and records the events that it has changed. So an event whose latest deed is another one is
 //! left alone: it was undone already, or somebody has done something else to it since.
 
+use std::collections::HashSet;
+
 use outbox::{AggregateId, EventId};
-use proto::relay::v1::{UndoDeedResponse, deed::Kind};
+use proto::relay::v1::deed::Kind;
 use sqlx::{PgConnection, Postgres, Transaction, types::time::OffsetDateTime};
 use uuid::Uuid;
 
@@ -40,7 +42,7 @@ impl Undo {
     }
 
     /// A token from which [`Undo::resume`] makes this undo again.
-    fn token(&self) -> String {
+    pub(crate) fn token(&self) -> String {
         let (event_id, subscription_id) = self.after;
         let place = format!("{event_id} {subscription_id} {}", self.undo_id.unwrap_or_default());
         chassis::encode_page_token(&Self::list(self.deed_id), &place)
@@ -57,6 +59,21 @@ impl Undo {
     }
 }
 
+/// A piece of an undo.
+#[derive(Debug, Default)]
+pub(crate) struct Piece {
+    /// Events that are as they were before the deed.
+    pub(crate) undone: i64,
+    /// Events that stay as they are.
+    pub(crate) left: i64,
+    /// The deed that the undo is, once something was undone.
+    pub(crate) undo_id: Option<i64>,
+    /// What is left of the undo.
+    pub(crate) rest: Option<Undo>,
+    /// Events that are gone now, and hold back no others any more.
+    gone: Vec<Position>,
+}
+
 /// The deed to undo.
 struct DeedRow {
     deed_id: i64,
@@ -66,29 +83,11 @@ struct DeedRow {
     subscription_id: Option<i16>,
     subscription: String,
     can_undo: bool,
-    /// Somebody has paused or resumed the same since, or undone it.
+    /// Somebody has paused or resumed the same since, or undone it, or its subscription has ended.
     is_superseded: bool,
 }
 
-/// An event that the deed has changed.
-struct EventRow {
-    event_id: EventId,
-    subscription_id: i16,
-    aggregate_id: AggregateId,
-    sequence: i32,
-    /// No later deed has changed it.
-    is_latest: bool,
-}
-
-/// What a piece has done.
-struct Piece {
-    answer: UndoDeedResponse,
-    /// Events that are gone now, and hold back no others any more.
-    gone: Vec<Position>,
-}
-
-/// Undoes the deed for the next of its events: at most `events_max` are looked at. Its answer has a token as long as there
-/// may be further events.
+/// Undoes the deed for the next of its events: at most `events_max` are looked at.
 ///
 /// # Errors
 /// [`OperateError::NoDeed`], [`OperateError::CannotUndo`] if it has found nothing to undo in any piece, and those of the
@@ -98,26 +97,37 @@ pub(crate) async fn undo_piece(
     undo: Undo,
     author: &Author,
     events_max: u32,
-) -> Result<UndoDeedResponse, OperateError> {
+) -> Result<Piece, OperateError> {
     let mut tx = begin_durable(connection).await?;
+    // Until the end of this, nobody else pauses or resumes.
+    lock_pauses(&mut tx).await?;
     let deed = find_deed(&mut tx, undo.deed_id).await?;
-    let of_pause = matches!(kind(&deed.kind), Kind::Pause | Kind::Resume);
-    let Piece { answer, gone } = match of_pause {
-        true => undo_pause(&mut tx, &deed, author).await?,
-        false => undo_events(&mut tx, &deed, undo, author, events_max).await?,
+    let piece = match kind(&deed.kind) {
+        Kind::Pause | Kind::Resume => undo_pause(&mut tx, &deed, author).await?,
+        _ => undo_events(&mut tx, &deed, undo, author, events_max).await?,
     };
-    if answer.deed_id == 0 {
+    if piece.undo_id.is_none() {
         // Nothing has changed so far, so there is no deed either.
         tx.rollback().await?;
-        return Ok(answer);
+        return Ok(piece);
     }
     tx.commit().await?;
-    if gone.is_empty() {
+    if !piece.gone.is_empty() {
+        tell_of_change(connection, &piece.gone).await;
+    } else if kind(&deed.kind) == Kind::Pause {
         wake_relays(connection).await;
-    } else {
-        tell_of_change(connection, &gone).await;
     }
-    Ok(answer)
+    Ok(piece)
+}
+
+/// Leases go on: they only read the pauses.
+async fn lock_pauses(tx: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let lock = sqlx::query!(
+        "-- operate: lock pauses
+        LOCK TABLE outbox_pauses IN SHARE ROW EXCLUSIVE MODE"
+    );
+    lock.execute(tx).await?;
+    Ok(())
 }
 
 /// Why a deed of this kind can never be undone.
@@ -126,6 +136,7 @@ fn never(of: Kind) -> &'static str {
         Kind::Undo => "has undone another one: do that one again instead",
         Kind::Subscribe => "has made a subscription, which `unsubscribe` ends",
         Kind::Unsubscribe => "has ended a subscription, whose events cannot come back",
+        Kind::Unspecified => "was done by a later version: undo it with that",
         _ => "has refused what its event tells of, and others know it",
     }
 }
@@ -135,7 +146,7 @@ async fn find_deed(tx: &mut PgConnection, deed_id: i64) -> Result<DeedRow, Opera
         DeedRow,
         r#"-- operate: find deed
         SELECT deed_id, kind, done_at, about, subscription_id, coalesce(name, '') AS "subscription!", can_undo,
-            EXISTS (
+            ended_at IS NOT NULL OR EXISTS (
                 SELECT FROM outbox_deeds AS later
                 WHERE later.deed_id > deeds.deed_id AND later.subscription_id IS NOT DISTINCT FROM deeds.subscription_id
                   AND (later.kind IN ('pause', 'resume') OR later.undoes = deeds.deed_id)) AS "is_superseded!"
@@ -144,13 +155,24 @@ async fn find_deed(tx: &mut PgConnection, deed_id: i64) -> Result<DeedRow, Opera
         deed_id,
     );
     let Some(deed) = found.fetch_optional(tx).await? else { return Err(OperateError::NoDeed(deed_id)) };
-    if deed.can_undo { Ok(deed) } else { Err(OperateError::CannotUndo { deed_id, why: never(kind(&deed.kind)) }) }
+    let kind = kind(&deed.kind);
+    if deed.can_undo && kind != Kind::Unspecified {
+        Ok(deed)
+    } else {
+        Err(OperateError::CannotUndo { deed_id, why: never(kind) })
+    }
 }
 
-async fn record(tx: &mut PgConnection, deed: &DeedRow, author: &Author) -> Result<i64, sqlx::Error> {
+/// The deed that an undo is: one for all pieces.
+async fn record(
+    tx: &mut PgConnection,
+    deed: &DeedRow,
+    author: &Author,
+    begun: Option<i64>,
+) -> Result<i64, sqlx::Error> {
     let about = format!("{} {}", deed.kind, deed.about);
     let new = NewDeed::new(Kind::Undo, author, deed.subscription_id, about.trim_end());
-    NewDeed { can_undo: false, undoes: Some(deed.deed_id), ..new }.record(tx).await
+    NewDeed { can_undo: false, undoes: Some(deed.deed_id), ..new }.go_on(tx, begun).await
 }
 
 /// A pause is known by its time, which is that of its deed.
@@ -161,15 +183,14 @@ async fn undo_pause(tx: &mut PgConnection, deed: &DeedRow, author: &Author) -> R
     } else if kind(&deed.kind) == Kind::Pause {
         delete_pause(tx, subscription_id, name, Some(deed.done_at)).await?
     } else {
-        let author = with_reason(author, || format!("again: {}", deed.about));
+        let author = with_reason(author, || format!("deed {} was undone, which had ended this pause", deed.deed_id));
         insert_pause(tx, subscription_id, name, &author).await?
     };
     if changed.is_none() {
-        let why = "has nothing left to undo: somebody has paused or resumed since";
+        let why = "has nothing left to undo: somebody has paused or resumed since, or the subscription has ended";
         return Err(OperateError::CannotUndo { deed_id: deed.deed_id, why });
     }
-    let answer = UndoDeedResponse { deed_id: record(tx, deed, author).await?, ..UndoDeedResponse::default() };
-    Ok(Piece { answer, gone: Vec::new() })
+    Ok(Piece { undo_id: Some(record(tx, deed, author, None).await?), ..Piece::default() })
 }
 
 async fn undo_events(
@@ -179,21 +200,20 @@ async fn undo_events(
     author: &Author,
     events_max: u32,
 ) -> Result<Piece, OperateError> {
-    let visited = find_events(tx, &undo, events_max).await?;
-    let last = visited.last().map(|event| (event.event_id, event.subscription_id));
-    let more = last.filter(|_| visited.len() >= events_max as usize);
-    let latest: Vec<_> = visited.iter().filter(|event| event.is_latest).collect();
-    let undo_id = match undo.undo_id {
-        Some(undo_id) => undo_id,
-        None => record(tx, deed, author).await?,
-    };
+    let changes = find_changes(tx, &undo, events_max).await?;
+    let last = changes.last().map(|change| (change.event_id, change.subscription_id));
+    let more = last.filter(|_| changes.len() >= events_max as usize);
+    let undo_id = record(tx, deed, author, undo.undo_id).await?;
     let mut gone = Vec::new();
     let undone = match kind(&deed.kind) {
-        Kind::Requeue => make_dead(tx, &latest, undo_id).await?,
-        Kind::Discard => restore(tx, &latest, author, undo_id).await?,
+        Kind::Requeue => {
+            let rows = lock_latest(tx, &changes, State::Untried).await?;
+            make_dead(tx, &rows, undo_id).await?
+        }
+        Kind::Discard => restore(tx, &changes, author, undo_id).await?,
         _ => {
             let author = with_reason(author, || format!("deed {} was undone", deed.deed_id));
-            let rows = lock(tx, &latest, State::Dead).await?;
+            let rows = lock_latest(tx, &changes, State::Dead).await?;
             gone = give_up(tx, &rows, &author, undo_id).await?.positions();
             free_successors(tx, &gone).await?;
             gone.len() as u64
@@ -204,14 +224,8 @@ async fn undo_events(
         let why = "has nothing left to undo: its events were delivered, are being delivered, or have changed since";
         return Err(OperateError::CannotUndo { deed_id: deed.deed_id, why });
     }
-    let next_token = more.map(|after| Undo { after, undo_id, ..undo }.token()).unwrap_or_default();
-    let answer = UndoDeedResponse {
-        undone: count(undone),
-        left: count(visited.len() as u64 - undone),
-        next_token,
-        deed_id: undo_id.unwrap_or_default(),
-    };
-    Ok(Piece { answer, gone })
+    let left = count(changes.len() as u64 - undone);
+    Ok(Piece { undone: count(undone), left, undo_id, rest: more.map(|after| Undo { after, undo_id, ..undo }), gone })
 }
 
 /// The same author, with this reason if he has given none.
@@ -220,19 +234,25 @@ fn with_reason(author: &Author, reason: impl Fn() -> String) -> Author {
     Author { name: author.name.clone(), reason: if given.is_empty() { reason() } else { given } }
 }
 
-/// In the order in which operators lock events.
-async fn find_events(tx: &mut PgConnection, undo: &Undo, events_max: u32) -> Result<Vec<EventRow>, sqlx::Error> {
+/// A change of an event by the deed.
+#[derive(Clone)]
+struct Change {
+    change_id: i64,
+    event_id: EventId,
+    subscription_id: i16,
+    aggregate_id: AggregateId,
+    sequence: i32,
+}
+
+/// In the order in which operators lock events. A long deed may have changed an event twice.
+async fn find_changes(tx: &mut PgConnection, undo: &Undo, events_max: u32) -> Result<Vec<Change>, sqlx::Error> {
     sqlx::query_as!(
-        EventRow,
-        r#"-- operate: find events of a deed
-        SELECT event_id, subscription_id, aggregate_id, sequence,
-            NOT EXISTS (
-                SELECT FROM outbox_deed_events AS later
-                WHERE later.event_id = of_deed.event_id AND later.subscription_id = of_deed.subscription_id
-                  AND later.deed_id > of_deed.deed_id) AS "is_latest!"
-        FROM outbox_deed_events AS of_deed
+        Change,
+        r#"-- operate: find changes of a deed
+        SELECT DISTINCT ON (event_id, subscription_id) change_id, event_id, subscription_id, aggregate_id, sequence
+        FROM outbox_deed_events
         WHERE deed_id = $1 AND (event_id, subscription_id) > ($2, $3)
-        ORDER BY event_id, subscription_id
+        ORDER BY event_id, subscription_id, change_id DESC
         LIMIT $4"#,
         undo.deed_id,
         undo.after.0 as EventId,
@@ -248,39 +268,64 @@ async fn find_events(tx: &mut PgConnection, undo: &Undo, events_max: u32) -> Res
 enum State {
     /// Restored.
     Dead,
-    /// Requeued, and neither leased nor failed since.
+    /// Requeued, held by no relay, and not failed since. A relay may have released it again, after silence.
     Untried,
 }
 
-/// Locks the rows of the events that are in this state, in the order of their ids, and returns their `ctid`. A relay that
-/// has one of them leased or settled meanwhile was first: then the row is left out.
-async fn lock(tx: &mut PgConnection, events: &[&EventRow], state: State) -> Result<Vec<String>, sqlx::Error> {
-    let aggregate_ids: Vec<_> = events.iter().map(|event| event.aggregate_id).collect();
-    let subscription_ids: Vec<_> = events.iter().map(|event| event.subscription_id).collect();
-    let sequences: Vec<_> = events.iter().map(|event| event.sequence).collect();
-    sqlx::query_scalar!(
+/// Locks the rows of the events that are in this state, and that no later deed has changed. Returns their `ctid`.
+///
+/// A row that somebody else has locked is left out: a relay or an operator is at it, and was first. To wait could mean a
+/// deadlock with a settlement, which locks in another order. An event that was sent again has never failed here, and is
+/// left out, too.
+async fn lock_latest(tx: &mut PgConnection, changes: &[Change], state: State) -> Result<Vec<String>, sqlx::Error> {
+    let aggregate_ids: Vec<_> = changes.iter().map(|change| change.aggregate_id).collect();
+    let subscription_ids: Vec<_> = changes.iter().map(|change| change.subscription_id).collect();
+    let sequences: Vec<_> = changes.iter().map(|change| change.sequence).collect();
+    let event_ids: Vec<_> = changes.iter().map(|change| change.event_id).collect();
+    let change_ids: Vec<_> = changes.iter().map(|change| change.change_id).collect();
+    let locked = sqlx::query!(
         r#"-- operate: lock events of a deed
-        SELECT outbox.ctid::text AS "row!"
-        FROM unnest($1::uuid[], $2::smallint[], $3::integer[]) AS named (aggregate_id, subscription_id, sequence)
-        JOIN outbox USING (aggregate_id, subscription_id, sequence)
+        SELECT outbox.ctid::text AS "row!", change_id AS "change_id!"
+        FROM unnest($1::uuid[], $2::smallint[], $3::integer[], $4::uuid[], $5::bigint[])
+            AS change (aggregate_id, subscription_id, sequence, event_id, change_id)
+        JOIN outbox USING (aggregate_id, subscription_id, sequence, event_id)
         WHERE CASE
-            WHEN $4 THEN visible_at = 'infinity'
-            ELSE visible_at <> 'infinity' AND lease_token IS NULL AND failures = 0
-                AND attempts = attempts_before_requeue END
+            WHEN $6 THEN visible_at = 'infinity'
+            ELSE visible_at <> 'infinity' AND lease_token IS NULL AND attempted_at IS NULL AND failures = 0
+                AND attempts > 0 AND attempts = attempts_before_requeue END
         ORDER BY event_id, subscription_id
-        FOR UPDATE OF outbox"#,
+        FOR UPDATE OF outbox SKIP LOCKED"#,
         &aggregate_ids as &[AggregateId],
         &subscription_ids,
         &sequences,
+        &event_ids as &[EventId],
+        &change_ids,
         state == State::Dead,
-    )
-    .fetch_all(tx)
-    .await
+    );
+    let locked = locked.fetch_all(&mut *tx).await?;
+    let change_ids: Vec<_> = locked.iter().map(|row| row.change_id).collect();
+    let latest = keep_latest(tx, &change_ids).await?;
+    Ok(locked.into_iter().filter(|row| latest.contains(&row.change_id)).map(|row| row.row).collect())
 }
 
-/// Their last reasons are still there. Relays park what waits for them.
-async fn make_dead(tx: &mut PgConnection, events: &[&EventRow], undo_id: i64) -> Result<u64, sqlx::Error> {
-    let rows = lock(tx, events, State::Untried).await?;
+/// The changes that no later one has followed. Whoever changes an event records it while the event is locked. So this holds
+/// until the end of the transaction, if that has locked the events before.
+async fn keep_latest(tx: &mut PgConnection, change_ids: &[i64]) -> Result<HashSet<i64>, sqlx::Error> {
+    let latest = sqlx::query_scalar!(
+        "-- operate: find latest changes
+        SELECT change_id FROM outbox_deed_events AS change
+        WHERE change_id = ANY ($1)
+          AND NOT EXISTS (
+              SELECT FROM outbox_deed_events AS later
+              WHERE later.event_id = change.event_id AND later.subscription_id = change.subscription_id
+                AND later.change_id > change.change_id)",
+        change_ids,
+    );
+    Ok(latest.fetch_all(tx).await?.into_iter().collect())
+}
+
+/// They keep their last reasons. Relays park what waits for them.
+async fn make_dead(tx: &mut PgConnection, rows: &[String], undo_id: i64) -> Result<u64, sqlx::Error> {
     let recorded = sqlx::query!(
         "-- operate: make dead again
         WITH dead AS (
@@ -289,7 +334,7 @@ async fn make_dead(tx: &mut PgConnection, events: &[&EventRow], undo_id: i64) ->
         )
         INSERT INTO outbox_deed_events (deed_id, event_id, subscription_id, aggregate_id, sequence)
         SELECT $2, event_id, subscription_id, aggregate_id, sequence FROM dead",
-        &rows,
+        rows,
         undo_id,
     );
     Ok(recorded.execute(tx).await?.rows_affected())
@@ -297,35 +342,34 @@ async fn make_dead(tx: &mut PgConnection, events: &[&EventRow], undo_id: i64) ->
 
 /// Those that cannot come back stay where they are, as for `dead restore`. One that was sent again meanwhile is in the
 /// outbox already.
-async fn restore(
-    tx: &mut PgConnection,
-    events: &[&EventRow],
-    author: &Author,
-    undo_id: i64,
-) -> Result<u64, sqlx::Error> {
-    let event_ids: Vec<_> = events.iter().map(|event| event.event_id).collect();
-    let subscription_ids: Vec<_> = events.iter().map(|event| event.subscription_id).collect();
-    let can = sqlx::query!(
+async fn restore(tx: &mut PgConnection, changes: &[Change], author: &Author, undo_id: i64) -> Result<u64, sqlx::Error> {
+    let event_ids: Vec<_> = changes.iter().map(|change| change.event_id).collect();
+    let subscription_ids: Vec<_> = changes.iter().map(|change| change.subscription_id).collect();
+    let change_ids: Vec<_> = changes.iter().map(|change| change.change_id).collect();
+    let locked = sqlx::query!(
         r#"-- operate: find what can be restored
-        SELECT discarded.event_id AS "event_id: EventId", discarded.subscription_id
-        FROM unnest($1::uuid[], $2::smallint[]) AS named (event_id, subscription_id)
+        SELECT discarded.event_id AS "event_id: EventId", discarded.subscription_id, change_id AS "change_id!"
+        FROM unnest($1::uuid[], $2::smallint[], $3::bigint[]) AS change (event_id, subscription_id, change_id)
         JOIN outbox_discarded AS discarded USING (event_id, subscription_id)
         LEFT JOIN outbox_subscriptions AS subscription USING (subscription_id)
         WHERE NOT discarded.refused AND subscription.ended_at IS NULL
-          AND discarded.created_at >= now() - make_interval(secs => coalesce(subscription.max_age_seconds, $3))
+          AND discarded.created_at >= now() - make_interval(secs => coalesce(subscription.max_age_seconds, $4))
           AND NOT EXISTS (
               SELECT FROM outbox AS there
               WHERE there.aggregate_id = discarded.aggregate_id AND there.subscription_id = discarded.subscription_id
                 AND there.sequence = discarded.sequence)
-        ORDER BY discarded.event_id, discarded.subscription_id"#,
+        ORDER BY discarded.event_id, discarded.subscription_id
+        FOR UPDATE OF discarded SKIP LOCKED"#,
         &event_ids as &[EventId],
         &subscription_ids,
+        &change_ids,
         MAX_AGE_UNTOLD,
-    )
-    .fetch_all(&mut *tx)
-    .await?;
-    let (event_ids, subscription_ids): (Vec<_>, Vec<_>) =
-        can.into_iter().map(|row| (row.event_id, row.subscription_id)).unzip();
+    );
+    let locked = locked.fetch_all(&mut *tx).await?;
+    let change_ids: Vec<_> = locked.iter().map(|row| row.change_id).collect();
+    let latest = keep_latest(tx, &change_ids).await?;
+    let back = locked.into_iter().filter(|row| latest.contains(&row.change_id));
+    let (event_ids, subscription_ids): (Vec<_>, Vec<_>) = back.map(|row| (row.event_id, row.subscription_id)).unzip();
     bring_back(tx, &event_ids, &subscription_ids, author, undo_id).await
 }
 

@@ -125,7 +125,9 @@ impl Walk {
         let mut parts = place.split(' ');
         let mut id = || Uuid::try_parse(parts.next()?).map(EventId::from).ok();
         let (after, until) = (id()?, id()?);
-        let deed_id = Some(parts.next()?.parse().ok()?).filter(|deed_id| *deed_id > 0);
+        // The tokens of earlier versions have none.
+        let deed_id = parts.next().map_or(Some(0), |deed_id| deed_id.parse().ok())?;
+        let deed_id = Some(deed_id).filter(|deed_id| *deed_id > 0);
         Some(Self { change, after, until, filter, deed_id })
     }
 
@@ -159,12 +161,9 @@ impl Walk {
     }
 
     /// The deed of this walk, which is recorded now if no earlier piece has.
-    async fn deed(&self, tx: &mut PgConnection, author: &Author) -> Result<i64, OperateError> {
-        if let Some(deed_id) = self.deed_id {
-            return Ok(deed_id);
-        }
-        let only = find_subscription(tx, self.filter.subscription.as_deref()).await?;
-        Ok(NewDeed::new(self.change.kind(), author, only, &self.filter.describe()).record(tx).await?)
+    async fn deed(&self, tx: &mut PgConnection, author: &Author, only: Option<i16>) -> Result<i64, sqlx::Error> {
+        let about = self.filter.describe();
+        NewDeed::new(self.change.kind(), author, only, &about).go_on(tx, self.deed_id).await
     }
 }
 
@@ -181,6 +180,7 @@ pub(crate) async fn walk_piece(
     events_max: u32,
 ) -> Result<Piece, OperateError> {
     let mut tx = begin_in_order(connection).await?;
+    let only = find_subscription(&mut tx, walk.filter.subscription.as_deref()).await?;
     let end = find_end(&mut tx, &walk, events_max).await?;
     let piece = Walk { until: end.unwrap_or(walk.until), ..walk.clone() };
     let stays = |dead: &Locked| dead.too_old && walk.change == Change::Requeue;
@@ -188,7 +188,7 @@ pub(crate) async fn walk_piece(
     let rows: Vec<_> = others.into_iter().map(|dead| dead.row).collect();
     let (mut deed_id, mut positions, mut freed) = (walk.deed_id, Vec::new(), 0);
     if !rows.is_empty() {
-        let deed = walk.deed(&mut tx, author).await?;
+        let deed = walk.deed(&mut tx, author, only).await?;
         positions = match walk.change {
             Change::Requeue => make_visible(&mut tx, &rows, deed).await?,
             Change::Discard => give_up(&mut tx, &rows, author, deed).await?.positions(),

@@ -510,3 +510,50 @@ async fn a_blast_radius_counts_what_a_deed_would_change_and_changes_nothing() {
     assert_eq!(count_dead(&admin.outbox).await, 5);
     admin.stop().await;
 }
+
+/// The answer to the call with the token was lost, and some of its events have died again meanwhile.
+#[tokio::test]
+async fn a_call_that_is_repeated_with_its_token_goes_on_with_the_same_deed() {
+    let outbox = Outbox::create().await;
+    let dead = 50_001;
+    insert_many_dead(&outbox, dead).await;
+    let admin = Admin::start(outbox).await;
+    let pause = PauseRequest { paused_by: "ann".into(), reason: "a test".into(), ..PauseRequest::default() };
+    admin.client().pause(pause).await.unwrap();
+    let requeue = async |by: &str, token: &str| {
+        let request = RequeueDeadEventsRequest {
+            all: true,
+            token: token.to_owned(),
+            requeued_by: by.to_owned(),
+            ..RequeueDeadEventsRequest::default()
+        };
+        admin.client().requeue_dead_events(request).await.unwrap().into_inner()
+    };
+    let first = requeue("ann", "").await;
+    assert!(!first.next_token.is_empty(), "{first:?}");
+    requeue("ann", &first.next_token).await;
+    kill_requeued(&admin.outbox).await;
+    // Before the walk, somebody else requeues one that lies ahead: the later change is the walk's.
+    let ahead = Uuid::from_u128(dead.unsigned_abs().into()).to_string();
+    let request =
+        RequeueDeadEventsRequest { event_ids: vec![ahead.clone()], requeued_by: "bob".into(), ..Default::default() };
+    let of_bob = admin.client().requeue_dead_events(request).await.unwrap().into_inner().deed_id;
+    kill_requeued(&admin.outbox).await;
+    let (mut requeued, mut token) = (first.requeued, first.next_token.clone());
+    while !token.is_empty() {
+        let again = requeue("ann", &token).await;
+        assert_eq!(again.deed_id, first.deed_id);
+        (requeued, token) = (requeued + again.requeued, again.next_token);
+    }
+    assert_eq!(requeued, dead);
+
+    let undo = |deed_id| UndoDeedRequest { deed_id, undone_by: "ann".into(), ..UndoDeedRequest::default() };
+    let refused = admin.client().undo_deed(undo(of_bob)).await;
+    assert_refused(refused, Code::FailedPrecondition, "CANNOT_UNDO", &[]);
+
+    // Somebody else who goes on with the walk, or a token that names another's deed, has a deed of his own.
+    kill_requeued(&admin.outbox).await;
+    let of_another = requeue("bob", &first.next_token).await;
+    assert!(of_another.deed_id > first.deed_id, "{of_another:?}");
+    admin.stop().await;
+}

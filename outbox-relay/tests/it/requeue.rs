@@ -206,7 +206,7 @@ async fn ctrl_c_ends_a_requeue_of_all_between_two_pieces_and_the_next_one_goes_o
         lines,
         [
             "requeued 10,000 of 12,000",
-            "error: interrupted: 10000 events were requeued; repeat the command for the rest"
+            "error: interrupted: 10000 events were requeued (deed 1); repeat the command for the rest"
         ]
     );
     assert_eq!(count_dead(&outbox).await, 2000);

@@ -1,0 +1,257 @@
+//! Who may operate: a file of tokens, each with a role and a name.
+//!
+//! The file holds the SHA-256 of each token. A token has 244 random bits, so nobody finds it by its hash, and a slow hash
+//! would gain nothing. The file is read again for every call: it is short, calls are rare, and so a token that is taken out
+//! of it is refused at once.
+
+use std::{collections::HashMap, fs, io, path::PathBuf, str::FromStr};
+
+use http::{HeaderMap, header::AUTHORIZATION};
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use crate::operate::{NAME_CHARS, check_text};
+
+/// The methods of RelayAdmin that change nothing. Viewers may call these.
+const READING: [&str; 8] = [
+    "GetStatus",
+    "ListDeadEvents",
+    "GetDeadEvent",
+    "GetJourney",
+    "Diagnose",
+    "GroupDeadEvents",
+    "GetBlastRadius",
+    "ListDeeds",
+];
+
+/// What a caller may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Look at everything.
+    Viewer,
+    /// Do deeds, too.
+    Operator,
+}
+
+impl Role {
+    /// Its name in the file of tokens.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+impl FromStr for Role {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let roles = [Self::Viewer, Self::Operator];
+        roles.into_iter().find(|role| role.word() == text).ok_or("the role must be viewer or operator")
+    }
+}
+
+/// Who calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Caller {
+    pub(crate) name: String,
+    pub(crate) role: Role,
+}
+
+/// Why a call is refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Denied {
+    #[error("this needs a token: send it as `authorization: Bearer TOKEN`")]
+    NoToken,
+    #[error("the token is not known here")]
+    UnknownToken,
+    #[error("{0} may look, and not act: this needs the role operator")]
+    Viewer(String),
+    #[error("only programs on the relay's machine are answered without a token: start the relay with --token-file")]
+    NotLocal,
+    #[error("the token file cannot be used: {0}")]
+    Broken(String),
+}
+
+/// The callers, by the SHA-256 of their tokens.
+#[derive(Debug, PartialEq, Eq)]
+struct Callers(HashMap<[u8; 32], Caller>);
+
+/// A file of tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenFile(PathBuf);
+
+/// Why a file of tokens cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenFileError {
+    /// The file cannot be read.
+    #[error("cannot read {file}: {cause}")]
+    Read {
+        /// The file's name.
+        file: String,
+        /// The system's error.
+        cause: io::Error,
+    },
+    /// Lines of it are wrong.
+    #[error("{file}: {}; `outbox-relay token ROLE NAME` makes a line", .faults.join("; "))]
+    Parse {
+        /// The file's name.
+        file: String,
+        /// What is wrong, with the number of each line.
+        faults: Vec<String>,
+    },
+}
+
+impl FromStr for TokenFile {
+    type Err = TokenFileError;
+
+    /// The file with this name, if it can be used now.
+    fn from_str(file: &str) -> Result<Self, TokenFileError> {
+        let file = Self(file.into());
+        file.parse(fs::read_to_string(&file.0))?;
+        Ok(file)
+    }
+}
+
+impl TokenFile {
+    fn parse(&self, read: io::Result<String>) -> Result<Callers, TokenFileError> {
+        let file = || self.0.display().to_string();
+        let text = read.map_err(|cause| TokenFileError::Read { file: file(), cause })?;
+        parse(&text).map_err(|faults| TokenFileError::Parse { file: file(), faults })
+    }
+
+    /// Who calls with these headers, if he may call this method.
+    pub(crate) async fn admit(&self, headers: &HeaderMap, method: &str) -> Result<Caller, Denied> {
+        // Not on the thread that delivers events: the file may be on a network.
+        let read = tokio::fs::read_to_string(&self.0).await;
+        let callers = self.parse(read).map_err(|error| Denied::Broken(error.to_string()))?;
+        callers.admit(headers, method)
+    }
+}
+
+impl Callers {
+    fn admit(&self, headers: &HeaderMap, method: &str) -> Result<Caller, Denied> {
+        let token = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(bearer);
+        let token = token.ok_or(Denied::NoToken)?;
+        let caller = self.0.get(&hash(token)).ok_or(Denied::UnknownToken)?;
+        check_role(caller, method)?;
+        Ok(caller.clone())
+    }
+}
+
+/// Viewers may call what changes nothing.
+pub(crate) fn check_role(caller: &Caller, method: &str) -> Result<(), Denied> {
+    let may = caller.role == Role::Operator || READING.contains(&method);
+    if may { Ok(()) } else { Err(Denied::Viewer(caller.name.clone())) }
+}
+
+/// The name of the scheme may be in any case.
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+fn hash(token: &str) -> [u8; 32] {
+    Sha256::digest(token).into()
+}
+
+/// A new token, and the line for it in the file.
+pub(crate) fn make_token(role: Role, name: &str) -> (String, String) {
+    let token = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    let digits: String = hash(&token).iter().map(|byte| format!("{byte:02x}")).collect();
+    (token, format!("{} {digits} {name}", role.word()))
+}
+
+/// Reads `ROLE SHA256 NAME` on each line. Empty lines and those that begin with # are left out. A file without tokens
+/// admits nobody.
+fn parse(text: &str) -> Result<Callers, Vec<String>> {
+    let (mut callers, mut faults) = (HashMap::new(), Vec::new());
+    for (number, line) in (1..).zip(text.lines().map(str::trim)) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        match parse_line(line) {
+            Ok((hash, _)) if callers.contains_key(&hash) => {
+                faults.push(format!("line {number}: the token is there already"));
+            }
+            Ok((hash, caller)) => _ = callers.insert(hash, caller),
+            Err(fault) => faults.push(format!("line {number}: {fault}")),
+        }
+    }
+    if faults.is_empty() { Ok(Callers(callers)) } else { Err(faults) }
+}
+
+fn parse_line(line: &str) -> Result<([u8; 32], Caller), String> {
+    let mut parts = line.splitn(3, char::is_whitespace);
+    let role = parts.next().unwrap_or_default().parse::<Role>()?;
+    let digits = parts.next().unwrap_or_default();
+    let hash = parse_hash(digits).ok_or("the second word must be the SHA-256 of a token: 64 hexadecimal digits")?;
+    let name = check_text(parts.next().unwrap_or_default(), NAME_CHARS).map_err(|rule| format!("the name {rule}"))?;
+    Ok((hash, Caller { name, role }))
+}
+
+fn parse_hash(digits: &str) -> Option<[u8; 32]> {
+    if digits.len() != 64 || !digits.is_ascii() {
+        return None;
+    }
+    let mut hash = [0; 32];
+    for (place, byte) in hash.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&digits[2 * place..2 * place + 2], 16).ok()?;
+    }
+    Some(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
+
+    use super::{Caller, Denied, Role, make_token, parse};
+
+    fn headers(value: &str) -> HeaderMap {
+        [(AUTHORIZATION, HeaderValue::from_str(value).unwrap())].into_iter().collect()
+    }
+
+    #[test]
+    fn a_token_admits_its_caller_to_what_his_role_may_do() {
+        let (ann, line_of_ann) = make_token(Role::Operator, "Ann B.");
+        let (bob, line_of_bob) = make_token(Role::Viewer, "bob");
+        let callers = parse(&format!("# tokens\n\n{line_of_ann}\n  {line_of_bob}\n")).unwrap();
+        let admit = |value: &str, method| callers.admit(&headers(value), method);
+        let is_ann = Ok(Caller { name: "Ann B.".into(), role: Role::Operator });
+        assert_eq!(admit(&format!("Bearer {ann}"), "Pause"), is_ann);
+        assert_eq!(admit(&format!("bearer {ann}"), "GetStatus"), is_ann);
+        assert_eq!(admit(&format!("Bearer {bob}"), "GetStatus").unwrap().name, "bob");
+        assert_eq!(admit(&format!("Bearer {bob}"), "Pause"), Err(Denied::Viewer("bob".into())));
+        assert_eq!(admit(&format!("Bearer {bob}"), "Unknown"), Err(Denied::Viewer("bob".into())));
+        assert_eq!(admit(&format!("Bearer {bob}x"), "GetStatus"), Err(Denied::UnknownToken));
+        for none in ["", "Bearer", &format!("Basic {ann}"), &ann] {
+            assert_eq!(admit(none, "GetStatus"), Err(Denied::NoToken), "{none}");
+        }
+        assert_eq!(callers.admit(&HeaderMap::new(), "GetStatus"), Err(Denied::NoToken));
+        assert_ne!(ann, make_token(Role::Operator, "Ann B.").0);
+    }
+
+    #[test]
+    fn each_bad_line_of_a_file_is_named() {
+        let (_, line) = make_token(Role::Viewer, "bob");
+        let hash = line.split(' ').nth(1).unwrap();
+        let text = format!(
+            "{line}\nroot {hash} ann\nviewer é{} ann\nviewer 12 ann\nviewer\noperator {hash}\n{line}\noperator {hash} a\u{7}b\n",
+            &hash[2..]
+        );
+        let digits = "the second word must be the SHA-256 of a token: 64 hexadecimal digits";
+        let name = "the name must be 1 to 200 characters, none of them control characters";
+        let faults = [
+            "line 2: the role must be viewer or operator".to_owned(),
+            format!("line 3: {digits}"),
+            format!("line 4: {digits}"),
+            format!("line 5: {digits}"),
+            format!("line 6: {name}"),
+            "line 7: the token is there already".to_owned(),
+            format!("line 8: {name}"),
+        ];
+        assert_eq!(parse(&text).unwrap_err(), faults);
+        assert_eq!(parse("").unwrap().0.len(), 0);
+    }
+}

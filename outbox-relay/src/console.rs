@@ -1,0 +1,310 @@
+//! The console: a page for an operator's browser, and the calls that it makes.
+//!
+//! The calls are those of RelayAdmin, with their messages as JSON. So console, RelayAdmin and command line have one
+//! implementation. Who calls is told by a token in a header, never by a cookie: another site cannot send it. Without a file
+//! of tokens, only programs on this machine are answered, and they may only look.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::{Body, to_bytes},
+    extract::{Path, Request, State},
+    middleware::{self, Next},
+    response::{IntoResponse, Redirect, Response},
+    routing::{get, post},
+};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
+    header::{
+        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+        X_FRAME_OPTIONS,
+    },
+    request::Parts,
+    uri::Authority,
+};
+use prost::{Message, Name};
+use proto::relay::v1::{GetStatusRequest, relay_admin_server::RelayAdmin};
+use serde_json::{Value, json};
+use tokio::{sync::Mutex, time::Instant};
+use tonic::{Code, Status, transport::server::TcpConnectInfo};
+use tonic_types::StatusExt as _;
+
+use crate::{
+    access::{Caller, Denied, Role, TokenFile, check_role},
+    grpc::{Admin, deny},
+    operate::{answer, question},
+};
+
+/// Nothing but the files below is loaded, no text becomes a script, and no other page may show this one.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
+    base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
+const SECURITY: [(HeaderName, &str); 7] = [
+    (CONTENT_SECURITY_POLICY, POLICY),
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (X_FRAME_OPTIONS, "DENY"),
+    (REFERRER_POLICY, "no-referrer"),
+    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    // A relay of another version may answer next time.
+    (CACHE_CONTROL, "no-store"),
+];
+/// The files of the page, with their types.
+const FILES: [(&str, &str, &str); 5] = [
+    ("", "text/html; charset=utf-8", include_str!("../console/index.html")),
+    ("console.js", "text/javascript; charset=utf-8", include_str!("../console/console.js")),
+    ("console.css", "text/css; charset=utf-8", include_str!("../console/console.css")),
+    ("uplot.js", "text/javascript; charset=utf-8", include_str!("../console/uplot.js")),
+    ("uplot.css", "text/css; charset=utf-8", include_str!("../console/uplot.css")),
+];
+/// A request that names as many events as it may is smaller.
+const REQUEST_BYTES_MAX: usize = 128 * 1024;
+/// A status is read at most for this part of the time, however many people look at it: it scans the outbox.
+const STATUS_SHARE: u32 = 20;
+
+/// What the console needs.
+pub(crate) struct Console {
+    pub(crate) admin: Arc<Admin>,
+    pub(crate) tokens: Option<TokenFile>,
+    /// Names by which browsers may ask for it, beside localhost and addresses.
+    pub(crate) hosts: Vec<String>,
+    pub(crate) status: SharedStatus,
+}
+
+/// The last status that was read.
+#[derive(Default)]
+pub(crate) struct SharedStatus(Mutex<Option<(Instant, Value)>>);
+
+/// The page and its calls.
+pub(crate) fn pages(console: Console) -> Router {
+    let console = Arc::new(console);
+    Router::new()
+        .route("/console", get(|| async { Redirect::permanent("/console/") }))
+        .route("/console/", get(|| async { file("") }))
+        .route("/console/{name}", get(|Path(name): Path<String>| async move { file(&name) }))
+        .route("/api/me", get(tell_who))
+        .route("/api/{method}", post(call))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&console), guard))
+        .with_state(console)
+}
+
+fn file(name: &str) -> Response {
+    match FILES.iter().find(|(of, ..)| *of == name) {
+        Some((_, content, text)) => ([(CONTENT_TYPE, *content)], *text).into_response(),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+/// Refuses what another site may have sent, and tells the browser what this page may do.
+async fn guard(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
+    let mut response = match console.distrusts(&request) {
+        Some(why) => refuse(StatusCode::MISDIRECTED_REQUEST, "MISDIRECTED", why),
+        None => next.run(request).await,
+    };
+    for (name, value) in SECURITY {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+impl Console {
+    /// Another site may let its own name lead to this address (DNS rebinding). Then the browser takes its page for one of
+    /// ours. An address in place of a name cannot be so misled.
+    fn distrusts(&self, request: &Request) -> Option<&'static str> {
+        let of_header = request.headers().get(HOST).and_then(|host| host.to_str().ok());
+        let host = request.uri().authority().map(Authority::as_str).or(of_header).unwrap_or_default();
+        if !is_trusted(host, &self.hosts) {
+            return Some("this name is not one of the console's: start the relay with --console-host NAME");
+        }
+        let site = request.headers().get("sec-fetch-site").map(HeaderValue::as_bytes);
+        let is_own = matches!(site, None | Some(b"same-origin" | b"none"));
+        // A link on another page may lead here. It may not call.
+        (!is_own && request.uri().path().starts_with("/api/")).then_some("another site may not call this")
+    }
+
+    async fn admit(&self, request: &Parts, method: &str) -> Result<Caller, Denied> {
+        if let Some(tokens) = &self.tokens {
+            return tokens.admit(&request.headers, method).await;
+        }
+        let peer = request.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+            return Err(Denied::NotLocal);
+        }
+        let caller = Caller { name: String::new(), role: Role::Viewer };
+        check_role(&caller, method)?;
+        Ok(caller)
+    }
+}
+
+/// The host of a request, perhaps with a port.
+fn is_trusted(host: &str, names: &[String]) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let (host, has_user) = (authority.host(), authority.as_str().contains('@'));
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    let is_own = |name: &str| name.eq_ignore_ascii_case(host);
+    !has_user && (address.is_ok() || is_own("localhost") || names.iter().any(|name| is_own(name)))
+}
+
+/// Whether a token is needed, and what its owner may do.
+async fn tell_who(State(console): State<Arc<Console>>, request: Request) -> Response {
+    match console.admit(&request.into_parts().0, "GetStatus").await {
+        Ok(Caller { name, role }) => Json(json!({"name": name, "role": role.word()})).into_response(),
+        Err(denied) => tell(&deny(&denied)),
+    }
+}
+
+async fn call(State(console): State<Arc<Console>>, Path(method): Path<String>, request: Request) -> Response {
+    let (request, body) = request.into_parts();
+    let caller = match console.admit(&request, &method).await {
+        Ok(caller) => caller,
+        Err(denied) => {
+            tracing::warn!(%method, %denied, "a call of the console is denied");
+            return tell(&deny(&denied));
+        }
+    };
+    if !is_json(&request.headers) {
+        return refuse(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "NOT_JSON",
+            "the request must be of the type application/json",
+        );
+    }
+    let Ok(body) = to_bytes(body, REQUEST_BYTES_MAX).await else {
+        let why = format!("the request must have at most {REQUEST_BYTES_MAX} bytes");
+        return refuse(StatusCode::PAYLOAD_TOO_LARGE, "TOO_LARGE", &why);
+    };
+    match console.dispatch(&method, &body, caller).await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(status) => tell(&status),
+    }
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let content = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    content.split(';').next().is_some_and(|content| content.trim().eq_ignore_ascii_case("application/json"))
+}
+
+impl Console {
+    async fn dispatch(&self, method: &str, body: &[u8], caller: Caller) -> Result<Value, Status> {
+        let admin = &*self.admin;
+        match method {
+            "GetStatus" => self.status.read(admin).await,
+            "ListDeadEvents" => ask(body, caller, |request| admin.list_dead_events(request)).await,
+            "GetDeadEvent" => ask(body, caller, |request| admin.get_dead_event(request)).await,
+            "GetJourney" => ask(body, caller, |request| admin.get_journey(request)).await,
+            "Diagnose" => ask(body, caller, |request| admin.diagnose(request)).await,
+            "GroupDeadEvents" => ask(body, caller, |request| admin.group_dead_events(request)).await,
+            "GetBlastRadius" => ask(body, caller, |request| admin.get_blast_radius(request)).await,
+            "RequeueDeadEvents" => ask(body, caller, |request| admin.requeue_dead_events(request)).await,
+            "DiscardDeadEvents" => ask(body, caller, |request| admin.discard_dead_events(request)).await,
+            "DiscardDeadEvent" => ask(body, caller, |request| admin.discard_dead_event(request)).await,
+            "RestoreDiscardedEvent" => ask(body, caller, |request| admin.restore_discarded_event(request)).await,
+            "Pause" => ask(body, caller, |request| admin.pause(request)).await,
+            "Resume" => ask(body, caller, |request| admin.resume(request)).await,
+            "ListDeeds" => ask(body, caller, |request| admin.list_deeds(request)).await,
+            "UndoDeed" => ask(body, caller, |request| admin.undo_deed(request)).await,
+            _ => Err(Status::unimplemented(format!("RelayAdmin has no method {method}"))),
+        }
+    }
+}
+
+/// Calls the method, with messages as JSON.
+async fn ask<Q, A, F>(body: &[u8], caller: Caller, method: impl FnOnce(tonic::Request<Q>) -> F) -> Result<Value, Status>
+where
+    Q: Message + Name + Default,
+    A: Message + Name,
+    F: Future<Output = Result<tonic::Response<A>, Status>>,
+{
+    let mut request = tonic::Request::new(question(body).map_err(|why| Status::invalid_argument(why.to_string()))?);
+    request.extensions_mut().insert(caller);
+    to_json(method(request).await?.get_ref())
+}
+
+fn to_json<A: Message + Name>(message: &A) -> Result<Value, Status> {
+    answer(message).map_err(|cause| Status::internal(format!("the answer has no JSON form: {cause}")))
+}
+
+impl SharedStatus {
+    /// Reads the status, unless the last one is recent enough. Who comes meanwhile waits for the same reading.
+    async fn read(&self, admin: &Admin) -> Result<Value, Status> {
+        let mut last = self.0.lock().await;
+        if let Some((until, status)) = &*last
+            && Instant::now() < *until
+        {
+            return Ok(status.clone());
+        }
+        let began = Instant::now();
+        let status = to_json(admin.get_status(tonic::Request::new(GetStatusRequest {})).await?.get_ref())?;
+        // The reading sleeps for a second, since rates are the difference of two readings.
+        let took = began.elapsed().saturating_sub(Duration::from_secs(1));
+        *last = Some((Instant::now() + took * STATUS_SHARE, status.clone()));
+        Ok(status)
+    }
+}
+
+/// A refusal of RelayAdmin, as JSON.
+fn tell(status: &Status) -> Response {
+    let details = status.get_error_details();
+    let reason = details.error_info().map(|info| info.reason.clone()).unwrap_or_default();
+    let fields = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
+    let fields: Vec<_> = fields.iter().map(|bad| json!({"field": bad.field, "description": bad.description})).collect();
+    let code = chassis::code_name(status.code());
+    let body = json!({"code": code, "reason": reason, "message": status.message(), "fields": fields});
+    (http_status(status.code()), Json(body)).into_response()
+}
+
+/// A refusal of the console itself, in the same form.
+fn refuse(status: StatusCode, reason: &str, message: &str) -> Response {
+    (status, Json(json!({"code": "", "reason": reason, "message": message, "fields": []}))).into_response()
+}
+
+fn http_status(code: Code) -> StatusCode {
+    match code {
+        Code::InvalidArgument | Code::OutOfRange => StatusCode::BAD_REQUEST,
+        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Code::PermissionDenied => StatusCode::FORBIDDEN,
+        Code::NotFound | Code::Unimplemented => StatusCode::NOT_FOUND,
+        Code::FailedPrecondition | Code::AlreadyExists | Code::Aborted => StatusCode::CONFLICT,
+        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// Lets only callers with a token reach RelayAdmin by gRPC, and tells it who they are.
+pub(crate) fn guard_grpc(routes: Router, tokens: TokenFile) -> Router {
+    let check = async move |State(tokens): State<TokenFile>, mut request: Request<Body>, next: Next| {
+        let method = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        match tokens.admit(request.headers(), &method).await {
+            Ok(caller) => {
+                request.extensions_mut().insert(caller);
+                next.run(request).await
+            }
+            Err(denied) => {
+                tracing::warn!(%method, %denied, "a call of RelayAdmin is denied");
+                deny(&denied).into_http()
+            }
+        }
+    };
+    routes.layer(middleware::from_fn_with_state(tokens, check))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_trusted;
+
+    #[test]
+    fn only_addresses_and_its_own_names_lead_to_the_console() {
+        let names = ["ops.example.com".to_owned()];
+        for host in ["localhost", "LOCALHOST:50053", "127.0.0.1:50053", "[::1]:50053", "10.1.2.3", "OPS.example.com:80"]
+        {
+            assert!(is_trusted(host, &names), "{host}");
+        }
+        for host in
+            ["", "example.com", "ops.example.com.evil.net", "localhost.evil.net:50053", "evil@localhost", "::1", "a b"]
+        {
+            assert!(!is_trusted(host, &names), "{host}");
+        }
+    }
+}
