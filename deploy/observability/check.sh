@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the rules, their tests, the configuration of Prometheus and the dashboard.
+# Checks the rules, their tests, the configuration of Prometheus, the dashboard, and that both fit docker-compose.yml.
 #
 #   deploy/observability/check.sh
 #
@@ -30,7 +30,8 @@ import tempfile
 
 faults = []
 with open("dashboard.json", encoding="utf-8") as file:
-    panels = json.load(file)["panels"]
+    dashboard = json.load(file)
+panels = dashboard["panels"]
 expressions = []
 for panel in panels:
     if panel["type"] == "row":
@@ -66,6 +67,28 @@ for where, text in ("rules.yml", rules), ("dashboard.json", "\n".join(expression
     for name in sorted(set(names.findall(text))):
         if name not in recorded | strings and re.sub(r"_(bucket|sum|count)$", "", name) not in strings:
             faults.append(f"{where}: the code has no metric or label {name}")
+
+# A uid is known to one Grafana only. The dashboard takes any data source that has the type of its variable.
+wanted = {variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "datasource"}
+with open("grafana/datasources.yml", encoding="utf-8") as file:
+    provisioned = set(re.findall(r"^    type: (\S+)$", file.read(), re.M))
+faults += [f"grafana/datasources.yml: has no data source of the type {kind}" for kind in wanted - provisioned]
+for panel in panels:
+    for part in panel, *panel.get("targets", []):
+        uid = (part.get("datasource") or {}).get("uid", "${datasource}")
+        if uid != "${datasource}":
+            faults.append(f"dashboard.json: {panel['title']}: names the data source {uid}")
+
+# A process that nobody scrapes raises no alert.
+with open("../../docker-compose.yml", encoding="utf-8") as file:
+    services = re.split(r"^  ([\w-]+):$", file.read(), flags=re.M)[1:]
+listening = set()
+for name, body in zip(services[::2], services[1::2]):
+    listening.update(f"{name}:{port}" for port in re.findall(r"OPS_LISTEN: 0\.0\.0\.0:(\d+)", body))
+with open("prometheus.yml", encoding="utf-8") as file:
+    scraped = set(re.findall(r'"([\w-]+:\d+)"', file.read()))
+faults += [f"prometheus.yml: does not scrape {target} of docker-compose.yml" for target in sorted(listening - scraped)]
+faults += [f"prometheus.yml: docker-compose.yml has no {target}" for target in sorted(scraped - listening)]
 
 print("\n".join(faults) if faults else f"dashboard.json: {len(expressions)} expressions are sound")
 sys.exit(bool(faults))
