@@ -29,13 +29,19 @@ pub(crate) async fn announce(
     let states: Vec<_> = routes.iter().map(|route| route.condition().as_str().to_owned()).collect();
     // Reasons come from receivers, and text in Postgres has no NUL.
     let reasons: Vec<_> = routes.iter().map(|route| route.reason().replace('\0', "")).collect();
+    let delivered: Vec<_> = routes.iter().map(|route| i64::try_from(route.delivered()).unwrap_or(i64::MAX)).collect();
     let seconds = |age: Duration| i32::try_from(age.as_secs()).unwrap_or(i32::MAX);
     let max_ages: Vec<_> = routes.iter().map(|route| route.max_age().map(seconds)).collect();
     database
         .run(move |connection| {
             Box::pin(async move {
-                let told =
-                    Told { subscriptions: &subscriptions, receivers: &receivers, states: &states, reasons: &reasons };
+                let told = Told {
+                    subscriptions: &subscriptions,
+                    receivers: &receivers,
+                    states: &states,
+                    reasons: &reasons,
+                    delivered: &delivered,
+                };
                 upsert(connection, relay_id, holds_lock, hidden_seconds, told).await?;
                 tell_ages(connection, &subscriptions, &max_ages).await?;
                 sweep(connection).await
@@ -89,8 +95,14 @@ pub(crate) async fn claim(
             }));
         }
     }
-    let reasons = vec![String::new(); routes.len()];
-    let told = Told { subscriptions: &subscriptions, receivers: &receivers, states: &states, reasons: &reasons };
+    let (reasons, delivered) = (vec![String::new(); routes.len()], vec![0; routes.len()]);
+    let told = Told {
+        subscriptions: &subscriptions,
+        receivers: &receivers,
+        states: &states,
+        reasons: &reasons,
+        delivered: &delivered,
+    };
     upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), told).await?;
     tx.commit().await?;
     Ok(None)
@@ -157,6 +169,7 @@ struct Told<'r> {
     receivers: &'r [String],
     states: &'r [String],
     reasons: &'r [String],
+    delivered: &'r [i64],
 }
 
 async fn upsert(
@@ -168,12 +181,14 @@ async fn upsert(
 ) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "-- relay: announce
-        INSERT INTO outbox_routes (relay_id, route, receiver, state, reason, holds_lock, hidden_seconds_max)
-        SELECT $1::uuid, route, receiver, state, reason, $5, $6
-        FROM unnest($2::text[], $3::text[], $4::text[], $7::text[]) AS routes (route, receiver, state, reason)
+        INSERT INTO outbox_routes (relay_id, route, receiver, state, reason, delivered, holds_lock, hidden_seconds_max)
+        SELECT $1::uuid, route, receiver, state, reason, delivered, $5, $6
+        FROM unnest($2::text[], $3::text[], $4::text[], $7::text[], $8::bigint[])
+            AS routes (route, receiver, state, reason, delivered)
         ON CONFLICT (relay_id, route) DO UPDATE
         SET state = excluded.state,
             reason = excluded.reason,
+            delivered = excluded.delivered,
             holds_lock = excluded.holds_lock,
             since = CASE WHEN outbox_routes.state = excluded.state THEN outbox_routes.since ELSE now() END,
             seen_at = now()",
@@ -184,6 +199,7 @@ async fn upsert(
         holds_lock,
         hidden_seconds,
         told.reasons,
+        told.delivered,
     )
     .execute(connection)
     .await?;

@@ -351,6 +351,7 @@ impl Worker {
         }
         self.lease_query.floor.lower(oldest);
         measure::settled(self.route.name(), &settled);
+        self.route.count_delivered(settled.handled);
         if settled.lost + settled.unsettled == 0 {
             outcomes.tell(self.route.name());
         }

@@ -4,7 +4,7 @@ use std::{
     str::FromStr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -125,6 +125,8 @@ struct State {
     types: watch::Sender<(Vec<String>, Instant)>,
     /// Whether the receiver applies the events of an aggregate in a batch in order.
     ordered: AtomicBool,
+    /// Events that were delivered on it.
+    delivered: AtomicU64,
     /// How old an event may be, by how long the receiver remembers those that it applied.
     max_age: watch::Sender<Option<Duration>>,
     /// Of the lines about events whose type the receiver does not know.
@@ -184,6 +186,7 @@ impl Route {
             message_bytes_max: watch::Sender::new(None),
             types: watch::Sender::new((Vec::new(), Instant::now())),
             ordered: AtomicBool::new(false),
+            delivered: AtomicU64::new(0),
             max_age: watch::Sender::new(None),
             warned_of_types: LogLimit::default(),
             warned_of_clocks: LogLimit::default(),
@@ -202,6 +205,16 @@ impl Route {
 
     pub(crate) fn condition(&self) -> Condition {
         self.state.health.borrow().condition
+    }
+
+    /// Counts events that were delivered.
+    pub(crate) fn count_delivered(&self, events: usize) {
+        self.state.delivered.fetch_add(events as u64, Ordering::Relaxed);
+    }
+
+    /// Events that were delivered on it since the relay started.
+    pub(crate) fn delivered(&self) -> u64 {
+        self.state.delivered.load(Ordering::Relaxed)
     }
 
     /// Why it is not open; empty if it is, or has never been tried.

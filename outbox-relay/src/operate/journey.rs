@@ -493,6 +493,7 @@ mod tests {
             state: state.into(),
             state_time: Some(Timestamp::default()),
             reason: "no reply".into(),
+            delivered: 0,
         }
     }
 

@@ -185,7 +185,7 @@ async fn count_held_back(connection: &mut PgConnection) -> Result<i64, sqlx::Err
 pub(super) async fn read_routes(connection: &mut PgConnection) -> Result<Vec<RelayRoute>, sqlx::Error> {
     let rows = sqlx::query!(
         "-- operate: read routes
-        SELECT relay_id, route, receiver, state, since, reason
+        SELECT relay_id, route, receiver, state, since, reason, delivered
         FROM outbox_routes
         WHERE seen_at > now() - interval '10 s'
         ORDER BY route, relay_id"
@@ -199,6 +199,7 @@ pub(super) async fn read_routes(connection: &mut PgConnection) -> Result<Vec<Rel
         state: row.state,
         state_time: Some(outbox::timestamp(row.since)),
         reason: row.reason,
+        delivered: row.delivered,
     });
     Ok(routes.collect())
 }

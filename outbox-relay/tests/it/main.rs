@@ -7,6 +7,7 @@
 
 mod binary;
 mod console;
+mod console_page;
 mod http_stub;
 mod line;
 mod live;

@@ -109,6 +109,7 @@ async fn the_status_shows_only_routes_of_relays_that_reported_recently() {
         "state": "DOWN",
         "state_time": "2026-01-02T03:04:05Z",
         "reason": "no reply",
+        "delivered": 0,
     }]);
     assert_eq!(status["routes"], expected);
     let page = operator.does(&["status"]).await;
