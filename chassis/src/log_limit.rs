@@ -12,6 +12,11 @@ use tokio::time::Instant;
 pub struct LogLimit(Mutex<Option<Instant>>);
 
 impl LogLimit {
+    /// It was never said.
+    pub const fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
     /// Whether to say it now: for the first time, or once the interval is over.
     pub fn allows(&self, now: Instant, interval: Duration) -> bool {
         let mut said_at = self.0.lock().unwrap_or_else(PoisonError::into_inner);

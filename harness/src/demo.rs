@@ -44,7 +44,8 @@ const BATCH: u64 = 10;
 const NEXT: &str = "
   The demo has stopped all of this. Where to look next:
      make up              starts a system that keeps running, and prints how to call it, operate it and measure it
-     docs/operating.md    what an operator does: status, journey, why, dead letters, pause
+     docs/console.md      its console, at http://127.0.0.1:50053/console/: flow, dead events, journeys, deeds
+     docs/operating.md    what an operator does: status, journey, why, dead letters, pause, undo
      docs/metrics.md      the metrics of each process, with alerts and a dashboard; docs/traces.md for traces
      make chaos           breaks the system in every way known, and counts what is lost
 ";

@@ -182,7 +182,7 @@ fn usage(layout: &Layout, program: &str) -> String {
     let balance = layout.loyalty.as_ref().map(|loyalty| balance_usage(loyalty.address)).unwrap_or_default();
     let (addresses, request_id) = (exports(layout), Uuid::new_v4());
     let relay = Path::new(program).with_file_name("outbox-relay");
-    let metrics = metrics_usage(layout);
+    let (metrics, console) = (metrics_usage(layout), console_usage(layout));
     let (relay, outbox) = (relay.display(), layout.server.url_for("outbox_relay", &layout.orders));
     let speed = if is_optimised(program) { "" } else { NOT_OPTIMISED };
     format!(
@@ -198,6 +198,7 @@ fn usage(layout: &Layout, program: &str) -> String {
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
   Look at the outbox, as an operator does, and at the metrics of each process:
     RELAY_DATABASE_URL='{outbox}' {relay} status
+    open {console} in a browser
 {metrics}  Put load on it:
     ghz --config harness/ghz.json {orders}
 {addresses}  Put load on it, check every reply, and audit:
@@ -207,6 +208,12 @@ fn usage(layout: &Layout, program: &str) -> String {
 {speed}
   Ctrl-C ends everything. The data is kept."#
     )
+}
+
+/// The console of the orders' outbox.
+fn console_usage(layout: &Layout) -> String {
+    let address = layout.ops_address(Service::OrdersRelay).ok().flatten();
+    address.map(|address| format!("http://{address}/console/")).unwrap_or_default()
 }
 
 /// The pages of all processes, in one line.

@@ -1,13 +1,20 @@
 //! Who may operate: a file of tokens, each with a role and a name.
 //!
 //! The file holds the SHA-256 of each token. A token has 244 random bits, so nobody finds it by its hash, and a slow hash
-//! would gain nothing. The file is read again for every call: it is short, calls are rare, and so a token that is taken out
-//! of it is refused at once.
+//! would gain nothing. The file is read again for every call. It is short, and calls are rare. So a token that is taken out of
+//! it is refused at once.
 
-use std::{collections::HashMap, fs, io, path::PathBuf, str::FromStr};
+use std::{collections::HashMap, fs, io, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
+use chassis::LogLimit;
 use http::{HeaderMap, header::AUTHORIZATION};
 use sha2::{Digest, Sha256};
+use tokio::{
+    sync::Mutex,
+    task::spawn_blocking,
+    time::{Instant, timeout},
+};
+use tracing::error;
 use uuid::Uuid;
 
 use crate::operate::{NAME_CHARS, check_text};
@@ -23,6 +30,27 @@ const READING: [&str; 8] = [
     "GetBlastRadius",
     "ListDeeds",
 ];
+
+/// How long reading the file may take.
+const READ_LIMIT: Duration = Duration::from_secs(2);
+/// Time between two lines of the log about a file that cannot be used.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The methods that change something.
+const ACTING: [&str; 7] = [
+    "RequeueDeadEvents",
+    "DiscardDeadEvents",
+    "DiscardDeadEvent",
+    "RestoreDiscardedEvent",
+    "Pause",
+    "Resume",
+    "UndoDeed",
+];
+
+/// Whether RelayAdmin has a method of this name.
+pub(crate) fn is_method(name: &str) -> bool {
+    READING.contains(&name) || ACTING.contains(&name)
+}
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +98,9 @@ pub(crate) enum Denied {
     Viewer(String),
     #[error("only programs on the relay's machine are answered without a token: start the relay with --token-file")]
     NotLocal,
-    #[error("the token file cannot be used: {0}")]
-    Broken(String),
+    /// The log says why: a stranger must not learn what the file holds.
+    #[error("the token file cannot be used; the relay's log says why")]
+    Broken,
 }
 
 /// The callers, by the SHA-256 of their tokens.
@@ -79,8 +108,12 @@ pub(crate) enum Denied {
 struct Callers(HashMap<[u8; 32], Caller>);
 
 /// A file of tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenFile(PathBuf);
+#[derive(Clone, Debug)]
+pub struct TokenFile {
+    path: PathBuf,
+    /// Held while it is read.
+    reading: Arc<Mutex<()>>,
+}
 
 /// Why a file of tokens cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -108,35 +141,55 @@ impl FromStr for TokenFile {
 
     /// The file with this name, if it can be used now.
     fn from_str(file: &str) -> Result<Self, TokenFileError> {
-        let file = Self(file.into());
-        file.parse(fs::read_to_string(&file.0))?;
+        let file = Self { path: file.into(), reading: Arc::default() };
+        file.read()?;
         Ok(file)
     }
 }
 
 impl TokenFile {
-    fn parse(&self, read: io::Result<String>) -> Result<Callers, TokenFileError> {
-        let file = || self.0.display().to_string();
-        let text = read.map_err(|cause| TokenFileError::Read { file: file(), cause })?;
+    fn read(&self) -> Result<Callers, TokenFileError> {
+        let file = || self.path.display().to_string();
+        let text = fs::read_to_string(&self.path).map_err(|cause| TokenFileError::Read { file: file(), cause })?;
         parse(&text).map_err(|faults| TokenFileError::Parse { file: file(), faults })
     }
 
     /// Who calls with these headers, if he may call this method.
     pub(crate) async fn admit(&self, headers: &HeaderMap, method: &str) -> Result<Caller, Denied> {
-        // Not on the thread that delivers events: the file may be on a network.
-        let read = tokio::fs::read_to_string(&self.0).await;
-        let callers = self.parse(read).map_err(|error| Denied::Broken(error.to_string()))?;
-        callers.admit(headers, method)
+        // First, so that callers without a token cost nothing.
+        let token = bearer_of(headers)?;
+        let caller = self.look_up().await?.admit(token)?;
+        check_role(&caller, method)?;
+        Ok(caller)
+    }
+
+    /// Reads the file on a thread of its own: it may be on a network, and hang. One such thread is enough. Each further call
+    /// waits for it, and gives up in time.
+    async fn look_up(&self) -> Result<Callers, Denied> {
+        static SAID: LogLimit = LogLimit::new();
+        let file = self.clone();
+        let read = async {
+            let reading = Arc::clone(&file.reading).lock_owned().await;
+            let read = spawn_blocking(move || {
+                // Held until the read has ended, though nobody may wait for it any more.
+                let _reading = reading;
+                file.read()
+            });
+            read.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
+        };
+        let read = timeout(READ_LIMIT, read).await.unwrap_or_else(|_| Err("it cannot be read in time".to_owned()));
+        read.map_err(|cause| {
+            if SAID.allows(Instant::now(), LOG_INTERVAL) {
+                error!(cause, "the token file cannot be used, so no operator is let in");
+            }
+            Denied::Broken
+        })
     }
 }
 
 impl Callers {
-    fn admit(&self, headers: &HeaderMap, method: &str) -> Result<Caller, Denied> {
-        let token = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(bearer);
-        let token = token.ok_or(Denied::NoToken)?;
-        let caller = self.0.get(&hash(token)).ok_or(Denied::UnknownToken)?;
-        check_role(caller, method)?;
-        Ok(caller.clone())
+    fn admit(&self, token: &str) -> Result<Caller, Denied> {
+        self.0.get(&hash(token)).cloned().ok_or(Denied::UnknownToken)
     }
 }
 
@@ -144,6 +197,11 @@ impl Callers {
 pub(crate) fn check_role(caller: &Caller, method: &str) -> Result<(), Denied> {
     let may = caller.role == Role::Operator || READING.contains(&method);
     if may { Ok(()) } else { Err(Denied::Viewer(caller.name.clone())) }
+}
+
+fn bearer_of(headers: &HeaderMap) -> Result<&str, Denied> {
+    let token = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(bearer);
+    token.ok_or(Denied::NoToken)
 }
 
 /// The name of the scheme may be in any case.
@@ -158,7 +216,8 @@ fn hash(token: &str) -> [u8; 32] {
 
 /// A new token, and the line for it in the file.
 pub(crate) fn make_token(role: Role, name: &str) -> (String, String) {
-    let token = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    // Apart from its hash at first sight.
+    let token = format!("outbox_{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
     let digits: String = hash(&token).iter().map(|byte| format!("{byte:02x}")).collect();
     (token, format!("{} {digits} {name}", role.word()))
 }
@@ -206,7 +265,7 @@ fn parse_hash(digits: &str) -> Option<[u8; 32]> {
 mod tests {
     use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 
-    use super::{Caller, Denied, Role, make_token, parse};
+    use super::{Caller, Denied, Role, bearer_of, check_role, make_token, parse};
 
     fn headers(value: &str) -> HeaderMap {
         [(AUTHORIZATION, HeaderValue::from_str(value).unwrap())].into_iter().collect()
@@ -217,7 +276,11 @@ mod tests {
         let (ann, line_of_ann) = make_token(Role::Operator, "Ann B.");
         let (bob, line_of_bob) = make_token(Role::Viewer, "bob");
         let callers = parse(&format!("# tokens\n\n{line_of_ann}\n  {line_of_bob}\n")).unwrap();
-        let admit = |value: &str, method| callers.admit(&headers(value), method);
+        let admit = |value: &str, method| {
+            let caller = callers.admit(bearer_of(&headers(value))?)?;
+            check_role(&caller, method)?;
+            Ok(caller)
+        };
         let is_ann = Ok(Caller { name: "Ann B.".into(), role: Role::Operator });
         assert_eq!(admit(&format!("Bearer {ann}"), "Pause"), is_ann);
         assert_eq!(admit(&format!("bearer {ann}"), "GetStatus"), is_ann);
@@ -228,7 +291,7 @@ mod tests {
         for none in ["", "Bearer", &format!("Basic {ann}"), &ann] {
             assert_eq!(admit(none, "GetStatus"), Err(Denied::NoToken), "{none}");
         }
-        assert_eq!(callers.admit(&HeaderMap::new(), "GetStatus"), Err(Denied::NoToken));
+        assert_eq!(bearer_of(&HeaderMap::new()), Err(Denied::NoToken));
         assert_ne!(ann, make_token(Role::Operator, "Ann B.").0);
     }
 

@@ -14,6 +14,7 @@ use axum::{
     response::{IntoResponse, Redirect, Response},
     routing::{get, post},
 };
+use chassis::LogLimit;
 use http::{
     HeaderMap, HeaderName, HeaderValue, StatusCode,
     header::{
@@ -26,12 +27,15 @@ use http::{
 use prost::{Message, Name};
 use proto::relay::v1::{GetStatusRequest, relay_admin_server::RelayAdmin};
 use serde_json::{Value, json};
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout},
+};
 use tonic::{Code, Status, transport::server::TcpConnectInfo};
 use tonic_types::StatusExt as _;
 
 use crate::{
-    access::{Caller, Denied, Role, TokenFile, check_role},
+    access::{Caller, Denied, Role, TokenFile, check_role, is_method},
     grpc::{Admin, deny},
     operate::{answer, question},
 };
@@ -57,10 +61,18 @@ const FILES: [(&str, &str, &str); 5] = [
     ("uplot.js", "text/javascript; charset=utf-8", include_str!("../console/uplot.js")),
     ("uplot.css", "text/css; charset=utf-8", include_str!("../console/uplot.css")),
 ];
+/// Proxies add one of these.
+const PASSED_ON: [&str; 5] = ["forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"];
+/// A call ends a little before the server would cut it off, which would not answer in JSON.
+const CALL_LIMIT_PART: f64 = 0.9;
+/// Time between two lines of the log about callers who were denied.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// A request that names as many events as it may is smaller.
 const REQUEST_BYTES_MAX: usize = 128 * 1024;
-/// A status is read at most for this part of the time, however many people look at it: it scans the outbox.
-const STATUS_SHARE: u32 = 20;
+/// A status is kept for so many times as long as it took to read: it scans the outbox, however many people look at it.
+const STATUS_KEPT: u32 = 19;
+/// A failure to read it is told to all who ask meanwhile, and not tried again for so long.
+const FAILURE_KEPT: Duration = Duration::from_secs(1);
 
 /// What the console needs.
 pub(crate) struct Console {
@@ -69,17 +81,22 @@ pub(crate) struct Console {
     /// Names by which browsers may ask for it, beside localhost and addresses.
     pub(crate) hosts: Vec<String>,
     pub(crate) status: SharedStatus,
+    /// How long a call may take.
+    pub(crate) call_limit: Duration,
 }
 
-/// The last status that was read.
-#[derive(Default)]
-pub(crate) struct SharedStatus(Mutex<Option<(Instant, Value)>>);
+/// The last status that was read, until when it counts, and whether it is being read.
+#[derive(Clone, Default)]
+pub(crate) struct SharedStatus(Arc<Mutex<Option<Reading>>>);
+
+/// Until when a reading counts, and what was read.
+type Reading = (Instant, Result<Value, Status>);
 
 /// The page and its calls.
 pub(crate) fn pages(console: Console) -> Router {
     let console = Arc::new(console);
     Router::new()
-        .route("/console", get(|| async { Redirect::permanent("/console/") }))
+        .route("/console", get(|| async { Redirect::permanent("console/") }))
         .route("/console/", get(|| async { file("") }))
         .route("/console/{name}", get(|Path(name): Path<String>| async move { file(&name) }))
         .route("/api/me", get(tell_who))
@@ -99,7 +116,14 @@ fn file(name: &str) -> Response {
 async fn guard(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
     let mut response = match console.distrusts(&request) {
         Some(why) => refuse(StatusCode::MISDIRECTED_REQUEST, "MISDIRECTED", why),
-        None => next.run(request).await,
+        None => match timeout(console.call_limit.mul_f64(CALL_LIMIT_PART), next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => refuse(
+                StatusCode::GATEWAY_TIMEOUT,
+                "TIMEOUT",
+                "the relay has not answered in time; what was asked for may have been done",
+            ),
+        },
     };
     for (name, value) in SECURITY {
         response.headers_mut().insert(name, HeaderValue::from_static(value));
@@ -127,7 +151,9 @@ impl Console {
             return tokens.admit(&request.headers, method).await;
         }
         let peer = request.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
-        if !peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+        let is_local = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
+        // A proxy on this machine passes on what others send.
+        if !is_local || PASSED_ON.iter().any(|name| request.headers.contains_key(*name)) {
             return Err(Denied::NotLocal);
         }
         let caller = Caller { name: String::new(), role: Role::Viewer };
@@ -149,7 +175,10 @@ fn is_trusted(host: &str, names: &[String]) -> bool {
 async fn tell_who(State(console): State<Arc<Console>>, request: Request) -> Response {
     match console.admit(&request.into_parts().0, "GetStatus").await {
         Ok(Caller { name, role }) => Json(json!({"name": name, "role": role.word()})).into_response(),
-        Err(denied) => tell(&deny(&denied)),
+        Err(denied) => {
+            log_denied("GetStatus", &denied);
+            tell(&deny(&denied))
+        }
     }
 }
 
@@ -158,7 +187,7 @@ async fn call(State(console): State<Arc<Console>>, Path(method): Path<String>, r
     let caller = match console.admit(&request, &method).await {
         Ok(caller) => caller,
         Err(denied) => {
-            tracing::warn!(%method, %denied, "a call of the console is denied");
+            log_denied(&method, &denied);
             return tell(&deny(&denied));
         }
     };
@@ -179,6 +208,15 @@ async fn call(State(console): State<Arc<Console>>, Path(method): Path<String>, r
     }
 }
 
+/// Whoever reaches the port can cause such lines. So they are few, and hold nothing that a caller has chosen.
+fn log_denied(method: &str, denied: &Denied) {
+    static SAID: LogLimit = LogLimit::new();
+    if SAID.allows(Instant::now(), LOG_INTERVAL) {
+        let method = if is_method(method) { method } else { "unknown" };
+        tracing::warn!(method, %denied, "a call of an operator is denied");
+    }
+}
+
 fn is_json(headers: &HeaderMap) -> bool {
     let content = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     content.split(';').next().is_some_and(|content| content.trim().eq_ignore_ascii_case("application/json"))
@@ -188,7 +226,7 @@ impl Console {
     async fn dispatch(&self, method: &str, body: &[u8], caller: Caller) -> Result<Value, Status> {
         let admin = &*self.admin;
         match method {
-            "GetStatus" => self.status.read(admin).await,
+            "GetStatus" => self.status.read(&self.admin).await,
             "ListDeadEvents" => ask(body, caller, |request| admin.list_dead_events(request)).await,
             "GetDeadEvent" => ask(body, caller, |request| admin.get_dead_event(request)).await,
             "GetJourney" => ask(body, caller, |request| admin.get_journey(request)).await,
@@ -225,20 +263,27 @@ fn to_json<A: Message + Name>(message: &A) -> Result<Value, Status> {
 }
 
 impl SharedStatus {
-    /// Reads the status, unless the last one is recent enough. Who comes meanwhile waits for the same reading.
-    async fn read(&self, admin: &Admin) -> Result<Value, Status> {
-        let mut last = self.0.lock().await;
-        if let Some((until, status)) = &*last
-            && Instant::now() < *until
-        {
-            return Ok(status.clone());
-        }
-        let began = Instant::now();
-        let status = to_json(admin.get_status(tonic::Request::new(GetStatusRequest {})).await?.get_ref())?;
-        // The reading sleeps for a second, since rates are the difference of two readings.
-        let took = began.elapsed().saturating_sub(Duration::from_secs(1));
-        *last = Some((Instant::now() + took * STATUS_SHARE, status.clone()));
-        Ok(status)
+    /// Reads the status, unless the last one is recent enough. Who comes meanwhile waits for the same reading. It has a task of
+    /// its own: whoever began it may be gone, and the others still wait.
+    async fn read(&self, admin: &Arc<Admin>) -> Result<Value, Status> {
+        let (shared, admin) = (self.clone(), Arc::clone(admin));
+        let reading = tokio::spawn(async move {
+            let mut last = shared.0.lock().await;
+            if let Some((until, status)) = &*last
+                && Instant::now() < *until
+            {
+                return status.clone();
+            }
+            let began = Instant::now();
+            let read = admin.get_status(tonic::Request::new(GetStatusRequest {})).await;
+            let status = read.and_then(|status| to_json(status.get_ref()));
+            // The reading sleeps for a second, since rates are the difference of two readings.
+            let took = began.elapsed().saturating_sub(Duration::from_secs(1));
+            let kept = if status.is_ok() { took * STATUS_KEPT } else { FAILURE_KEPT };
+            *last = Some((Instant::now() + kept, status.clone()));
+            status
+        });
+        reading.await.unwrap_or_else(|_| Err(Status::internal("the status was not read")))
     }
 }
 
@@ -282,7 +327,7 @@ pub(crate) fn guard_grpc(routes: Router, tokens: TokenFile) -> Router {
                 next.run(request).await
             }
             Err(denied) => {
-                tracing::warn!(%method, %denied, "a call of RelayAdmin is denied");
+                log_denied(&method, &denied);
                 deny(&denied).into_http()
             }
         }

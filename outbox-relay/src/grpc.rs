@@ -19,9 +19,9 @@ use self::requests::Selection;
 use crate::{
     access::Denied,
     operate::{
-        self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, Reason, SAMPLE, Walk, ask_receivers,
-        diagnose, find_subscription, group_dead, list_dead, list_deeds, measure_blast, read_all, read_facts,
-        read_status, read_totals, show_dead, undo_piece, walk_piece,
+        self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, Reason, SAMPLE, SlowDown, Walk,
+        ask_receivers, diagnose, find_subscription, group_dead, list_dead, list_deeds, measure_blast, read_all,
+        read_facts, read_status, read_totals, relays_know, resume_slowly, set_pace, show_dead, undo_piece, walk_piece,
     },
 };
 
@@ -30,6 +30,9 @@ const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
 /// A call that changes all begins no further piece after this time. A piece may take as long as any database work, and
 /// that is still within the limit of a call.
 const PIECES_LIMIT: Duration = Duration::from_secs(2);
+/// How long a call waits until relays know a pace. They read the paces once a second.
+const RELAYS_KNOW_LIMIT: Duration = Duration::from_secs(5);
+const RELAYS_KNOW_POLL: Duration = Duration::from_millis(200);
 /// Pieces of one call, so that a caller on a fast server also learns how far it is.
 const PIECES_MAX: usize = 10;
 /// Bytes of an error message. It travels in the headers, and clients accept at most 16 KiB of these.
@@ -188,7 +191,11 @@ impl RelayAdmin for Admin {
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<OutboxPause>, Status> {
-        let (subscription, author) = requests::resume(request)?;
+        let asked = requests::resume(request)?;
+        if asked.events_per_second > 0 {
+            return self.resume_slowly(asked).await.map(Response::new);
+        }
+        let SlowDown { subscription, author, .. } = asked;
         self.run(move |connection| {
             Box::pin(async move { operate::resume(connection, subscription.as_deref(), &author).await })
         })
@@ -246,6 +253,23 @@ impl Admin {
         self.database.run(work).await.map_err(|error| refuse(&error))
     }
 
+    /// Sets the pace, waits until each relay knows it, and ends the pause.
+    async fn resume_slowly(&self, asked: SlowDown) -> Result<OutboxPause, Status> {
+        let slow_down = asked.clone();
+        let set_at =
+            self.run(move |connection| Box::pin(async move { set_pace(connection, &slow_down).await })).await?;
+        let began = Instant::now();
+        // Holds no connection while it sleeps.
+        while !self.run(move |connection| Box::pin(async move { Ok(relays_know(connection, set_at).await?) })).await? {
+            if began.elapsed() > RELAYS_KNOW_LIMIT {
+                let why = "a relay has not read the pace, and the pause goes on; try again";
+                return Err(REFUSE.later(Code::Unavailable, "RELAYS_BEHIND", why));
+            }
+            sleep(RELAYS_KNOW_POLL).await;
+        }
+        self.run(move |connection| Box::pin(async move { resume_slowly(connection, &asked).await })).await
+    }
+
     /// Does some pieces of a walk over all dead events. Each piece is a unit of work of its own, so none comes near its
     /// time limit, however many events are dead.
     ///
@@ -300,10 +324,11 @@ impl Admin {
 /// Why a caller may not call.
 pub(crate) fn deny(denied: &Denied) -> Status {
     let (code, reason) = match denied {
-        Denied::NoToken | Denied::NotLocal => (Code::Unauthenticated, "TOKEN_REQUIRED"),
+        Denied::NoToken => (Code::Unauthenticated, "TOKEN_REQUIRED"),
+        Denied::NotLocal => (Code::PermissionDenied, "LOCAL_ONLY"),
         Denied::UnknownToken => (Code::Unauthenticated, "TOKEN_UNKNOWN"),
         Denied::Viewer(_) => (Code::PermissionDenied, "OPERATORS_ONLY"),
-        Denied::Broken(_) => (Code::Unavailable, "TOKEN_FILE_BROKEN"),
+        Denied::Broken => (Code::Unavailable, "TOKEN_FILE_BROKEN"),
     };
     REFUSE.with(code, reason, denied.to_string())
 }

@@ -28,6 +28,7 @@ mod measure;
 pub mod operate;
 #[cfg(test)]
 mod outage_model;
+mod pace;
 mod park;
 mod relay;
 mod reopen;
@@ -111,6 +112,12 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let drained = settings.serve.drained(&shutdown);
     let mut ops = Ops::serve(listener, &settings.serve, work_ended.clone().cancelled_owned(), drained);
     measure::describe();
+    if !settings.ops_listen.ip().is_loopback() && settings.token_file.is_none() {
+        warn!(
+            address = %settings.ops_listen,
+            "whoever reaches this address may do deeds by RelayAdmin: give the relay a --token-file, or keep others out"
+        );
+    }
     // Losing a lease or a settlement in a crash only delivers an event again, and its receiver knows it.
     let url = settings.database_url.clone().with_setting("synchronous_commit", "off").with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &shutdown);
@@ -151,7 +158,8 @@ fn offer_to_operators(admin: Arc<Admin>, settings: &Settings) -> (Services, Rout
         None => routes,
     };
     let (tokens, hosts) = (settings.token_file.clone(), settings.console_hosts.clone());
-    let console = Console { admin, tokens, hosts, status: SharedStatus::default() };
+    let call_limit = Duration::from_secs(settings.serve.request_seconds);
+    let console = Console { admin, tokens, hosts, status: SharedStatus::default(), call_limit };
     (Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS }, pages(console))
 }
 

@@ -4,7 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use chassis::{Database, RunError};
 use sqlx::PgConnection;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
@@ -15,6 +15,7 @@ use crate::{
     lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
     operate::discard_ended,
+    pace::read_shares,
     park::{Leased, Swept, park},
     route::Route,
     subscription::{Subscription, Unrouted, adopt_unrouted, read_subscriptions},
@@ -84,6 +85,8 @@ impl Maintenance {
                     self.report("park successors", parked);
                 }
                 _ = announcing.tick() => {
+                    // Before this relay reports: operators rely on that order.
+                    self.report("read the paces", self.keep_paces().await);
                     let routes: Vec<_> = self.served.iter().map(|served| served.route.clone()).collect();
                     let announced = announce(&self.database, &self.relay, &routes, self.longest_hidden).await;
                     self.report("announce routes", announced);
@@ -123,6 +126,16 @@ impl Maintenance {
             Err(cause) if self.failures.count() => warn!(%cause, "cannot {what}"),
             Err(_) => {}
         }
+    }
+
+    /// Tells each route how fast it may deliver.
+    async fn keep_paces(&self) -> Result<(), sqlx::Error> {
+        let subscription_ids = self.served.iter().map(|served| served.subscription.id).collect();
+        let shares = read_shares(&self.database, subscription_ids).await?;
+        for (served, share) in self.served.iter().zip(shares) {
+            served.route.pace().set(share, Instant::now());
+        }
+        Ok(())
     }
 
     fn swept(&self) -> Swept {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use chassis::{Database, RunError};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -135,7 +135,21 @@ impl Worker {
 
     async fn process_open(&mut self) -> Round {
         let began = Instant::now();
-        let outcome = self.process_batch(self.ahead.events(self.settings.batch), None).await;
+        let limit = match self.route.pace().take(self.ahead.events(self.settings.batch), began) {
+            Ok(limit) => limit,
+            Err(wait) => {
+                self.shutdown.run_until_cancelled(sleep(wait.min(self.poll()))).await;
+                return Round::Worked;
+            }
+        };
+        let outcome = self.process_batch(limit, None).await;
+        let events = match outcome {
+            BatchOutcome::Completed(Completed { events, .. }) => u32::try_from(events).unwrap_or(limit),
+            BatchOutcome::LeaseFailed => 0,
+            // Some of them may have been delivered.
+            BatchOutcome::Interrupted => limit,
+        };
+        self.route.pace().give_back(limit.saturating_sub(events));
         let is_full = matches!(outcome, BatchOutcome::Completed(Completed { is_full: true, .. }));
         self.ahead = self.ahead.after(is_full, began.elapsed());
         match outcome {

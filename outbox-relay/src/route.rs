@@ -18,7 +18,7 @@ use tokio::{
 use tonic::transport::Uri;
 use tracing::{debug, error, info, warn};
 
-use crate::{fate::RETRY_AFTER_MAX, measure};
+use crate::{fate::RETRY_AFTER_MAX, measure, pace::Pace};
 
 /// By default gRPC servers accept messages of up to 4 MiB. They refuse a larger one whole, and its events would then be
 /// delivered one by one.
@@ -127,6 +127,7 @@ struct State {
     ordered: AtomicBool,
     /// Events that were delivered on it.
     delivered: AtomicU64,
+    pace: Pace,
     /// How old an event may be, by how long the receiver remembers those that it applied.
     max_age: watch::Sender<Option<Duration>>,
     /// Of the lines about events whose type the receiver does not know.
@@ -187,6 +188,7 @@ impl Route {
             types: watch::Sender::new((Vec::new(), Instant::now())),
             ordered: AtomicBool::new(false),
             delivered: AtomicU64::new(0),
+            pace: Pace::default(),
             max_age: watch::Sender::new(None),
             warned_of_types: LogLimit::default(),
             warned_of_clocks: LogLimit::default(),
@@ -205,6 +207,11 @@ impl Route {
 
     pub(crate) fn condition(&self) -> Condition {
         self.state.health.borrow().condition
+    }
+
+    /// How fast it may deliver.
+    pub(crate) fn pace(&self) -> &Pace {
+        &self.state.pace
     }
 
     /// Counts events that were delivered.

@@ -16,8 +16,8 @@ use super::REFUSE;
 use crate::{
     access::Caller,
     operate::{
-        Author, Change, DeedPage, Discard, Filter, NAME_CHARS, OPTIONAL_REASON_CHARS, Page, REASON_CHARS, Undo, Walk,
-        check_text,
+        Author, Change, DeedPage, Discard, Filter, NAME_CHARS, OPTIONAL_REASON_CHARS, Page, REASON_CHARS, SlowDown,
+        Undo, Walk, check_text,
     },
 };
 
@@ -94,13 +94,17 @@ pub(super) fn pause(request: Request<PauseRequest>) -> Result<(Option<String>, A
     finish(fields, (subscription, author), "INVALID_PAUSE")
 }
 
-pub(super) fn resume(request: Request<ResumeRequest>) -> Result<(Option<String>, Author), Status> {
+/// A pace of 0 events per second stands for none.
+pub(super) fn resume(request: Request<ResumeRequest>) -> Result<SlowDown, Status> {
     let caller = request.extensions().get().cloned();
-    let ResumeRequest { subscription, resumed_by, reason } = request.into_inner();
+    let ResumeRequest { subscription, resumed_by, reason, events_per_second } = request.into_inner();
     let mut fields = Fields::default();
     let author = read_author(&mut fields, caller, "resumed_by", &resumed_by, &reason, OPTIONAL_REASON_CHARS);
     let subscription = read_subscription(&mut fields, &subscription);
-    finish(fields, (subscription, author), "INVALID_RESUME")
+    if !(0..=1_000_000).contains(&events_per_second) {
+        fields.refuse("events_per_second", "must be 1 to 1000000, or 0 for as fast as relays can");
+    }
+    finish(fields, SlowDown { subscription, events_per_second, author }, "INVALID_RESUME")
 }
 
 pub(super) fn restore(

@@ -108,6 +108,12 @@ Examples:
   outbox-relay pause --subscription inventory --reason 'inventory is being moved'")]
     Pause(PauseArguments),
     /// Resume the outbox, or one subscription, after a pause
+    ///
+    /// With --per-second, relays deliver no more than so many events in a second, so that a backlog does not run a receiver
+    /// over. A `resume` without it ends that. A new pause ends it, too.
+    #[command(after_long_help = "Examples:
+  outbox-relay resume
+  outbox-relay resume --subscription inventory --per-second 200")]
     Resume(ResumeArguments),
 }
 
@@ -466,6 +472,9 @@ pub struct ResumeArguments {
     /// Resume only this subscription.
     #[arg(long, value_parser = parse_subscription)]
     pub(super) subscription: Option<String>,
+    /// Deliver at most this many events in a second, until the next `resume`. Waits until every relay knows.
+    #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(i32).range(1..=1_000_000))]
+    pub(super) per_second: Option<i32>,
     /// Reason, kept with the deed.
     #[arg(long, default_value = "", hide_default_value = true, value_parser = parse_optional_reason)]
     pub(super) reason: String,

@@ -29,7 +29,7 @@ pub(crate) async fn measure_blast(
         WITH looked_at AS MATERIALIZED (
             SELECT aggregate_id, subscription_id, sequence, created_at, event_type, last_error FROM outbox
             WHERE visible_at = 'infinity' AND ($1::uuid[] IS NULL OR event_id = ANY ($1))
-            LIMIT $6
+            LIMIT $6::bigint + 1
         ), dead AS MATERIALIZED (
             SELECT aggregate_id, subscription_id, sequence, created_at < now() - make_interval(secs => coalesce((
                     SELECT max_age_seconds FROM outbox_subscriptions AS named
@@ -66,7 +66,7 @@ pub(crate) async fn measure_blast(
         subjects: counted.subjects,
         held_back: counted.held_back,
         too_old: counted.too_old,
-        more: counted.looked_at == LOOKED_AT_MAX,
+        more: counted.looked_at > LOOKED_AT_MAX,
     })
 }
 

@@ -10,12 +10,12 @@ use outbox::EventId;
 use proto::relay::v1::{BlastRadius, OutboxStatus, dead_event_content::Payload, finding::Severity};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Author, Change, Changed, Command, DeedPage, Discard, Filter, OperateError, Outbox, PIECE, Page, SAMPLE, Undo, Walk,
-    answer,
+    Author, Change, Changed, Command, DeedPage, Discard, Filter, OperateError, Outbox, PIECE, Page, SAMPLE, SlowDown,
+    Undo, Walk, answer,
     arguments::{
         DeadCommand, DeedsArguments, DiscardArguments, DoctorArguments, GroupsArguments, JourneyArguments,
         ListArguments, PauseArguments, RequeueArguments, RestoreArguments, ResumeArguments, ShowArguments,
@@ -28,7 +28,8 @@ use super::{
     progress::Progress,
     read_all, read_backlogs, read_facts, read_status, read_totals,
     refuse::{describe, named},
-    requeue, restore, resume, show_dead, subscribe, undo_piece, unsubscribe, wake_relays, walk_piece,
+    relays_know, requeue, restore, resume, resume_slowly, set_pace, show_dead, subscribe, undo_piece, unsubscribe,
+    wake_relays, walk_piece,
 };
 use crate::{
     access::make_token,
@@ -42,6 +43,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const STATEMENT_LIMIT: &str = "30s";
 /// How long to wait for an answer if the server or the network does not keep that limit.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// Relays read the paces once a second. One that has died is taken for gone after ten.
+const RELAYS_KNOW_LIMIT: Duration = Duration::from_secs(15);
+const RELAYS_KNOW_POLL: Duration = Duration::from_millis(200);
 /// Readings, one per second, that the rates of `--watch` span.
 const WATCH_READINGS: usize = 10;
 
@@ -591,11 +595,33 @@ async fn pause_outbox(arguments: PauseArguments) -> Result<(), CommandError> {
 }
 
 async fn resume_outbox(arguments: ResumeArguments) -> Result<(), CommandError> {
-    let ResumeArguments { outbox, subscription, reason, by } = arguments;
+    let ResumeArguments { outbox, subscription, per_second, reason, by } = arguments;
     let author = Author { name: by, reason };
+    if let Some(events_per_second) = per_second {
+        return resume_at(&outbox, &SlowDown { subscription, events_per_second, author }).await;
+    }
     let ended = outbox.ask(async |connection| resume(connection, subscription.as_deref(), &author).await).await?;
+    if ended.pause_time.is_none() {
+        let name = named(&ended, " ");
+        return say(&format!("{name}delivers as fast as its relays can again{}\n", deed(ended.deed_id)));
+    }
     let what = if ended.subscription.is_empty() { String::new() } else { format!(" {}", ended.subscription) };
     say(&format!("resumed{what}; it was paused {}{}\n", describe(&ended), deed(ended.deed_id)))
+}
+
+async fn resume_at(outbox: &Outbox, slow_down: &SlowDown) -> Result<(), CommandError> {
+    let set_at = outbox.ask(async |connection| set_pace(connection, slow_down).await).await?;
+    let deadline = Instant::now() + RELAYS_KNOW_LIMIT;
+    while !outbox.ask(async |connection| relays_know(connection, set_at).await).await? {
+        if Instant::now() > deadline {
+            let why = "a relay has not read the pace, and the pause goes on: repeat the command once it reports, or has ended";
+            return Err(CommandError::Refused(why.into()));
+        }
+        sleep(RELAYS_KNOW_POLL).await;
+    }
+    let ended = outbox.ask(async |connection| resume_slowly(connection, slow_down).await).await?;
+    let (name, pace) = (named(&ended, " "), slow_down.events_per_second);
+    say(&format!("resumed {name}slowly: {pace} events per second at most{}\n", deed(ended.deed_id)))
 }
 
 fn were(number: i64) -> String {

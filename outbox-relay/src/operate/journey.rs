@@ -10,7 +10,8 @@ use futures_util::future::join_all;
 use outbox::{AggregateId, EventId};
 use prost_types::Timestamp;
 use proto::relay::v1::{
-    AppliedEvent, Journey, JourneyEvent, OutboxPause, RelayRoute, WaitCause, journey_event::State, wait_cause::Kind,
+    AppliedEvent, Journey, JourneyEvent, OutboxPace, OutboxPause, RelayRoute, WaitCause, journey_event::State,
+    wait_cause::Kind,
 };
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
 use tokio::time::timeout;
@@ -20,6 +21,7 @@ use super::{
     OperateError,
     pause::read_pauses,
     refuse::{NotApplicable, Reason, describe, holds_up, resume_command},
+    slow_down::{describe_pace, read_paces},
     status::read_routes,
 };
 use crate::{
@@ -51,6 +53,7 @@ pub(crate) struct Facts {
     rows: Vec<Row>,
     discarded: Vec<Discarded>,
     pauses: Vec<OutboxPause>,
+    paces: Vec<(String, OutboxPace)>,
     routes: Vec<RelayRoute>,
     /// The names of all.
     subscriptions: Vec<String>,
@@ -112,9 +115,10 @@ pub(crate) async fn read_facts(connection: &mut PgConnection, id: Uuid) -> Resul
     let subject = rows.first().map(|row| row.aggregate_id);
     let subject = subject.or_else(|| discarded.first().map(|row| row.aggregate_id)).unwrap_or_else(|| id.into());
     let (now, pauses) = (read_present(connection).await?, read_pauses(connection).await?);
+    let paces = read_paces(connection).await?;
     let routes = read_routes(connection).await?;
     let subscriptions = read_subscriptions(connection).await?.into_iter().map(|of| of.name).collect();
-    Ok(Facts { subject, asked: id, now, rows, discarded, pauses, routes, subscriptions })
+    Ok(Facts { subject, asked: id, now, rows, discarded, pauses, paces, routes, subscriptions })
 }
 
 /// Asks the receivers of all routes, each at its URL, at the same time. Then says what is known.
@@ -369,6 +373,15 @@ fn causes_of_subscription(subscription: &str, facts: &Facts) -> Vec<WaitCause> {
         let text = format!("{what} paused {}; {} ends it", describe(pause), resume_command(pause));
         causes.push(cause(Kind::Paused, text));
     }
+    for (name, pace) in facts.paces.iter().filter(|(name, _)| name.is_empty() || name == subscription) {
+        let what = if name.is_empty() { "all subscriptions are" } else { &format!("{subscription} is") };
+        let ends = if name.is_empty() {
+            "`outbox-relay resume`"
+        } else {
+            &format!("`outbox-relay resume --subscription {name}`")
+        };
+        causes.push(cause(Kind::Slowed, format!("{what} slowed {}; {ends} ends it", describe_pace(pace))));
+    }
     let of_it: Vec<_> = facts.routes.iter().filter(|route| route.route == subscription).collect();
     if of_it.is_empty() {
         let text = format!(
@@ -505,6 +518,7 @@ mod tests {
             rows,
             discarded: Vec::new(),
             pauses: Vec::new(),
+            paces: Vec::new(),
             routes: vec![route("OPEN")],
             subscriptions: vec!["inventory".into()],
         }

@@ -40,6 +40,8 @@ pub(crate) async fn pause(
         let subscription_id = find_subscription(connection, subscription).await?;
         let mut tx = begin_durable(connection).await?;
         if let Some(paused) = insert_pause(&mut tx, subscription_id, name, author).await? {
+            // What is resumed later is resumed at the pace that is asked for then.
+            delete_pace(&mut tx, subscription_id).await?;
             let deed_id = NewDeed::new(Kind::Pause, author, subscription_id, "").record(&mut tx).await?;
             tx.commit().await?;
             return Ok(OutboxPause { deed_id, ..paused });
@@ -73,7 +75,7 @@ pub(super) async fn insert_pause(
     Ok(paused.fetch_optional(tx).await?.map(OutboxPause::from))
 }
 
-/// Ends the pause of the subscription, or that of all, and returns it.
+/// Ends the pause of the subscription, or that of all, and returns it. Ends a pace as well, and may do nothing else.
 ///
 /// # Errors
 /// [`OperateError::NotPaused`], [`OperateError::NoSubscription`], and those of the database.
@@ -85,12 +87,21 @@ pub(crate) async fn resume(
     let subscription_id = find_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let name = subscription.unwrap_or_default();
-    let Some(ended) = delete_pause(&mut tx, subscription_id, name, None).await? else {
-        tx.rollback().await?;
-        return Err(OperateError::NotPaused(read_pauses(connection).await?));
+    let paced = delete_pace(&mut tx, subscription_id).await?;
+    let (ended, about) = match delete_pause(&mut tx, subscription_id, name, None).await? {
+        Some(ended) => {
+            let about = format!("paused {}", describe(&ended));
+            (ended, about)
+        }
+        None if paced => (OutboxPause { subscription: name.to_owned(), ..OutboxPause::default() }, "a pace".into()),
+        None => {
+            tx.rollback().await?;
+            return Err(OperateError::NotPaused(read_pauses(connection).await?));
+        }
     };
-    let about = format!("paused {}", describe(&ended));
-    let deed_id = NewDeed::new(Kind::Resume, author, subscription_id, &about).record(&mut tx).await?;
+    let deed = NewDeed::new(Kind::Resume, author, subscription_id, &about);
+    // Whoever wants a pace again says how fast.
+    let deed_id = NewDeed { can_undo: ended.pause_time.is_some(), ..deed }.record(&mut tx).await?;
     tx.commit().await?;
     wake_relays(connection).await;
     Ok(OutboxPause { deed_id, ..ended })
@@ -114,6 +125,16 @@ pub(super) async fn delete_pause(
         began,
     );
     Ok(ended.fetch_optional(tx).await?.map(OutboxPause::from))
+}
+
+/// Returns whether there was one.
+pub(super) async fn delete_pace(tx: &mut PgConnection, subscription_id: Option<i16>) -> Result<bool, sqlx::Error> {
+    let deleted = sqlx::query!(
+        "-- operate: end pace
+        DELETE FROM outbox_paces WHERE subscription_id = $1",
+        subscription_id.unwrap_or(ALL),
+    );
+    Ok(deleted.execute(tx).await?.rows_affected() > 0)
 }
 
 /// The pauses there are; of all subscriptions first.

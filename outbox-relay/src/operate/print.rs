@@ -10,6 +10,7 @@ use proto::relay::v1::{
 use super::{
     deeds::word,
     refuse::{describe, named},
+    slow_down::describe_pace,
 };
 
 /// The status.
@@ -55,12 +56,22 @@ pub(super) fn subscriptions(status: &OutboxStatus) -> String {
     rows.extend(subscriptions.iter().map(|of| {
         let numbers = [of.waiting, of.leased, of.backing_off, of.dead].map(|number| number.to_string());
         let oldest = of.oldest_seconds.map_or("none".to_owned(), age);
-        let paused = if of.pause.is_some() { "PAUSED" } else { "" };
+        let paused = match (&of.pause, &of.pace) {
+            (Some(_), _) => "PAUSED",
+            (None, Some(_)) => "SLOWED",
+            (None, None) => "",
+        };
         [line([&of.name, &of.pattern]), numbers.to_vec(), line([&oldest, paused])].concat()
     }));
     let paused = status.pause.iter().chain(subscriptions.iter().filter_map(|of| of.pause.as_ref()));
     let paused = paused.map(|pause| format!("PAUSED {}{}\n", named(pause, " "), visible(&describe(pause))));
-    table(&rows, &[2, 3, 4, 5, 6]) + &paused.collect::<String>()
+    let of_all = status.pace.iter().map(|pace| ("", pace));
+    let slowed = of_all.chain(subscriptions.iter().filter_map(|of| Some((of.name.as_str(), of.pace.as_ref()?))));
+    let slowed = slowed.map(|(name, pace)| {
+        let name = if name.is_empty() { String::new() } else { format!("{name} ") };
+        format!("SLOWED {name}{}\n", visible(&describe_pace(pace)))
+    });
+    table(&rows, &[2, 3, 4, 5, 6]) + &paused.collect::<String>() + &slowed.collect::<String>()
 }
 
 /// Dead events by why they died.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto::relay::v1::{FailureCount, OutboxStatus, RelayRoute, TypeCount};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
-use super::pause::read_pauses;
+use super::{pause::read_pauses, slow_down::read_paces};
 use crate::subscription::read_subscriptions;
 
 /// Time between the two readings of a rate.
@@ -82,6 +82,12 @@ pub(crate) async fn read_backlogs(connection: &mut PgConnection) -> Result<Outbo
     let subscriptions = read_subscriptions(connection).await?.into_iter().map(Into::into).collect();
     let mut status = OutboxStatus { subscriptions, ..OutboxStatus::default() };
     count_events(connection, &mut status).await?;
+    for (name, pace) in read_paces(connection).await? {
+        match status.subscriptions.iter_mut().find(|of| of.name == name) {
+            Some(of) => of.pace = Some(pace),
+            None => status.pace = Some(pace),
+        }
+    }
     for pause in read_pauses(connection).await? {
         match status.subscriptions.iter_mut().find(|of| of.name == pause.subscription) {
             Some(of) => of.pause = Some(pause),

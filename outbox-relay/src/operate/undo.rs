@@ -3,7 +3,7 @@
 //! An undo is a deed itself, and records the events that it has changed. So an event whose latest deed is another one is
 //! left alone: it was undone already, or somebody has done something else to it since.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use outbox::{AggregateId, EventId};
 use proto::relay::v1::deed::Kind;
@@ -15,7 +15,7 @@ use super::{
     deeds::{NewDeed, kind},
     discard::give_up,
     free_successors,
-    pause::{delete_pause, insert_pause},
+    pause::{delete_pace, delete_pause, insert_pause},
     requeue::MAX_AGE_UNTOLD,
     restore::bring_back,
     tell_of_change, wake_relays,
@@ -99,11 +99,16 @@ pub(crate) async fn undo_piece(
     events_max: u32,
 ) -> Result<Piece, OperateError> {
     let mut tx = begin_durable(connection).await?;
-    // Until the end of this, nobody else pauses or resumes.
-    lock_pauses(&mut tx).await?;
-    let deed = find_deed(&mut tx, undo.deed_id).await?;
+    let mut deed = find_deed(&mut tx, undo.deed_id).await?;
     let piece = match kind(&deed.kind) {
-        Kind::Pause | Kind::Resume => undo_pause(&mut tx, &deed, author).await?,
+        Kind::Pause | Kind::Resume => {
+            // Until the end of this, nobody else pauses or resumes. Somebody may have before.
+            lock_pauses(&mut tx).await?;
+            deed = find_deed(&mut tx, undo.deed_id).await?;
+            undo_pause(&mut tx, &deed, author).await?
+        }
+        // A function brings them back one by one.
+        Kind::Discard => undo_events(&mut tx, &deed, undo, author, events_max / 5).await?,
         _ => undo_events(&mut tx, &deed, undo, author, events_max).await?,
     };
     if piece.undo_id.is_none() {
@@ -184,6 +189,7 @@ async fn undo_pause(tx: &mut PgConnection, deed: &DeedRow, author: &Author) -> R
         delete_pause(tx, subscription_id, name, Some(deed.done_at)).await?
     } else {
         let author = with_reason(author, || format!("deed {} was undone, which had ended this pause", deed.deed_id));
+        delete_pace(tx, subscription_id).await?;
         insert_pause(tx, subscription_id, name, &author).await?
     };
     if changed.is_none() {
@@ -282,34 +288,61 @@ async fn lock_latest(tx: &mut PgConnection, changes: &[Change], state: State) ->
     let subscription_ids: Vec<_> = changes.iter().map(|change| change.subscription_id).collect();
     let sequences: Vec<_> = changes.iter().map(|change| change.sequence).collect();
     let event_ids: Vec<_> = changes.iter().map(|change| change.event_id).collect();
-    let change_ids: Vec<_> = changes.iter().map(|change| change.change_id).collect();
+    // Written so that only the primary key can find the rows. As a join, it would read all of the outbox for each of them: right
+    // after all dead events were requeued, the statistics say that there are next to no others.
     let locked = sqlx::query!(
         r#"-- operate: lock events of a deed
-        SELECT outbox.ctid::text AS "row!", change_id AS "change_id!"
-        FROM unnest($1::uuid[], $2::smallint[], $3::integer[], $4::uuid[], $5::bigint[])
-            AS change (aggregate_id, subscription_id, sequence, event_id, change_id)
-        JOIN outbox USING (aggregate_id, subscription_id, sequence, event_id)
-        WHERE CASE
-            WHEN $6 THEN visible_at = 'infinity'
+        SELECT outbox.ctid::text AS "row!", event_id AS "event_id: EventId", subscription_id
+        FROM outbox
+        WHERE ctid = ANY (ARRAY (
+                SELECT (
+                    SELECT named.ctid FROM outbox AS named
+                    WHERE (named.aggregate_id, named.subscription_id, named.sequence)
+                        = (change.aggregate_id, change.subscription_id, change.sequence)
+                      AND named.event_id = change.event_id)
+                FROM unnest($1::uuid[], $2::smallint[], $3::integer[], $4::uuid[])
+                    AS change (aggregate_id, subscription_id, sequence, event_id)))
+          AND CASE
+            WHEN $5 THEN visible_at = 'infinity'
             ELSE visible_at <> 'infinity' AND lease_token IS NULL AND attempted_at IS NULL AND failures = 0
                 AND attempts > 0 AND attempts = attempts_before_requeue END
-        ORDER BY event_id, subscription_id
-        FOR UPDATE OF outbox SKIP LOCKED"#,
+        FOR UPDATE SKIP LOCKED"#,
         &aggregate_ids as &[AggregateId],
         &subscription_ids,
         &sequences,
         &event_ids as &[EventId],
-        &change_ids,
         state == State::Dead,
     );
     let locked = locked.fetch_all(&mut *tx).await?;
-    let change_ids: Vec<_> = locked.iter().map(|row| row.change_id).collect();
-    let latest = keep_latest(tx, &change_ids).await?;
-    Ok(locked.into_iter().filter(|row| latest.contains(&row.change_id)).map(|row| row.row).collect())
+    let latest = Latest::of(tx, changes, locked.iter().map(|row| (row.event_id, row.subscription_id))).await?;
+    Ok(locked.into_iter().filter(|row| latest.has(row.event_id, row.subscription_id)).map(|row| row.row).collect())
 }
 
-/// The changes that no later one has followed. Whoever changes an event records it while the event is locked. So this holds
-/// until the end of the transaction, if that has locked the events before.
+/// The events whose latest change is the deed's.
+struct Latest(HashSet<(EventId, i16)>);
+
+impl Latest {
+    /// Of these changes, and of events that the transaction has locked. Whoever changes an event records it while the event
+    /// is locked. So this holds until the end of the transaction.
+    async fn of(
+        tx: &mut PgConnection,
+        changes: &[Change],
+        locked: impl Iterator<Item = (EventId, i16)>,
+    ) -> Result<Self, sqlx::Error> {
+        let by_event: HashMap<_, _> =
+            changes.iter().map(|change| ((change.event_id, change.subscription_id), change.change_id)).collect();
+        let locked: Vec<_> = locked.filter_map(|event| Some((event, *by_event.get(&event)?))).collect();
+        let change_ids: Vec<_> = locked.iter().map(|(_, change_id)| *change_id).collect();
+        let latest = keep_latest(tx, &change_ids).await?;
+        Ok(Self(locked.into_iter().filter(|(_, id)| latest.contains(id)).map(|(event, _)| event).collect()))
+    }
+
+    fn has(&self, event_id: EventId, subscription_id: i16) -> bool {
+        self.0.contains(&(event_id, subscription_id))
+    }
+}
+
+/// The changes that no later one has followed.
 async fn keep_latest(tx: &mut PgConnection, change_ids: &[i64]) -> Result<HashSet<i64>, sqlx::Error> {
     let latest = sqlx::query_scalar!(
         "-- operate: find latest changes
@@ -345,30 +378,34 @@ async fn make_dead(tx: &mut PgConnection, rows: &[String], undo_id: i64) -> Resu
 async fn restore(tx: &mut PgConnection, changes: &[Change], author: &Author, undo_id: i64) -> Result<u64, sqlx::Error> {
     let event_ids: Vec<_> = changes.iter().map(|change| change.event_id).collect();
     let subscription_ids: Vec<_> = changes.iter().map(|change| change.subscription_id).collect();
-    let change_ids: Vec<_> = changes.iter().map(|change| change.change_id).collect();
     let locked = sqlx::query!(
         r#"-- operate: find what can be restored
-        SELECT discarded.event_id AS "event_id: EventId", discarded.subscription_id, change_id AS "change_id!"
-        FROM unnest($1::uuid[], $2::smallint[], $3::bigint[]) AS change (event_id, subscription_id, change_id)
-        JOIN outbox_discarded AS discarded USING (event_id, subscription_id)
-        LEFT JOIN outbox_subscriptions AS subscription USING (subscription_id)
-        WHERE NOT discarded.refused AND subscription.ended_at IS NULL
-          AND discarded.created_at >= now() - make_interval(secs => coalesce(subscription.max_age_seconds, $4))
+        SELECT event_id AS "event_id: EventId", subscription_id
+        FROM outbox_discarded AS discarded
+        WHERE ctid = ANY (ARRAY (
+                SELECT (
+                    SELECT named.ctid FROM outbox_discarded AS named
+                    WHERE named.event_id = change.event_id AND named.subscription_id = change.subscription_id)
+                FROM unnest($1::uuid[], $2::smallint[]) AS change (event_id, subscription_id)))
+          AND NOT refused
           AND NOT EXISTS (
-              SELECT FROM outbox AS there
+              SELECT FROM outbox_subscriptions AS named
+              WHERE named.subscription_id = discarded.subscription_id AND named.ended_at IS NOT NULL)
+          AND created_at >= now() - make_interval(secs => coalesce((
+              SELECT max_age_seconds FROM outbox_subscriptions AS named
+              WHERE named.subscription_id = discarded.subscription_id), $3))
+          AND (
+              SELECT true FROM outbox AS there
               WHERE there.aggregate_id = discarded.aggregate_id AND there.subscription_id = discarded.subscription_id
-                AND there.sequence = discarded.sequence)
-        ORDER BY discarded.event_id, discarded.subscription_id
-        FOR UPDATE OF discarded SKIP LOCKED"#,
+                AND there.sequence = discarded.sequence) IS NULL
+        FOR UPDATE SKIP LOCKED"#,
         &event_ids as &[EventId],
         &subscription_ids,
-        &change_ids,
         MAX_AGE_UNTOLD,
     );
     let locked = locked.fetch_all(&mut *tx).await?;
-    let change_ids: Vec<_> = locked.iter().map(|row| row.change_id).collect();
-    let latest = keep_latest(tx, &change_ids).await?;
-    let back = locked.into_iter().filter(|row| latest.contains(&row.change_id));
+    let latest = Latest::of(tx, changes, locked.iter().map(|row| (row.event_id, row.subscription_id))).await?;
+    let back = locked.into_iter().filter(|row| latest.has(row.event_id, row.subscription_id));
     let (event_ids, subscription_ids): (Vec<_>, Vec<_>) = back.map(|row| (row.event_id, row.subscription_id)).unzip();
     bring_back(tx, &event_ids, &subscription_ids, author, undo_id).await
 }

@@ -14,7 +14,7 @@ use tonic::{Code, Request};
 use crate::{
     operator::{Operator, count_dead, insert_dead_with_successors, insert_many_dead, text},
     outbox::Outbox,
-    receiver::{Receiver, Reply},
+    receiver::{Log, Receiver, Reply},
     relay::Relay,
 };
 
@@ -45,6 +45,19 @@ impl Tokens {
 
     fn write(&self, content: &str) {
         fs::write(&self.file, content).unwrap();
+    }
+
+    /// Puts a pipe in the place of the file, so that whoever reads it waits.
+    fn hang(&self) {
+        fs::remove_file(&self.file).unwrap();
+        assert!(Command::new("mkfifo").arg(&self.file).status().unwrap().success());
+    }
+
+    /// Ends the wait, and puts the file back.
+    fn mend(&self) {
+        drop(fs::OpenOptions::new().write(true).open(&self.file).unwrap());
+        fs::remove_file(&self.file).unwrap();
+        self.write(&self.lines.join("\n"));
     }
 
     pub(crate) fn path(&self) -> &str {
@@ -114,7 +127,7 @@ async fn the_page_is_served_with_what_keeps_strangers_out() {
         assert!(!head.contains("set-cookie") && !head.contains("access-control"), "{head}");
     }
     let (status, head, _) = send(relay.address, "GET /console", "", "").await.unwrap();
-    assert!(status == 308 && head.contains("location: /console/"), "{head}");
+    assert!(status == 308 && head.contains("location: console/"), "{head}");
     relay.stop().await;
 }
 
@@ -251,5 +264,44 @@ async fn many_who_look_at_the_status_cost_one_reading() {
     }
     times.dedup();
     assert!(times.len() < 8, "{times:?}");
+    relay.stop().await;
+}
+
+/// The file may be on a network. A reader that waits must not pile up with others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_file_that_hangs_lets_nobody_in_and_hinders_nothing_else() {
+    let tokens = Tokens::make();
+    let (outbox, receiver, relay) = start(&["--token-file", tokens.path()]).await;
+    tokens.hang();
+    assert_eq!(call(relay.address, "", "GetStatus", &json!({})).await.0, 401);
+    let (address, token) = (relay.address, tokens.operator.clone());
+    let ask = || {
+        let token = token.clone();
+        tokio::spawn(async move { call(address, &token, "GetStatus", &json!({})).await })
+    };
+    let asked: Vec<_> = (0..20).map(|_| ask()).collect();
+    for asked in asked {
+        let (status, refused) = asked.await.unwrap();
+        assert_eq!((status, &refused["reason"]), (503, &json!("TOKEN_FILE_BROKEN")));
+        let said = refused["message"].as_str().unwrap();
+        assert!(!said.contains(tokens.path()), "{said}");
+    }
+    let event_id = outbox.insert_one().await;
+    outbox.wait_until_gone(event_id).await;
+    assert_eq!(receiver.read(Log::ids), [event_id]);
+    tokens.mend();
+    assert_eq!(call(relay.address, &tokens.operator, "GetStatus", &json!({})).await.0, 200);
+    relay.stop().await;
+}
+
+/// A proxy on the relay's machine makes everybody look local.
+#[tokio::test]
+async fn what_a_proxy_passes_on_is_not_taken_for_local() {
+    let (_outbox, _receiver, relay) = start(&[]).await;
+    for header in ["X-Forwarded-For: 192.0.2.7", "Forwarded: for=192.0.2.7", "Via: 1.1 proxy"] {
+        let headers = format!("{JSON}{header}\r\n");
+        let (status, _, refused) = send(relay.address, "POST /api/GetStatus", &headers, "{}").await.unwrap();
+        assert_eq!((status, &refused["reason"]), (403, &json!("LOCAL_ONLY")), "{header}");
+    }
     relay.stop().await;
 }

@@ -34,6 +34,7 @@ mod lease_protocol;
 mod metrics;
 mod obey_pause;
 mod outage;
+mod pace;
 mod park;
 mod pause;
 mod poison;
