@@ -9,10 +9,12 @@
 //! Each subscriber has rows of its own in the outbox. So the audit asks of each subscriber what is on its way to it, and a
 //! row for one never excuses another.
 
+mod again;
 mod points;
 
 use std::{
     collections::{HashMap, HashSet},
+    net::SocketAddr,
     process::ExitCode,
     time::Duration,
 };
@@ -46,10 +48,19 @@ const ORDERS: &str = "orders";
 /// once, or still be in the outbox for loyalty. Points must belong to an order, and count unless it was cancelled.
 ///
 /// May run while the system runs. Exits with 1 and names the rows if anything is wrong.
+///
+/// With --every it audits again and again until Ctrl-C, and serves the metric outbox_audit_violations. Each audit reads all
+/// orders, so leave it time.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
     databases: Databases,
+    /// Audit again so many seconds after the last audit began
+    #[arg(long, value_name = "SECONDS", requires = "ops_listen", value_parser = clap::value_parser!(u64).range(1..))]
+    every: Option<u64>,
+    /// With --every: serve /metrics on this address
+    #[arg(long, value_name = "ADDRESS", requires = "every")]
+    ops_listen: Option<SocketAddr>,
 }
 
 /// The result of an audit.
@@ -113,6 +124,9 @@ impl Audit {
 
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
+    if let (Some(every), Some(address)) = (arguments.every, arguments.ops_listen) {
+        return again::run(&arguments.databases, Duration::from_secs(every), address).await;
+    }
     let audit = audit(&arguments.databases).await?;
     audit.print();
     Ok(if audit.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

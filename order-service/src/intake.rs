@@ -1,6 +1,11 @@
 //! Group commit: calls that arrive at the same time place their orders in one transaction, each as if it were alone.
 
-use std::{future::pending, mem, slice, sync::Arc, time::Duration};
+use std::{
+    future::pending,
+    mem, slice,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use chassis::{
     Database, may_pass,
@@ -18,7 +23,7 @@ use tokio::{
     select,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::yield_now,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
@@ -27,6 +32,8 @@ use crate::{
     measure,
 };
 
+/// Between two readings of how many orders wait.
+const QUEUE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a group may gather. On a busy processor calls keep arriving, and the first must not wait until the group is
 /// full.
 const GATHER_MAX: Duration = Duration::from_millis(1);
@@ -76,7 +83,10 @@ impl Intake {
         let (queue, calls) = mpsc::unbounded_channel();
         let waiting = Waiting::new(calls, begin_limit);
         tokio::spawn(place_groups(waiting, settings.writers as usize, database.clone(), relay.clone()));
-        Self { queue, room: Arc::new(Semaphore::new(settings.queue as usize)) }
+        let size = settings.queue as usize;
+        let room = Arc::new(Semaphore::new(size));
+        tokio::spawn(measure_queue(Arc::downgrade(&room), size));
+        Self { queue, room }
     }
 
     /// Places the order together with those of other calls, and answers once it is committed.
@@ -91,6 +101,15 @@ impl Intake {
         // If the task is gone, `answered` returns an error.
         drop(self.queue.send(Call { draft, arrived: Instant::now(), _room: room, answer }));
         answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed)))
+    }
+}
+
+/// Tells how many orders wait, until none can arrive any more. Each call could tell it, too, and would take longer by that.
+async fn measure_queue(room: Weak<Semaphore>, size: usize) {
+    while let Some(room) = room.upgrade() {
+        measure::queued(size - room.available_permits());
+        drop(room);
+        sleep(QUEUE_INTERVAL).await;
     }
 }
 

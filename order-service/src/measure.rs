@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 const ORDERS: &str = "orders_total";
 const SETTLED: &str = "order_settled_seconds";
@@ -10,6 +10,7 @@ const GROUP: &str = "intake_group_orders";
 const WAIT: &str = "intake_wait_seconds";
 const COMMIT: &str = "intake_commit_seconds";
 const REFUSED: &str = "intake_refused_total";
+const QUEUE: &str = "intake_queue_orders";
 
 /// Says what each metric is, and creates those that are counted with zeros.
 pub(crate) fn describe() {
@@ -30,6 +31,7 @@ pub(crate) fn describe() {
         Unit::Seconds,
         "How long the transaction of a group took, with the wait for a connection"
     );
+    describe_gauge!(QUEUE, "Orders that wait for their transaction or are in it, as of a second ago at most");
     describe_counter!(
         REFUSED,
         "Orders that were told to come again: full (too many wait), late (no transaction in time), standby (a synchronous \
@@ -67,6 +69,10 @@ pub(crate) fn begun(waited: impl ExactSizeIterator<Item = Duration>) {
 
 pub(crate) fn ended(took: Duration) {
     histogram!(COMMIT).record(took.as_secs_f64());
+}
+
+pub(crate) fn queued(orders: usize) {
+    gauge!(QUEUE).set(orders as f64);
 }
 
 pub(crate) fn refused(reason: &'static str, orders: usize) {

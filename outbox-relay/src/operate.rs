@@ -3,6 +3,7 @@
 
 mod arguments;
 mod blast_radius;
+mod bundle;
 mod command_line;
 mod decode;
 mod deeds;

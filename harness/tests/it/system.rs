@@ -1,6 +1,6 @@
 //! The real binaries on databases of their own: killed under load, then audited; and an audit of damaged databases.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, net::SocketAddr, process::Stdio, time::Duration};
 
 use harness::{
     audit::audit,
@@ -9,8 +9,14 @@ use harness::{
     system::{Service, stop},
 };
 use sqlx::{PgPool, Postgres, QueryBuilder};
-use testkit::processes::Process;
-use tokio::{process::Command, time::sleep};
+use testkit::{
+    http::{get, sum_metric},
+    processes::{Process, free_port},
+};
+use tokio::{
+    process::Command,
+    time::{Instant, sleep},
+};
 
 use crate::site::Site;
 
@@ -293,17 +299,28 @@ async fn the_audit_finds_what_is_lost_phantom_wrong_or_unbalanced() {
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await.unwrap();
     assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
 
+    let harness = |arguments: &[&str]| {
+        let (server, site) = (&system.site.layout.server, &system.site);
+        let mut harness = Command::new(env!("CARGO_BIN_EXE_harness"));
+        harness.args(arguments).kill_on_drop(true);
+        harness.env("ORDERS_DATABASE_URL", server.url_for("orders_owner", site.orders.name()));
+        harness.env("INVENTORY_DATABASE_URL", server.url_for("inventory_owner", site.inventory.name()));
+        harness
+    };
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+    let arguments = ["audit", "--every", "1", "--ops-listen", &address.to_string()];
+    let _again = harness(&arguments).stdout(Stdio::null()).spawn().unwrap();
+    let violations = async || {
+        let (_, page) = get(address, "/metrics").await.ok()?;
+        let is_told =
+            sum_metric::<u64>(&page, "outbox_audits_total", &[("outcome", "clean")]).is_some_and(|ended| ended > 0);
+        sum_metric::<f64>(&page, "outbox_audit_violations", &[]).filter(|_| is_told)
+    };
+    until("the background audit is clean", async || violations().await == Some(0.0)).await;
+
     system.is_found(DAMAGES).await;
-    let printed = Command::new(env!("CARGO_BIN_EXE_harness"))
-        .arg("audit")
-        .env("ORDERS_DATABASE_URL", system.site.layout.server.url_for("orders_owner", system.site.orders.name()))
-        .env(
-            "INVENTORY_DATABASE_URL",
-            system.site.layout.server.url_for("inventory_owner", system.site.inventory.name()),
-        )
-        .output()
-        .await
-        .unwrap();
+    until("the background audit finds it", async || violations().await.is_some_and(|found| found > 0.0)).await;
+    let printed = harness(&["audit"]).output().await.unwrap();
     let stdout = String::from_utf8(printed.stdout).unwrap();
     assert_eq!(printed.status.code(), Some(1), "{stdout}");
     assert!(stdout.contains("audit: FOUND PHANTOM: order "), "{stdout}");
@@ -407,6 +424,14 @@ async fn the_audit_finds_what_is_lost_phantom_or_wrong_in_loyalty() {
     execute(&orders, "UPDATE outbox_subscriptions SET ended_at = now(), ended_by = 'test', reason = 'test'").await;
     assert_eq!(count_lost().await.1, None);
     system.kill().await;
+}
+
+async fn until(what: &str, holds: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + DRAIN_LIMIT;
+    while !holds().await {
+        assert!(Instant::now() < deadline, "{what}: not within {DRAIN_LIMIT:?}");
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 async fn execute(database: &PgPool, sql: &str) {

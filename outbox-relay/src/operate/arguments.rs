@@ -1,5 +1,7 @@
 //! The arguments of the operator's command line.
 
+use std::path::PathBuf;
+
 use chassis::DatabaseUrl;
 use clap::{Args, Subcommand};
 
@@ -71,6 +73,7 @@ Examples:
 
 Examples:
   outbox-relay doctor
+  outbox-relay doctor --bundle report.json
   outbox-relay doctor --json | jq '.findings[] | select(.severity == \"SEVERITY_FAULT\")'")]
     Doctor(DoctorArguments),
     /// List, show, requeue or discard dead events
@@ -146,6 +149,10 @@ pub struct DoctorArguments {
     /// Print JSON: the fields of relay.v1.Diagnosis.
     #[arg(long)]
     pub(super) json: bool,
+    /// Also write a file for a report: findings, status, deeds, dead events by reason, and the server's settings. It has no
+    /// password, token or payload. Reasons come from receivers, so read it before you pass it on.
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(super) bundle: Option<PathBuf>,
 }
 
 /// Arguments of `journey` and `why`.

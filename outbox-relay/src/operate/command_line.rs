@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    fs,
     io::{self, IsTerminal, Write},
     time::Duration,
 };
@@ -22,7 +23,9 @@ use super::{
         StatusArguments, SubscribeArguments, SubscriptionsArguments, TokenArguments, UndoArguments,
         UnsubscribeArguments,
     },
-    ask_receivers, count, diagnose, discard, discard_piece, find_subscription, group_dead, list_dead,
+    ask_receivers,
+    bundle::gather,
+    count, diagnose, discard, discard_piece, find_subscription, group_dead, list_dead,
     list_dead::count_dead,
     list_deeds, measure_blast, pause, print,
     progress::Progress,
@@ -176,7 +179,10 @@ pub async fn run(command: Command) -> Result<(), CommandError> {
 
 impl Outbox {
     /// Runs `work` on a new connection.
-    async fn ask<T, E>(&self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>) -> Result<T, CommandError>
+    pub(super) async fn ask<T, E>(
+        &self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
+    ) -> Result<T, CommandError>
     where
         CommandError: From<E>,
     {
@@ -242,12 +248,18 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
 }
 
 async fn examine(arguments: DoctorArguments) -> Result<(), CommandError> {
-    let DoctorArguments { outbox, json } = arguments;
+    let DoctorArguments { outbox, json, bundle } = arguments;
     let diagnosis = diagnose(outbox.ask(read_all).await?).await;
     if json {
         say_json(&answer(&diagnosis)?)?;
     } else {
         say(&print::diagnosis(&diagnosis))?;
+    }
+    if let Some(file) = bundle {
+        let text = serde_json::to_string_pretty(&gather(&outbox, &diagnosis).await?)? + "\n";
+        let name = file.display().to_string();
+        fs::write(&file, text).map_err(|cause| CommandError::Refused(format!("cannot write {name}: {cause}")))?;
+        say(&format!("\nwrote {name}: read it before you pass it on, since reasons come from receivers\n"))?;
     }
     let faults = diagnosis.findings.iter().filter(|finding| finding.severity() == Severity::Fault).count();
     match faults {

@@ -12,7 +12,7 @@ use tokio::{
 use tonic::{Code, Request};
 
 use crate::{
-    operator::{Operator, count_dead, insert_dead_with_successors, insert_many_dead, text},
+    operator::{Operator, count_dead, insert_many_dead, text},
     outbox::Outbox,
     receiver::{Log, Receiver, Reply},
     relay::Relay,
@@ -134,7 +134,7 @@ async fn the_page_is_served_with_what_keeps_strangers_out() {
 #[tokio::test]
 async fn without_a_token_file_programs_on_this_machine_may_look_and_not_act() {
     let (outbox, _receiver, relay) = start(&[]).await;
-    insert_dead_with_successors(&outbox).await;
+    insert_many_dead(&outbox, 1).await;
     let (status, _, me) = send(relay.address, "GET /api/me", "", "").await.unwrap();
     assert_eq!((status, me), (200, json!({"name": "", "role": "viewer"})));
     let (status, answer) = call(relay.address, "", "GetStatus", &json!({})).await;

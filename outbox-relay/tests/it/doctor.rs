@@ -4,7 +4,7 @@ use proto::relay::v1::{DiagnoseRequest, finding::Severity, relay_admin_client::R
 
 use crate::{
     binary::Binary,
-    operator::Operator,
+    operator::{Operator, insert_dead},
     outbox::Outbox,
     receiver::{Receiver, Reply},
     wait::until,
@@ -56,4 +56,35 @@ async fn it_finds_a_sound_outbox_sound_and_then_each_thing_that_is_broken() {
     }
     assert!(text.starts_with("FAULT"), "the worst first: {text}");
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "error: there are 4 faults\n");
+}
+
+/// A canary in each place where a secret may be.
+#[tokio::test]
+async fn a_bundle_says_what_is_wrong_and_holds_no_secret() {
+    let outbox = Outbox::create().await;
+    let event_id = insert_dead(&outbox).await;
+    sqlx::query("UPDATE outbox SET payload = 'canary-of-a-payload', traceparent = 'canary-of-a-trace'")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let operator = Operator::of(&outbox);
+    operator.does(&["dead", "requeue", &event_id.to_string(), "--reason", "it is mended"]).await;
+    let file = std::env::temp_dir().join(format!("bundle-{}", uuid::Uuid::new_v4().simple()));
+    let doctor = operator.command(&["doctor", "--bundle", file.to_str().unwrap()]).output().await.unwrap();
+    // Nobody delivers the subscription, which is a fault.
+    assert_eq!(doctor.status.code(), Some(1), "{doctor:?}");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    // Passwords in tests are the names of their roles.
+    assert!(!text.contains("canary") && !text.contains("outbox_relay:outbox_relay"), "{text}");
+    let bundle: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(bundle["server"]["settings"]["max_connections"].is_string(), "{text}");
+    assert_eq!(bundle["deeds"]["deeds"][0]["reason"], "it is mended");
+    assert_eq!(bundle["status"]["subscriptions"][0]["name"], "all");
+    assert!(bundle["diagnosis"]["findings"].as_array().unwrap().iter().any(|of| of["severity"] == "SEVERITY_FAULT"));
+    let tables = bundle["server"]["tables"].as_array().unwrap();
+    assert!(tables.iter().any(|table| table["table"] == "outbox_discarded"), "{text}");
+    let nowhere = operator.command(&["doctor", "--bundle", "/nowhere/bundle.json"]).output().await.unwrap();
+    let said = String::from_utf8(nowhere.stderr).unwrap();
+    assert!(nowhere.status.code() == Some(1) && said.contains("cannot write /nowhere/bundle.json"), "{said}");
 }

@@ -341,7 +341,7 @@ async fn a_pause_of_one_subscription_leaves_the_others_running() {
     .await;
     let operator = Operator::of(&outbox);
     let paused = operator.does(&["pause", "--subscription", "rests", "--reason", "to see"]).await;
-    assert!(paused.starts_with("paused rests since ") && paused.ends_with(" by ann: to see\n"), "{paused}");
+    assert!(paused.starts_with("paused rests since ") && paused.ends_with(" by ann: to see (deed 1)\n"), "{paused}");
     let ids = outbox.enqueue(CREATED, 50).await;
     until("the other gets all", async || outbox.count().await == 50).await;
     assert_eq!((sorted(runs.read(Log::ids)), rests.read(Log::ids)), (ids.clone(), Vec::new()));
