@@ -9,12 +9,39 @@ const RATE_WINDOW_S = 30;
 const GAP_S = 30;
 const PAGE = 100;
 const MOST_NAMED = 1000;
+const MOST_PER_SECOND = 1_000_000;
+const MOST_LOOKED_UP = 10;
+const COUNT_HOLDS_MS = 60_000;
 const UUID = /^[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}$/i;
+const TOKEN = /^[\w-]+$/;
 const TOKEN_KEY = 'outbox-token';
 const THEME_KEY = 'outbox-theme';
 
+// A browser may refuse all use of its storage. The page then works, and remembers nothing.
+function recall(storage, key) {
+  try {
+    return window[storage].getItem(key);
+  } catch {
+    return null;
+  }
+}
+
+function remember(storage, key, value) {
+  try {
+    if (value) window[storage].setItem(key, value);
+    else window[storage].removeItem(key);
+  } catch {
+    // Nothing is lost but what the next visit would find.
+  }
+}
+
+function rememberedToken() {
+  const token = recall('sessionStorage', TOKEN_KEY) ?? '';
+  return TOKEN.test(token) ? token : '';
+}
+
 const state = {
-  token: sessionStorage.getItem(TOKEN_KEY) ?? '',
+  token: rememberedToken(),
   me: null,
   status: null,
   readings: [],
@@ -66,6 +93,9 @@ function localTime(date) {
 function time(text) {
   return text ? h('time', { datetime: text, title: text }, localTime(new Date(text))) : 'unknown';
 }
+
+// The API's form of a UUID: lower case, with dashes.
+const canonical = (id) => id.toLowerCase().replaceAll('-', '').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
 
 // Ids are of UUID version 7. Those of one time share their beginning, so the end tells them apart.
 const shortId = (id) => `…${id.slice(-8)}`;
@@ -139,7 +169,7 @@ function fill(cell, shown, content) {
   const mark = JSON.stringify(shown);
   if (cell.dataset.shown === mark) return;
   cell.dataset.shown = mark;
-  cell.replaceChildren(...[content()].flat());
+  cell.replaceChildren(...[content()].flat(Infinity));
 }
 
 // ---- Calls
@@ -148,6 +178,7 @@ class CallError extends Error {
   constructor(status, answer) {
     super(answer.message || `The relay answered with status ${status}.`);
     this.status = status;
+    this.reason = answer.reason ?? '';
     this.fields = answer.fields ?? [];
   }
 }
@@ -164,12 +195,15 @@ async function fetchJson(path, options, token = state.token) {
   }
   const answer = await response.json().catch(() => null);
   if (!response.ok) throw new CallError(response.status, answer ?? {});
-  if (answer === null) throw new CallError(response.status, { message: 'The relay broke off its answer.' });
+  if (typeof answer !== 'object' || answer === null) {
+    throw new CallError(response.status, { message: 'The answer was broken off, or is not the relay’s.' });
+  }
   return answer;
 }
 
 async function call(method, request = {}, signal = undefined) {
   const limit = AbortSignal.timeout(60_000);
+  const { token } = state;
   try {
     return await fetchJson(method, {
       method: 'POST',
@@ -178,14 +212,32 @@ async function call(method, request = {}, signal = undefined) {
       signal: signal ? AbortSignal.any([signal, limit]) : limit,
     });
   } catch (cause) {
-    if (cause.status === 401) askForToken();
+    onRefusal(cause, token);
     throw cause;
   }
 }
 
+// A late refusal of an earlier token says nothing of the token that is in use now.
+function onRefusal(cause, token) {
+  if (cause.status === 401 && token === state.token) askForToken();
+}
+
+// Only a 4xx says that nothing was done. A proxy's 503 may hide an answer, and so may an answer that is broken off.
+const isInDoubt = ({ status }) => !(status >= 400 && status < 500);
+
 function explain(error) {
   const fields = (error.fields ?? []).map(({ field, description }) => `${field}: ${description}`);
   return [error.message, ...fields].join(' · ');
+}
+
+// An error describes its input, and a description is read out even while it is hidden. So the text goes, too.
+function showError(node, text) {
+  node.textContent = text;
+  node.hidden = !text;
+}
+
+function markWrong(input, wrong) {
+  input.setAttribute('aria-invalid', String(wrong));
 }
 
 // Runs what fills a view. A later run ends an earlier one, so that an old answer never covers a new one.
@@ -200,11 +252,10 @@ async function load(view, work) {
   section.setAttribute('aria-busy', 'true');
   try {
     await work(run.signal);
-    if (!run.signal.aborted) error.hidden = true;
+    if (!run.signal.aborted) showError(error, '');
   } catch (cause) {
     if (run.signal.aborted) return;
-    error.textContent = explain(cause);
-    error.hidden = false;
+    showError(error, explain(cause));
   } finally {
     if (runs.get(view) === run) section.removeAttribute('aria-busy');
   }
@@ -215,7 +266,8 @@ async function load(view, work) {
 function askForToken() {
   state.needsToken = true;
   state.me = null;
-  sessionStorage.removeItem(TOKEN_KEY);
+  state.token = '';
+  remember('sessionStorage', TOKEN_KEY, '');
   showBanner();
   openTokenDialog();
 }
@@ -226,37 +278,55 @@ function openTokenDialog() {
 
 async function useToken(event) {
   event.preventDefault();
-  const error = $('token-error');
   const token = $('token-input').value.trim();
-  try {
-    await readMe(token);
-  } catch (cause) {
-    error.textContent = cause.status === 401 ? 'The relay does not know this token.' : explain(cause);
-    error.hidden = false;
+  if (!TOKEN.test(token)) {
+    showTokenError('A token has only letters, digits, “_” and “-”.');
     return;
   }
-  state.token = token;
-  if ($('token-keep').checked) sessionStorage.setItem(TOKEN_KEY, state.token);
-  else sessionStorage.removeItem(TOKEN_KEY);
-  error.hidden = true;
-  $('token-input').value = '';
+  const isStillAsked = () => $('token-dialog').open && $('token-input').value.trim() === token;
+  try {
+    const me = await askMe(token);
+    if (!isStillAsked()) return;
+    acceptToken(token);
+    takeMe(me);
+  } catch (cause) {
+    if (isStillAsked()) showTokenError(cause.status === 401 ? 'The relay does not know this token.' : explain(cause));
+    return;
+  }
   $('token-dialog').close();
   poll();
   show();
 }
 
-async function readMe(token = state.token) {
-  state.me = await fetchJson('me', { signal: AbortSignal.timeout(10_000) }, token);
+function acceptToken(token) {
+  state.token = token;
+  remember('sessionStorage', TOKEN_KEY, $('token-keep').checked ? token : '');
+}
+
+function showTokenError(text) {
+  showError($('token-error'), text);
+  markWrong($('token-input'), Boolean(text));
+}
+
+function clearTokenDialog() {
+  $('token-input').value = '';
+  showTokenError('');
+}
+
+const askMe = (token) => fetchJson('me', { signal: AbortSignal.timeout(10_000) }, token);
+
+function takeMe(me) {
+  state.me = me;
   state.needsToken = false;
   showBanner();
-  const { name, role } = state.me;
+  const { name, role } = me;
   document.documentElement.dataset.role = role;
   $('who').textContent = name ? `${name}, ${role}` : role;
   $('look-only').hidden = role === 'operator';
   $('other-token').hidden = !name;
   $('look-only-text').textContent = name
     ? `You may look, not act: ${name} has the role ${role}.`
-    : 'You may look, not act: this relay has no tokens, so it knows no operator.';
+    : 'You may look, not act: start the relay with --token-file, or use the command line.';
 }
 
 // ---- The status, again and again
@@ -268,33 +338,45 @@ async function poll() {
   clearTimeout(pollTimer);
   if (polling || document.hidden || state.needsToken) return;
   polling = true;
+  const { token } = state;
   try {
-    if (!state.me) {
-      await readMe();
-      show();
-    }
+    if (!state.me) await meet(token);
     take(await call('GetStatus'));
     state.failedSince = null;
   } catch (cause) {
-    if (cause.status === 401) askForToken();
-    else state.failedSince ??= { date: new Date(), why: explain(cause) };
+    onRefusal(cause, token);
+    if (cause.status !== 401) state.failedSince = { date: state.failedSince?.date ?? new Date(), cause };
   }
   polling = false;
   showBanner();
-  pollTimer = setTimeout(poll, state.failedSince ? BACK_OFF_MS : POLL_MS);
+  const wait = state.failedSince ? BACK_OFF_MS : POLL_MS;
+  pollTimer = setTimeout(poll, token === state.token ? wait : 0);
+}
+
+async function meet(token) {
+  const me = await askMe(token);
+  if (token !== state.token) return;
+  takeMe(me);
+  show();
 }
 
 function showBanner() {
-  const { failedSince, status } = state;
-  let text = '';
-  if (state.needsToken) text = 'The relay asks for a token. Nothing is read until you enter one.';
-  else if (failedSince) {
-    const last = status ? `last reading ${clock(new Date(status.time))}` : 'no reading yet';
-    text = `No answer since ${clock(failedSince.date)}, ${last}. ${failedSince.why}`;
-  }
+  const text = bannerText();
   $('banner-token').hidden = !state.needsToken;
   $('banner').hidden = !text;
   setText($('banner-text'), text);
+}
+
+function bannerText() {
+  const { failedSince, needsToken, status } = state;
+  const read = status && clock(new Date(status.time));
+  const old = read ? ` What this page shows is old: it was read until ${read}.` : '';
+  if (needsToken) return `The relay asks for a token. Nothing is read until you enter one.${old}`;
+  if (!failedSince) return '';
+  const why = explain(failedSince.cause);
+  if (failedSince.cause.reason === 'LOCAL_ONLY') return `The relay refuses this page: ${why}.${old}`;
+  const last = read ? `last reading ${read}` : 'no reading yet';
+  return `No answer since ${clock(failedSince.date)}, ${last}. ${why}`;
 }
 
 function take(status) {
@@ -349,7 +431,7 @@ function showStatus() {
     setText(tile.lastElementChild, text(status));
     tile.classList.toggle('alarm', Boolean(alarm?.(status)));
   });
-  showPauseOfAll(status.pause);
+  showPauseOfAll(status);
   showSubscriptions(status);
   showRoutes(status);
   showFailing(status);
@@ -365,15 +447,30 @@ function makeTile([label, test]) {
   return h('div', { class: 'tile' }, h('dt', {}, label), h('dd', { 'data-test': test }));
 }
 
-function pauseText(pause) {
-  return [`by ${pause.paused_by || 'somebody'} since `, time(pause.pause_time), ': ', long(pause.reason)];
+function byText(by, since, reason) {
+  return [`by ${by || 'somebody'} since `, time(since), reason ? [': ', long(reason)] : ''];
 }
 
-function showPauseOfAll(pause) {
-  $('pause-of-all').hidden = !pause;
-  $('resume-all').hidden = !pause;
+const pauseText = (pause) => byText(pause.paused_by, pause.pause_time, pause.reason);
+const paceText = (pace) => [
+  `slowed to ${number.format(pace.events_per_second)}/s `, ...byText(pace.set_by, pace.set_time, pace.reason)];
+
+function showPauseOfAll({ pause, pace }) {
+  $('pause-of-all').hidden = !pause && !pace;
+  $('resume-all').hidden = !pause && !pace;
   $('pause-all').hidden = Boolean(pause);
-  if (pause) fill($('pause-of-all'), pause, () => ['All subscriptions are paused ', ...pauseText(pause)]);
+  fill($('pause-of-all'), [pause ?? null, pace ?? null], () => [
+    pause ? h('div', {}, 'All subscriptions are paused ', pauseText(pause)) : '',
+    pace ? h('div', {}, 'Each subscription is ', paceText(pace)) : '',
+  ]);
+}
+
+function pauseCell({ pause, pace }) {
+  if (!pause && !pace) return 'no';
+  return [
+    pause ? h('div', {}, badge('PAUSED'), ' ', pauseText(pause)) : '',
+    pace ? h('div', {}, paceText(pace)) : '',
+  ];
 }
 
 function showSubscriptions(status) {
@@ -389,18 +486,19 @@ function showSubscriptions(status) {
     const dead = tr.querySelector('a');
     setText(dead, number.format(s.dead));
     dead.classList.toggle('alarm', s.dead > 0);
-    fill(tr.cells[8], s.pause ?? null, () => (s.pause ? [badge('PAUSED'), ' ', ...pauseText(s.pause)] : 'no'));
+    fill(tr.cells[8], [s.pause ?? null, s.pace ?? null], () => pauseCell(s));
     const [pause, resume] = tr.cells[9].children;
     pause.hidden = Boolean(s.pause);
-    resume.hidden = !s.pause;
+    resume.hidden = !s.pause && !s.pace;
   });
 }
 
 function makeSubscription(tbody, name) {
   const dead = h('a', { href: deadHash({ subscription: name }), title: `Dead events of ${name}` });
-  const deed = (kind, label) => button(label, () => startDeed(kind, [{ subscription: name }]),
+  const deed = (kind, label, start) => button(label, () => start(name),
     { 'data-test': kind, 'aria-label': `${label} ${name}` });
-  const cells = ['', '', '', '', '', dead, '', '', '', [deed('pause', 'Pause'), deed('resume', 'Resume')]];
+  const deeds = [deed('pause', 'Pause', startPause), deed('resume', 'Resume', startResume)];
+  const cells = ['', '', '', '', '', dead, '', '', '', deeds];
   return row(tbody, cells, { 'data-test': 'subscription-row', 'data-name': name });
 }
 
@@ -451,11 +549,24 @@ function draw(id, names, format, data) {
   if (charts.get(id)?.key !== key) {
     charts.get(id)?.plot.destroy();
     charts.set(id, { key, plot: new uPlot(chartOptions(host, names, format), data, host) });
+    describeChart(charts.get(id).plot.root, id.replace('chart', 'caption'));
   }
   const { plot } = charts.get(id);
   plot.setData(data);
   // The plot draws in a microtask, and clears its legend there.
   queueMicrotask(() => showLast(plot));
+}
+
+// A screen reader sees nothing in a picture but its name. So the legend, which holds the values, stays outside of it.
+function describeChart(root, caption) {
+  const picture = root.querySelector('.u-wrap');
+  picture.setAttribute('role', 'img');
+  picture.setAttribute('aria-labelledby', caption);
+  const legend = root.querySelector('.u-legend');
+  legend.setAttribute('role', 'list');
+  legend.setAttribute('aria-label', 'Values');
+  for (const part of legend.querySelectorAll('tbody, th, td')) part.setAttribute('role', 'presentation');
+  for (const line of legend.querySelectorAll('tr')) line.setAttribute('role', 'listitem');
 }
 
 function showLast(plot) {
@@ -515,10 +626,10 @@ const filterOf = (filter) => Object.fromEntries(setFilters(filter).map((name) =>
 function showDead(params) {
   const changed = FILTERS.concat('failing').some((name) => (dead.filter[name] ?? '') !== (params[name] ?? ''));
   dead.filter = params;
-  if (changed) clearDeadRows();
-  const form = $('filter');
-  for (const name of FILTERS) form.elements[name].value = params[name] ?? '';
-  form.elements.failing.checked = Boolean(params.failing);
+  if (changed) {
+    fillForm(params);
+    clearDeadRows('Reading…');
+  }
   $('dead-deeds').hidden = Boolean(params.failing);
   $('view-dead').classList.toggle('failing', Boolean(params.failing));
   return load('dead', async (signal) => {
@@ -528,10 +639,26 @@ function showDead(params) {
   });
 }
 
-function clearDeadRows() {
+function fillForm(filter) {
+  const { elements } = $('filter');
+  for (const name of FILTERS) elements[name].value = filter[name] ?? '';
+  elements.failing.checked = Boolean(filter.failing);
+}
+
+function formHash() {
+  const { elements } = $('filter');
+  const texts = FILTERS.map((name) => [name, elements[name].value.trim()]);
+  return deadHash({ ...Object.fromEntries(texts), failing: elements.failing.checked ? '1' : '' });
+}
+
+// A filter that is typed and not applied limits nothing. Whoever has typed one may think that it does.
+const isFilterApplied = () => formHash() === deadHash({ ...dead.filter, failing: dead.filter.failing ? '1' : '' });
+
+function clearDeadRows(why) {
   dead.rows = [];
+  dead.total = 0;
   $('dead-rows').replaceChildren();
-  $('dead-count').textContent = 'Reading…';
+  $('dead-count').textContent = why;
   $('dead-more').hidden = true;
   showSelected();
 }
@@ -560,8 +687,11 @@ function groupRow(tbody, group) {
 async function readDeadPage(signal, page_token) {
   const failing = Boolean(dead.filter.failing);
   const request = { ...filterOf(dead.filter), failing, page_size: PAGE, page_token };
-  const answer = await call('ListDeadEvents', request, signal);
-  if (!page_token) clearDeadRows();
+  const answer = await call('ListDeadEvents', request, signal).catch((cause) => {
+    if (!signal.aborted && !dead.rows.length) clearDeadRows('The list was not read.');
+    throw cause;
+  });
+  if (!page_token) clearDeadRows('');
   const tbody = $('dead-rows');
   for (const event of answer.dead_events) {
     const tr = deadRow(tbody, event);
@@ -649,7 +779,9 @@ function showSelected() {
   const selected = selectedRows().length;
   setText($('selected'), selected ? `${counted(selected, 'event')} selected` : 'None selected');
   $('requeue').disabled = $('discard').disabled = selected === 0;
-  $('requeue-all').disabled = $('discard-all').disabled = dead.total === 0;
+  const applied = isFilterApplied();
+  $('requeue-all').disabled = $('discard-all').disabled = dead.total === 0 || !applied;
+  setText($('filter-note'), applied ? '' : 'The filter was changed. Press “Filter” first.');
   const which = setFilters(dead.filter).length ? 'all that match' : 'all';
   setText($('requeue-all'), `Requeue ${which}`);
   setText($('discard-all'), `Discard ${which}`);
@@ -683,7 +815,8 @@ function startSelected(kind) {
 
 let journeyId = '';
 
-function showJourney(id) {
+function showJourney(text) {
+  const id = UUID.test(text) ? canonical(text) : text;
   if (id !== journeyId) {
     $('journey-body').replaceChildren(h('p', { class: 'faint' }, 'Reading the outbox and asking the receivers…'));
     $('journey-deeds').hidden = true;
@@ -725,7 +858,7 @@ function journeyParts(journey, id) {
 }
 
 function stepItem(step, journey, id) {
-  const asked = step.event_id === id.toLowerCase();
+  const asked = step.event_id === id;
   const created = step.events[0]?.create_time;
   return h('li', { class: asked ? 'asked' : null, 'data-event': step.event_id },
     h('h3', {}, `${step.sequence}. ${step.type || 'Event'}`),
@@ -759,10 +892,14 @@ function causeItem(cause, now) {
 
 async function readJourneyDeeds(journey, id, signal) {
   const ids = [...new Set([...journey.events, ...journey.applied].map((item) => item.event_id))];
-  const rank = (event_id) => (event_id === id.toLowerCase() ? 0 : 1);
-  const asked = ids.toSorted((a, b) => rank(a) - rank(b)).slice(0, 20);
-  const answers = await Promise.all(asked.map((event_id) => call('ListDeeds', { event_id, page_size: 50 }, signal)));
-  const byId = new Map(answers.flatMap((answer) => answer.deeds).map((deed) => [deed.deed_id, deed]));
+  const rank = (event_id) => (event_id === id ? 0 : 1);
+  const asked = ids.toSorted((a, b) => rank(a) - rank(b)).slice(0, MOST_LOOKED_UP);
+  const byId = new Map();
+  // One after the other: a journey should not take all connections of the relay.
+  for (const event_id of asked) {
+    const answer = await call('ListDeeds', { event_id, page_size: 50 }, signal);
+    for (const deed of answer.deeds) byId.set(deed.deed_id, deed);
+  }
   const deeds = [...byId.values()].sort((a, b) => b.deed_id - a.deed_id);
   const tbody = $('journey-deed-rows');
   tbody.replaceChildren(...deeds.map((deed) => deedRow(tbody, deed)));
@@ -784,14 +921,25 @@ function addDeedHead(table) {
   table.prepend(h('thead', {}, h('tr', {}, heads)));
 }
 
+const OF_EVENTS = ['KIND_REQUEUE', 'KIND_DISCARD', 'KIND_RESTORE'];
+
+// A part of a deed's events may be left to undo. Of a pause, nothing is left.
+function undoCell(deed) {
+  const undone = deed.undone_by > 0;
+  const label = undone ? 'Undo the rest' : 'Undo';
+  const offered = deed.can_undo && (!undone || OF_EVENTS.includes(deed.kind));
+  const name = `${label}${undone ? ' of' : ''} deed ${deed.deed_id}`;
+  return [
+    undone ? h('div', {}, 'undone by ', deedLink(deed.undone_by)) : '',
+    offered ? button(label, () => startUndo(deed), { 'data-test': 'undo', class: 'act', 'aria-label': name }) : '',
+  ];
+}
+
 function deedRow(tbody, deed, wanted = 0) {
-  const undo = button('Undo', () => startUndo(deed),
-    { 'data-test': 'undo', class: 'act', 'aria-label': `Undo deed ${deed.deed_id}` });
-  const undone = deed.undone_by ? ['undone by ', deedLink(deed.undone_by)] : '';
   const what = words(deed.kind) + (deed.undoes ? ` of deed ${deed.undoes}` : '');
   return row(tbody, [
     String(deed.deed_id), time(deed.time), what, deed.done_by, deed.subscription || 'all', long(deed.about),
-    number.format(deed.events), long(deed.reason), deed.can_undo ? undo : undone,
+    number.format(deed.events), long(deed.reason), undoCell(deed),
   ], { 'data-test': 'deed-row', 'data-deed': deed.deed_id, class: deed.deed_id === wanted && 'current' });
 }
 
@@ -806,7 +954,8 @@ function showDeeds(params, more = false) {
     $('deeds-more').hidden = !deedsToken;
     const found = tbody.querySelector('.current');
     found?.scrollIntoView({ block: 'center' });
-    const missing = wanted && !found ? `Deed ${wanted} is not among these. Show more to find it.` : '';
+    const further = deedsToken ? ` Press “Show more” to find it.` : '';
+    const missing = wanted && !found ? `Deed ${wanted} is not among these.${further}` : '';
     const note = tbody.rows.length ? missing : 'No deed was done yet.';
     $('deeds-note').textContent = note;
     $('deeds-note').hidden = !note;
@@ -828,7 +977,7 @@ const NEED_REASON = ['discard', 'pause'];
 function requeueBlast(radius, all) {
   const old = radius.too_old;
   if (!old) return `Requeues ${reach(radius.events, radius)}.`;
-  if (all) return `Requeues ${reach(radius.events - old, radius)}; ${stayDead(old)}.`;
+  if (all) return `Requeues ${reach(radius.events - old, radius)}; ${atLeast(radius)}${stayDead(old)}.`;
   const refused = `But ${number.format(old)} of them ${old === 1 ? 'is' : 'are'} too old, so the relay refuses this.`;
   return `Requeues ${reach(radius.events, radius)}. ${refused} Leave out what is too old, or discard it.`;
 }
@@ -839,19 +988,37 @@ function discardBlast(radius) {
   return `Discards ${reach(radius.events, radius)}. No receiver gets these unless they are restored and requeued.`;
 }
 
+// Of many dead events, only the first are looked at.
+const atLeast = (radius) => (radius.more ? 'at least ' : '');
+
 function reach(events, radius) {
-  const freed = radius.held_back ? `; frees ${number.format(radius.held_back)} that wait behind them` : '';
-  const least = radius.more ? 'at least ' : '';
+  const least = atLeast(radius);
+  const freed = radius.held_back ? `; frees ${least}${number.format(radius.held_back)} that wait behind them` : '';
   return `${least}${counted(events, 'event')} of ${counted(radius.subjects, 'subject')}${freed}`;
 }
 
-function plainBlast(kind, parts, about) {
+function blastText(job) {
+  const { radius, spec, parts } = job;
+  if (radius.events) return spec.blast(radius, Boolean(parts[0].all));
+  if (radius.more) return 'None of the first 50,000 dead events matches. Later ones may.';
+  return 'No event that is dead matches now. Nothing would change.';
+}
+
+function resumeBlast(pace, which) {
+  if (!pace) return `Ends the pause of ${which}: relays deliver the events again.`;
+  return `Ends the pace of ${eventsPerSecond(pace.events_per_second)} for ${which}: `
+    + 'relays deliver as fast as they can.';
+}
+
+const eventsPerSecond = (n) => `${counted(n, 'event')} per second`;
+
+function plainBlast({ kind, parts, about, pace }) {
   const which = parts[0].subscription ? `the subscription ${parts[0].subscription}` : 'all subscriptions';
   return {
     restore: 'Brings the event back, dead as it was. Later events of its subject wait for it again. '
       + 'Requeue it, so that it is delivered.',
     pause: `Pauses ${which}: relays lease no event until you resume. Leased events are still delivered.`,
-    resume: `Ends the pause of ${which}: relays deliver the events again.`,
+    resume: resumeBlast(pace, which),
     undo: `Undoes ${about}. Events that have changed since stay as they are.`,
   }[kind];
 }
@@ -866,14 +1033,24 @@ function scopeText(parts) {
 
 function startUndo(deed) {
   const what = [words(deed.kind), counted(deed.events, 'event'), deed.about].filter(Boolean).join(', ');
-  startDeed('undo', [{ deed_id: deed.deed_id }], `deed ${deed.deed_id} (${what})`);
+  startDeed('undo', [{ deed_id: deed.deed_id }], { about: `deed ${deed.deed_id} (${what})` });
 }
 
-function startDeed(kind, parts, about = '') {
+function startPause(subscription) {
+  startDeed('pause', [{ subscription }]);
+}
+
+function startResume(subscription) {
+  const { status } = state;
+  const { pause, pace } = status.subscriptions.find(({ name }) => name === subscription) ?? status;
+  startDeed('resume', [{ subscription }], { pace: pause ? null : pace });
+}
+
+function startDeed(kind, parts, { about = '', pace = null } = {}) {
   const job = {
-    kind, spec: DEEDS[kind], needsReason: NEED_REASON.includes(kind), parts, about,
-    part: 0, token: '', running: false, stopped: false, halted: false, finished: false,
-    sums: {}, remaining: 0, deeds: new Set(),
+    kind, spec: DEEDS[kind], needsReason: NEED_REASON.includes(kind), parts, about, pace,
+    part: 0, token: '', running: false, stopped: false, halted: false, finished: false, inDoubt: false,
+    inputs: {}, radius: null, countedAt: 0, sums: {}, remaining: 0, deeds: new Set(),
   };
   const view = deedDialog(job);
   document.body.append(view.dialog);
@@ -891,6 +1068,7 @@ function startDeed(kind, parts, about = '') {
     }
     view.dialog.remove();
     if (job.deeds.size || job.finished) showOutcome(job);
+    else if (job.inDoubt) readAgain();
   });
   view.cancel.addEventListener('click', () => view.dialog.close());
   view.stop.addEventListener('click', () => {
@@ -911,41 +1089,50 @@ function deedDialog(job) {
     blast: h('p', { 'data-test': 'blast', class: 'blast', role: 'status' }, 'Counting what this would change…'),
     again: button('Count again', () => measureBlast(job, view), { hidden: true }),
     reason: h('textarea', {
-      id: 'deed-reason', 'data-test': 'reason-input', rows: 3, maxlength: 1000, 'aria-required': String(job.needsReason),
+      id: 'deed-reason', 'data-test': 'reason-input', rows: 3, maxlength: 1000,
+      'aria-required': String(job.needsReason), 'aria-describedby': 'deed-error',
     }),
-    error: h('p', { class: 'error', 'data-test': 'error', role: 'alert', hidden: true }),
+    reasonLabel: h('label', { for: 'deed-reason' }, job.needsReason ? 'Reason (required)' : 'Reason (optional)'),
+    perSecond: job.kind === 'resume' && !job.pace ? perSecondInput() : null,
+    error: h('p', { id: 'deed-error', class: 'error', 'data-test': 'error', role: 'alert', hidden: true }),
     progress: h('p', { class: 'progress', role: 'status' }),
     confirm: h('button', { type: 'submit', class: 'primary', 'data-test': 'confirm', disabled: true }, 'Confirm'),
     cancel: button('Cancel', null, { 'data-test': 'cancel' }),
     stop: button('Stop', null, { 'data-test': 'stop', hidden: true }),
   };
   const scope = scopeText(job.parts);
-  view.form = h('form', {},
+  view.form = h('form', { novalidate: true },
     h('h2', { id: 'title-deed' }, job.spec.title), scope ? h('p', { class: 'long faint' }, scope) : '',
     view.blast, view.again,
-    h('label', { for: 'deed-reason' }, job.needsReason ? 'Reason (required)' : 'Reason (optional)'), view.reason,
-    view.error, view.progress, h('div', { class: 'buttons' }, view.confirm, view.cancel, view.stop));
+    view.perSecond ? h('label', { for: 'deed-per-second' }, 'At most so many events per second (optional)') : '',
+    view.perSecond, view.reasonLabel, view.reason, view.error, view.progress,
+    h('div', { class: 'buttons' }, view.confirm, view.cancel, view.stop));
   view.dialog = h('dialog', { 'aria-labelledby': 'title-deed' }, view.form);
   return view;
 }
 
+function perSecondInput() {
+  return h('input', {
+    id: 'deed-per-second', 'data-test': 'per-second', type: 'number', min: 1, max: MOST_PER_SECOND, step: 1,
+    autocomplete: 'off', 'aria-describedby': 'deed-error',
+  });
+}
+
 async function measureBlast(job, view) {
   view.again.hidden = true;
-  view.error.hidden = true;
+  view.confirm.disabled = true;
+  showDeedError(view, '');
   if (!job.spec.blast) {
-    view.blast.textContent = plainBlast(job.kind, job.parts, job.about);
+    view.blast.textContent = plainBlast(job);
     view.confirm.disabled = false;
     return;
   }
+  view.blast.textContent = 'Counting what this would change…';
   try {
-    const radii = await Promise.all(job.parts.map((part) => call('GetBlastRadius', part)));
-    const radius = { more: radii.some((part) => part.more) };
-    for (const name of ['events', 'subjects', 'held_back', 'too_old']) {
-      radius[name] = radii.reduce((sum, part) => sum + part[name], 0);
-    }
-    view.blast.textContent = radius.events ? job.spec.blast(radius, Boolean(job.parts[0].all))
-      : 'No event that is dead matches now. Nothing would change.';
-    view.confirm.disabled = radius.events === 0;
+    job.radius = await readRadius(job.parts);
+    job.countedAt = Date.now();
+    view.blast.textContent = blastText(job);
+    view.confirm.disabled = !job.radius.events && !job.radius.more;
   } catch (cause) {
     view.blast.textContent = 'It is not known what this would change.';
     view.again.hidden = false;
@@ -953,47 +1140,98 @@ async function measureBlast(job, view) {
   }
 }
 
-function showDeedError(view, text) {
-  view.error.textContent = text;
-  view.error.hidden = false;
+async function readRadius(parts) {
+  const radii = await Promise.all(parts.map((part) => call('GetBlastRadius', part)));
+  const radius = { more: radii.some((part) => part.more) };
+  for (const name of ['events', 'subjects', 'held_back', 'too_old']) {
+    radius[name] = radii.reduce((sum, part) => sum + part[name], 0);
+  }
+  return radius;
+}
+
+// A dialog may stay open for hours. Whoever confirms should have seen what they confirm.
+async function isCountRight(job, view) {
+  const begun = job.part > 0 || job.token;
+  if (!job.spec.blast || begun || Date.now() - job.countedAt < COUNT_HOLDS_MS) return true;
+  const before = JSON.stringify(job.radius);
+  await measureBlast(job, view);
+  if (!view.dialog.open) return false;
+  const isKnown = view.again.hidden;
+  if (isKnown && JSON.stringify(job.radius) === before) return true;
+  if (isKnown) showDeedError(view, 'The count has changed since you looked. Read it, and confirm again.');
+  view.cancel.focus();
+  return false;
+}
+
+function showDeedError(view, text, wrong = null) {
+  showError(view.error, text);
+  for (const input of [view.reason, view.perSecond]) {
+    if (input) markWrong(input, input === wrong);
+  }
+}
+
+// Returns nothing if an input is wrong, and says which.
+function readInputs(job, view) {
+  const reason = view.reason.value.replace(/\p{Cc}+/gu, ' ').trim();
+  const { perSecond } = view;
+  if (perSecond && !perSecond.validity.valid) {
+    const most = number.format(MOST_PER_SECOND);
+    return refuseInput(view, `Give a whole number from 1 to ${most} events per second, or none.`, perSecond);
+  }
+  if (job.needsReason && !reason) return refuseInput(view, 'Say why: this deed needs a reason.', view.reason);
+  return perSecond?.value ? { reason, events_per_second: Number(perSecond.value) } : { reason };
+}
+
+function refuseInput(view, text, input) {
+  showDeedError(view, text, input);
+  input.focus();
 }
 
 async function confirmDeed(job, view) {
-  const reason = view.reason.value.replace(/\p{Cc}+/gu, ' ').trim();
   if (job.running || view.confirm.disabled) return;
-  if (job.needsReason && !reason) {
-    showDeedError(view, 'Say why: this deed needs a reason.');
-    view.reason.focus();
-    return;
-  }
-  view.error.hidden = true;
+  const inputs = readInputs(job, view);
+  if (!inputs) return;
+  showDeedError(view, '');
+  if (!(await isCountRight(job, view))) return;
+  job.inputs = inputs;
   setRunning(job, view, true);
   try {
-    await runDeed(job, view, reason);
+    await runDeed(job, view);
     job.finished = true;
     view.dialog.close();
   } catch (cause) {
-    const doubt = cause.status === 0 ? ' The change may have been made: look before you confirm again.' : '';
-    const sofar = job.deeds.size ? ` ${doneText(job)} Confirm goes on from there.` : '';
-    showDeedError(view, `${explain(cause)}${doubt}${sofar}`);
+    showFailure(job, view, cause);
   } finally {
     setRunning(job, view, false);
   }
 }
 
+function showFailure(job, view, cause) {
+  job.inDoubt ||= isInDoubt(cause);
+  const doubt = isInDoubt(cause) ? ' The change may have been made: look before you confirm again.' : '';
+  const sofar = job.deeds.size ? ` ${doneText(job)} Confirm goes on from there.` : '';
+  if (!job.deeds.size) view.progress.textContent = '';
+  showDeedError(view, `${explain(cause)}${doubt}${sofar}`);
+}
+
 function setRunning(job, view, running) {
   job.running = running;
   job.stopped &&= running;
-  view.confirm.disabled = view.cancel.disabled = view.reason.readOnly = running;
+  view.confirm.disabled = view.cancel.disabled = running;
+  if (view.perSecond) view.perSecond.readOnly = running;
+  // The relay has written the reason with the first piece. What is typed later would be lost.
+  view.reason.readOnly = running || Boolean(job.token);
+  if (job.token) view.reasonLabel.textContent = 'Reason (fixed, since the deed has begun)';
   view.stop.hidden = !running;
   view.stop.disabled = false;
   if (running) view.stop.focus();
   else if (view.dialog.open) view.confirm.focus();
 }
 
-async function runDeed(job, view, reason) {
+async function runDeed(job, view) {
+  if (job.inputs.events_per_second) view.progress.textContent = 'Waiting up to 5 s until every relay knows the pace…';
   while (job.part < job.parts.length && !job.halted) {
-    const request = { ...job.parts[job.part], reason };
+    const request = { ...job.parts[job.part], ...job.inputs };
     if (job.token) request.token = job.token;
     const answer = await call(job.spec.method, request);
     for (const name of ['requeued', 'discarded', 'restored', 'undone', 'freed', 'too_old', 'left']) {
@@ -1008,10 +1246,21 @@ async function runDeed(job, view, reason) {
   }
 }
 
+function pauseDone({ kind, parts, pace, inputs }) {
+  const name = parts[0].subscription;
+  const which = name || 'all subscriptions';
+  if (kind === 'pause') return `Paused ${which}.`;
+  if (pace) return `Ended the pace of ${eventsPerSecond(pace.events_per_second)} for ${which}.`;
+  const most = inputs.events_per_second;
+  const slowly = most ? `, ${name ? '' : 'each '}at most ${eventsPerSecond(most)}` : '';
+  return `Resumed ${which}${slowly}.`;
+}
+
 function doneText(job) {
-  const { sums, spec, parts } = job;
-  const which = parts[0].subscription || 'all subscriptions';
-  if (!spec.done) return `${job.kind === 'pause' ? 'Paused' : 'Resumed'} ${which}.`;
+  const { sums, spec } = job;
+  if (!spec.done) return pauseDone(job);
+  // A pause has no events that could be counted.
+  if (job.kind === 'undo' && !sums.undone && !sums.left) return 'Undone.';
   const some = [`${spec.done} ${number.format(sums[spec.done] ?? 0)}`];
   if (sums.freed) some.push(`freed ${number.format(sums.freed)} that waited behind them`);
   if (sums.too_old) some.push(stayDead(sums.too_old));
@@ -1023,15 +1272,21 @@ function doneText(job) {
 
 function showOutcome(job) {
   const deeds = [...job.deeds];
-  const undo = (id) => button(`Undo deed ${id}`, () => startDeed('undo', [{ deed_id: id }], `deed ${id}`),
+  const undo = (id) => button(`Undo deed ${id}`, () => startDeed('undo', [{ deed_id: id }], { about: `deed ${id}` }),
     { 'data-test': 'undo', class: 'act' });
+  // The end of a pace cannot be undone: whoever wants a pace again says how fast.
+  const canUndo = job.kind !== 'undo' && !job.pace;
   const end = job.halted ? ' You stopped it. Start it again to go on.' : ' It did not finish.';
   const links = deeds.map((id, i) => [i ? ', ' : ' See ', deedLink(id)]);
   const box = h('div', { class: 'outcome', 'data-test': 'outcome', tabindex: '-1' },
     h('p', {}, doneText(job), job.finished && !job.halted ? '' : end, links, links.length ? '.' : ''),
-    h('div', { class: 'buttons' }, job.kind === 'undo' ? '' : deeds.map(undo), button('Dismiss', () => box.remove())));
+    h('div', { class: 'buttons' }, canUndo ? deeds.map(undo) : '', button('Dismiss', () => box.remove())));
   $('outcomes').replaceChildren(box);
   box.focus();
+  readAgain();
+}
+
+function readAgain() {
   poll();
   show();
 }
@@ -1105,7 +1360,7 @@ function show() {
 const THEMES = ['system', 'light', 'dark'];
 
 function setTheme(theme) {
-  localStorage.setItem(THEME_KEY, theme);
+  remember('localStorage', THEME_KEY, theme);
   document.documentElement.dataset.theme = theme;
   $('theme').textContent = `Theme: ${theme}`;
   drawCharts();
@@ -1118,7 +1373,12 @@ function nextTheme() {
 
 function filterList(event) {
   event.preventDefault();
-  location.hash = deadHash(Object.fromEntries(new FormData(event.target)));
+  location.hash = formHash();
+}
+
+function clearFilter() {
+  fillForm({});
+  showSelected();
 }
 
 function selectAll(event) {
@@ -1135,18 +1395,21 @@ function focusSearch(event) {
 function start() {
   document.querySelectorAll('table.deeds').forEach(addDeedHead);
   document.querySelectorAll('table').forEach(giveRoles);
-  setTheme(THEMES.find((theme) => theme === localStorage.getItem(THEME_KEY)) ?? 'system');
+  setTheme(THEMES.find((theme) => theme === recall('localStorage', THEME_KEY)) ?? 'system');
   const on = (id, type, handler) => $(id).addEventListener(type, handler);
   on('theme', 'click', nextTheme);
   on('skip', 'click', (event) => { event.preventDefault(); $('main').focus(); });
   on('search-form', 'submit', search);
   on('token-form', 'submit', useToken);
   on('token-later', 'click', () => $('token-dialog').close());
+  on('token-dialog', 'close', clearTokenDialog);
   on('banner-token', 'click', openTokenDialog);
   on('other-token', 'click', openTokenDialog);
-  on('pause-all', 'click', () => startDeed('pause', [{ subscription: '' }]));
-  on('resume-all', 'click', () => startDeed('resume', [{ subscription: '' }]));
+  on('pause-all', 'click', () => startPause(''));
+  on('resume-all', 'click', () => startResume(''));
   on('filter', 'submit', filterList);
+  on('filter', 'input', showSelected);
+  on('filter-clear', 'click', clearFilter);
   on('select-all', 'change', selectAll);
   for (const kind of ['requeue', 'discard']) {
     on(kind, 'click', () => startSelected(kind));
