@@ -29,7 +29,7 @@ use testkit::{
 const SAMPLE_PAUSE: Duration = Duration::from_millis(25);
 const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 const PAUSE: [&str; 5] = ["pause", "--by", "bench", "--reason", "bench"];
-const RESUME: [&str; 1] = ["resume"];
+const RESUME: [&str; 3] = ["resume", "--by", "bench"];
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
 const KEEP_ORDERS: &str = "-- bench: keep the backlog
