@@ -49,14 +49,14 @@ const ORDERS: &str = "orders";
 ///
 /// May run while the system runs. Exits with 1 and names the rows if anything is wrong.
 ///
-/// With --every it audits again and again until Ctrl-C, and serves the metric outbox_audit_violations. Each audit reads all
-/// orders, so leave it time.
+/// With --every it audits again and again until Ctrl-C, serves the metric outbox_audit_violations, and exits with 0. Each audit
+/// reads all orders, so leave it time.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Arguments {
     #[command(flatten)]
     databases: Databases,
     /// Audit again so many seconds after the last audit began
-    #[arg(long, value_name = "SECONDS", requires = "ops_listen", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", requires = "ops_listen", value_parser = clap::value_parser!(u64).range(1..=604_800))]
     every: Option<u64>,
     /// With --every: serve /metrics on this address
     #[arg(long, value_name = "ADDRESS", requires = "every")]

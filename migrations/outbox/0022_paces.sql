@@ -11,4 +11,7 @@ CREATE TABLE outbox_paces (
 );
 COMMENT ON TABLE outbox_paces IS 'While it has a row, the relays of that subscription together deliver no more; with 0, those of each subscription.';
 GRANT SELECT, INSERT, DELETE ON outbox_paces TO outbox_relay;
+
+ALTER TABLE outbox_routes ADD COLUMN paces_read_at timestamptz;
+COMMENT ON COLUMN outbox_routes.paces_read_at IS 'When the relay has read the paces last. NULL: not yet, or it is of a version that keeps none.';
 GRANT UPDATE (events_per_second, set_at, set_by, reason) ON outbox_paces TO outbox_relay;

@@ -104,7 +104,7 @@ impl Intake {
     }
 }
 
-/// Tells how many orders wait, until none can arrive any more. Each call could tell it, too, and would take longer by that.
+/// Tells how many orders wait, until none can arrive any more. Calls do not tell it themselves: that would slow each one.
 async fn measure_queue(room: Weak<Semaphore>, size: usize) {
     while let Some(room) = room.upgrade() {
         measure::queued(size - room.available_permits());

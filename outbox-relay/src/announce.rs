@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chassis::Database;
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
 use uuid::Uuid;
 
 use crate::{
@@ -21,6 +21,7 @@ pub(crate) async fn announce(
     relay: &RelayId,
     routes: &[Route],
     longest_hidden: Duration,
+    paces_read_at: Option<OffsetDateTime>,
 ) -> Result<(), sqlx::Error> {
     let (relay_id, holds_lock) = (relay.uuid(), relay.holds_lock());
     let hidden_seconds = whole_seconds(longest_hidden);
@@ -41,6 +42,7 @@ pub(crate) async fn announce(
                     states: &states,
                     reasons: &reasons,
                     delivered: &delivered,
+                    paces_read_at,
                 };
                 upsert(connection, relay_id, holds_lock, hidden_seconds, told).await?;
                 tell_ages(connection, &subscriptions, &max_ages).await?;
@@ -102,6 +104,7 @@ pub(crate) async fn claim(
         states: &states,
         reasons: &reasons,
         delivered: &delivered,
+        paces_read_at: None,
     };
     upsert(&mut tx, relay_id, false, whole_seconds(longest_hidden), told).await?;
     tx.commit().await?;
@@ -170,6 +173,7 @@ struct Told<'r> {
     states: &'r [String],
     reasons: &'r [String],
     delivered: &'r [i64],
+    paces_read_at: Option<OffsetDateTime>,
 }
 
 async fn upsert(
@@ -181,14 +185,15 @@ async fn upsert(
 ) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "-- relay: announce
-        INSERT INTO outbox_routes (relay_id, route, receiver, state, reason, delivered, holds_lock, hidden_seconds_max)
-        SELECT $1::uuid, route, receiver, state, reason, delivered, $5, $6
+        INSERT INTO outbox_routes (relay_id, route, receiver, state, reason, delivered, paces_read_at, holds_lock, hidden_seconds_max)
+        SELECT $1::uuid, route, receiver, state, reason, delivered, $9, $5, $6
         FROM unnest($2::text[], $3::text[], $4::text[], $7::text[], $8::bigint[])
             AS routes (route, receiver, state, reason, delivered)
         ON CONFLICT (relay_id, route) DO UPDATE
         SET state = excluded.state,
             reason = excluded.reason,
             delivered = excluded.delivered,
+            paces_read_at = excluded.paces_read_at,
             holds_lock = excluded.holds_lock,
             since = CASE WHEN outbox_routes.state = excluded.state THEN outbox_routes.since ELSE now() END,
             seen_at = now()",
@@ -200,6 +205,7 @@ async fn upsert(
         hidden_seconds,
         told.reasons,
         told.delivered,
+        told.paces_read_at,
     )
     .execute(connection)
     .await?;

@@ -36,8 +36,8 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     access::{Caller, Denied, Role, TokenFile, check_role, is_method},
-    grpc::{Admin, deny},
-    operate::{answer, question},
+    grpc::{Admin, REFUSE, deny},
+    operate::{SAMPLE, answer, question},
 };
 
 /// Nothing but the files below is loaded, no text becomes a script, and no other page may show this one.
@@ -241,7 +241,7 @@ impl Console {
             "Resume" => ask(body, caller, |request| admin.resume(request)).await,
             "ListDeeds" => ask(body, caller, |request| admin.list_deeds(request)).await,
             "UndoDeed" => ask(body, caller, |request| admin.undo_deed(request)).await,
-            _ => Err(Status::unimplemented(format!("RelayAdmin has no method {method}"))),
+            _ => Err(REFUSE.with(Code::Unimplemented, "NO_METHOD", format!("RelayAdmin has no method {method}"))),
         }
     }
 }
@@ -253,13 +253,16 @@ where
     A: Message + Name,
     F: Future<Output = Result<tonic::Response<A>, Status>>,
 {
-    let mut request = tonic::Request::new(question(body).map_err(|why| Status::invalid_argument(why.to_string()))?);
+    let mut request = tonic::Request::new(
+        question(body).map_err(|why| REFUSE.with(Code::InvalidArgument, "INVALID_JSON", why.to_string()))?,
+    );
     request.extensions_mut().insert(caller);
     to_json(method(request).await?.get_ref())
 }
 
 fn to_json<A: Message + Name>(message: &A) -> Result<Value, Status> {
-    answer(message).map_err(|cause| Status::internal(format!("the answer has no JSON form: {cause}")))
+    answer(message)
+        .map_err(|cause| REFUSE.with(Code::Internal, "NO_JSON", format!("the answer has no JSON form: {cause}")))
 }
 
 impl SharedStatus {
@@ -278,12 +281,12 @@ impl SharedStatus {
             let read = admin.get_status(tonic::Request::new(GetStatusRequest {})).await;
             let status = read.and_then(|status| to_json(status.get_ref()));
             // The reading sleeps for a second, since rates are the difference of two readings.
-            let took = began.elapsed().saturating_sub(Duration::from_secs(1));
+            let took = began.elapsed().saturating_sub(SAMPLE);
             let kept = if status.is_ok() { took * STATUS_KEPT } else { FAILURE_KEPT };
             *last = Some((Instant::now() + kept, status.clone()));
             status
         });
-        reading.await.unwrap_or_else(|_| Err(Status::internal("the status was not read")))
+        reading.await.unwrap_or_else(|_| Err(REFUSE.with(Code::Internal, "INTERNAL", "the status was not read")))
     }
 }
 

@@ -19,20 +19,20 @@ use self::requests::Selection;
 use crate::{
     access::Denied,
     operate::{
-        self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, Reason, SAMPLE, SlowDown, Walk,
-        ask_receivers, diagnose, find_subscription, group_dead, list_dead, list_deeds, measure_blast, read_all,
-        read_facts, read_status, read_totals, relays_know, resume_slowly, set_pace, show_dead, undo_piece, walk_piece,
+        self, Author, Change, Descriptors, Discard, Filter, OperateError, PIECE, RELAYS_KNOW_POLL, Reason, SAMPLE,
+        SetPace, SlowDown, Walk, ask_receivers, diagnose, find_subscription, group_dead, list_dead, list_deeds,
+        measure_blast, read_all, read_facts, read_status, read_totals, relays_know, resume_slowly, set_pace, show_dead,
+        undo_piece, walk_piece,
     },
 };
 
-const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
+pub(crate) const REFUSE: Refuse = Refuse { domain: "outbox-relay" };
 
 /// A call that changes all begins no further piece after this time. A piece may take as long as any database work, and
 /// that is still within the limit of a call.
 const PIECES_LIMIT: Duration = Duration::from_secs(2);
 /// How long a call waits until relays know a pace. They read the paces once a second.
 const RELAYS_KNOW_LIMIT: Duration = Duration::from_secs(5);
-const RELAYS_KNOW_POLL: Duration = Duration::from_millis(200);
 /// Pieces of one call, so that a caller on a fast server also learns how far it is.
 const PIECES_MAX: usize = 10;
 /// Bytes of an error message. It travels in the headers, and clients accept at most 16 KiB of these.
@@ -256,18 +256,22 @@ impl Admin {
     /// Sets the pace, waits until each relay knows it, and ends the pause.
     async fn resume_slowly(&self, asked: SlowDown) -> Result<OutboxPause, Status> {
         let slow_down = asked.clone();
-        let set_at =
-            self.run(move |connection| Box::pin(async move { set_pace(connection, &slow_down).await })).await?;
+        let set = self.run(move |connection| Box::pin(async move { set_pace(connection, &slow_down).await })).await?;
+        let prepared = match set {
+            SetPace::Prepared(prepared) => prepared,
+            SetPace::Changed(changed) => return Ok(changed),
+        };
         let began = Instant::now();
         // Holds no connection while it sleeps.
-        while !self.run(move |connection| Box::pin(async move { Ok(relays_know(connection, set_at).await?) })).await? {
+        while !self.run(move |connection| Box::pin(async move { Ok(relays_know(connection, prepared).await?) })).await?
+        {
             if began.elapsed() > RELAYS_KNOW_LIMIT {
                 let why = "a relay has not read the pace, and the pause goes on; try again";
                 return Err(REFUSE.later(Code::Unavailable, "RELAYS_BEHIND", why));
             }
             sleep(RELAYS_KNOW_POLL).await;
         }
-        self.run(move |connection| Box::pin(async move { resume_slowly(connection, &asked).await })).await
+        self.run(move |connection| Box::pin(async move { resume_slowly(connection, &asked, prepared).await })).await
     }
 
     /// Does some pieces of a walk over all dead events. Each piece is a unit of work of its own, so none comes near its
@@ -343,6 +347,7 @@ fn refuse(error: &OperateError) -> Status {
         OperateError::NoRefusals => (Code::FailedPrecondition, "NO_REFUSALS"),
         OperateError::NotRefused(_) => (Code::FailedPrecondition, "NOT_REFUSED"),
         OperateError::OlderVersion => (Code::FailedPrecondition, "OLDER_VERSION"),
+        OperateError::PaceLost => (Code::Aborted, "PACE_LOST"),
         OperateError::NoDeed(_) => (Code::NotFound, "DEED_NOT_FOUND"),
         OperateError::CannotUndo { .. } => (Code::FailedPrecondition, "CANNOT_UNDO"),
         // The reason is that of the first event. The message gives the reason of each.

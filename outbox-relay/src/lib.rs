@@ -332,6 +332,7 @@ fn start(
         longest_hidden,
         failures: Failures::default(),
         shutdown: shutdown.clone(),
+        paces_read_at: None,
     };
     tasks.spawn(maintenance.run());
     tasks

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use chassis::{Database, RunError};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, types::time::OffsetDateTime};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -15,7 +15,7 @@ use crate::{
     lease::is_cut_off,
     live::{RelayId, free_rows_of_the_dead},
     operate::discard_ended,
-    pace::read_shares,
+    pace::{Shares, read_shares},
     park::{Leased, Swept, park},
     route::Route,
     subscription::{Subscription, Unrouted, adopt_unrouted, read_subscriptions},
@@ -42,6 +42,8 @@ pub(crate) struct Maintenance {
     pub(crate) longest_hidden: Duration,
     pub(crate) failures: Failures,
     pub(crate) shutdown: CancellationToken,
+    /// When this relay has read the paces last, by the database's clock.
+    pub(crate) paces_read_at: Option<OffsetDateTime>,
 }
 
 /// A subscription with its route.
@@ -75,6 +77,9 @@ impl Maintenance {
         let (mut parking, mut announcing) = (every(self.poll), every(ANNOUNCE_INTERVAL));
         let (mut tidying, mut unhiding) = (every(UNROUTED_INTERVAL), every(UNHIDE_INTERVAL));
         let mut leased = Leased::default();
+        // Workers wait for it.
+        let kept = self.keep_paces().await;
+        self.report("read the paces", kept);
         loop {
             tokio::select! {
                 _ = parking.tick() => {
@@ -85,10 +90,10 @@ impl Maintenance {
                     self.report("park successors", parked);
                 }
                 _ = announcing.tick() => {
-                    // Before this relay reports: operators rely on that order.
-                    self.report("read the paces", self.keep_paces().await);
+                    let kept = self.keep_paces().await;
+                    self.report("read the paces", kept);
                     let routes: Vec<_> = self.served.iter().map(|served| served.route.clone()).collect();
-                    let announced = announce(&self.database, &self.relay, &routes, self.longest_hidden).await;
+                    let announced = announce(&self.database, &self.relay, &routes, self.longest_hidden, self.paces_read_at).await;
                     self.report("announce routes", announced);
                     self.report("look for dead relays", free_rows_of_the_dead(&self.database, &self.relay).await);
                     let adopted = adopt_unrouted(&self.database, Unrouted::Newest).await;
@@ -129,12 +134,13 @@ impl Maintenance {
     }
 
     /// Tells each route how fast it may deliver.
-    async fn keep_paces(&self) -> Result<(), sqlx::Error> {
+    async fn keep_paces(&mut self) -> Result<(), sqlx::Error> {
         let subscription_ids = self.served.iter().map(|served| served.subscription.id).collect();
-        let shares = read_shares(&self.database, subscription_ids).await?;
-        for (served, share) in self.served.iter().zip(shares) {
-            served.route.pace().set(share, Instant::now());
+        let Shares { per_second, read_at } = read_shares(&self.database, self.relay.uuid(), subscription_ids).await?;
+        for (served, per_second) in self.served.iter().zip(per_second) {
+            served.route.pace().set(per_second, Instant::now());
         }
+        self.paces_read_at = Some(read_at);
         Ok(())
     }
 

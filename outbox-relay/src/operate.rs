@@ -46,7 +46,7 @@ pub(crate) use refuse::{OperateError, Reason};
 pub(crate) use requeue::requeue;
 pub(crate) use restore::restore;
 pub(crate) use show_dead::show_dead;
-pub(crate) use slow_down::{SlowDown, relays_know, resume_slowly, set_pace};
+pub(crate) use slow_down::{RELAYS_KNOW_POLL, SetPace, SlowDown, relays_know, resume_slowly, set_pace};
 pub(crate) use status::{SAMPLE, read_backlogs, read_status, read_totals};
 pub(crate) use subscribe::{discard_ended, discard_piece, find_subscription, subscribe, unsubscribe};
 pub(crate) use undo::{Undo, undo_piece};

@@ -67,6 +67,8 @@ pub(crate) enum Round {
     Worked,
     /// No event is free any more, or the workers that notifications wake will lease the rest.
     Idle,
+    /// The subscription was resumed slowly, and its pace allows nothing more for so long.
+    TooFast(Duration),
     /// The database failed.
     Failed,
 }
@@ -82,6 +84,17 @@ pub(crate) enum BatchOutcome {
     Interrupted,
     /// The database failed, so no events were leased.
     LeaseFailed,
+}
+
+impl BatchOutcome {
+    /// How many events of at most `limit` may have been delivered.
+    pub(crate) fn leased(&self, limit: u32) -> u32 {
+        match self {
+            Self::Completed(Completed { events, .. }) => u32::try_from(*events).unwrap_or(limit).min(limit),
+            Self::Interrupted => limit,
+            Self::LeaseFailed => 0,
+        }
+    }
 }
 
 /// A lease whose deliveries were all answered.
@@ -114,6 +127,7 @@ impl Worker {
                 Round::Worked => {}
                 Round::Idle if self.is_notified() => self.wake.wait(self.poll()).await,
                 Round::Idle => self.wake.wait_without_notifications(self.poll()).await,
+                Round::TooFast(wait) => _ = self.shutdown.run_until_cancelled(sleep(wait)).await,
                 Round::Failed => self.pause().await,
             }
         }
@@ -137,19 +151,11 @@ impl Worker {
         let began = Instant::now();
         let limit = match self.route.pace().take(self.ahead.events(self.settings.batch), began) {
             Ok(limit) => limit,
-            Err(wait) => {
-                self.shutdown.run_until_cancelled(sleep(wait.min(self.poll()))).await;
-                return Round::Worked;
-            }
+            // Not here: a worker that delivers keeps others from probing.
+            Err(wait) => return Round::TooFast(wait.min(self.poll())),
         };
         let outcome = self.process_batch(limit, None).await;
-        let events = match outcome {
-            BatchOutcome::Completed(Completed { events, .. }) => u32::try_from(events).unwrap_or(limit),
-            BatchOutcome::LeaseFailed => 0,
-            // Some of them may have been delivered.
-            BatchOutcome::Interrupted => limit,
-        };
-        self.route.pace().give_back(limit.saturating_sub(events));
+        self.route.pace().give_back(limit - outcome.leased(limit));
         let is_full = matches!(outcome, BatchOutcome::Completed(Completed { is_full: true, .. }));
         self.ahead = self.ahead.after(is_full, began.elapsed());
         match outcome {

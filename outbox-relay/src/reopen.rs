@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use chassis::RunError;
-use tokio::time::timeout_at;
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::error;
 
 use crate::{
@@ -36,7 +36,14 @@ impl Worker {
         }
         let mut limit = FIRST_BATCH.min(self.settings.batch);
         loop {
-            let (events, all) = match self.process_batch(limit, Some(&mut probe)).await {
+            let allowed = match self.route.pace().take(limit, Instant::now()) {
+                Ok(allowed) => allowed,
+                Err(wait) if shutdown.run_until_cancelled(sleep(wait)).await.is_some() => continue,
+                Err(_) => return Ok(Round::Idle),
+            };
+            let outcome = self.process_batch(allowed, Some(&mut probe)).await;
+            self.route.pace().give_back(allowed - outcome.leased(allowed));
+            let (events, all) = match outcome {
                 BatchOutcome::LeaseFailed => return Ok(Round::Failed),
                 BatchOutcome::Interrupted => return Ok(Round::Worked),
                 BatchOutcome::Completed(_) if self.shutdown.is_cancelled() => return Ok(Round::Idle),

@@ -10,27 +10,45 @@ use super::{CommandError, DeedPage, Filter, Outbox, SAMPLE, answer, group_dead, 
 const DEEDS: u16 = 100;
 
 /// Reads the rest. Takes about a second, since rates are the difference of two readings.
-///
-/// # Errors
-/// Those of the database, and if an answer has no JSON form.
-pub(super) async fn gather(outbox: &Outbox, diagnosis: &Diagnosis) -> Result<Value, CommandError> {
-    let earlier = outbox.ask(read_totals).await?;
-    tokio::time::sleep(SAMPLE).await;
-    let (status, _) = outbox.ask(async |connection| read_status(connection, &earlier).await).await?;
-    let groups = outbox.ask(async |connection| group_dead(connection, &Filter::default()).await).await?;
-    let page = DeedPage { size: DEEDS, before: i64::MAX, event_id: None };
-    let deeds = outbox.ask(async |connection| list_deeds(connection, &page).await).await?;
-    let server = outbox.ask(describe_server).await?;
-    Ok(json!({
+/// What cannot be read is in it as its error: a bundle is
+/// wanted most where something fails.
+pub(super) async fn gather(outbox: &Outbox, diagnosis: &Diagnosis) -> Value {
+    json!({
         "outbox_relay": env!("CARGO_PKG_VERSION"),
         // Without the password.
         "database": outbox.database_url.to_string(),
-        "server": serde_json::from_str::<Value>(&server)?,
-        "diagnosis": answer(diagnosis)?,
-        "status": answer(&status)?,
-        "dead": answer(&groups)?,
-        "deeds": answer(&deeds)?,
-    }))
+        "diagnosis": or_error(answer(diagnosis)),
+        "server": or_error(server(outbox).await),
+        "status": or_error(status(outbox).await),
+        "dead": or_error(dead(outbox).await),
+        "deeds": or_error(deeds(outbox).await),
+    })
+}
+
+fn or_error(read: Result<Value, impl std::fmt::Display>) -> Value {
+    read.unwrap_or_else(|error| json!({ "error": error.to_string() }))
+}
+
+async fn server(outbox: &Outbox) -> Result<Value, CommandError> {
+    Ok(serde_json::from_str(&outbox.ask(describe_server).await?)?)
+}
+
+async fn status(outbox: &Outbox) -> Result<Value, CommandError> {
+    let earlier = outbox.ask(read_totals).await?;
+    tokio::time::sleep(SAMPLE).await;
+    let (status, _) = outbox.ask(async |connection| read_status(connection, &earlier).await).await?;
+    Ok(answer(&status)?)
+}
+
+async fn dead(outbox: &Outbox) -> Result<Value, CommandError> {
+    let groups = outbox.ask(async |connection| group_dead(connection, &Filter::default()).await).await?;
+    Ok(answer(&groups)?)
+}
+
+async fn deeds(outbox: &Outbox) -> Result<Value, CommandError> {
+    let page = DeedPage { size: DEEDS, before: i64::MAX, event_id: None };
+    let deeds = outbox.ask(async |connection| list_deeds(connection, &page).await).await?;
+    Ok(answer(&deeds)?)
 }
 
 /// Settings that change how an outbox behaves, the sizes of its tables, its migrations, and who is connected. Not the

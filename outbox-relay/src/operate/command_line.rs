@@ -15,8 +15,8 @@ use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use super::{
-    Author, Change, Changed, Command, DeedPage, Discard, Filter, OperateError, Outbox, PIECE, Page, SAMPLE, SlowDown,
-    Undo, Walk, answer,
+    Author, Change, Changed, Command, DeedPage, Discard, Filter, OperateError, Outbox, PIECE, Page, RELAYS_KNOW_POLL,
+    SAMPLE, SetPace, SlowDown, Undo, Walk, answer,
     arguments::{
         DeadCommand, DeedsArguments, DiscardArguments, DoctorArguments, GroupsArguments, JourneyArguments,
         ListArguments, PauseArguments, RequeueArguments, RestoreArguments, ResumeArguments, ShowArguments,
@@ -48,7 +48,6 @@ const STATEMENT_LIMIT: &str = "30s";
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Relays read the paces once a second. One that has died is taken for gone after ten.
 const RELAYS_KNOW_LIMIT: Duration = Duration::from_secs(15);
-const RELAYS_KNOW_POLL: Duration = Duration::from_millis(200);
 /// Readings, one per second, that the rates of `--watch` span.
 const WATCH_READINGS: usize = 10;
 
@@ -124,6 +123,7 @@ impl From<OperateError> for CommandError {
             | OperateError::NoRefusals
             | OperateError::NotRefused(_)
             | OperateError::NoDeed(_)
+            | OperateError::PaceLost
             | OperateError::CannotUndo { .. }
             | OperateError::OlderVersion) => Self::Refused(refused.to_string()),
         }
@@ -256,10 +256,12 @@ async fn examine(arguments: DoctorArguments) -> Result<(), CommandError> {
         say(&print::diagnosis(&diagnosis))?;
     }
     if let Some(file) = bundle {
-        let text = serde_json::to_string_pretty(&gather(&outbox, &diagnosis).await?)? + "\n";
+        let text = serde_json::to_string_pretty(&gather(&outbox, &diagnosis).await)? + "\n";
         let name = file.display().to_string();
         fs::write(&file, text).map_err(|cause| CommandError::Refused(format!("cannot write {name}: {cause}")))?;
-        say(&format!("\nwrote {name}: read it before you pass it on, since reasons come from receivers\n"))?;
+        say(&format!(
+            "\nwrote {name}: read it before you pass it on: it has names, and reasons in the words of operators and receivers\n"
+        ))?;
     }
     let faults = diagnosis.findings.iter().filter(|finding| finding.severity() == Severity::Fault).count();
     match faults {
@@ -622,18 +624,29 @@ async fn resume_outbox(arguments: ResumeArguments) -> Result<(), CommandError> {
 }
 
 async fn resume_at(outbox: &Outbox, slow_down: &SlowDown) -> Result<(), CommandError> {
-    let set_at = outbox.ask(async |connection| set_pace(connection, slow_down).await).await?;
+    let (whole, each) = (slow_down.events_per_second, slow_down.subscription.is_none());
+    let pace = format!("{whole} events per second at most{}", if each { " for each subscription" } else { "" });
+    let prepared = match outbox.ask(async |connection| set_pace(connection, slow_down).await).await? {
+        SetPace::Prepared(prepared) => prepared,
+        SetPace::Changed(changed) => {
+            let (name, deed) = (named(&changed, " "), deed(changed.deed_id));
+            return say(&format!("{name}delivers {pace} from now on{deed}\n"));
+        }
+    };
     let deadline = Instant::now() + RELAYS_KNOW_LIMIT;
-    while !outbox.ask(async |connection| relays_know(connection, set_at).await).await? {
+    while !outbox.ask(async |connection| relays_know(connection, prepared).await).await? {
         if Instant::now() > deadline {
-            let why = "a relay has not read the pace, and the pause goes on: repeat the command once it reports, or has ended";
-            return Err(CommandError::Refused(why.into()));
+            return Err(CommandError::Refused(
+                "a relay has not read the pace, so the pause goes on: repeat the command once it has ended, or was replaced \
+                 by one of this version"
+                    .into(),
+            ));
         }
         sleep(RELAYS_KNOW_POLL).await;
     }
-    let ended = outbox.ask(async |connection| resume_slowly(connection, slow_down).await).await?;
-    let (name, pace) = (named(&ended, " "), slow_down.events_per_second);
-    say(&format!("resumed {name}slowly: {pace} events per second at most{}\n", deed(ended.deed_id)))
+    let ended = outbox.ask(async |connection| resume_slowly(connection, slow_down, prepared).await).await?;
+    let name = named(&ended, " ");
+    say(&format!("resumed {name}slowly: {pace}{}\n", deed(ended.deed_id)))
 }
 
 fn were(number: i64) -> String {

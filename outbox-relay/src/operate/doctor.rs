@@ -5,13 +5,14 @@
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
-use proto::relay::v1::{Diagnosis, Finding, OutboxPause, RelayRoute, finding::Severity};
+use proto::relay::v1::{Diagnosis, Finding, OutboxPace, OutboxPause, RelayRoute, finding::Severity};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
 use super::{
     OperateError,
     pause::read_pauses,
-    refuse::{describe, holds_up, resume_command},
+    refuse::{describe, end_of_pause, holds_up, resume_command},
+    slow_down::{describe_pace, read_paces},
     status::read_routes,
 };
 use crate::{
@@ -30,11 +31,12 @@ const HORIZON_LIMIT: f64 = 600.0;
 /// Fewer dead rows cost a scan nothing.
 const DEAD_ROWS_LIMIT: i64 = 100_000;
 /// What the role needs: a table, and what it does there.
-const RIGHTS: [(&str, &str); 8] = [
+const RIGHTS: [(&str, &str); 9] = [
     ("outbox", "SELECT, UPDATE, DELETE"),
     ("outbox_discarded", "SELECT, INSERT, UPDATE"),
     ("outbox_deeds", "SELECT, INSERT"),
     ("outbox_deed_events", "SELECT, INSERT"),
+    ("outbox_paces", "SELECT, INSERT, UPDATE, DELETE"),
     ("outbox_pauses", "SELECT, INSERT, DELETE"),
     ("outbox_routes", "SELECT, INSERT, UPDATE, DELETE"),
     ("outbox_subscriptions", "SELECT, INSERT, UPDATE"),
@@ -60,6 +62,7 @@ pub(crate) struct Readings {
     counted: Vec<Counted>,
     upkeep: Upkeep,
     pauses: Vec<OutboxPause>,
+    paces: Vec<(String, OutboxPace)>,
     routes: Vec<RelayRoute>,
     /// This process's time at the reading.
     local_time: OffsetDateTime,
@@ -94,6 +97,7 @@ pub(crate) async fn read_all(connection: &mut PgConnection) -> Result<Readings, 
         counted: count_by_subscription(connection, &Swept::default()).await?,
         upkeep: read_upkeep(connection).await?,
         pauses: read_pauses(connection).await?,
+        paces: read_paces(connection).await?,
         routes: read_routes(connection).await?,
         local_time,
     })
@@ -237,6 +241,10 @@ fn judge_subscription(of: &Counted, readings: &Readings) -> Vec<Finding> {
         let todo = format!("{} once its reason is gone", resume_command(pause));
         add(Severity::Warning, format!("paused {}", describe(pause)), todo);
     }
+    for (name, pace) in readings.paces.iter().filter(|(name, _)| name.is_empty() || *name == of.name) {
+        let todo = format!("{} once the backlog is gone", end_of_pause(name));
+        add(Severity::Warning, format!("slowed {}", describe_pace(pace)), todo);
+    }
     let routes: Vec<_> = readings.routes.iter().filter(|route| route.route == of.name).collect();
     if routes.is_empty() {
         let todo = format!("start a relay with --route {}=URL", of.name);
@@ -367,6 +375,7 @@ mod tests {
             counted: vec![counted("inventory"), counted("")],
             upkeep: Upkeep { horizon_seconds: Some(1.0), ..Upkeep::default() },
             pauses: Vec::new(),
+            paces: Vec::new(),
             routes: vec![route],
             local_time: NOW + Duration::from_secs(1),
         }

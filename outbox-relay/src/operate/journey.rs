@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::{
     OperateError,
     pause::read_pauses,
-    refuse::{NotApplicable, Reason, describe, holds_up, resume_command},
+    refuse::{NotApplicable, Reason, describe, end_of_pause, holds_up, resume_command},
     slow_down::{describe_pace, read_paces},
     status::read_routes,
 };
@@ -375,11 +375,7 @@ fn causes_of_subscription(subscription: &str, facts: &Facts) -> Vec<WaitCause> {
     }
     for (name, pace) in facts.paces.iter().filter(|(name, _)| name.is_empty() || name == subscription) {
         let what = if name.is_empty() { "all subscriptions are" } else { &format!("{subscription} is") };
-        let ends = if name.is_empty() {
-            "`outbox-relay resume`"
-        } else {
-            &format!("`outbox-relay resume --subscription {name}`")
-        };
+        let ends = end_of_pause(name);
         causes.push(cause(Kind::Slowed, format!("{what} slowed {}; {ends} ends it", describe_pace(pace))));
     }
     let of_it: Vec<_> = facts.routes.iter().filter(|route| route.route == subscription).collect();

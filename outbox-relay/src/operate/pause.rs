@@ -8,7 +8,7 @@ use super::{
 };
 
 /// Stands for all subscriptions.
-const ALL: i16 = 0;
+pub(super) const ALL: i16 = 0;
 
 struct PauseRow {
     subscription: String,
@@ -75,7 +75,8 @@ pub(super) async fn insert_pause(
     Ok(paused.fetch_optional(tx).await?.map(OutboxPause::from))
 }
 
-/// Ends the pause of the subscription, or that of all, and returns it. Ends a pace as well, and may do nothing else.
+/// Ends the pause and the pace of the subscription, or those of all. Either may be missing. Returns the pause; without a time
+/// if there was a pace only.
 ///
 /// # Errors
 /// [`OperateError::NotPaused`], [`OperateError::NoSubscription`], and those of the database.

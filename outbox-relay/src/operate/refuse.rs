@@ -39,6 +39,8 @@ pub(crate) enum OperateError {
     /// Why the service that owns the outbox cannot refuse what the event tells of.
     #[error("nothing was discarded, since it cannot be refused: {0}; discard the event without it")]
     NotRefused(String),
+    #[error("somebody has paused, resumed or set another pace meanwhile; look at the status")]
+    PaceLost,
     #[error("there is no deed {0}: `outbox-relay deeds` lists them")]
     NoDeed(i64),
     /// Nothing of the deed can be undone.
@@ -138,7 +140,12 @@ pub(super) fn holds_up(pause: &OutboxPause, subscription: &str) -> bool {
 
 /// The command that ends it.
 pub(super) fn resume_command(pause: &OutboxPause) -> String {
-    match pause.subscription.as_str() {
+    end_of_pause(&pause.subscription)
+}
+
+/// The command that ends a pause or a pace of this subscription, or with no name that of all.
+pub(super) fn end_of_pause(subscription: &str) -> String {
+    match subscription {
         "" => "`outbox-relay resume`".into(),
         name => format!("`outbox-relay resume --subscription {name}`"),
     }

@@ -1,19 +1,18 @@
 //! Resumes slowly: relays deliver no more than so many events in a second.
 
+use std::time::Duration;
+
 use proto::relay::v1::{OutboxPace, OutboxPause, deed::Kind};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
 
 use super::{
     Author, OperateError, begin_durable,
     deeds::NewDeed,
-    pause::{delete_pause, read_pauses},
+    pause::{ALL, delete_pause, read_pauses},
     refuse::describe,
     subscribe::find_subscription,
     wake_relays,
 };
-
-/// Stands for all subscriptions.
-const ALL: i16 = 0;
 
 /// A pace as an operator asks for it.
 #[derive(Clone, Debug)]
@@ -24,20 +23,38 @@ pub(crate) struct SlowDown {
     pub(crate) author: Author,
 }
 
-/// Sets the pace while the pause goes on. [`relays_know`] says when [`resume_slowly`] may end the pause: a relay that did not
-/// know of the pace would deliver as fast as it can.
+/// How often relays are asked whether they know a pace. They read the paces once a second.
+pub(crate) const RELAYS_KNOW_POLL: Duration = Duration::from_millis(200);
+
+/// A pace that is set while its pause goes on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prepared {
+    set_at: OffsetDateTime,
+    paused_at: OffsetDateTime,
+    /// After the pace was committed.
+    told_at: OffsetDateTime,
+}
+
+/// What [`set_pace`] has done.
+#[derive(Debug)]
+pub(crate) enum SetPace {
+    /// There was a pause, which goes on until [`resume_slowly`]. A relay that did not know of the pace would deliver as fast
+    /// as it can, so [`relays_know`] comes before. What ends this in between leaves a pause with a pace: a `resume` ends both.
+    Prepared(Prepared),
+    /// There was a pace and no pause. Now there is another pace.
+    Changed(OutboxPause),
+}
+
+/// Sets the pace of a subscription that is paused, or has a pace.
 ///
 /// # Errors
 /// [`OperateError::NotPaused`] if there is neither a pause nor a pace, [`OperateError::NoSubscription`], and those of the
 /// database.
-pub(crate) async fn set_pace(
-    connection: &mut PgConnection,
-    slow_down: &SlowDown,
-) -> Result<OffsetDateTime, OperateError> {
-    let subscription_id = find_subscription(connection, slow_down.subscription.as_deref()).await?.unwrap_or(ALL);
+pub(crate) async fn set_pace(connection: &mut PgConnection, slow_down: &SlowDown) -> Result<SetPace, OperateError> {
+    let only = find_subscription(connection, slow_down.subscription.as_deref()).await?;
     let mut tx = begin_durable(connection).await?;
-    let set_at = sqlx::query_scalar!(
-        "-- operate: set pace
+    let set = sqlx::query!(
+        r#"-- operate: set pace
         INSERT INTO outbox_paces AS pace (subscription_id, events_per_second, set_by, reason)
         SELECT $1, $2, $3, $4
         WHERE EXISTS (SELECT FROM outbox_pauses WHERE subscription_id = $1)
@@ -45,56 +62,86 @@ pub(crate) async fn set_pace(
         ON CONFLICT (subscription_id) DO UPDATE
         SET events_per_second = excluded.events_per_second, set_at = now(), set_by = excluded.set_by,
             reason = excluded.reason
-        RETURNING set_at",
-        subscription_id,
+        RETURNING set_at, (SELECT paused_at FROM outbox_pauses WHERE subscription_id = $1) AS paused_at"#,
+        only.unwrap_or(ALL),
         slow_down.events_per_second,
         slow_down.author.name,
         slow_down.author.reason,
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
+    );
+    let Some(set) = set.fetch_optional(&mut *tx).await? else {
+        tx.rollback().await?;
+        return Err(OperateError::NotPaused(read_pauses(connection).await?));
+    };
+    let Some(paused_at) = set.paused_at else {
+        let deed_id = record(&mut tx, slow_down, only, None).await?;
+        tx.commit().await?;
+        let subscription = slow_down.subscription.clone().unwrap_or_default();
+        return Ok(SetPace::Changed(OutboxPause { subscription, deed_id, ..OutboxPause::default() }));
+    };
     tx.commit().await?;
-    match set_at {
-        Some(set_at) => Ok(set_at),
-        None => Err(OperateError::NotPaused(read_pauses(connection).await?)),
-    }
+    let told_at = sqlx::query_scalar!(
+        r#"-- operate: read the time after a pace
+        SELECT clock_timestamp() AS "now!""#
+    );
+    let told_at = told_at.fetch_one(connection).await?;
+    Ok(SetPace::Prepared(Prepared { set_at: set.set_at, paused_at, told_at }))
 }
 
-/// Whether every relay that reports has read the paces since then. It does so before it reports.
+async fn record(
+    tx: &mut PgConnection,
+    slow_down: &SlowDown,
+    only: Option<i16>,
+    ended: Option<&OutboxPause>,
+) -> Result<i64, sqlx::Error> {
+    let pause = ended.map(|pause| format!("; paused {}", describe(pause))).unwrap_or_default();
+    let about = format!("{} events per second{pause}", slow_down.events_per_second);
+    let deed = NewDeed::new(Kind::Resume, &slow_down.author, only, &about);
+    NewDeed { can_undo: ended.is_some(), ..deed }.record(tx).await
+}
+
+/// Whether every relay that reports has read the paces since then. One of a version before never has.
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn relays_know(connection: &mut PgConnection, set_at: OffsetDateTime) -> Result<bool, sqlx::Error> {
+pub(crate) async fn relays_know(connection: &mut PgConnection, prepared: Prepared) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar!(
         r#"-- operate: ask whether relays know the pace
         SELECT NOT EXISTS (
-            SELECT FROM outbox_routes WHERE seen_at > now() - interval '10 s' AND seen_at <= $1) AS "know!""#,
-        set_at,
+            SELECT FROM outbox_routes
+            WHERE seen_at > now() - interval '10 s' AND (paces_read_at > $1) IS NOT TRUE) AS "know!""#,
+        prepared.told_at,
     )
     .fetch_one(connection)
     .await
 }
 
-/// Ends the pause whose pace was set, and records the deed. Returns the pause; one without a time if there was a pace only.
+/// Ends the pause whose pace was set, and records the deed. Returns the pause.
 ///
 /// # Errors
-/// [`OperateError::NoSubscription`], and those of the database.
+/// [`OperateError::PaceLost`] if somebody has paused, resumed or set another pace meanwhile, [`OperateError::NoSubscription`],
+/// and those of the database.
 pub(crate) async fn resume_slowly(
     connection: &mut PgConnection,
     slow_down: &SlowDown,
+    prepared: Prepared,
 ) -> Result<OutboxPause, OperateError> {
-    let SlowDown { subscription, events_per_second, author } = slow_down;
-    let subscription_id = find_subscription(connection, subscription.as_deref()).await?;
-    let name = subscription.clone().unwrap_or_default();
+    let only = find_subscription(connection, slow_down.subscription.as_deref()).await?;
+    let name = slow_down.subscription.as_deref().unwrap_or_default();
     let mut tx = begin_durable(connection).await?;
-    let ended = delete_pause(&mut tx, subscription_id, &name, None).await?;
-    let pause = ended.as_ref().map(|pause| format!("; paused {}", describe(pause))).unwrap_or_default();
-    let about = format!("{events_per_second} events per second{pause}");
-    let deed = NewDeed::new(Kind::Resume, author, subscription_id, &about);
-    let deed_id = NewDeed { can_undo: ended.is_some(), ..deed }.record(&mut tx).await?;
+    let is_there = sqlx::query!(
+        "-- operate: lock pace
+        SELECT FROM outbox_paces WHERE subscription_id = $1 AND set_at = $2 FOR UPDATE",
+        only.unwrap_or(ALL),
+        prepared.set_at,
+    );
+    if is_there.fetch_optional(&mut *tx).await?.is_none() {
+        return Err(OperateError::PaceLost);
+    }
+    let ended = delete_pause(&mut tx, only, name, Some(prepared.paused_at)).await?;
+    let Some(ended) = ended else { return Err(OperateError::PaceLost) };
+    let deed_id = record(&mut tx, slow_down, only, Some(&ended)).await?;
     tx.commit().await?;
     wake_relays(connection).await;
-    let ended = ended.unwrap_or_else(|| OutboxPause { subscription: name, ..OutboxPause::default() });
     Ok(OutboxPause { deed_id, ..ended })
 }
 

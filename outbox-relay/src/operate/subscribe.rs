@@ -130,6 +130,14 @@ pub(crate) async fn unsubscribe(
     .fetch_optional(&mut *tx)
     .await?;
     if let Some(subscription_id) = ended {
+        sqlx::query!(
+            "-- operate: forget pauses of an ended subscription
+            WITH pauses AS (DELETE FROM outbox_pauses WHERE subscription_id = $1)
+            DELETE FROM outbox_paces WHERE subscription_id = $1",
+            subscription_id,
+        )
+        .execute(&mut *tx)
+        .await?;
         let deed = NewDeed::new(Kind::Unsubscribe, author, Some(subscription_id), name);
         NewDeed { can_undo: false, ..deed }.record(&mut tx).await?;
     }

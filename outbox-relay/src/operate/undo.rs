@@ -141,6 +141,7 @@ fn never(of: Kind) -> &'static str {
         Kind::Undo => "has undone another one: do that one again instead",
         Kind::Subscribe => "has made a subscription, which `unsubscribe` ends",
         Kind::Unsubscribe => "has ended a subscription, whose events cannot come back",
+        Kind::Resume => "has ended or set a pace: resume again, and say how fast",
         Kind::Unspecified => "was done by a later version: undo it with that",
         _ => "has refused what its event tells of, and others know it",
     }
@@ -186,7 +187,12 @@ async fn undo_pause(tx: &mut PgConnection, deed: &DeedRow, author: &Author) -> R
     let changed = if deed.is_superseded {
         None
     } else if kind(&deed.kind) == Kind::Pause {
-        delete_pause(tx, subscription_id, name, Some(deed.done_at)).await?
+        let ended = delete_pause(tx, subscription_id, name, Some(deed.done_at)).await?;
+        // A slow resume that did not end may have left one.
+        if ended.is_some() {
+            delete_pace(tx, subscription_id).await?;
+        }
+        ended
     } else {
         let author = with_reason(author, || format!("deed {} was undone, which had ended this pause", deed.deed_id));
         delete_pace(tx, subscription_id).await?;

@@ -1,6 +1,6 @@
 //! The console's calls, and who may make them.
 
-use std::{fs, io, net::SocketAddr, path::PathBuf, process::Command};
+use std::{collections::HashSet, fs, io, net::SocketAddr, path::PathBuf, process::Command};
 
 use proto::relay::v1::{GetStatusRequest, PauseRequest, relay_admin_client::RelayAdminClient};
 use serde_json::{Value, json};
@@ -262,8 +262,9 @@ async fn many_who_look_at_the_status_cost_one_reading() {
         assert_eq!(status, 200);
         times.push(answer["time"].clone());
     }
-    times.dedup();
-    assert!(times.len() < 8, "{times:?}");
+    let readings: HashSet<_> = times.iter().map(ToString::to_string).collect();
+    // One may have begun just before another look.
+    assert!(readings.len() <= 2, "{readings:?}");
     relay.stop().await;
 }
 

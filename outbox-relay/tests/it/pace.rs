@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use crate::{
     operator::Operator,
@@ -13,7 +15,7 @@ use crate::{
     wait::until,
 };
 
-/// Two relays share the pace. What they deliver is counted from before it is set, so this holds however slow the machine is.
+/// Two relays share the pace. Time counts from before it is set, so this holds however slow the machine is.
 #[tokio::test]
 async fn relays_together_deliver_no_more_than_the_pace_until_it_ends() {
     const PER_SECOND: u32 = 40;
@@ -26,14 +28,14 @@ async fn relays_together_deliver_no_more_than_the_pace_until_it_ends() {
         [Relay::start(&outbox, receiver.address, &[]).await, Relay::start(&outbox, receiver.address, &[]).await];
     outbox.wait_for_route_state("OPEN").await;
     let pace = PER_SECOND.to_string();
-    let said = operator.does(&["resume", "--per-second", &pace, "--reason", "it is slow"]).await;
-    assert_eq!(said, "resumed slowly: 40 events per second at most (deed 2)\n");
+    // Before the pace is set, so that time passes in favour of the relays.
     let began = Instant::now();
+    let said = operator.does(&["resume", "--per-second", &pace, "--reason", "it is slow"]).await;
+    assert_eq!(said, "resumed slowly: 40 events per second at most for each subscription (deed 2)\n");
     // Two relays may have a quarter of a second's saved up, each of its share.
     let burst = f64::from(PER_SECOND) / 2.0;
-    while began.elapsed() < Duration::from_secs(4) {
+    while began.elapsed() < Duration::from_secs(6) {
         let delivered = receiver.read(Log::ids).len();
-        // Read after what was delivered, so that time passes in favour of the relays.
         let may = f64::from(PER_SECOND) * began.elapsed().as_secs_f64() + burst;
         assert!(f64::from(u32::try_from(delivered).unwrap()) <= may, "{delivered} of {may}");
         sleep(Duration::from_millis(20)).await;
@@ -70,7 +72,10 @@ async fn a_pace_needs_a_pause_or_a_pace_and_a_pause_ends_it() {
     operator.is_misused(&["resume", "--per-second", "0"]).await;
     operator.does(&["pause", "--subscription", "all", "--reason", "moving"]).await;
     assert_eq!(operator.does(&slowly).await, "resumed all slowly: 7 events per second at most (deed 2)\n");
-    operator.does(&["resume", "--subscription", "all", "--per-second", "9"]).await;
+    let said = operator.does(&["resume", "--subscription", "all", "--per-second", "9"]).await;
+    assert_eq!(said, "all delivers 9 events per second at most from now on (deed 3)\n");
+    let line = operator.is_refused(&["undo", "3"]).await;
+    assert!(line.contains("has ended or set a pace"), "{line}");
     let pace = async || operator.reads(&["status", "--json"]).await["subscriptions"][0]["pace"].clone();
     assert_eq!(pace().await["events_per_second"], 9);
     operator.does(&["pause", "--subscription", "all", "--reason", "again"]).await;
@@ -78,5 +83,51 @@ async fn a_pace_needs_a_pause_or_a_pace_and_a_pause_ends_it() {
     assert_eq!(pace().await, json!(null));
     // An undo brings the pause back, and no pace.
     operator.does(&["undo", "5"]).await;
+    assert!(operator.does(&["status"]).await.contains("PAUSED"));
+}
+
+/// A relay that starts, and one whose receiver comes back, must not begin with a burst.
+#[tokio::test]
+async fn a_pace_holds_from_the_start_of_a_relay_and_while_a_route_opens_again() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    outbox.insert_unrelated(2000).await;
+    operator.does(&["pause", "--reason", "moving"]).await;
+    operator.does(&["resume", "--per-second", "20"]).await;
+    let began = Instant::now();
+    let up = CancellationToken::new();
+    let is_up = up.clone();
+    let receiver =
+        Receiver::start(
+            move |events| {
+                if is_up.is_cancelled() { Reply::apply(events) } else { Reply::Refuse(Code::Unavailable) }
+            },
+        )
+        .await;
+    let relay = Relay::start(&outbox, receiver.address, &[]).await;
+    outbox.wait_for_route_state("DOWN").await;
+    up.cancel();
+    until("some are delivered", async || outbox.count().await < 2000).await;
+    while began.elapsed() < Duration::from_secs(8) {
+        let delivered = 2000.0 - outbox.count().await as f64;
+        let may = 20.0 * began.elapsed().as_secs_f64() + 10.0;
+        assert!(delivered <= may, "{delivered} of {may}");
+        sleep(Duration::from_millis(50)).await;
+    }
+    relay.stop().await;
+}
+
+/// It would deliver as fast as it can.
+#[tokio::test]
+async fn a_relay_that_does_not_know_paces_keeps_the_pause_from_ending() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    operator.does(&["pause", "--reason", "moving"]).await;
+    sqlx::query("INSERT INTO outbox_routes (relay_id, route, receiver, state, seen_at) VALUES (gen_random_uuid(), 'all', 'http://x:1', 'OPEN', now() + interval '30 s')")
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    let line = operator.is_refused(&["resume", "--per-second", "5"]).await;
+    assert!(line.contains("a relay has not read the pace, so the pause goes on"), "{line}");
     assert!(operator.does(&["status"]).await.contains("PAUSED"));
 }
