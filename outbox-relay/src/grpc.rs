@@ -34,7 +34,7 @@ const PIECES_LIMIT: Duration = Duration::from_secs(2);
 /// How long a call waits until relays know a pace. They read the paces once a second.
 const RELAYS_KNOW_LIMIT: Duration = Duration::from_secs(5);
 /// Pieces of one call, so that a caller on a fast server also learns how far it is.
-const PIECES_MAX: usize = 10;
+const PIECES_MAX: usize = 3;
 /// Bytes of an error message. It travels in the headers, and clients accept at most 16 KiB of these.
 const MESSAGE_BYTES_MAX: usize = 2 * 1024;
 

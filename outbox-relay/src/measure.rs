@@ -230,28 +230,31 @@ pub(crate) async fn measure_outbox(database: Database, floors: Vec<(i16, Arc<Flo
         let swept = Swept { subscription_ids, below };
         let reading = database.run(move |connection| {
             Box::pin(async move {
-                Ok::<_, sqlx::Error>((count_by_subscription(connection, &swept).await?, read_upkeep(connection).await?))
+                // Not the wait for a connection: it costs the database nothing, and a busy start would blind the relay for long.
+                let began = Instant::now();
+                let (counted, upkeep) =
+                    (count_by_subscription(connection, &swept).await?, read_upkeep(connection).await?);
+                Ok::<_, sqlx::Error>((counted, upkeep, began.elapsed()))
             })
         });
-        // After an outage the first answer matters more than what it costs.
-        let mut costs = true;
         // The database's work ends by itself.
         let Some(read) = shutdown.run_until_cancelled(reading).await else { break };
-        match read {
-            Ok((counted, upkeep)) => {
+        let took = match read {
+            Ok((counted, upkeep, took)) => {
                 failures.end();
                 measured.renew(counted, began);
                 measured.tell_upkeep(upkeep);
+                took
             }
             Err(cause) => {
-                costs = is_cut_off(&cause);
                 if failures.count() {
                     warn!(%cause, "cannot measure the outbox");
                 }
+                // After an outage the first answer matters more than what it costs.
+                if is_cut_off(&cause) { began.elapsed() } else { Duration::ZERO }
             }
-        }
+        };
         measured.tell_ages();
-        let took = if costs { began.elapsed() } else { Duration::ZERO };
         next = Instant::now() + INTERVAL.max(took * PAUSE_FACTOR);
     }
 }

@@ -222,7 +222,7 @@ async fn a_requeue_that_does_not_apply_is_refused_with_the_reason() {
 #[tokio::test]
 async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_one_ended() {
     let outbox = Outbox::create().await;
-    let dead = 50_001;
+    let dead = 15_001;
     insert_many_dead(&outbox, dead).await;
     let admin = Admin::start(outbox).await;
     admin
@@ -234,7 +234,7 @@ async fn a_requeue_of_all_takes_several_calls_and_each_goes_on_where_the_last_on
     loop {
         let request = RequeueDeadEventsRequest { all: true, token, ..requeue_by_ann() };
         let done = admin.client().requeue_dead_events(request).await.unwrap().into_inner();
-        assert!(done.requeued > 0 && done.requeued <= 50_000, "{done:?}");
+        assert!(done.requeued > 0 && done.requeued <= 15_000, "{done:?}");
         requeued += done.requeued;
         calls += 1;
         assert_eq!(requeued + done.remaining, dead);
@@ -413,7 +413,7 @@ async fn a_connection_on_which_an_operators_tool_asks_now_and_then_does_not_dela
 #[tokio::test]
 async fn a_discard_of_all_and_its_undo_take_several_calls_and_are_one_deed_each() {
     let outbox = Outbox::create().await;
-    let dead = 50_001;
+    let dead = 15_001;
     insert_many_dead(&outbox, dead).await;
     let admin = Admin::start(outbox).await;
     let discard = |token| DiscardDeadEventsRequest {
@@ -515,7 +515,7 @@ async fn a_blast_radius_counts_what_a_deed_would_change_and_changes_nothing() {
 #[tokio::test]
 async fn a_call_that_is_repeated_with_its_token_goes_on_with_the_same_deed() {
     let outbox = Outbox::create().await;
-    let dead = 50_001;
+    let dead = 15_001;
     insert_many_dead(&outbox, dead).await;
     let admin = Admin::start(outbox).await;
     let pause = PauseRequest { paused_by: "ann".into(), reason: "a test".into(), ..PauseRequest::default() };
