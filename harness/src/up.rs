@@ -198,7 +198,7 @@ fn usage(layout: &Layout, program: &str) -> String {
     grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
   Look at the outbox, as an operator does, and at the metrics of each process:
     RELAY_DATABASE_URL='{outbox}' {relay} status
-    open {console} in a browser
+    open {console} in a browser (to act there, see docs/console.md)
 {metrics}  Put load on it:
     ghz --config harness/ghz.json {orders}
 {addresses}  Put load on it, check every reply, and audit:

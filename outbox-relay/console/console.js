@@ -956,7 +956,7 @@ function showDeeds(params, more = false) {
     found?.scrollIntoView({ block: 'center' });
     const further = deedsToken ? ` Press “Show more” to find it.` : '';
     const missing = wanted && !found ? `Deed ${wanted} is not among these.${further}` : '';
-    const note = tbody.rows.length ? missing : 'No deed was done yet.';
+    const note = tbody.rows.length ? missing : 'No deed has been done yet.';
     $('deeds-note').textContent = note;
     $('deeds-note').hidden = !note;
   });

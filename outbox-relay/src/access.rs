@@ -94,7 +94,7 @@ pub(crate) enum Denied {
     NoToken,
     #[error("the token is not known here")]
     UnknownToken,
-    #[error("{0} may look, and not act: this needs the role operator")]
+    #[error("{} may look, and not act: this needs a token of an operator", if .0.is_empty() { "who has no token" } else { .0 })]
     Viewer(String),
     #[error("only programs on the relay's machine are answered without a token: start the relay with --token-file")]
     NotLocal,

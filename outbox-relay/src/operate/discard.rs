@@ -70,7 +70,7 @@ pub(crate) async fn discard(connection: &mut PgConnection, discard: &Discard) ->
     let is_dead = |event_id: &EventId| dead.iter().any(|dead| dead.event_id == *event_id);
     let others: Vec<_> = event_ids.iter().copied().filter(|event_id| !is_dead(event_id)).collect();
     if !others.is_empty() {
-        return Err(OperateError::NotApplicable(explain(&mut tx, &others).await?));
+        return Err(OperateError::NotApplicable(explain(&mut tx, &others, subscription_id).await?));
     }
     let rows: Vec<_> = dead.into_iter().map(|dead| dead.row).collect();
     let about = describe_named(event_ids) + if *refuse { ", with a refusal of what it tells of" } else { "" };
@@ -78,7 +78,7 @@ pub(crate) async fn discard(connection: &mut PgConnection, discard: &Discard) ->
     let deed_id = NewDeed { can_undo: !*refuse, ..deed }.record(&mut tx).await?;
     let given_up = give_up_refused(&mut tx, &rows, author, deed_id, *refuse).await?;
     let Some(first) = given_up.0.first() else {
-        return Err(OperateError::NotApplicable(explain(&mut tx, event_ids).await?));
+        return Err(OperateError::NotApplicable(explain(&mut tx, event_ids, subscription_id).await?));
     };
     if *refuse && !first.refused {
         let why = "it was discarded before without a refusal, and sent again";

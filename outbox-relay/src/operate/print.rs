@@ -100,7 +100,7 @@ pub(super) fn deeds(list: &ListDeedsResponse) -> String {
     rows.extend(list.deeds.iter().map(|of| {
         let time = of.time.unwrap_or_default().to_string();
         let undo = match (of.undone_by, of.can_undo) {
-            (0, true) => "possible".to_owned(),
+            (0, true) => "perhaps".to_owned(),
             (0, false) => String::new(),
             (undone_by, _) => format!("by deed {undone_by}"),
         };

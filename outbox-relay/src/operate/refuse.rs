@@ -166,10 +166,11 @@ pub(super) fn describe(pause: &OutboxPause) -> String {
 }
 
 /// Looks up the state of events that are not dead. It reads the whole outbox, since there is no index for this. Only a
-/// mistake leads here, so that does no harm.
+/// mistake leads here, so that does no harm. An event may be dead for another subscription than the one that is asked for.
 pub(super) async fn explain(
     connection: &mut PgConnection,
     event_ids: &[EventId],
+    only: Option<i16>,
 ) -> Result<Vec<NotApplicable>, sqlx::Error> {
     let in_outbox = sqlx::query!(
         r#"-- operate: find events that are not dead
@@ -180,16 +181,18 @@ pub(super) async fn explain(
                 WHEN visible_at > now() AND attempts > attempts_before_requeue THEN 'backing off'
                 ELSE 'waiting'
             END AS "state!"
-        FROM outbox WHERE event_id = ANY ($1)"#,
+        FROM outbox WHERE event_id = ANY ($1) AND ($2::smallint IS NULL OR subscription_id = $2)"#,
         event_ids as &[EventId],
+        only,
     )
     .fetch_all(&mut *connection)
     .await?;
     let discarded = sqlx::query!(
         r#"-- operate: find discarded events
         SELECT event_id AS "event_id: EventId", discarded_by, discarded_at, reason
-        FROM outbox_discarded WHERE event_id = ANY ($1)"#,
+        FROM outbox_discarded WHERE event_id = ANY ($1) AND ($2::smallint IS NULL OR subscription_id = $2)"#,
         event_ids as &[EventId],
+        only,
     )
     .fetch_all(connection)
     .await?;

@@ -41,7 +41,7 @@ pub(crate) async fn requeue(
     let (old, young): (Vec<_>, Vec<_>) =
         lock_dead(&mut tx, event_ids, subscription_id).await?.into_iter().partition(|dead| dead.too_old);
     let (rows, young): (Vec<_>, Vec<_>) = young.into_iter().map(|dead| (dead.row, dead.event_id)).unzip();
-    refuse_unless_all(&mut tx, event_ids, &young, &old).await?;
+    refuse_unless_all(&mut tx, event_ids, subscription_id, &young, &old).await?;
     let about = describe_named(event_ids);
     let deed_id = NewDeed::new(Kind::Requeue, author, subscription_id, &about).record(&mut tx).await?;
     let positions = make_visible(&mut tx, &rows, deed_id).await?;
@@ -90,6 +90,7 @@ pub(super) async fn lock_dead(
 async fn refuse_unless_all(
     tx: &mut Transaction<'_, Postgres>,
     event_ids: &[EventId],
+    subscription_id: Option<i16>,
     young: &[EventId],
     old: &[Dead],
 ) -> Result<(), OperateError> {
@@ -101,7 +102,7 @@ async fn refuse_unless_all(
     });
     let mut refused: Vec<_> = too_old.collect();
     if !not_dead.is_empty() {
-        refused.append(&mut explain(tx, &not_dead).await?);
+        refused.append(&mut explain(tx, &not_dead, subscription_id).await?);
     }
     if refused.is_empty() { Ok(()) } else { Err(OperateError::NotApplicable(refused)) }
 }

@@ -36,7 +36,7 @@ pub(crate) async fn show_dead(
     .fetch_optional(&mut *connection)
     .await?;
     let Some(row) = row else {
-        return Err(OperateError::NotApplicable(explain(connection, &[event_id]).await?));
+        return Err(OperateError::NotApplicable(explain(connection, &[event_id], None).await?));
     };
     let payload = match decode(&row.event_type, &row.payload, descriptors) {
         Ok(json) => Payload::PayloadJson(json),

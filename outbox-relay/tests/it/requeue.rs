@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::{
     operator::{
         Listening, Operator, attempts_before_requeue, count_dead, insert_dead, insert_dead_with_successors,
-        insert_many_dead, make_older, text,
+        insert_many_dead, make_older, mark_dead, text,
     },
     outbox::{NewEvent, Outbox, Row},
     receiver::{Log, Receiver, Reply},
@@ -293,4 +293,19 @@ async fn a_requeued_event_that_dies_again_can_be_requeued_again() {
     assert!(page.contains("20, 10 of them before it was requeued"), "{page}");
     operator.does(&["dead", "requeue", &id]).await;
     assert_eq!(attempts_before_requeue(&outbox, event_id).await, 20);
+}
+
+#[tokio::test]
+async fn an_event_that_is_dead_for_another_subscription_only_is_refused_with_its_state_in_this_one() {
+    let outbox = Outbox::create().await;
+    let operator = Operator::of(&outbox);
+    operator.does(&["subscribe", "other", "test.v1.*"]).await;
+    let event_id = outbox.enqueue("test.v1.Happened", 1).await[0];
+    mark_dead(&outbox, event_id, "BUSY: later").await;
+    let id = event_id.to_string();
+    let requeue = ["dead", "requeue", &id, "--subscription", "other"];
+    operator.does(&requeue).await;
+    let line = operator.is_refused(&requeue).await;
+    assert!(line.ends_with("is not dead: it was requeued, and is waiting"), "{line}");
+    operator.does(&["dead", "requeue", &id, "--subscription", "all"]).await;
 }
