@@ -70,11 +70,11 @@ impl Filter {
         format!("{}\t{}\t{}", text(&self.event_type), text(&self.subscription), text(&self.code))
     }
 
-    /// The dead events that match, for people. The subscription is told elsewhere.
+    /// What the events have in common, for people, after a word for them. The subscription is told elsewhere.
     fn describe(&self) -> String {
         let of_type = self.event_type.as_deref().map(|event_type| format!(" of type {event_type}"));
         let with_code = self.code.as_deref().map(|code| format!(" with {code}"));
-        format!("all dead events{}{}", of_type.unwrap_or_default(), with_code.unwrap_or_default())
+        of_type.unwrap_or_default() + &with_code.unwrap_or_default()
     }
 }
 

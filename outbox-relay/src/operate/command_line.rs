@@ -516,10 +516,8 @@ impl ChangeOfAll {
         let only = self.filter.subscription.as_deref();
         let only = outbox.ask(async |connection| find_subscription(connection, only).await).await?;
         let dead = outbox.ask(async |connection| count_dead(connection, &self.filter, only).await).await?;
-        let of_type = self.filter.event_type.as_deref().map(|event_type| format!(" of type {event_type}"));
-        let with_code = self.filter.code.as_deref().map(|code| format!(" with {code}"));
         let for_name = self.filter.subscription.as_deref().map(|name| format!(" for {name}"));
-        let matching = [of_type, with_code, for_name].into_iter().flatten().collect::<String>();
+        let matching = self.filter.describe() + &for_name.unwrap_or_default();
         if dead == 0 {
             return Err(CommandError::Refused(format!("there are no dead events{matching}")));
         }

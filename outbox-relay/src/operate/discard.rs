@@ -76,15 +76,15 @@ pub(crate) async fn discard(connection: &mut PgConnection, discard: &Discard) ->
     let about = describe_named(event_ids) + if *refuse { ", with a refusal of what it tells of" } else { "" };
     let deed = NewDeed::new(Kind::Discard, author, subscription_id, &about);
     let deed_id = NewDeed { can_undo: !*refuse, ..deed }.record(&mut tx).await?;
-    let given_up = give_up_refused(&mut tx, &rows, author, deed_id, *refuse).await?;
+    let given_up = give_up(&mut tx, &rows, author, deed_id, *refuse).await?;
     let Some(first) = given_up.0.first() else {
         return Err(OperateError::NotApplicable(explain(&mut tx, event_ids, subscription_id).await?));
     };
-    if *refuse && !first.refused {
-        let why = "it was discarded before without a refusal, and sent again";
-        return Err(OperateError::NotRefused(why.to_owned()));
-    }
     if *refuse {
+        if !first.refused {
+            let why = "it was discarded before without a refusal, and sent again";
+            return Err(OperateError::NotRefused(why.to_owned()));
+        }
         refuse_event(&mut tx, first, &author.reason).await?;
     }
     let (at, positions) = (first.discarded_at, given_up.positions());
@@ -96,18 +96,8 @@ pub(crate) async fn discard(connection: &mut PgConnection, discard: &Discard) ->
 
 /// Moves whole events into `outbox_discarded`, with the operator's name and reason, and records them with the deed. The
 /// transaction has locked the rows, which are given by their `ctid`. One statement deletes and inserts, so at any moment an
-/// event is in exactly one of the two tables.
+/// event is in exactly one of the two tables. One that was sent again after an earlier discard may be there already.
 pub(super) async fn give_up(
-    tx: &mut Transaction<'_, Postgres>,
-    rows: &[String],
-    author: &Author,
-    deed_id: i64,
-) -> Result<GivenUp, sqlx::Error> {
-    give_up_refused(tx, rows, author, deed_id, false).await
-}
-
-/// An event that was sent again after an earlier discard may be there already.
-async fn give_up_refused(
     tx: &mut Transaction<'_, Postgres>,
     rows: &[String],
     author: &Author,

@@ -88,8 +88,9 @@ pub(crate) async fn resume(
     let subscription_id = find_subscription(connection, subscription).await?;
     let mut tx = begin_durable(connection).await?;
     let name = subscription.unwrap_or_default();
+    let ended = delete_pause(&mut tx, subscription_id, name, None).await?;
     let paced = delete_pace(&mut tx, subscription_id).await?;
-    let (ended, about) = match delete_pause(&mut tx, subscription_id, name, None).await? {
+    let (ended, about) = match ended {
         Some(ended) => {
             let about = format!("paused {}", describe(&ended));
             (ended, about)
@@ -128,7 +129,7 @@ pub(super) async fn delete_pause(
     Ok(ended.fetch_optional(tx).await?.map(OutboxPause::from))
 }
 
-/// Returns whether there was one.
+/// Returns whether there was one. Whoever changes both changes the pause first, so that no two wait for each other.
 pub(super) async fn delete_pace(tx: &mut PgConnection, subscription_id: Option<i16>) -> Result<bool, sqlx::Error> {
     let deleted = sqlx::query!(
         "-- operate: end pace

@@ -128,17 +128,15 @@ pub(crate) async fn resume_slowly(
     let only = find_subscription(connection, slow_down.subscription.as_deref()).await?;
     let name = slow_down.subscription.as_deref().unwrap_or_default();
     let mut tx = begin_durable(connection).await?;
+    let ended = delete_pause(&mut tx, only, name, Some(prepared.paused_at)).await?;
     let is_there = sqlx::query!(
         "-- operate: lock pace
         SELECT FROM outbox_paces WHERE subscription_id = $1 AND set_at = $2 FOR UPDATE",
         only.unwrap_or(ALL),
         prepared.set_at,
     );
-    if is_there.fetch_optional(&mut *tx).await?.is_none() {
-        return Err(OperateError::PaceLost);
-    }
-    let ended = delete_pause(&mut tx, only, name, Some(prepared.paused_at)).await?;
-    let Some(ended) = ended else { return Err(OperateError::PaceLost) };
+    let is_there = is_there.fetch_optional(&mut *tx).await?.is_some();
+    let Some(ended) = ended.filter(|_| is_there) else { return Err(OperateError::PaceLost) };
     let deed_id = record(&mut tx, slow_down, only, Some(&ended)).await?;
     tx.commit().await?;
     wake_relays(connection).await;

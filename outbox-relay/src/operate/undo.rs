@@ -195,8 +195,9 @@ async fn undo_pause(tx: &mut PgConnection, deed: &DeedRow, author: &Author) -> R
         ended
     } else {
         let author = with_reason(author, || format!("deed {} was undone, which had ended this pause", deed.deed_id));
+        let paused = insert_pause(tx, subscription_id, name, &author).await?;
         delete_pace(tx, subscription_id).await?;
-        insert_pause(tx, subscription_id, name, &author).await?
+        paused
     };
     if changed.is_none() {
         let why = "has nothing left to undo: somebody has paused or resumed since, or the subscription has ended";
@@ -226,7 +227,7 @@ async fn undo_events(
         _ => {
             let author = with_reason(author, || format!("deed {} was undone", deed.deed_id));
             let rows = lock_latest(tx, &changes, State::Dead).await?;
-            gone = give_up(tx, &rows, &author, undo_id).await?.positions();
+            gone = give_up(tx, &rows, &author, undo_id, false).await?.positions();
             free_successors(tx, &gone).await?;
             gone.len() as u64
         }
@@ -247,7 +248,6 @@ fn with_reason(author: &Author, reason: impl Fn() -> String) -> Author {
 }
 
 /// A change of an event by the deed.
-#[derive(Clone)]
 struct Change {
     change_id: i64,
     event_id: EventId,

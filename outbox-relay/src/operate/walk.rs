@@ -162,7 +162,7 @@ impl Walk {
 
     /// The deed of this walk, which is recorded now if no earlier piece has.
     async fn deed(&self, tx: &mut PgConnection, author: &Author, only: Option<i16>) -> Result<i64, sqlx::Error> {
-        let about = self.filter.describe();
+        let about = format!("all dead events{}", self.filter.describe());
         NewDeed::new(self.change.kind(), author, only, &about).go_on(tx, self.deed_id).await
     }
 }
@@ -191,7 +191,7 @@ pub(crate) async fn walk_piece(
         let deed = walk.deed(&mut tx, author, only).await?;
         positions = match walk.change {
             Change::Requeue => make_visible(&mut tx, &rows, deed).await?,
-            Change::Discard => give_up(&mut tx, &rows, author, deed).await?.positions(),
+            Change::Discard => give_up(&mut tx, &rows, author, deed, false).await?.positions(),
         };
         freed = free_successors(&mut tx, &positions).await?;
         deed_id = Some(deed);

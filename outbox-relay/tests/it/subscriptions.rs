@@ -111,7 +111,10 @@ async fn each_subscription_has_its_own_sequence_and_dead_letters() {
     assert_eq!(of_easy["total_size"], 0);
     let id = events[0].event_id.to_string();
     assert!(
-        operator.is_refused(&["dead", "requeue", &id, "--subscription", "easy"]).await.contains("dead since just now")
+        operator
+            .is_refused(&["dead", "requeue", &id, "--subscription", "easy"])
+            .await
+            .contains("is not in the outbox: it was delivered")
     );
     let unknown = operator.is_misused(&["dead", "requeue", &id, "--subscription", "nobody"]).await;
     assert!(unknown.contains("nobody has subscribed nobody; there are easy, picky"), "{unknown}");
