@@ -26,7 +26,7 @@ use crate::{
 
 /// The last migration before subscriptions.
 const BEFORE: i64 = 7;
-const ROWS: i64 = 100_000;
+const ROWS: i64 = 50_000;
 /// What a caller of the older service would still bear.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
@@ -182,7 +182,7 @@ async fn a_full_outbox_is_migrated_while_a_service_and_a_relay_of_the_version_be
         Relay::start_with_routes(&outbox.relay_url(), &[&format!("inventory=http://{}", receiver.address)], &[]).await;
     receiver.wait_for_deliveries(20).await;
     let enqueued = service.stop().await;
-    outbox.wait_until_empty_within(Duration::from_secs(60)).await;
+    outbox.wait_until_empty_within(Duration::from_secs(180)).await;
     let of_old = old_relay.stop().await;
     relay.stop().await;
     let received = receiver.read(Log::ids);

@@ -39,7 +39,7 @@ impl Operator {
     /// The output of a command that succeeds, without a log.
     pub(crate) async fn does(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments).await;
-        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{arguments:?}");
+        assert_eq!((output.status.code(), without_progress(&output).as_str()), (Some(0), ""), "{arguments:?}");
         text(&output.stdout)
     }
 
@@ -59,15 +59,18 @@ impl Operator {
 
     async fn ends_with(&self, code: i32, arguments: &[&str]) -> String {
         let output = self.run(arguments).await;
-        // A requeue that takes longer than a second tells its progress first.
-        let is_progress = |line: &&str| line.starts_with("requeued ") && line.contains(" of ");
-        let stderr = text(&output.stderr);
-        let line = stderr.lines().skip_while(is_progress).collect::<Vec<_>>().join("\n");
+        let line = without_progress(&output);
         assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(code), ""), "{arguments:?}: {line}");
         assert_eq!(line.lines().count(), 1, "{arguments:?}: {line}");
         assert!(line.starts_with("error: "), "{line}");
         line
     }
+}
+
+/// What is on stderr. A change of many events that takes longer than a second tells its progress there first.
+fn without_progress(output: &Output) -> String {
+    let is_progress = |line: &&str| line.starts_with("requeued ") && line.contains(" of ");
+    text(&output.stderr).lines().skip_while(is_progress).collect::<Vec<_>>().join("\n")
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {

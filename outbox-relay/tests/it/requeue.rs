@@ -66,13 +66,16 @@ async fn a_successor_enqueued_while_a_requeue_commits_does_not_stay_parked() {
     let outbox = Outbox::create().await;
     let dead = insert_dead(&outbox).await;
     sqlx::raw_sql(
-        "CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END $$;
+        "CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NULL; END $$;
         CREATE CONSTRAINT TRIGGER linger AFTER UPDATE ON outbox DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
             WHEN (OLD.visible_at = 'infinity') EXECUTE FUNCTION linger()",
     )
     .execute(&outbox.pool)
     .await
     .unwrap();
+    let mut commit_later = outbox.pool.begin().await.unwrap();
+    sqlx::query("SELECT pg_advisory_xact_lock(1)").execute(&mut *commit_later).await.unwrap();
     // It parks and does nothing else, since its receiver does not exist.
     let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
     let relay = Relay::start(&outbox, nowhere, &[]).await;
@@ -82,12 +85,13 @@ async fn a_successor_enqueued_while_a_requeue_commits_does_not_stay_parked() {
     let arguments = ["dead", "requeue", &event_id];
     let enqueue = async {
         let commits = "SELECT count(*) FROM pg_stat_activity
-            WHERE datname = current_database() AND wait_event = 'PgSleep'";
+            WHERE datname = current_database() AND wait_event = 'advisory'";
         let committing = async || sqlx::query_scalar::<_, i64>(commits).fetch_one(&outbox.pool).await.unwrap() == 1;
         until("the requeue commits", committing).await;
         outbox.insert(&[successor]).await;
         let is_parked = async || outbox.row(successor.event_id).await.is_some_and(|row| !row.visible);
         until("the successor is parked", is_parked).await;
+        commit_later.rollback().await.unwrap();
     };
     tokio::join!(operator.does(&arguments), enqueue);
     assert!(outbox.row(successor.event_id).await.unwrap().visible);

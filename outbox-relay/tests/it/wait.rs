@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 /// Longer than anything takes on a busy machine. Only a test that fails waits this long.
-pub(crate) const AMPLE: Duration = Duration::from_secs(60);
+pub(crate) const AMPLE: Duration = Duration::from_secs(120);
 
 pub(crate) async fn until(what: &str, condition: impl AsyncFnMut() -> bool) {
     until_within(AMPLE, what, condition).await;

@@ -48,7 +48,7 @@ async fn a_notification_wakes_it_long_before_the_poll() {
     wait_until_it_sleeps(&outbox).await;
     let event_id = outbox.insert_one().await;
     outbox.notify().await;
-    outbox.wait_until_empty_within(Duration::from_secs(20)).await;
+    outbox.wait_until_empty().await;
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), [event_id]);
 }
@@ -207,7 +207,7 @@ async fn it_listens_again_after_its_listening_connection_was_killed() {
     wait_until_it_sleeps(&outbox).await;
     let event_id = outbox.insert_one().await;
     outbox.notify().await;
-    outbox.wait_until_empty_within(Duration::from_secs(20)).await;
+    outbox.wait_until_empty().await;
     relay.stop().await;
     assert_eq!(receiver.read(Log::ids), [event_id]);
 }
