@@ -33,7 +33,7 @@ LABEL org.opencontainers.image.title="order-service" \
 COPY --from=build /workspace/target/release/order-service /usr/local/bin/
 ENTRYPOINT ["/usr/local/bin/order-service"]
 CMD ["serve"]
-EXPOSE 50051
+EXPOSE 50051 52051
 
 FROM runtime AS outbox-relay
 LABEL org.opencontainers.image.title="outbox-relay" \
@@ -49,7 +49,7 @@ LABEL org.opencontainers.image.title="inventory-service" \
 COPY --from=build /workspace/target/release/inventory-service /usr/local/bin/
 ENTRYPOINT ["/usr/local/bin/inventory-service"]
 CMD ["serve"]
-EXPOSE 50052
+EXPOSE 50052 52052
 
 FROM runtime AS loyalty-service
 LABEL org.opencontainers.image.title="loyalty-service" \
@@ -57,4 +57,4 @@ LABEL org.opencontainers.image.title="loyalty-service" \
 COPY --from=build /workspace/target/release/loyalty-service /usr/local/bin/
 ENTRYPOINT ["/usr/local/bin/loyalty-service"]
 CMD ["serve"]
-EXPOSE 50055
+EXPOSE 50055 52055

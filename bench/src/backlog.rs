@@ -96,7 +96,7 @@ impl Backlog {
     pub(super) async fn subscribe_loyalty(&mut self) -> Result<()> {
         let database = self.loyalty();
         create_database(&self.layout.server, &database, EMPTY, "loyalty_owner").await?;
-        let twice = self.layout.clone().with_loyalty(&database, free_port()?);
+        let twice = self.layout.clone().with_loyalty(&database, [free_port()?, free_port()?]);
         twice.prepare().await?;
         self.processes.extend(start(&twice, &[Service::Loyalty]).await?);
         self.subscribed_twice = Some(twice);

@@ -146,7 +146,7 @@ async fn prepare(site: &Site, state: State, name: &str) -> Result<Prepared> {
         sqlx::query(ENQUEUE).bind(FEW).execute(&mut outbox).await?;
     }
     sqlx::raw_sql("ANALYZE outbox").execute(&mut outbox).await?;
-    let receiver = StubReceiver::start(layout.inventory_service, outbox).await?;
+    let receiver = StubReceiver::start(layout.inventory_events, outbox).await?;
     Ok(Prepared { state, layout, receiver, _held: held, delivered: 0, rounds: Vec::new() })
 }
 

@@ -83,7 +83,7 @@ async fn deliver_pruned(world: &Arc<World>, mut event: Event) -> Result<bool> {
 }
 
 async fn outcomes(world: &World, receiver: Part, events: Vec<Event>) -> Result<Vec<(Outcome, String)>> {
-    let mut client = EventReceiverClient::new(Endpoint::from(world.site.url_of(receiver)?).connect_lazy());
+    let mut client = EventReceiverClient::new(Endpoint::from(world.site.events_url_of(receiver)?).connect_lazy());
     let answer = client.deliver(limited(DeliverRequest { events })).await?.into_inner();
     Ok(answer.results.into_iter().map(|result| (result.outcome(), result.reason)).collect())
 }

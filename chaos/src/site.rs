@@ -180,6 +180,13 @@ const SUBSCRIPTIONS: [(Part, Part, &str); 3] = [
     (Part::Inventory, Part::Orders, "inventory.v1.*"),
 ];
 
+/// Where a process listens. A relay, which takes no events, listens at the first only.
+#[derive(Clone, Copy, Debug)]
+struct Addresses {
+    callers: SocketAddr,
+    relays: SocketAddr,
+}
+
 pub(super) struct Site {
     /// That of orders, and that of inventory and loyalty.
     clusters: [Mutex<Cluster>; 2],
@@ -192,6 +199,8 @@ pub(super) struct Site {
     to_receiver: Vec<Arc<Link>>,
     /// From clients to the services, in the order of [`Part::SERVICES`].
     clients_to: Vec<Arc<Link>>,
+    /// Where the services take events, in the same order.
+    events: [SocketAddr; 3],
     /// The disk of the cluster of inventory and loyalty, if it could be mounted.
     pub(super) disk: Option<SmallDisk>,
     _serving: Vec<JoinSet<()>>,
@@ -225,6 +234,7 @@ impl Site {
             to_database: Vec::new(),
             to_receiver: Vec::new(),
             clients_to: Vec::new(),
+            events: [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)); 3],
             disk,
             _serving: Vec::new(),
         };
@@ -236,9 +246,10 @@ impl Site {
     }
 
     async fn connect_and_start(&mut self, logs: &Path) -> Result<()> {
+        let free = || Ok::<_, anyhow::Error>(SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)));
         let mut addresses = Vec::new();
         for _ in Part::ALL {
-            addresses.push(SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)));
+            addresses.push(Addresses { callers: free()?, relays: free()? });
         }
         for part in Part::ALL {
             let name = format!("{} to its database", part.name());
@@ -248,14 +259,15 @@ impl Site {
         let entrances = [Entrance::open().await?, Entrance::open().await?, Entrance::open().await?];
         for route in Route::ALL {
             let receiver = route.receiver.index();
-            let link = Link::of_relay(route.to_string(), entrances[receiver].address, addresses[receiver]);
+            let link = Link::of_relay(route.to_string(), entrances[receiver].address, addresses[receiver].relays);
             self.to_receiver.push(Arc::new(link));
         }
         for service in Part::SERVICES {
             let name = format!("clients to {}", service.name());
-            let link = self.open(name, Protocol::Grpc, addresses[service.index()]).await?;
+            let link = self.open(name, Protocol::Grpc, addresses[service.index()].callers).await?;
             self.clients_to.push(link);
         }
+        self.events = Part::SERVICES.map(|service| addresses[service.index()].relays);
         self.start_units(&addresses, logs);
         for (receiver, entrance) in Part::SERVICES.into_iter().zip(entrances) {
             let relays =
@@ -265,12 +277,12 @@ impl Site {
         Ok(())
     }
 
-    fn start_units(&mut self, addresses: &[SocketAddr], logs: &Path) {
+    fn start_units(&mut self, addresses: &[Addresses], logs: &Path) {
         for part in Part::ALL {
             let plan = Plan {
                 name: part.name().into(),
                 program: part.program(),
-                address: addresses[part.index()],
+                address: addresses[part.index()].callers,
                 environment: self.environment(part, addresses[part.index()]),
                 log: logs.join(format!("{}.log", part.name())),
             };
@@ -284,7 +296,7 @@ impl Site {
         Ok(link)
     }
 
-    fn environment(&self, part: Part, listen: SocketAddr) -> Vec<(String, String)> {
+    fn environment(&self, part: Part, listen: Addresses) -> Vec<(String, String)> {
         let database = self.server(part).through(self.to_database(part).address);
         // By this name the trigger knows which process has leased an event, and which one settles it.
         let name = format!("{}.{START}", part.name());
@@ -295,7 +307,11 @@ impl Site {
             set(name, url.clone());
         }
         for name in ["ORDER_SERVICE_LISTEN", "INVENTORY_SERVICE_LISTEN", "LOYALTY_SERVICE_LISTEN"] {
-            set(name, listen.to_string());
+            set(name, listen.callers.to_string());
+        }
+        for name in ["ORDER_SERVICE_EVENTS_LISTEN", "INVENTORY_SERVICE_EVENTS_LISTEN", "LOYALTY_SERVICE_EVENTS_LISTEN"]
+        {
+            set(name, listen.relays.to_string());
         }
         if !part.is_relay() {
             set("DATABASE_CONNECTIONS", POOL.to_string());
@@ -304,7 +320,7 @@ impl Site {
                 let subscription = route.receiver.database();
                 format!("{subscription}=http://{}", self.to_receiver(route).address)
             });
-            set("RELAY_OPS_LISTEN", listen.to_string());
+            set("RELAY_OPS_LISTEN", listen.callers.to_string());
             set("RELAY_ROUTES", routes.collect::<Vec<_>>().join(","));
             set("RELAY_SOURCE", part.side().name().into());
         }
@@ -346,11 +362,18 @@ impl Site {
         Ok(format!("http://{}", self.clients_to(service).address).parse()?)
     }
 
+    /// Where a service takes events, without a proxy.
+    pub(super) fn events_url_of(&self, service: Part) -> Result<Uri> {
+        Ok(format!("http://{}", self.events[service.side().index()]).parse()?)
+    }
+
     /// The addresses for clients: the services through their proxies, the databases without.
     pub(super) fn target(&self) -> Result<Target> {
         Ok(Target {
             order_service: self.url_of(Part::Orders)?,
             inventory_service: self.url_of(Part::Inventory)?,
+            order_events: self.events_url_of(Part::Orders)?,
+            inventory_events: self.events_url_of(Part::Inventory)?,
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,

@@ -3,6 +3,7 @@
 use std::{fmt::Display, io, net::SocketAddr, process::ExitCode};
 
 use clap::Parser;
+use futures_util::future::try_join_all;
 use tokio::{net::TcpListener, runtime};
 use tokio_util::sync::CancellationToken;
 
@@ -42,22 +43,28 @@ pub fn main<C: Parser, E: Display>(command: impl AsyncFnOnce(C) -> Result<(), E>
     run(command(parse()))
 }
 
-/// Binds `address`, and serves on it until SIGTERM or SIGINT. Both cancel the token that `serve` is given.
+/// Binds the `addresses`, and serves on them until SIGTERM or SIGINT. Both cancel the token that `serve` is given.
 ///
 /// # Errors
-/// Those of `serve`, and of the socket.
-pub async fn serve_until_signal<S, E: From<io::Error>>(
-    address: SocketAddr,
+/// Those of `serve`, and of the sockets.
+pub async fn serve_until_signal<const N: usize, S, E: From<io::Error>>(
+    addresses: [SocketAddr; N],
     settings: S,
-    serve: impl AsyncFnOnce(TcpListener, S, CancellationToken) -> Result<(), E>,
+    serve: impl AsyncFnOnce([TcpListener; N], S, CancellationToken) -> Result<(), E>,
 ) -> Result<(), E> {
     let shutdown = shutdown_signal()?;
     let tracing = trace::start();
-    let served = serve(bind(address).await?, settings, shutdown).await;
+    let served = serve(bind_all(addresses).await?, settings, shutdown).await;
     if let Some(tracing) = tracing {
         tracing.end().await;
     }
     served
+}
+
+async fn bind_all<const N: usize>(addresses: [SocketAddr; N]) -> io::Result<[TcpListener; N]> {
+    let listeners = try_join_all(addresses.map(bind)).await?;
+    // As many as addresses.
+    listeners.try_into().map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {

@@ -49,12 +49,11 @@ impl Readiness {
     }
 }
 
-/// Reports SERVING while the database can be written to, and NOT_SERVING otherwise.
+/// Reports SERVING of the services of each listener while the database can be written to, and NOT_SERVING otherwise.
 ///
 /// At `shutdown` it reports NOT_SERVING and then returns.
 pub(crate) async fn report_health(
-    reporter: HealthReporter,
-    services: &'static [&'static str],
+    listeners: Vec<(HealthReporter, &'static [&'static str])>,
     readiness: Readiness,
     mut database: Probe,
     shutdown: CancellationToken,
@@ -74,17 +73,19 @@ pub(crate) async fn report_health(
                 (Some(false), Ok(())) => info!("serving: the database can be written to again"),
                 _ => {}
             }
-            set(&reporter, services, if can_write { ServingStatus::Serving } else { ServingStatus::NotServing }).await;
+            set(&listeners, if can_write { ServingStatus::Serving } else { ServingStatus::NotServing }).await;
             reported = Some(can_write);
         }
     }
     readiness.set(State::Ends);
-    set(&reporter, services, ServingStatus::NotServing).await;
+    set(&listeners, ServingStatus::NotServing).await;
 }
 
-async fn set(reporter: &HealthReporter, services: &[&str], status: ServingStatus) {
-    for service in services.iter().chain(&[""]) {
-        reporter.set_service_status(service, status).await;
+async fn set(listeners: &[(HealthReporter, &[&str])], status: ServingStatus) {
+    for (reporter, services) in listeners {
+        for service in services.iter().chain(&[""]) {
+            reporter.set_service_status(service, status).await;
+        }
     }
 }
 

@@ -39,7 +39,7 @@ pub use ops::Ops;
 pub use page::{decode_page_token, encode_page_token};
 pub use refuse::{Refuse, log_failure, may_pass};
 pub use schema::{SchemaError, check_schema};
-pub use serve::{ServeError, ServeSettings, Services, serve};
+pub use serve::{Listener, ServeError, ServeSettings, Services, serve};
 pub use session::{confirm_seen, timed_out};
 pub use shutdown::{EndSettings, Ending, shutdown_signal};
 pub use telemetry::log_to_stdout;

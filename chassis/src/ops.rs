@@ -132,7 +132,7 @@ impl Ops {
         let (routes, reporter) = with_health(services)?;
         // Only the first counts, and there is one.
         self.added.get_or_init(|| Added { grpc: routes.into_axum_router(), pages });
-        let reporting = report_health(reporter, names, self.readiness.clone(), database.probe(), shutdown);
+        let reporting = report_health(vec![(reporter, names)], self.readiness.clone(), database.probe(), shutdown);
         self.reporting = Some(AbortOnDropHandle::new(tokio::spawn(reporting)));
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::{io, time::Duration};
 
 use clap::Args;
+use futures_util::future::try_join_all;
 use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{
@@ -42,7 +43,16 @@ impl ServeSettings {
     }
 }
 
-/// What a server serves besides health and reflection.
+/// Callers of one kind find their services at one listener, and no others. So whoever may place orders cannot pretend to
+/// be a relay, whatever stands before the process.
+pub struct Listener {
+    /// The socket.
+    pub socket: TcpListener,
+    /// What is served there.
+    pub services: Services,
+}
+
+/// What a listener serves besides health and reflection.
 pub struct Services {
     /// The services.
     pub routes: Routes,
@@ -66,43 +76,57 @@ pub enum ServeError {
     Reflect(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves until the end has begun. Health reports NOT_SERVING from when it was announced.
+/// Serves on all listeners until the end has begun. Health reports NOT_SERVING on each from when it was announced.
 ///
 /// # Errors
 /// [`ServeError`].
-pub async fn serve(
-    listener: TcpListener,
+pub async fn serve<const N: usize>(
+    listeners: [Listener; N],
     settings: &ServeSettings,
-    services: Services,
     database: &Database,
     ops: &Ops,
     ending: Ending,
 ) -> Result<(), ServeError> {
-    let (names, descriptors) = (services.names, services.descriptors);
-    let (mut routes, reporter) = with_health(services)?;
-    if ops.is_on() || trace::is_on() {
-        let descriptors = [
-            descriptors,
-            tonic_health::pb::FILE_DESCRIPTOR_SET,
-            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
-            tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
-        ];
-        routes = measure_answers(routes.into_axum_router(), &descriptors).into();
+    let mut health = Vec::new();
+    let reported = CancellationToken::new();
+    let mut serving = Vec::new();
+    for Listener { socket, services } in listeners {
+        let (names, descriptors) = (services.names, services.descriptors);
+        let (mut routes, reporter) = with_health(services)?;
+        health.push((reporter, names));
+        if ops.is_on() || trace::is_on() {
+            routes = measured(routes, descriptors);
+        }
+        let mut server = server(settings);
+        if let Some(age) = ending.connection_age {
+            // Connections of one process may end together. Those of several should not. There is no grace: with one, tonic
+            // would not ask clients to leave, and would cut them off later.
+            server = server.max_connection_age(age.mul_f64(0.9 + fastrand::f64() / 5.0));
+        }
+        let (reported, begun) = (reported.clone(), ending.begun.clone());
+        let stopped = Box::pin(async move {
+            // In this order, so that a load balancer that watches health is told before it finds the door closed.
+            reported.cancelled().await;
+            begun.cancelled().await;
+        });
+        serving.push(serve_routes(socket, server, routes, stopped, settings.drained(&ending.begun)));
     }
-    let reporting = report_health(reporter, names, ops.readiness.clone(), database.probe(), ending.announced);
-    let begun = ending.begun.clone();
-    let stopped = Box::pin(async move {
-        // In this order, so that a load balancer that watches health is told before it finds the door closed.
-        reporting.await;
-        begun.cancelled().await;
-    });
-    let mut server = server(settings);
-    if let Some(age) = ending.connection_age {
-        // Connections of one process may end together. Those of several should not. There is no grace: with one, tonic
-        // would not ask clients to leave, and would cut them off later.
-        server = server.max_connection_age(age.mul_f64(0.9 + fastrand::f64() / 5.0));
-    }
-    serve_routes(listener, server, routes, stopped, settings.drained(&ending.begun)).await
+    let reporting = async {
+        report_health(health, ops.readiness.clone(), database.probe(), ending.announced).await;
+        reported.cancel();
+        Ok(())
+    };
+    tokio::try_join!(try_join_all(serving), reporting).map(drop)
+}
+
+fn measured(routes: Routes, descriptors: &[u8]) -> Routes {
+    let descriptors = [
+        descriptors,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+    ];
+    measure_answers(routes.into_axum_router(), &descriptors).into()
 }
 
 /// The services, health and reflection.

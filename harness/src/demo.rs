@@ -76,7 +76,7 @@ async fn show(arguments: &Arguments) -> Result<()> {
         return Err(error).context(LOGS);
     }
     let mut layout = Layout::on_free_ports(server, "orders", "inventory", Path::new(LOGS))?;
-    layout = layout.with_loyalty("loyalty", free_port()?);
+    layout = layout.with_loyalty("loyalty", [free_port()?, free_port()?]);
     layout.settings.push(("RUST_LOG".into(), "info,outbox_relay=debug".into()));
     layout.settings.push(("RELAY_WORKERS".into(), WORKERS.to_string()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));

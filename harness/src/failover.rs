@@ -171,7 +171,7 @@ async fn start_system(cluster: &Cluster, server: &Server, connect: Connect) -> R
     bootstrap(server).await?;
     create_databases(server).await?;
     let layout = Layout::on_free_ports(server.clone(), "orders", "inventory", Path::new(LOGS))?;
-    let mut layout = layout.with_loyalty("loyalty", free_port()?);
+    let mut layout = layout.with_loyalty("loyalty", [free_port()?, free_port()?]);
     layout.prepare().await?;
     if let Connect::Hosts = connect {
         layout.hosts = hosts(&cluster.ports());

@@ -21,6 +21,8 @@ use testkit::{
 pub const FIRST_PORT: u16 = 50051;
 /// How much more the port for operators of a service is than its port.
 const OPS_OFFSET: u16 = 1000;
+/// How much more the port for relays of a service is than its port.
+const EVENTS_OFFSET: u16 = 2000;
 const HEALTHY_LIMIT: Duration = Duration::from_secs(20);
 /// No process of an earlier version works on these databases, so nothing has to be kept for one.
 const MIGRATE: [&str; 2] = ["migrate", "--contract"];
@@ -71,8 +73,12 @@ pub struct Layout {
     pub inventory: String,
     /// Address of order-service.
     pub order_service: SocketAddr,
+    /// Where order-service takes events.
+    pub order_events: SocketAddr,
     /// Address of inventory-service.
     pub inventory_service: SocketAddr,
+    /// Where inventory-service takes events.
+    pub inventory_events: SocketAddr,
     /// Address of the relay of the orders database.
     pub orders_relay: SocketAddr,
     /// Address of the relay of the inventory database.
@@ -85,7 +91,8 @@ pub struct Layout {
     pub settings: Vec<(String, String)>,
     /// Directory of the programs, if they are not those beside this one.
     pub programs: Option<PathBuf>,
-    /// Whether the services listen for operators too, on ports that are 1000 more than theirs. The relays always do, on their own.
+    /// Whether the services listen for operators too, on ports that are 1000 more than theirs. The relays always do,
+    /// on their own.
     pub serves_ops: bool,
     /// Where the processes look for the databases, as `host:port,host:port`: several servers, of which one can write.
     /// If empty, they connect to [`Self::server`].
@@ -99,6 +106,8 @@ pub struct Loyalty {
     pub database: String,
     /// Its address.
     pub address: SocketAddr,
+    /// Where it takes events.
+    pub events: SocketAddr,
 }
 
 /// One of the processes.
@@ -147,7 +156,12 @@ impl Service {
         if self.owns_database() { port + OPS_OFFSET } else { port }
     }
 
-    fn owns_database(self) -> bool {
+    /// Its port for relays, if this is its port.
+    pub(crate) fn events_port(self, port: u16) -> u16 {
+        if self.owns_database() { port + EVENTS_OFFSET } else { port }
+    }
+
+    pub(crate) fn owns_database(self) -> bool {
         !matches!(self, Self::OrdersRelay | Self::InventoryRelay)
     }
 
@@ -167,8 +181,10 @@ impl Layout {
     pub fn on_ports_from(first: u16, server: Server, logs: &Path) -> Self {
         use Service::{Inventory, InventoryRelay, Orders, OrdersRelay};
         let ports = [Orders, Inventory, OrdersRelay, InventoryRelay].map(|service| service.port_from(first));
-        Self::new(server, ["orders", "inventory"], ports, logs)
-            .with_loyalty("loyalty", Service::Loyalty.port_from(first))
+        let events = [Orders, Inventory].map(|service| service.events_port(service.port_from(first)));
+        let loyalty = Service::Loyalty.port_from(first);
+        Self::new(server, ["orders", "inventory"], ports, events, logs)
+            .with_loyalty("loyalty", [loyalty, Service::Loyalty.events_port(loyalty)])
     }
 
     /// Two databases of any name, and any free ports, without loyalty-service.
@@ -177,17 +193,21 @@ impl Layout {
     /// If no port is free.
     pub fn on_free_ports(server: Server, orders: &str, inventory: &str, logs: &Path) -> Result<Self> {
         let ports = [free_port()?, free_port()?, free_port()?, free_port()?];
-        Ok(Self::new(server, [orders, inventory], ports, logs))
+        let events = [free_port()?, free_port()?];
+        Ok(Self::new(server, [orders, inventory], ports, events, logs))
     }
 
-    fn new(server: Server, [orders, inventory]: [&str; 2], ports: [u16; 4], logs: &Path) -> Self {
+    fn new(server: Server, [orders, inventory]: [&str; 2], ports: [u16; 4], events: [u16; 2], logs: &Path) -> Self {
         let [order_service, inventory_service, orders_relay, inventory_relay] = ports.map(on_loopback);
+        let [order_events, inventory_events] = events.map(on_loopback);
         Self {
             server,
             orders: orders.into(),
             inventory: inventory.into(),
             order_service,
+            order_events,
             inventory_service,
+            inventory_events,
             orders_relay,
             inventory_relay,
             loyalty: None,
@@ -199,10 +219,11 @@ impl Layout {
         }
     }
 
-    /// The same system with loyalty-service.
+    /// The same system with loyalty-service, on a port for callers and one for relays.
     #[must_use]
-    pub fn with_loyalty(self, database: &str, port: u16) -> Self {
-        let loyalty = Loyalty { database: database.into(), address: on_loopback(port) };
+    pub fn with_loyalty(self, database: &str, ports: [u16; 2]) -> Self {
+        let [address, events] = ports.map(on_loopback);
+        let loyalty = Loyalty { database: database.into(), address, events };
         Self { loyalty: Some(loyalty), ..self }
     }
 
@@ -217,11 +238,20 @@ impl Layout {
     /// # Errors
     /// If an address does not fit into a URL.
     pub fn target(&self) -> Result<Target> {
-        let [(_, order_service), (_, inventory_service), (_, orders), (_, inventory), (_, loyalty)] =
-            self.target_variables();
+        let [
+            (_, order_service),
+            (_, inventory_service),
+            (_, order_events),
+            (_, inventory_events),
+            (_, orders),
+            (_, inventory),
+            (_, loyalty),
+        ] = self.target_variables();
         Ok(Target {
             order_service: order_service.parse()?,
             inventory_service: inventory_service.parse()?,
+            order_events: order_events.parse()?,
+            inventory_events: inventory_events.parse()?,
             databases: Databases {
                 orders_database_url: orders.parse()?,
                 inventory_database_url: inventory.parse()?,
@@ -231,13 +261,16 @@ impl Layout {
     }
 
     /// The same as environment variables with their values, in the order of [`target::DEFAULTS`].
-    pub(crate) fn target_variables(&self) -> [(&'static str, String); 5] {
-        let [(order_service, _), (inventory_service, _), (orders, _), (inventory, _), (loyalty, _)] = target::DEFAULTS;
+    pub(crate) fn target_variables(&self) -> [(&'static str, String); 7] {
+        let [order_service, inventory_service, order_events, inventory_events, orders, inventory, loyalty] =
+            target::DEFAULTS.map(|(name, _)| name);
         // Without loyalty-service, nobody looks for its database.
         let loyalty_database = self.loyalty.as_ref().map_or("loyalty", |loyalty| &loyalty.database);
         [
             (order_service, format!("http://{}", self.order_service)),
             (inventory_service, format!("http://{}", self.inventory_service)),
+            (order_events, format!("http://{}", self.order_events)),
+            (inventory_events, format!("http://{}", self.inventory_events)),
             (orders, self.server.url_for("orders_owner", &self.orders)),
             (inventory, self.server.url_for("inventory_owner", &self.inventory)),
             (loyalty, self.server.url_for("loyalty_owner", loyalty_database)),
@@ -317,6 +350,7 @@ impl Layout {
             Service::InventoryRelay => ("outbox_relay", self.inventory.as_str()),
         };
         let (url, listen) = (self.url_for(role, database), address.to_string());
+        let events = self.events_address(service)?.unwrap_or(address).to_string();
         let source = if service == Service::InventoryRelay { Service::Inventory } else { Service::Orders };
         let routes = self.routes(service);
         let environment = [
@@ -327,6 +361,9 @@ impl Layout {
             ("ORDER_SERVICE_LISTEN", &listen),
             ("INVENTORY_SERVICE_LISTEN", &listen),
             ("LOYALTY_SERVICE_LISTEN", &listen),
+            ("ORDER_SERVICE_EVENTS_LISTEN", &events),
+            ("INVENTORY_SERVICE_EVENTS_LISTEN", &events),
+            ("LOYALTY_SERVICE_EVENTS_LISTEN", &events),
             ("RELAY_ROUTES", &routes),
             ("RELAY_SOURCE", source.name()),
             // No load balancer has to learn that a process ends.
@@ -356,11 +393,11 @@ impl Layout {
     /// The routes of a relay: the subscriptions that it delivers, each with its receiver.
     fn routes(&self, relay: Service) -> String {
         if relay == Service::InventoryRelay {
-            return format!("orders=http://{}", self.order_service);
+            return format!("orders=http://{}", self.order_events);
         }
-        let inventory = format!("inventory=http://{}", self.inventory_service);
+        let inventory = format!("inventory=http://{}", self.inventory_events);
         match &self.loyalty {
-            Some(loyalty) => format!("{inventory},loyalty=http://{}", loyalty.address),
+            Some(loyalty) => format!("{inventory},loyalty=http://{}", loyalty.events),
             None => inventory,
         }
     }
@@ -399,6 +436,19 @@ impl Layout {
         let mut address = self.address(service)?;
         address.set_port(service.ops_port(address.port()));
         Ok((self.serves_ops || !service.owns_database()).then_some(address))
+    }
+
+    /// Where a service takes events; `None` of a relay, which takes none.
+    ///
+    /// # Errors
+    /// If it is not in this system.
+    pub fn events_address(&self, service: Service) -> Result<Option<SocketAddr>> {
+        Ok(match service {
+            Service::Orders => Some(self.order_events),
+            Service::Inventory => Some(self.inventory_events),
+            Service::Loyalty => Some(self.loyalty()?.events),
+            Service::OrdersRelay | Service::InventoryRelay => None,
+        })
     }
 
     /// The address of a process.

@@ -13,14 +13,18 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 const ORDER_SERVICE: &str = "http://127.0.0.1:50051";
 const INVENTORY_SERVICE: &str = "http://127.0.0.1:50052";
+const ORDER_EVENTS: &str = "http://127.0.0.1:52051";
+const INVENTORY_EVENTS: &str = "http://127.0.0.1:52052";
 const ORDERS_DATABASE: &str = "postgres://orders_owner:orders_owner@127.0.0.1:5433/orders";
 const INVENTORY_DATABASE: &str = "postgres://inventory_owner:inventory_owner@127.0.0.1:5433/inventory";
 const LOYALTY_DATABASE: &str = "postgres://loyalty_owner:loyalty_owner@127.0.0.1:5433/loyalty";
 
 /// The environment variables of a [`Target`] with their defaults: the addresses of `harness up` and docker-compose.
-pub(crate) const DEFAULTS: [(&str, &str); 5] = [
+pub(crate) const DEFAULTS: [(&str, &str); 7] = [
     ("ORDER_SERVICE_URL", ORDER_SERVICE),
     ("INVENTORY_SERVICE_URL", INVENTORY_SERVICE),
+    ("ORDER_EVENTS_URL", ORDER_EVENTS),
+    ("INVENTORY_EVENTS_URL", INVENTORY_EVENTS),
     ("ORDERS_DATABASE_URL", ORDERS_DATABASE),
     ("INVENTORY_DATABASE_URL", INVENTORY_DATABASE),
     ("LOYALTY_DATABASE_URL", LOYALTY_DATABASE),
@@ -49,6 +53,12 @@ pub struct Target {
     /// URL of inventory-service
     #[arg(long, env = "INVENTORY_SERVICE_URL", value_name = "URL", default_value = INVENTORY_SERVICE)]
     pub inventory_service: Uri,
+    /// URL at which order-service takes events
+    #[arg(long, env = "ORDER_EVENTS_URL", value_name = "URL", default_value = ORDER_EVENTS)]
+    pub order_events: Uri,
+    /// URL at which inventory-service takes events
+    #[arg(long, env = "INVENTORY_EVENTS_URL", value_name = "URL", default_value = INVENTORY_EVENTS)]
+    pub inventory_events: Uri,
     /// The databases.
     #[command(flatten)]
     pub databases: Databases,
@@ -84,12 +94,12 @@ impl Target {
 
     /// A client of order-service as the receiver of inventory's replies, connected when first used.
     pub fn reply_receiver(&self) -> EventReceiverClient<Channel> {
-        EventReceiverClient::new(Endpoint::from(self.order_service.clone()).connect_lazy())
+        EventReceiverClient::new(Endpoint::from(self.order_events.clone()).connect_lazy())
     }
 
     /// A client of inventory-service as the receiver of events, connected when first used.
     pub fn receiver(&self) -> EventReceiverClient<Channel> {
-        EventReceiverClient::new(Endpoint::from(self.inventory_service.clone()).connect_lazy())
+        EventReceiverClient::new(Endpoint::from(self.inventory_events.clone()).connect_lazy())
     }
 }
 

@@ -47,8 +47,8 @@ pub struct Arguments {
     #[arg(long, env = "POSTGRES_PORT", value_name = "PORT")]
     port: Option<u16>,
     /// First of the ports of order-service, inventory-service, the two relays, loyalty-service and PostgreSQL [default: 50051
-    /// to 50055 and 5433]. The services' ports for operators are 1000 more than theirs
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64530))]
+    /// to 50055 and 5433]. The services' ports for operators are 1000 more than theirs, and those for relays 2000 more
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=63530))]
     ports_from: Option<u16>,
 }
 
@@ -127,10 +127,10 @@ fn layout_on(first: u16, server: Server) -> Layout {
     Layout { serves_ops: true, ..Layout::on_ports_from(first, server, Path::new(LOGS)) }
 }
 
-/// The port of a service and its port for operators, which are one if it is a relay.
+/// The ports of a service for callers, operators and relays, which are one if it is a relay.
 fn ports_of(service: Service, first: u16) -> Vec<u16> {
     let port = service.port_from(first);
-    let mut ports = vec![port, service.ops_port(port)];
+    let mut ports = vec![port, service.ops_port(port), service.events_port(port)];
     ports.dedup();
     ports
 }
@@ -283,11 +283,11 @@ mod tests {
         if env::var_os("POSTGRES_PORT").is_none() {
             assert_eq!(ports(&[]), (50051, 5433));
             assert_eq!(ports(&["--ports-from", "60000"]), (60000, 60005));
-            assert_eq!(ports(&["--ports-from", "64530"]), (64530, 64535));
+            assert_eq!(ports(&["--ports-from", "63530"]), (63530, 63535));
         }
         assert_eq!(ports(&["--port", "7000"]), (50051, 7000));
         assert_eq!(ports(&["--ports-from", "60000", "--port", "7000"]), (60000, 7000));
-        assert!(CommandLine::try_parse_from(["up", "--ports-from", "64531"]).is_err());
+        assert!(CommandLine::try_parse_from(["up", "--ports-from", "63531"]).is_err());
     }
 
     #[test]
@@ -297,7 +297,9 @@ mod tests {
         let message = checked(&own, "").expect_err("a shared port").to_string();
         assert!(message.starts_with("--port 50052 is also the port of inventory-service: choose another"), "{message}");
         assert!(checked(&own, "postgres://elsewhere").is_ok(), "an existing server has a port already");
-        for (port, refused) in [("5999", false), ("6000", true), ("6004", true), ("6005", false), ("7004", true)] {
+        for (port, refused) in
+            [("5999", false), ("6000", true), ("6004", true), ("6005", false), ("7004", true), ("8001", true)]
+        {
             assert_eq!(checked(&["--ports-from", "6000", "--port", port], "").is_err(), refused, "{port}");
         }
     }
@@ -327,6 +329,8 @@ mod tests {
         for export in [
             "    export ORDER_SERVICE_URL='http://127.0.0.1:60000'\n",
             "    export INVENTORY_SERVICE_URL='http://127.0.0.1:60001'\n",
+            "    export ORDER_EVENTS_URL='http://127.0.0.1:62000'\n",
+            "    export INVENTORY_EVENTS_URL='http://127.0.0.1:62001'\n",
             "    export ORDERS_DATABASE_URL='postgres://orders_owner:orders_owner@127.0.0.1:60005/orders'\n",
             "    export INVENTORY_DATABASE_URL='postgres://inventory_owner:inventory_owner@127.0.0.1:60005/inventory'\n",
             "    export LOYALTY_DATABASE_URL='postgres://loyalty_owner:loyalty_owner@127.0.0.1:60005/loyalty'\n",

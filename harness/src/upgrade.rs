@@ -63,6 +63,7 @@ pub struct Arguments {
 }
 
 /// The system with the programs of one version.
+#[derive(Clone)]
 struct Version {
     name: &'static str,
     layout: Layout,
@@ -76,11 +77,15 @@ impl Version {
         let help = Command::new(&relay).args(["subscribe", "--help"]).output().await;
         let subscribes = help.with_context(|| format!("cannot run {}", relay.display()))?.status.success();
         layout.programs = Some(programs.to_owned());
-        if !subscribes {
-            // A route whose events never come does nothing, so both relays can have both.
-            let (inventory, orders) = (layout.inventory_service, layout.order_service);
-            let routes = format!("orders.v1.*=http://{inventory},inventory.v1.*=http://{orders}");
-            layout.settings.push(("RELAY_ROUTES".into(), routes));
+        let service = programs.join("order-service");
+        let help = Command::new(&service).args(["serve", "--help"]).output().await;
+        let help = help.with_context(|| format!("cannot run {}", service.display()))?.stdout;
+        // Earlier services take events where they take calls.
+        if !String::from_utf8_lossy(&help).contains("--events-listen") {
+            (layout.order_events, layout.inventory_events) = (layout.order_service, layout.inventory_service);
+            if let Some(loyalty) = &mut layout.loyalty {
+                loyalty.events = loyalty.address;
+            }
         }
         Ok(Self { name, layout, subscribes })
     }
@@ -125,15 +130,14 @@ async fn upgrade(arguments: &Arguments) -> Result<()> {
     bootstrap(&server).await?;
     create_databases(&server).await?;
     let layout = Layout::on_free_ports(server, "orders", "inventory", Path::new(LOGS))?;
+    let mut earlier = Version::new("the earlier version", layout.clone(), &arguments.from).await?;
+    let mut later = Version::new("the later version", layout.clone(), to).await?;
     // loyalty is the second subscriber, and there can be none while processes without subscriptions run.
-    let without = Version::new("the earlier version", layout.clone(), &arguments.from).await?;
-    let earlier = if without.subscribes && arguments.from.join("loyalty-service").is_file() {
-        Version { layout: without.layout.with_loyalty("loyalty", free_port()?), ..without }
-    } else {
-        without
-    };
-    let later = Layout { settings: Vec::new(), ..earlier.layout.clone() };
-    let later = Version::new("the later version", later, to).await?;
+    if earlier.subscribes && arguments.from.join("loyalty-service").is_file() {
+        let layout = layout.with_loyalty("loyalty", [free_port()?, free_port()?]);
+        earlier = Version::new(earlier.name, layout.clone(), &arguments.from).await?;
+        later = Version::new(later.name, layout, to).await?;
+    }
     match arguments.fill_orders {
         Some(orders) => {
             full_tables::migrate(&earlier, &later, orders, arguments.fill_events, arguments.pace).await?;
@@ -146,25 +150,69 @@ async fn upgrade(arguments: &Arguments) -> Result<()> {
 /// The processes that run, and what they bear.
 struct Running {
     processes: HashMap<&'static str, Process>,
+    /// The version that each process is of.
+    versions: HashMap<&'static str, Version>,
     load: Load,
 }
 
 impl Running {
     async fn start(version: &Version, services: &[Service], pace: Pace) -> Result<Self> {
-        let mut processes = HashMap::new();
-        for service in services {
-            processes.insert(service.name(), version.layout.start(*service).await?);
-        }
         let load = Load::start(&version.layout.target()?, pace);
-        Ok(Self { processes, load })
+        let mut running = Self { processes: HashMap::new(), versions: HashMap::new(), load };
+        for service in services {
+            running.versions.insert(service.name(), version.clone());
+        }
+        for service in services {
+            running.start_again(*service).await?;
+        }
+        Ok(running)
+    }
+
+    /// Starts a process of its version, in place of the one that runs.
+    async fn start_again(&mut self, service: Service) -> Result<()> {
+        stop(self.processes.remove(service.name())).await?;
+        let process = self.layout_of(service).start(service).await?;
+        self.processes.insert(service.name(), process);
+        Ok(())
+    }
+
+    /// Where a process finds the others. A relay delivers to where its receivers take events now, whatever version they are of.
+    fn layout_of(&self, service: Service) -> Layout {
+        let version = &self.versions[service.name()];
+        let mut layout = version.layout.clone();
+        if service.owns_database() {
+            return layout;
+        }
+        let of = |receiver: Service| self.versions.get(receiver.name()).map(|version| &version.layout);
+        for (receiver, events) in
+            [(Service::Orders, &mut layout.order_events), (Service::Inventory, &mut layout.inventory_events)]
+        {
+            let now = of(receiver).and_then(|layout| layout.events_address(receiver).ok().flatten());
+            *events = now.unwrap_or(*events);
+        }
+        if let (Some(loyalty), Some(now)) = (&mut layout.loyalty, of(Service::Loyalty)) {
+            loyalty.events = now.loyalty.as_ref().map_or(loyalty.events, |now| now.events);
+        }
+        if !version.subscribes {
+            // A route whose events never come does nothing, so both relays can have both.
+            let (inventory, orders) = (layout.inventory_events, layout.order_events);
+            let routes = format!("orders.v1.*=http://{inventory},inventory.v1.*=http://{orders}");
+            layout.settings.push(("RELAY_ROUTES".into(), routes));
+        }
+        layout
     }
 
     /// Replaces the processes one at a time. After each, a new order gets through.
     async fn replace(&mut self, version: &Version, services: impl IntoIterator<Item = Service>) -> Result<()> {
         for service in services {
-            let Some(process) = self.processes.remove(service.name()) else { continue };
-            stop([process]).await?;
-            self.processes.insert(service.name(), version.layout.start(service).await?);
+            let Some(before) = self.versions.get(service.name()).cloned() else { continue };
+            self.versions.insert(service.name(), version.clone());
+            self.start_again(service).await?;
+            // Events for it wait until its relay looks for it elsewhere.
+            if before.layout.events_address(service)? != version.layout.events_address(service)? {
+                self.start_again(Service::OrdersRelay).await?;
+                self.start_again(Service::InventoryRelay).await?;
+            }
             self.load.gets_through().await.with_context(|| format!("after {} of {}", service.name(), version.name))?;
             self.say(&format!("{} is of {}", service.name(), version.name));
         }
@@ -203,7 +251,7 @@ async fn roll(earlier: &Version, later: &Version, pace: Pace) -> Result<()> {
 }
 
 async fn check(later: &Version, running: Running) -> Result<()> {
-    let Running { processes, load } = running;
+    let Running { processes, load, .. } = running;
     let databases = later.layout.target()?.databases;
     let placed = load.stop().await?;
     let drained = wait_until_delivered(&databases, DRAIN_LIMIT).await?;

@@ -18,7 +18,9 @@ mod write_batch;
 
 use std::net::SocketAddr;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, RunError, ServeSettings, Services};
+use chassis::{
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
+};
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
 use proto::{
@@ -43,9 +45,13 @@ pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
 /// Settings of the serving process.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Address to serve gRPC on.
+    /// Address for callers: its API over gRPC.
     #[arg(long, env = "INVENTORY_SERVICE_LISTEN", default_value = "127.0.0.1:50052")]
     pub listen: SocketAddr,
+    /// Address for relays: EventReceiver over gRPC. Whoever reaches it can pretend to be the source of events, so it is
+    /// never that of callers. Let relays alone reach it.
+    #[arg(long, env = "INVENTORY_SERVICE_EVENTS_LISTEN", default_value = "127.0.0.1:52052")]
+    pub events_listen: SocketAddr,
     /// Address for operators and their tools, over HTTP: /livez, /readyz and /metrics. Off by default. There is no
     /// authentication, so bind it to loopback or to a network of your own.
     #[arg(long, env = "INVENTORY_SERVICE_OPS_LISTEN")]
@@ -67,11 +73,15 @@ pub struct Settings {
     pub end: EndSettings,
 }
 
-/// Serves on `listener` until the end that `shutdown` announces.
+/// Serves callers on the first socket and relays on the second, until the end that `shutdown` announces.
 ///
 /// # Errors
 /// [`RunError`].
-pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(
+    [api, events]: [TcpListener; 2],
+    settings: Settings,
+    shutdown: CancellationToken,
+) -> Result<(), RunError> {
     info!(?settings, "inventory-service starts");
     let ending = Ending::after(shutdown, &settings.end);
     let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
@@ -83,13 +93,15 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
         Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
-    let routes = Routes::new(receiver).add_service(inventory);
-    let services = Services {
-        routes,
-        names: &[event_receiver_server::SERVICE_NAME, inventory_service_server::SERVICE_NAME],
-        descriptors: proto::DESCRIPTORS,
+    let listen = |socket, routes, names| {
+        let services = Services { routes, names, descriptors: proto::DESCRIPTORS };
+        Listener { socket, services }
     };
-    chassis::serve(listener, &settings.serve, services, &database, &ops, ending).await?;
+    let listeners = [
+        listen(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME]),
+        listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
+    ];
+    chassis::serve(listeners, &settings.serve, &database, &ops, ending).await?;
     info!("inventory-service ended");
     Ok(())
 }

@@ -41,8 +41,8 @@ enum Command {
     ///
     /// It prints a line for each event that is lost or refused, and a summary. It exits with 1 if an event is refused.
     #[command(after_long_help = "Examples:
-  inventory-service resend --subscription orders --receiver http://127.0.0.1:50051 --since 2026-11-30T08:00:00Z --dry-run
-  inventory-service resend --subscription orders --receiver http://127.0.0.1:50051 --since 2026-11-30T08:00:00Z \\
+  inventory-service resend --subscription orders --receiver http://127.0.0.1:52051 --since 2026-11-30T08:00:00Z --dry-run
+  inventory-service resend --subscription orders --receiver http://127.0.0.1:52051 --since 2026-11-30T08:00:00Z \\
     --reason 'orders was restored to its state of 08:10'")]
     Resend {
         /// The inventory database, as the role inventory_service or as its owner.
@@ -66,7 +66,9 @@ fn main() -> ExitCode {
             chassis::log_to_stdout();
         }
         match command {
-            Command::Serve(settings) => serve_until_signal(settings.listen, settings, inventory_service::run).await?,
+            Command::Serve(settings) => {
+                serve_until_signal([settings.listen, settings.events_listen], settings, inventory_service::run).await?;
+            }
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }

@@ -7,7 +7,9 @@ mod grpc;
 
 use std::net::SocketAddr;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, RunError, ServeSettings, Services};
+use chassis::{
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
+};
 use clap::Args;
 use outbox::{InboxSettings, Receiver};
 use proto::{
@@ -31,9 +33,13 @@ pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
 /// Settings of the serving process.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Address to serve gRPC on.
+    /// Address for callers: its API over gRPC.
     #[arg(long, env = "LOYALTY_SERVICE_LISTEN", default_value = "127.0.0.1:50055")]
     pub listen: SocketAddr,
+    /// Address for relays: EventReceiver over gRPC. Whoever reaches it can pretend to be the source of events, so it is
+    /// never that of callers. Let relays alone reach it.
+    #[arg(long, env = "LOYALTY_SERVICE_EVENTS_LISTEN", default_value = "127.0.0.1:52055")]
+    pub events_listen: SocketAddr,
     /// Address for operators and their tools, over HTTP: /livez, /readyz and /metrics. Off by default. There is no
     /// authentication, so bind it to loopback or to a network of your own.
     #[arg(long, env = "LOYALTY_SERVICE_OPS_LISTEN")]
@@ -55,11 +61,15 @@ pub struct Settings {
     pub end: EndSettings,
 }
 
-/// Serves on `listener` until the end that `shutdown` announces.
+/// Serves callers on the first socket and relays on the second, until the end that `shutdown` announces.
 ///
 /// # Errors
 /// [`RunError`].
-pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(
+    [api, events]: [TcpListener; 2],
+    settings: Settings,
+    shutdown: CancellationToken,
+) -> Result<(), RunError> {
     info!(?settings, "loyalty-service starts");
     let ending = Ending::after(shutdown, &settings.end);
     let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
@@ -69,12 +79,15 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let loyalty = LoyaltyServiceServer::new(grpc::Loyalty { database: database.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
-    let services = Services {
-        routes: Routes::new(receiver).add_service(loyalty),
-        names: &[event_receiver_server::SERVICE_NAME, loyalty_service_server::SERVICE_NAME],
-        descriptors: proto::DESCRIPTORS,
+    let listen = |socket, routes, names| {
+        let services = Services { routes, names, descriptors: proto::DESCRIPTORS };
+        Listener { socket, services }
     };
-    chassis::serve(listener, &settings.serve, services, &database, &ops, ending).await?;
+    let listeners = [
+        listen(api, Routes::new(loyalty), &[loyalty_service_server::SERVICE_NAME]),
+        listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
+    ];
+    chassis::serve(listeners, &settings.serve, &database, &ops, ending).await?;
     info!("loyalty-service ended");
     Ok(())
 }

@@ -32,7 +32,9 @@ fn main() -> ExitCode {
     chassis::main(async |command| {
         chassis::log_to_stdout();
         match command {
-            Command::Serve(settings) => serve_until_signal(settings.listen, settings, loyalty_service::run).await?,
+            Command::Serve(settings) => {
+                serve_until_signal([settings.listen, settings.events_listen], settings, loyalty_service::run).await?;
+            }
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }

@@ -17,7 +17,9 @@ mod watch_order;
 
 use std::{net::SocketAddr, time::Duration};
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Ops, RunError, ServeSettings, Services};
+use chassis::{
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
+};
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
 use proto::{
@@ -42,9 +44,13 @@ pub static MIGRATORS: [&Migrator; 2] = [&outbox::MIGRATOR, &MIGRATOR];
 /// Settings of the serving process.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Address to serve gRPC on.
+    /// Address for callers: its API over gRPC.
     #[arg(long, env = "ORDER_SERVICE_LISTEN", default_value = "127.0.0.1:50051")]
     pub listen: SocketAddr,
+    /// Address for relays: EventReceiver over gRPC. Whoever reaches it can pretend to be the source of events, so it is
+    /// never that of callers. Let relays alone reach it.
+    #[arg(long, env = "ORDER_SERVICE_EVENTS_LISTEN", default_value = "127.0.0.1:52051")]
+    pub events_listen: SocketAddr,
     /// Address for operators and their tools, over HTTP: /livez, /readyz and /metrics. Off by default. There is no
     /// authentication, so bind it to loopback or to a network of your own.
     #[arg(long, env = "ORDER_SERVICE_OPS_LISTEN")]
@@ -73,11 +79,15 @@ pub struct Settings {
     pub end: EndSettings,
 }
 
-/// Serves on `listener` until the end that `shutdown` announces.
+/// Serves callers on the first socket and relays on the second, until the end that `shutdown` announces.
 ///
 /// # Errors
 /// [`RunError`].
-pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run(
+    [api, events]: [TcpListener; 2],
+    settings: Settings,
+    shutdown: CancellationToken,
+) -> Result<(), RunError> {
     info!(?settings, "order-service starts");
     let ending = Ending::after(shutdown, &settings.end);
     let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
@@ -96,12 +106,15 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
     let orders = OrderServiceServer::new(grpc::Orders { database: database.clone(), intake, relay, status, watchers })
         .accept_compressed(CompressionEncoding::Gzip);
-    let services = Services {
-        routes: Routes::new(receiver).add_service(orders),
-        names: &[event_receiver_server::SERVICE_NAME, order_service_server::SERVICE_NAME],
-        descriptors: proto::DESCRIPTORS,
+    let listen = |socket, routes, names| {
+        let services = Services { routes, names, descriptors: proto::DESCRIPTORS };
+        Listener { socket, services }
     };
-    chassis::serve(listener, &settings.serve, services, &database, &ops, ending).await?;
+    let listeners = [
+        listen(api, Routes::new(orders), &[order_service_server::SERVICE_NAME]),
+        listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
+    ];
+    chassis::serve(listeners, &settings.serve, &database, &ops, ending).await?;
     info!("order-service ended");
     Ok(())
 }

@@ -34,8 +34,8 @@ enum Command {
     ///
     /// It prints a line for each event that is lost or refused, and a summary. It exits with 1 if an event is refused.
     #[command(after_long_help = "Examples:
-  order-service resend --subscription inventory --receiver http://127.0.0.1:50052 --since 2026-11-30T08:00:00Z --dry-run
-  order-service resend --subscription inventory --receiver http://127.0.0.1:50052 --since 2026-11-30T08:00:00Z \\
+  order-service resend --subscription inventory --receiver http://127.0.0.1:52052 --since 2026-11-30T08:00:00Z --dry-run
+  order-service resend --subscription inventory --receiver http://127.0.0.1:52052 --since 2026-11-30T08:00:00Z \\
     --reason 'inventory was restored to its state of 08:10'")]
     Resend {
         /// The orders database, as the role order_service or as its owner.
@@ -59,7 +59,9 @@ fn main() -> ExitCode {
             chassis::log_to_stdout();
         }
         match command {
-            Command::Serve(settings) => serve_until_signal(settings.listen, settings, order_service::run).await?,
+            Command::Serve(settings) => {
+                serve_until_signal([settings.listen, settings.events_listen], settings, order_service::run).await?;
+            }
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }

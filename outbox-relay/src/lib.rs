@@ -93,7 +93,7 @@ static MIGRATORS: [&Migrator; 1] = [&outbox::MIGRATOR];
 ///
 /// # Errors
 /// [`RunError`].
-pub async fn run(listener: TcpListener, settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
+pub async fn run([ops]: [TcpListener; 1], settings: Settings, shutdown: CancellationToken) -> Result<(), RunError> {
     info!(?settings, "outbox-relay starts");
     if let Some([one, _]) = find_pair(&settings.routes, |one, other| one.subscription == other.subscription) {
         let name = &one.subscription;
@@ -110,7 +110,7 @@ pub async fn run(listener: TcpListener, settings: Settings, shutdown: Cancellati
     // Operators see it until its work has ended.
     let work_ended = CancellationToken::new();
     let drained = settings.serve.drained(&shutdown);
-    let mut ops = Ops::serve(listener, &settings.serve, work_ended.clone().cancelled_owned(), drained);
+    let mut ops = Ops::serve(ops, &settings.serve, work_ended.clone().cancelled_owned(), drained);
     measure::describe();
     if !settings.ops_listen.ip().is_loopback() && settings.token_file.is_none() {
         warn!(

@@ -65,7 +65,7 @@ fn main() -> ExitCode {
             Command::Serve(settings) => {
                 chassis::log_to_stdout();
                 refuse_old_names();
-                match serve_until_signal(settings.ops_listen, *settings, outbox_relay::run).await {
+                match serve_until_signal([settings.ops_listen], *settings, outbox_relay::run).await {
                     Err(wrong @ RunError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
                     ended => ended?,
                 }

@@ -58,11 +58,11 @@ impl FromStr for RouteSettings {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (subscription, receiver) =
-            text.split_once('=').ok_or("not a route; it looks like NAME=URL, such as inventory=http://host:50052")?;
+            text.split_once('=').ok_or("not a route; it looks like NAME=URL, such as inventory=http://host:52052")?;
         let subscription = subscription.trim();
         if !is_name(subscription) {
             return Err("not the name of a subscription, which has only a-z, 0-9 and -; a route looks like \
-                        inventory=http://host:50052, after `outbox-relay subscribe inventory 'orders.v1.*'`");
+                        inventory=http://host:52052, after `outbox-relay subscribe inventory 'orders.v1.*'`");
         }
         let uri = receiver.trim().parse::<Uri>().ok().filter(|uri| {
             // The URL appears in logs and in the status. A password in it would leak there, and have no effect.
@@ -71,7 +71,7 @@ impl FromStr for RouteSettings {
             let path = uri.path() != "/" || uri.query().is_some();
             uri.scheme_str() == Some("http") && uri.host().is_some() && !credentials && !path
         });
-        let receiver = uri.ok_or("not the URL of a receiver; it looks like http://host:50052, without a path")?;
+        let receiver = uri.ok_or("not the URL of a receiver; it looks like http://host:52052, without a path")?;
         Ok(Self { subscription: subscription.to_owned(), receiver })
     }
 }

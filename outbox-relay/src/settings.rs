@@ -23,7 +23,7 @@ pub struct Settings {
     /// ten times a second, and what a dead relay had leased waits until its leases expire.
     #[arg(long, env = "RELAY_LISTEN_DATABASE_URL", hide_env_values = true)]
     pub listen_database_url: Option<DatabaseUrl>,
-    /// Receiver of a subscription, as NAME=URL, such as inventory=http://host:50052. Repeat the flag for more
+    /// Receiver of a subscription, as NAME=URL, such as inventory=http://host:52052. Repeat the flag for more
     /// subscriptions: each has its own queue. `outbox-relay subscribe` makes a subscription.
     #[arg(long = "route", env = "RELAY_ROUTES", value_name = "NAME=URL", value_delimiter = ',', required = true)]
     pub routes: Vec<RouteSettings>,

@@ -39,7 +39,7 @@ pub struct ResendArguments {
     /// Name of the subscription whose receiver has lost events.
     #[arg(long, value_name = "NAME")]
     subscription: String,
-    /// URL of that receiver, such as http://host:50052. It is asked what it remembers.
+    /// URL of that receiver, such as http://host:52052. It is asked what it remembers.
     #[arg(long, value_name = "URL", value_parser = parse_receiver)]
     receiver: Uri,
     /// Look at the events that were enqueued since this time, such as 2026-11-30T08:00:00Z. Take a time before that of the
@@ -66,7 +66,7 @@ pub struct ResendArguments {
 
 fn parse_receiver(text: &str) -> Result<Uri, &'static str> {
     let uri = text.parse::<Uri>().ok().filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some());
-    uri.ok_or("must look like http://host:50052")
+    uri.ok_or("must look like http://host:52052")
 }
 
 fn parse_time(text: &str) -> Result<OffsetDateTime, &'static str> {

@@ -77,8 +77,8 @@ impl System {
     async fn resend(&self, service: Service, flags: &[&str]) -> String {
         let layout = &self.site.layout;
         let (role, database, subscription, receiver) = match service {
-            Service::Orders => ("order_service", &layout.orders, "inventory", layout.inventory_service),
-            _ => ("inventory_service", &layout.inventory, "orders", layout.order_service),
+            Service::Orders => ("order_service", &layout.orders, "inventory", layout.inventory_events),
+            _ => ("inventory_service", &layout.inventory, "orders", layout.order_events),
         };
         let (url, receiver) = (layout.server.url_for(role, database), format!("http://{receiver}"));
         let mut command = Command::new(binary(service.name()).unwrap());

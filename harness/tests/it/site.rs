@@ -31,7 +31,7 @@ impl Site {
         let scratch = Scratch::new();
         let mut layout = Layout::on_free_ports(server, orders.name(), inventory.name(), &scratch).unwrap();
         if let Some(loyalty) = &loyalty {
-            layout = layout.with_loyalty(loyalty.name(), free_port().unwrap());
+            layout = layout.with_loyalty(loyalty.name(), [free_port().unwrap(), free_port().unwrap()]);
         }
         layout.settings.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         layout.prepare().await.unwrap();

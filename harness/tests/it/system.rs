@@ -21,7 +21,7 @@ use tokio::{
 use crate::site::Site;
 
 const LOAD: Load = Load { orders: 1500, concurrency: 16, retry_for: Duration::from_secs(30) };
-const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 const KILLS: u32 = 4;
 
 /// A system of its own for one test.

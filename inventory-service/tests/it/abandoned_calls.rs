@@ -78,7 +78,7 @@ async fn give_up_and_deliver_again(batches: &str) {
 
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
-        clients.push(Client::connect(inventory.address).await);
+        clients.push(Client::connect(inventory.addresses).await);
     }
     let mut given_up = 0;
     // In rounds, since a later call on the same connection may end a transaction that was left open.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use proto::{
-    events::v1::{DeliverRequest, Event, event_receiver_client::EventReceiverClient},
+    events::v1::{DeliverRequest, Event, event_receiver_client::EventReceiverClient, event_receiver_server},
     inventory::v1::{
         AdjustStockRequest, GetStockRequest, ListStockRequest, ListStockResponse,
         inventory_service_client::InventoryServiceClient,
@@ -15,16 +15,26 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-/// One connection to the service. Clones share it.
+/// One connection to each listener of the service. Clones share them.
 #[derive(Clone)]
 pub(crate) struct Client {
+    /// To what callers use.
     pub(crate) channel: Channel,
+    /// To what relays use.
+    pub(crate) events: Channel,
 }
 
 impl Client {
-    pub(crate) async fn connect(address: SocketAddr) -> Self {
-        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
-        Self { channel }
+    pub(crate) async fn connect([api, events]: [SocketAddr; 2]) -> Self {
+        let connect =
+            async |address| Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        Self { channel: connect(api).await, events: connect(events).await }
+    }
+
+    /// The connection to the listener that has this service.
+    pub(crate) fn to(&self, service: &str) -> Channel {
+        let channel = if service == event_receiver_server::SERVICE_NAME { &self.events } else { &self.channel };
+        channel.clone()
     }
 
     /// Returns the outcome of each event: `APPLIED`, `DUPLICATE`, or `REJECTED` with the reason.
@@ -35,7 +45,7 @@ impl Client {
 
     pub(crate) async fn deliver_request(&self, request: Request<DeliverRequest>) -> Result<Vec<String>, Status> {
         let sent: Vec<String> = request.get_ref().events.iter().map(|event| event.id.clone()).collect();
-        let response = EventReceiverClient::new(self.channel.clone()).deliver(request).await?;
+        let response = EventReceiverClient::new(self.events.clone()).deliver(request).await?;
         let results = response.into_inner().results;
         let answered: Vec<&String> = results.iter().map(|result| &result.event_id).collect();
         assert_eq!(answered, sent.iter().collect::<Vec<_>>(), "one result per event, in the order of the request");

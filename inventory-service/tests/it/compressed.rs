@@ -15,7 +15,8 @@ async fn compressed_requests_are_read() {
     inventory.put_in(&[("MUG", 10)]).await;
     let channel = || inventory.client.channel.clone();
     let deliver = DeliverRequest { events: vec![order(&[("MUG", 3)])] };
-    let mut receiver = EventReceiverClient::new(channel()).send_compressed(CompressionEncoding::Gzip);
+    let mut receiver =
+        EventReceiverClient::new(inventory.client.events.clone()).send_compressed(CompressionEncoding::Gzip);
     assert_eq!(receiver.deliver(deliver).await.unwrap().into_inner().results.len(), 1);
     let mut stock = InventoryServiceClient::new(channel()).send_compressed(CompressionEncoding::Gzip);
     let level = stock.get_stock(GetStockRequest { sku: "MUG".into() }).await.unwrap().into_inner();
@@ -34,7 +35,7 @@ async fn a_batch_that_is_too_large_once_decompressed_is_refused_and_leaves_the_c
     let event = order(&[("MUG", 1)]);
     let oversized = Event { data: vec![0; 17 << 20].into(), ..event.clone() };
     let mut client =
-        EventReceiverClient::new(inventory.client.channel.clone()).send_compressed(CompressionEncoding::Gzip);
+        EventReceiverClient::new(inventory.client.events.clone()).send_compressed(CompressionEncoding::Gzip);
 
     let refused = client.deliver(DeliverRequest { events: vec![oversized] }).await.unwrap_err();
 

@@ -52,7 +52,7 @@ async fn deliver_waiting(inventory: &Inventory, batches: Vec<Vec<Event>>) -> Vec
     };
     let calls = tokio::spawn(at_once(batches.into_iter().map(call)));
     // Calls of one connection arrive in order, so those that are answered at once are behind the others.
-    let mut describing = EventReceiverClient::new(inventory.client.channel.clone());
+    let mut describing = EventReceiverClient::new(inventory.client.events.clone());
     for _ in 0..10 {
         describing.describe(DescribeRequest {}).await.unwrap();
     }
@@ -132,7 +132,7 @@ async fn a_caller_that_gives_up_while_it_waits_takes_no_other_along() {
     inventory.wait_for_waiting_sessions(1).await;
     let abandoned = order(&[("MUG", 1)]);
     let (gone, waiting) = (call(abandoned.clone()), call(order(&[("MUG", 1)])));
-    let mut describing = EventReceiverClient::new(inventory.client.channel.clone());
+    let mut describing = EventReceiverClient::new(inventory.client.events.clone());
     for round in 0..20 {
         if round == 10 {
             gone.abort();
@@ -215,7 +215,7 @@ async fn deliver_shuffled(client: Client, mut events: Vec<Event>, seed: u64, sta
 async fn connect_all(inventory: &Inventory) -> Vec<Client> {
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
-        clients.push(Client::connect(inventory.address).await);
+        clients.push(Client::connect(inventory.addresses).await);
     }
     clients
 }
@@ -341,7 +341,7 @@ async fn stock_is_conserved_under_orders_and_adjustments_at_once() {
     inventory.put_in(&SKUS.map(|sku| (sku, 50))).await;
     let mut calls = Vec::new();
     for seed in 0..CLIENTS {
-        calls.push(sell_and_adjust(Client::connect(inventory.address).await, seed));
+        calls.push(sell_and_adjust(Client::connect(inventory.addresses).await, seed));
     }
     let adjusted = at_once(calls).await;
 

@@ -6,7 +6,7 @@ use tonic::Code;
 use crate::{client::refusal, inventory::Inventory, orders::order};
 
 async fn describe(inventory: &Inventory) -> DescribeResponse {
-    let mut client = EventReceiverClient::new(inventory.client.channel.clone());
+    let mut client = EventReceiverClient::new(inventory.client.events.clone());
     client.describe(DescribeRequest {}).await.unwrap().into_inner()
 }
 

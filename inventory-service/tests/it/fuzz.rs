@@ -233,7 +233,7 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         let sent = Damage::of(damage.as_ref(), batch.encode_to_vec());
         let decoded = DeliverRequest::decode(sent.clone());
         let path = "/events.v1.EventReceiver/Deliver";
-        match call(&inventory.client.channel, path, Request::new(sent.clone())).await {
+        match call(&inventory.client.events, path, Request::new(sent.clone())).await {
             Ok(answer) => {
                 is_result_of_each(&decoded.unwrap().events, &DeliverResponse::decode(answer.into_inner()).unwrap());
             }

@@ -40,10 +40,19 @@ pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     Cli::parse_from(given.chain(flags)).settings
 }
 
+/// For callers, and for relays.
+pub(crate) async fn sockets() -> [TcpListener; 2] {
+    let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+    [bind().await, bind().await]
+}
+
 /// The running service and its database.
 pub(crate) struct Inventory {
     pub(crate) client: Client,
+    /// For callers.
     pub(crate) address: SocketAddr,
+    /// For callers, and for relays.
+    pub(crate) addresses: [SocketAddr; 2],
     pub(crate) shutdown: CancellationToken,
     /// The superuser's connections.
     pub(crate) pool: PgPool,
@@ -60,12 +69,12 @@ impl Inventory {
     /// The same on a given database.
     pub(crate) async fn serve_on(database: TestDatabase, flags: &[&str]) -> Self {
         let pool = database.pool().await;
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let sockets = sockets().await;
+        let addresses = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
         let shutdown = CancellationToken::new();
-        let running = tokio::spawn(inventory_service::run(listener, settings(&database, flags), shutdown.clone()));
-        let client = Client::connect(address).await;
-        let inventory = Self { client, address, shutdown, pool, database, running };
+        let running = tokio::spawn(inventory_service::run(sockets, settings(&database, flags), shutdown.clone()));
+        let (client, [address, _]) = (Client::connect(addresses).await, addresses);
+        let inventory = Self { client, address, addresses, shutdown, pool, database, running };
         for service in SERVICES {
             eventually("the service serves", async || inventory.health(service).await == Some(ServingStatus::Serving))
                 .await;
@@ -94,7 +103,7 @@ impl Inventory {
     /// `None` if health does not know the service.
     pub(crate) async fn health(&self, service: &str) -> Option<ServingStatus> {
         let request = HealthCheckRequest { service: service.into() };
-        let answer = HealthClient::new(self.client.channel.clone()).check(request).await.ok()?;
+        let answer = HealthClient::new(self.client.to(service)).check(request).await.ok()?;
         Some(answer.into_inner().status())
     }
 

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::{client::refusal, inventory::Inventory, orders::order};
 
 async fn recall(inventory: &Inventory, ids: &[String]) -> Result<Vec<RecalledEvent>, Status> {
-    let mut client = EventReceiverClient::new(inventory.client.channel.clone());
+    let mut client = EventReceiverClient::new(inventory.client.events.clone());
     Ok(client.recall(RecallRequest { event_ids: ids.to_vec() }).await?.into_inner().events)
 }
 

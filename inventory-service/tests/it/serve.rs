@@ -1,10 +1,8 @@
 use chassis::RunError;
 use testkit::TestDatabase;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    time::timeout,
-};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_reflection::pb::v1::{
     ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
@@ -13,13 +11,13 @@ use tonic_reflection::pb::v1::{
 use uuid::Uuid;
 
 use crate::{
-    client::refusal,
-    inventory::{Inventory, LIMIT, SERVICES, eventually, settings},
+    client::{Client, refusal},
+    inventory::{Inventory, LIMIT, SERVICES, eventually, settings, sockets},
     orders::order,
 };
 
 #[tokio::test]
-async fn health_and_reflection_name_both_services() {
+async fn health_and_reflection_of_each_listener_name_its_service() {
     let inventory = Inventory::serve(&[]).await;
     for service in SERVICES {
         assert_eq!(inventory.health(service).await, Some(ServingStatus::Serving), "{service:?}");
@@ -27,19 +25,34 @@ async fn health_and_reflection_name_both_services() {
     assert_eq!(inventory.health("orders.v1.OrderService").await, None);
     chassis::healthcheck(inventory.address).await.unwrap();
 
-    let request = ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(MessageRequest::ListServices(String::new())),
-    };
-    let mut client = ServerReflectionClient::new(inventory.client.channel.clone());
-    let mut answers = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
-    let answer = answers.message().await.unwrap().unwrap().message_response;
-    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
-    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
     for service in &SERVICES[1..] {
-        assert!(names.contains(service), "{service} in {names:?}");
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut client = ServerReflectionClient::new(inventory.client.to(service));
+        let mut answers = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+        let answer = answers.message().await.unwrap().unwrap().message_response;
+        let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
+        let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+        let of_ours: Vec<_> = SERVICES[1..].iter().filter(|service| names.contains(service)).collect();
+        assert_eq!(of_ours, [service], "{names:?}");
     }
-    drop(answers);
+    inventory.stop().await;
+}
+
+/// Whoever may ask for stock cannot reserve it as if an order had been placed.
+#[tokio::test]
+async fn callers_cannot_deliver_events_and_relays_cannot_adjust_stock() {
+    let inventory = Inventory::serve(&[]).await;
+    inventory.put_in(&[("MUG", 10)]).await;
+    let Client { channel, events } = inventory.client.clone();
+    let crossed = Client { channel: events, events: channel };
+    let refused = crossed.deliver([&order(&[("MUG", 3)])]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
+    let refused = crossed.adjust_stock(&Uuid::new_v4().to_string(), "MUG", 5).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
+    assert_eq!(inventory.client.get_stock("MUG").await.unwrap(), 10);
     inventory.stop().await;
 }
 
@@ -104,9 +117,8 @@ async fn a_database_without_the_schema_is_refused() {
     let database = TestDatabase::create("inventory_owner", &[&outbox::MIGRATOR]).await;
     let pool = database.pool().await;
     sqlx::query("GRANT SELECT ON ALL TABLES IN SCHEMA public TO inventory_service").execute(&pool).await.unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
 
-    let run = inventory_service::run(listener, settings(&database, &[]), CancellationToken::new());
+    let run = inventory_service::run(sockets().await, settings(&database, &[]), CancellationToken::new());
     let error = timeout(LIMIT, run).await.expect("it does not serve").unwrap_err();
 
     assert!(matches!(error, RunError::Schema(_)), "{error:?}");

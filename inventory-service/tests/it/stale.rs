@@ -24,7 +24,7 @@ async fn set_pruned(inventory: &Inventory, columns: &str) {
 #[tokio::test]
 async fn the_receiver_reports_its_retention() {
     let inventory = Inventory::serve(&DAY).await;
-    let mut client = EventReceiverClient::new(inventory.client.channel.clone());
+    let mut client = EventReceiverClient::new(inventory.client.events.clone());
     let description = client.describe(DescribeRequest {}).await.unwrap().into_inner();
     let retention = Duration::try_from(description.retention.unwrap()).unwrap();
     assert_eq!(retention, Duration::from_secs(24 * 3600));

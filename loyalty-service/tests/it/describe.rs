@@ -8,7 +8,7 @@ use crate::loyalty::{Loyalty, created};
 #[tokio::test]
 async fn it_names_its_types_and_sources_and_refuses_events_of_other_sources() {
     let loyalty = Loyalty::serve(&["--accept-sources", "order-service"]).await;
-    let mut client = EventReceiverClient::new(loyalty.channel.clone());
+    let mut client = EventReceiverClient::new(loyalty.events.clone());
     let described = client.describe(DescribeRequest {}).await.unwrap().into_inner();
     assert_eq!(described.types, ["orders.v1.OrderCreated", "orders.v1.OrderCancelled"]);
     assert_eq!(described.sources, ["order-service"]);

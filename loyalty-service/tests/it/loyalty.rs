@@ -31,7 +31,10 @@ struct Cli {
 
 /// The running service and its database.
 pub(crate) struct Loyalty {
+    /// To what callers use.
     pub(crate) channel: Channel,
+    /// To what relays use.
+    pub(crate) events: Channel,
     database: TestDatabase,
     shutdown: CancellationToken,
     running: JoinHandle<Result<(), chassis::RunError>>,
@@ -41,15 +44,18 @@ impl Loyalty {
     /// Serves on a free port. The port is open at once, and calls wait until they are served.
     pub(crate) async fn serve(flags: &[&str]) -> Self {
         let database = TestDatabase::create("loyalty_owner", &MIGRATORS).await;
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let sockets = [bind().await, bind().await];
+        let [api, events] = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
         let url = database.url_as("loyalty_service");
         let given = ["loyalty-service", "--database-url", &url, "--lame-duck-seconds", "0"];
         let settings = Cli::parse_from(given.iter().chain(flags)).settings;
         let shutdown = CancellationToken::new();
-        let running = tokio::spawn(loyalty_service::run(listener, settings, shutdown.clone()));
-        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
-        Self { channel, database, shutdown, running }
+        let running = tokio::spawn(loyalty_service::run(sockets, settings, shutdown.clone()));
+        let connect =
+            async |address| Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        let (channel, events) = (connect(api).await, connect(events).await);
+        Self { channel, events, database, shutdown, running }
     }
 
     pub(crate) async fn stop(self) {
@@ -60,7 +66,7 @@ impl Loyalty {
     /// Returns the outcome of each event: `APPLIED`, `DUPLICATE`, or `REJECTED` with the reason.
     pub(crate) async fn deliver<const N: usize>(&self, events: [&Event; N]) -> Result<Vec<String>, Status> {
         let request = DeliverRequest { events: events.into_iter().cloned().collect() };
-        let response = EventReceiverClient::new(self.channel.clone()).deliver(request).await?;
+        let response = EventReceiverClient::new(self.events.clone()).deliver(request).await?;
         let outcomes = response.into_inner().results.into_iter().map(|result| {
             let outcome = result.outcome().as_str_name().trim_start_matches("OUTCOME_");
             format!("{outcome} {}", result.reason).trim_end().to_owned()

@@ -11,7 +11,7 @@ use crate::service::{Service, order_once};
 #[tokio::test]
 async fn it_names_the_types_that_it_handles() {
     let service = Service::start().await;
-    let mut client = EventReceiverClient::new(service.channel.clone());
+    let mut client = EventReceiverClient::new(service.events.clone());
     let described = client.describe(DescribeRequest {}).await.unwrap().into_inner();
     let types = ["inventory.v1.StockReserved", "inventory.v1.StockRejected", "inventory.v1.StockReleased"];
     assert_eq!(described.types, types);
@@ -22,6 +22,6 @@ async fn compressed_requests_are_read() {
     let service = Service::start().await;
     let mut client = OrderServiceClient::new(service.channel.clone()).send_compressed(CompressionEncoding::Gzip);
     client.create_order(order_once()).await.unwrap();
-    let mut client = EventReceiverClient::new(service.channel.clone()).send_compressed(CompressionEncoding::Gzip);
+    let mut client = EventReceiverClient::new(service.events.clone()).send_compressed(CompressionEncoding::Gzip);
     client.describe(DescribeRequest {}).await.unwrap();
 }

@@ -287,7 +287,7 @@ fn deliver_answers_a_result_for_each_event_or_a_declared_refusal() {
         let batch = DeliverRequest { events: repeat(&events, *copies) };
         let sent = Damage::of(damage.as_ref(), batch.encode_to_vec());
         let decoded = DeliverRequest::decode(sent.clone());
-        match call(&service.channel, "/events.v1.EventReceiver/Deliver", Request::new(sent.clone())).await {
+        match call(&service.events, "/events.v1.EventReceiver/Deliver", Request::new(sent.clone())).await {
             Ok(answer) => {
                 is_result_of_each(&decoded.unwrap().events, &DeliverResponse::decode(answer.into_inner()).unwrap());
             }

@@ -1,10 +1,10 @@
 use chassis::{DatabaseUrl, MigrateArguments, RunError, SchemaError};
 use order_service::MIGRATORS;
 use testkit::TestDatabase;
-use tokio::{net::TcpListener, time::timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::service::{LIMIT, ONE_ORDER, Service, order, settings};
+use crate::service::{LIMIT, ONE_ORDER, Service, order, settings, sockets};
 
 async fn migrate(database: &TestDatabase) {
     let url: DatabaseUrl = database.url_as("orders_owner").parse().unwrap();
@@ -20,8 +20,7 @@ async fn serves(database: TestDatabase) {
 
 /// Why the service refuses to serve this database.
 async fn refused(database: &TestDatabase) -> RunError {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let run = order_service::run(listener, settings(database, &[]), CancellationToken::new());
+    let run = order_service::run(sockets().await, settings(database, &[]), CancellationToken::new());
     timeout(LIMIT, run).await.expect("an end").unwrap_err()
 }
 

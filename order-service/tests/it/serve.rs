@@ -1,6 +1,9 @@
 use std::time::{Duration, Instant};
 
-use proto::orders::v1::order_service_server::SERVICE_NAME;
+use proto::{
+    events::v1::{DeliverRequest, event_receiver_client::EventReceiverClient},
+    orders::v1::{OrderStatus, order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME},
+};
 use tokio::{net::TcpStream, time::timeout};
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
@@ -9,7 +12,7 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 
-use crate::service::{LIMIT, ONE_ORDER, Service, order};
+use crate::service::{LIMIT, ONE_ORDER, Service, order, reserved};
 
 #[tokio::test]
 async fn health_knows_the_server_and_the_service_and_no_other_name() {
@@ -19,8 +22,24 @@ async fn health_knows_the_server_and_the_service_and_no_other_name() {
         let answer = health.check(HealthCheckRequest { service: name.into() }).await.unwrap();
         assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
     }
-    let unknown = health.check(HealthCheckRequest { service: "orders.v2.OrderService".into() }).await.unwrap_err();
-    assert_eq!(unknown.code(), Code::NotFound);
+    for other in ["orders.v2.OrderService", "events.v1.EventReceiver"] {
+        let unknown = health.check(HealthCheckRequest { service: other.into() }).await.unwrap_err();
+        assert_eq!(unknown.code(), Code::NotFound);
+    }
+    service.end().await;
+}
+
+/// Whoever may place orders cannot confirm them, as if their stock were reserved.
+#[tokio::test]
+async fn a_forged_answer_of_inventory_is_refused_where_callers_are_served() {
+    let service = Service::start().await;
+    let placed = service.place(order()).await;
+    let request = DeliverRequest { events: vec![reserved(&placed.order_id)] };
+    let forged = EventReceiverClient::new(service.channel.clone()).deliver(request).await.unwrap_err();
+    assert_eq!(forged.code(), Code::Unimplemented, "{forged:?}");
+    assert_eq!(service.get(&placed.order_id).await.status(), OrderStatus::Pending);
+    let by_relay = OrderServiceClient::new(service.events.clone()).create_order(order()).await;
+    assert_eq!(by_relay.unwrap_err().code(), Code::Unimplemented);
     service.end().await;
 }
 

@@ -46,13 +46,22 @@ pub(crate) fn settings(database: &TestDatabase, flags: &[&str]) -> Settings {
     Cli::parse_from(given.iter().chain(&ALWAYS).chain(flags)).settings
 }
 
+/// For callers, and for relays.
+pub(crate) async fn sockets() -> [TcpListener; 2] {
+    let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+    [bind().await, bind().await]
+}
+
 /// The service, served by this process, with a database of its own.
 pub(crate) struct Service {
     pub(crate) database: TestDatabase,
     /// The database, as the superuser.
     pub(crate) pool: PgPool,
     pub(crate) address: SocketAddr,
+    /// To what callers use.
     pub(crate) channel: Channel,
+    /// To what relays use.
+    pub(crate) events: Channel,
     shutdown: CancellationToken,
     running: JoinHandle<Result<(), chassis::RunError>>,
 }
@@ -68,22 +77,23 @@ impl Service {
 
     /// Returns once the service serves.
     pub(crate) async fn start_on(database: TestDatabase, flags: &[&str]) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let sockets = sockets().await;
+        let [address, events] = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
         let shutdown = CancellationToken::new();
-        let running = tokio::spawn(order_service::run(listener, settings(&database, flags), shutdown.clone()));
-        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+        let running = tokio::spawn(order_service::run(sockets, settings(&database, flags), shutdown.clone()));
+        let channel = |address| Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+        let (channel, events) = (channel(address), channel(events));
         let pool = database.pool().await;
-        let service = Self { database, pool, address, channel, shutdown, running };
+        let service = Self { database, pool, address, channel, events, shutdown, running };
         service.becomes(ServingStatus::Serving).await;
         service
     }
 
     /// A second instance on the same database; the database sees another process. It ends with this one.
     pub(crate) async fn start_another(&self) -> OrderServiceClient<Channel> {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        tokio::spawn(order_service::run(listener, settings(&self.database, &PATIENT), self.shutdown.clone()));
+        let sockets = sockets().await;
+        let address = sockets[0].local_addr().unwrap();
+        tokio::spawn(order_service::run(sockets, settings(&self.database, &PATIENT), self.shutdown.clone()));
         OrderServiceClient::connect(format!("http://{address}")).await.unwrap()
     }
 
@@ -114,7 +124,7 @@ impl Service {
     /// reason.
     pub(crate) async fn deliver(&self, events: &[Event]) -> Vec<String> {
         let request = DeliverRequest { events: events.to_vec() };
-        let response = EventReceiverClient::new(self.channel.clone()).deliver(request).await.unwrap();
+        let response = EventReceiverClient::new(self.events.clone()).deliver(request).await.unwrap();
         let outcome = |result: &EventResult| {
             let outcome = result.outcome().as_str_name().trim_start_matches("OUTCOME_");
             format!("{outcome} {}", result.reason).trim_end().to_owned()

@@ -363,7 +363,7 @@ mod tests {
         };
         let route = RelayRoute {
             route: "inventory".into(),
-            receiver: "http://inventory:50052/".into(),
+            receiver: "http://inventory:52052/".into(),
             state: "OPEN".into(),
             ..RelayRoute::default()
         };

@@ -498,7 +498,7 @@ mod tests {
         RelayRoute {
             relay_id: Uuid::from_u64_pair(7, 8).to_string(),
             route: "inventory".into(),
-            receiver: "http://inventory:50052/".into(),
+            receiver: "http://inventory:52052/".into(),
             state: state.into(),
             state_time: Some(Timestamp::default()),
             reason: "no reply".into(),

@@ -48,7 +48,7 @@ impl Relay {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(outbox_relay::run(listener, settings, shutdown.clone()));
+        let task = tokio::spawn(outbox_relay::run([listener], settings, shutdown.clone()));
         Self { address, shutdown, task }
     }
 

@@ -94,7 +94,7 @@ async fn the_status_shows_only_routes_of_relays_that_reported_recently() {
     execute(
         &outbox,
         "INSERT INTO outbox_routes (relay_id, route, receiver, state, since, seen_at) VALUES
-            ('00000000-0000-4000-8000-000000000001', 'orders.v1.*', 'http://inventory:50052', 'DOWN',
+            ('00000000-0000-4000-8000-000000000001', 'orders.v1.*', 'http://inventory:52052', 'DOWN',
                 '2026-01-02 03:04:05Z', now()),
             ('00000000-0000-4000-8000-000000000002', '*', 'http://gone:1', 'OPEN', now(), now() - interval '1 min');
         UPDATE outbox_routes SET reason = 'no reply' WHERE state = 'DOWN'",
@@ -105,7 +105,7 @@ async fn the_status_shows_only_routes_of_relays_that_reported_recently() {
     let expected = json!([{
         "relay_id": "00000000-0000-4000-8000-000000000001",
         "route": "orders.v1.*",
-        "receiver": "http://inventory:50052",
+        "receiver": "http://inventory:52052",
         "state": "DOWN",
         "state_time": "2026-01-02T03:04:05Z",
         "reason": "no reply",
