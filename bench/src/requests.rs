@@ -55,7 +55,7 @@ impl Shape {
 
     /// Adds more stock of every SKU than will be ordered.
     pub(super) async fn add_stock(self, target: &Target) -> Result<()> {
-        let inventory = target.inventory();
+        let inventory = target.inventory()?;
         let mut callers = JoinSet::new();
         for caller in 0..STOCK_CALLERS {
             let (mut inventory, skus) = (inventory.clone(), self.skus);

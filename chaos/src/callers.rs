@@ -62,7 +62,7 @@ pub(super) async fn same_request(world: &Arc<World>) -> Result<bool> {
         return Ok(false);
     }
     let other = CreateOrderRequest { customer_id: "somebody-else".into(), ..content };
-    match world.target.orders().create_order(limited(other.clone())).await {
+    match world.target.orders()?.create_order(limited(other.clone())).await {
         Ok(order) => {
             let order_id = &order.get_ref().order_id;
             world.history.violation(format!("request {} was used again, for order {order_id}", other.request_id));

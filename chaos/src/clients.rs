@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Request, Status,
-    transport::{Channel, Endpoint},
+    transport::{Channel, Endpoint, Uri},
 };
 use uuid::Uuid;
 
@@ -63,11 +63,12 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn new(name: String, world: &World) -> Self {
+        let connect = |url: &Uri| Endpoint::from(url.clone()).connect_lazy();
         Self {
             name: name.into(),
-            orders: world.target.orders(),
-            inventory: world.target.inventory(),
-            loyalty: LoyaltyServiceClient::new(Endpoint::from(world.loyalty.clone()).connect_lazy()),
+            orders: OrderServiceClient::new(connect(&world.target.order_service)),
+            inventory: InventoryServiceClient::new(connect(&world.target.inventory_service)),
+            loyalty: LoyaltyServiceClient::new(connect(&world.loyalty)),
             history: world.history.clone(),
         }
     }

@@ -20,11 +20,11 @@ use super::{
 
 const KINDS: u8 = 6;
 
-/// Sends random bytes to the port of a process, and bad orders to order-service.
+/// Sends random bytes to the ports of a process, and bad orders to order-service.
 pub(super) async fn send_garbage(world: &Arc<World>, part: Part, seed: u64) -> Result<bool> {
     let (mut rng, mut sent) = (fastrand::Rng::with_seed(seed), 0);
-    let address = world.site.unit(part).plan().address;
-    for kind in 0..KINDS {
+    let listeners = world.site.listeners(part);
+    for (kind, address) in listeners.into_iter().flat_map(|address| (0..KINDS).map(move |kind| (kind, address))) {
         let Ok(mut stream) = TcpStream::connect(address).await else { continue };
         sent += u32::from(stream.write_all(&garbage(kind, &mut rng)).await.is_ok());
         if kind % 2 == 0 {

@@ -20,6 +20,7 @@ use super::{
     unit::{Plan, START, Unit},
     wire::Protocol,
 };
+use chassis::TlsFiles;
 use harness::{
     system::operate,
     target::{Databases, Target},
@@ -362,6 +363,12 @@ impl Site {
         Ok(format!("http://{}", self.clients_to(service).address).parse()?)
     }
 
+    /// Where a process listens, without a proxy.
+    pub(super) fn listeners(&self, part: Part) -> Vec<SocketAddr> {
+        let events = (!part.is_relay()).then(|| self.events[part.index()]);
+        [self.unit(part).plan().address].into_iter().chain(events).collect()
+    }
+
     /// Where a service takes events, without a proxy.
     pub(super) fn events_url_of(&self, service: Part) -> Result<Uri> {
         Ok(format!("http://{}", self.events[service.side().index()]).parse()?)
@@ -374,6 +381,7 @@ impl Site {
             inventory_service: self.url_of(Part::Inventory)?,
             order_events: self.events_url_of(Part::Orders)?,
             inventory_events: self.events_url_of(Part::Inventory)?,
+            tls: TlsFiles::default(),
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,

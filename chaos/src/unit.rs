@@ -19,6 +19,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use chassis::TlsFiles;
 use testkit::processes::{Process, binary};
 
 /// A process must end within this time of SIGTERM: its drain time, and some reserve.
@@ -133,7 +134,9 @@ impl Unit {
     pub(super) async fn wait_healthy(&self, limit: Duration) -> Result<()> {
         let began = Instant::now();
         loop {
-            let Err(error) = chassis::healthcheck(self.0.plan.address).await else { return Ok(()) };
+            let Err(error) = chassis::healthcheck(self.0.plan.address, &TlsFiles::default()).await else {
+                return Ok(());
+            };
             if began.elapsed() > limit {
                 return Err(error).with_context(|| format!("{} was not healthy within {limit:?}", self.name()));
             }

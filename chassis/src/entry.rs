@@ -7,7 +7,7 @@ use futures_util::future::try_join_all;
 use tokio::{net::TcpListener, runtime};
 use tokio_util::sync::CancellationToken;
 
-use crate::{SchemaError, ServeError, parse, shutdown_signal, trace};
+use crate::{SchemaError, ServeError, TlsError, parse, shutdown_signal, trace};
 
 /// Why a process could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +21,9 @@ pub enum RunError {
     /// The server failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The certificates cannot be used, or there are none where they are needed.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A setting names something that cannot be used. The text says what, why, and what to do.
     #[error("{0}")]
     Unusable(String),

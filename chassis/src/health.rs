@@ -16,7 +16,7 @@ use tonic_health::{
 };
 use tracing::{info, warn};
 
-use crate::probe::Probe;
+use crate::{Tls, TlsFiles, connect::connect_to_own, probe::Probe};
 
 /// How often the database is probed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -102,22 +102,37 @@ pub struct NotServing {
 ///
 /// # Errors
 /// [`NotServing`].
-pub async fn healthcheck(mut address: SocketAddr) -> Result<(), NotServing> {
+pub async fn healthcheck(mut address: SocketAddr, tls: &TlsFiles) -> Result<(), NotServing> {
     if address.ip().is_unspecified() {
         address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
     }
     let not_serving = |state: String| NotServing { address, state };
+    let scheme = if tls.tls_cert_file.is_some() { "https" } else { "http" };
     let endpoint =
-        Endpoint::from_shared(format!("http://{address}")).map_err(|error| not_serving(error.to_string()))?;
+        Endpoint::from_shared(format!("{scheme}://{address}")).map_err(|error| not_serving(error.to_string()))?;
     let endpoint = endpoint.connect_timeout(CHECK_LIMIT).timeout(CHECK_LIMIT);
-    let channel = endpoint
-        .connect()
-        .await
-        .map_err(|_| not_serving("cannot be reached: check that the process runs and listens there".into()))?;
+    if tls.tls_cert_file.is_some() && tls.tls_ca_file.is_none() {
+        return Err(not_serving("cannot be asked: give --tls-ca-file, by which its certificate is trusted".into()));
+    }
+    let certificates = Tls::read(tls).map_err(|error| not_serving(error.to_string()))?;
+    let channel = connect_to_own(endpoint, &certificates).await.map_err(|error| not_serving(explain(&error)))?;
     let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
     match answer.map(|response| response.into_inner().status()) {
         Ok(health_check_response::ServingStatus::Serving) => Ok(()),
         Ok(other) => Err(not_serving(format!("reports {}", other.as_str_name()))),
-        Err(status) => Err(not_serving(format!("does not answer: {}", status.message()))),
+        Err(status) => Err(not_serving(format!("does not answer: {} ({})", status.message(), last_cause(&status)))),
     }
+}
+
+fn explain(error: &tonic::transport::Error) -> String {
+    format!("cannot be reached: check that the process runs and listens there ({})", last_cause(error))
+}
+
+/// The system's, or that of TLS.
+fn last_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
 }

@@ -3,8 +3,10 @@
 //!
 //! The crate knows no table, no message of the contract, and nothing about orders or stock.
 
+mod accept;
 mod calls;
 mod cli;
+mod connect;
 mod database;
 mod database_url;
 mod entry;
@@ -24,10 +26,13 @@ mod sessions;
 mod shutdown;
 mod standby;
 mod telemetry;
+mod tls;
 pub mod trace;
 
+pub use accept::{address_of_peer, peer_has_certificate};
 pub use calls::{CallsMade, code_name};
 pub use cli::parse;
+pub use connect::connect_lazily;
 pub use database::{Database, DatabaseSettings, Work, WorkError};
 pub use database_url::{DatabaseUrl, InvalidDatabaseUrl};
 pub use entry::{RunError, main, serve_until_signal};
@@ -43,3 +48,4 @@ pub use serve::{Listener, ServeError, ServeSettings, Services, serve};
 pub use session::{confirm_seen, timed_out};
 pub use shutdown::{EndSettings, Ending, shutdown_signal};
 pub use telemetry::log_to_stdout;
+pub use tls::{Tls, TlsError, TlsFiles, TlsSettings};

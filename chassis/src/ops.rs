@@ -25,10 +25,11 @@ use tower::ServiceExt as _;
 use tracing::error;
 
 use crate::{
-    Database, RunError, ServeError, ServeSettings, Services, calls,
+    Database, RunError, ServeError, ServeSettings, Services, Tls, accept, calls,
     entry::bind,
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
+    tls,
 };
 
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -65,7 +66,7 @@ impl Ops {
     ///
     /// # Errors
     /// Those of the socket.
-    pub async fn start(address: Option<SocketAddr>, settings: &ServeSettings) -> io::Result<Self> {
+    pub async fn start(address: Option<SocketAddr>, settings: &ServeSettings, tls: &Tls) -> io::Result<Self> {
         let Some(address) = address else {
             return Ok(Self {
                 readiness: Readiness::default(),
@@ -75,22 +76,23 @@ impl Ops {
                 _upkeep: None,
             });
         };
-        Ok(Self::serve(bind(address).await?, settings, pending(), pending()))
+        Ok(Self::serve(bind(address).await?, settings, tls, pending(), pending()))
     }
 
     /// Serves until `stopped`. Then calls in flight have until `drained`.
     pub fn serve(
         listener: TcpListener,
         settings: &ServeSettings,
+        tls: &Tls,
         stopped: impl Future<Output = ()> + Send + 'static,
         drained: impl Future<Output = ()> + Send + 'static,
     ) -> Self {
         let (readiness, added) = (Readiness::default(), Arc::default());
         let metrics = record_metrics();
         let routes = route(metrics.clone(), readiness.clone(), Arc::clone(&added)).into();
-        let server = server(settings).accept_http1(true);
+        let (server, tls) = (server(settings).accept_http1(true), tls.clone());
         let serving = tokio::spawn(async move {
-            let ended = serve_routes(listener, server, routes, stopped, drained).await;
+            let ended = serve_routes((listener, move || tls.ops()), server, routes, stopped, drained).await;
             if let Err(error) = &ended {
                 error!(%error, "the listener for operations has failed");
             }
@@ -171,7 +173,7 @@ fn route(metrics: PrometheusHandle, readiness: Readiness, added: Arc<OnceLock<Ad
 }
 
 /// Only gRPC reaches the services. Otherwise a page in an operator's browser could call them: tonic looks at the path
-/// alone. Browsers speak no HTTP/2 without TLS, and ask before they send this type of content elsewhere.
+/// alone. Browsers speak no HTTP/2 without TLS. With it, they ask before they send this type of content elsewhere.
 ///
 /// A gRPC client takes the one status for UNAVAILABLE, and the other for UNIMPLEMENTED.
 async fn pass_on(added: Arc<OnceLock<Added>>, state: State, request: Request) -> Response {
@@ -216,6 +218,8 @@ fn record_metrics() -> PrometheusHandle {
             error!("metrics are recorded elsewhere: /metrics stays empty");
         }
         calls::describe();
+        accept::describe();
+        tls::describe();
         metrics
     });
     recorded.clone()

@@ -1,20 +1,23 @@
 //! Serves gRPC until shutdown.
 
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use clap::Args;
 use futures_util::future::try_join_all;
+use rustls::ServerConfig;
 use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    codec::CompressionEncoding,
-    service::Routes,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{codec::CompressionEncoding, service::Routes, transport::Server};
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
-use crate::{Database, Ending, Ops, calls::measure_answers, health::report_health, trace};
+use crate::{
+    Database, Ending, Ops, Tls,
+    accept::{accept, accept_tls},
+    calls::measure_answers,
+    health::report_health,
+    trace,
+};
 
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
@@ -83,6 +86,7 @@ pub enum ServeError {
 pub async fn serve<const N: usize>(
     listeners: [Listener; N],
     settings: &ServeSettings,
+    tls: &Tls,
     database: &Database,
     ops: &Ops,
     ending: Ending,
@@ -109,6 +113,8 @@ pub async fn serve<const N: usize>(
             reported.cancelled().await;
             begun.cancelled().await;
         });
+        let tls = tls.clone();
+        let socket = (socket, move || tls.server());
         serving.push(serve_routes(socket, server, routes, stopped, settings.drained(&ending.begun)));
     }
     let reporting = async {
@@ -156,17 +162,27 @@ pub(crate) fn with_health(services: Services) -> Result<(Routes, HealthReporter)
 ///
 /// Once `drained` it closes the connections that are left. Without that deadline, a client that stays silent on an open
 /// connection would block the shutdown for ever (hyperium/hyper#4170).
+///
+/// Whether there is TLS does not change while a process runs. What it is made of does.
 pub(crate) async fn serve_routes(
-    listener: TcpListener,
+    (listener, tls): (TcpListener, impl Fn() -> Option<Arc<ServerConfig>> + Send + 'static),
     mut server: Server,
     routes: Routes,
     stopped: impl Future<Output = ()>,
     drained: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let address = listener.local_addr()?;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
-    let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, stopped);
-    info!("listening on {address}");
+    let (address, has_tls) = (listener.local_addr()?, tls().is_some());
+    let router = server.add_routes(routes);
+    let serving = async {
+        if has_tls {
+            // By value, so that the socket is closed as soon as no more connections are accepted.
+            let incoming = Box::pin(accept_tls(listener, tls));
+            Box::pin(router.serve_with_incoming_shutdown(incoming, stopped)).await
+        } else {
+            router.serve_with_incoming_shutdown(accept(listener), stopped).await
+        }
+    };
+    info!(tls = has_tls, "listening on {address}");
     tokio::select! {
         ended = serving => ended?,
         () = drained => warn!("drain time is over: closing the remaining connections to {address}"),

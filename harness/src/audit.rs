@@ -26,6 +26,7 @@ use uuid::Uuid;
 
 pub use self::points::Points;
 use crate::target::Databases;
+use chassis::TlsSettings;
 
 /// How many findings are printed; the rest is counted.
 const FINDINGS_SHOWN: usize = 50;
@@ -61,6 +62,8 @@ pub struct Arguments {
     /// With --every: serve /metrics on this address
     #[arg(long, value_name = "ADDRESS", requires = "every")]
     ops_listen: Option<SocketAddr>,
+    #[command(flatten)]
+    tls: TlsSettings,
 }
 
 /// The result of an audit.
@@ -125,7 +128,7 @@ impl Audit {
 /// Runs the subcommand.
 pub async fn run(arguments: Arguments) -> Result<ExitCode> {
     if let (Some(every), Some(address)) = (arguments.every, arguments.ops_listen) {
-        return again::run(&arguments.databases, Duration::from_secs(every), address).await;
+        return again::run(&arguments.databases, Duration::from_secs(every), address, &arguments.tls).await;
     }
     let audit = audit(&arguments.databases).await?;
     audit.print();

@@ -150,13 +150,13 @@ async fn place(target: &Target, quantity: i32) -> Result<Order> {
         currency_code: "EUR".into(),
         items: vec![OrderItem { sku: SKU.into(), quantity, unit_price_minor: 1250 }],
     };
-    Ok(target.orders().create_order(request).await?.into_inner())
+    Ok(target.orders()?.create_order(request).await?.into_inner())
 }
 
 /// Watches the order until its status is final.
 async fn watch(target: &Target, order_id: &str) -> Result<Order> {
     let request = WatchOrderRequest { order_id: order_id.into() };
-    let mut watch = target.orders().watch_order(request).await?.into_inner();
+    let mut watch = target.orders()?.watch_order(request).await?.into_inner();
     let mut last = None;
     while let Some(order) =
         timeout(DRAIN_LIMIT, watch.message()).await.context("the order still has no final status")??
@@ -228,7 +228,7 @@ async fn show_cancellation(target: &Target, order_id: Uuid, before: i64) -> Resu
     println!("\n  6. The first order is cancelled. Its events are delivered in sequence, and its stock returns.");
     let during = available(target, SKU).await?;
     let request = CancelOrderRequest { request_id: Uuid::new_v4().into(), order_id: order_id.into() };
-    let order = target.orders().cancel_order(request).await?.into_inner();
+    let order = target.orders()?.cancel_order(request).await?.into_inner();
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
     let after = available(target, SKU).await?;
     println!("     CancelOrder → {}; {SKU} {during} → {after}", status_name(order.status()));

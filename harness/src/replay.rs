@@ -98,7 +98,7 @@ pub async fn replay(target: &Target, sku: &str) -> Result<Replay> {
         currency_code: "EUR".into(),
         items: vec![OrderItem { sku: sku.into(), quantity: QUANTITY, unit_price_minor: 1250 }],
     };
-    let order_id = target.orders().create_order(request).await?.into_inner().order_id;
+    let order_id = target.orders()?.create_order(request).await?.into_inner().order_id;
     let event_id = wait_until_applied(target, order_id.parse()?).await?;
     let after_first = available(target, sku).await?;
     let second = deliver_again(target, &order_id, event_id).await?;
@@ -132,13 +132,13 @@ pub async fn wait_until_applied(target: &Target, order_id: Uuid) -> Result<Uuid>
 /// The outbox has deleted the event, so it is rebuilt from the order, with the same id.
 async fn deliver_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Outcome> {
     let event = event_again(target, order_id, event_id).await?;
-    let response = target.receiver().deliver(DeliverRequest { events: vec![event] }).await?.into_inner();
+    let response = target.receiver()?.deliver(DeliverRequest { events: vec![event] }).await?.into_inner();
     Ok(response.results.first().context("the delivery of one event has no result")?.outcome())
 }
 
 /// The event of an order as it was delivered.
 pub async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Result<Event> {
-    let order = target.orders().get_order(GetOrderRequest { order_id: order_id.into() }).await?.into_inner();
+    let order = target.orders()?.get_order(GetOrderRequest { order_id: order_id.into() }).await?.into_inner();
     let created = OrderCreated {
         order_id: order.order_id,
         customer_id: order.customer_id,
@@ -160,5 +160,5 @@ pub async fn event_again(target: &Target, order_id: &str, event_id: Uuid) -> Res
 
 /// The available stock of a SKU.
 pub async fn available(target: &Target, sku: &str) -> Result<i64> {
-    Ok(target.inventory().get_stock(GetStockRequest { sku: sku.into() }).await?.into_inner().available)
+    Ok(target.inventory()?.get_stock(GetStockRequest { sku: sku.into() }).await?.into_inner().available)
 }

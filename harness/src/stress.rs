@@ -125,11 +125,11 @@ pub async fn place_orders(target: &Target, load: Load) -> Result<Placed> {
     let next = Arc::new(AtomicU32::new(0));
     let started = Instant::now();
     let mut callers = JoinSet::new();
-    let mut client = target.orders();
+    let mut client = target.orders()?;
     for caller in 0..load.concurrency {
         // A connection has a limit of concurrent calls.
         if caller % CALLERS_PER_CONNECTION == 0 {
-            client = target.orders();
+            client = target.orders()?;
         }
         callers.spawn(place_until_done(client.clone(), load, next.clone(), bar.clone()));
     }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use tokio::process::Command;
 
 use crate::target::{self, Databases, Target};
+use chassis::TlsFiles;
 use testkit::{
     bootstrap::{bootstrap, create_databases},
     postgres::{self, Cluster, FixedPort, Options, Server},
@@ -87,6 +88,8 @@ pub struct Layout {
     pub loyalty: Option<Loyalty>,
     /// Directory of the log files.
     pub logs: PathBuf,
+    /// The certificates of all processes. Without one they speak without TLS.
+    pub tls: TlsFiles,
     /// More environment variables for each process.
     pub settings: Vec<(String, String)>,
     /// Directory of the programs, if they are not those beside this one.
@@ -212,6 +215,7 @@ impl Layout {
             inventory_relay,
             loyalty: None,
             logs: logs.to_owned(),
+            tls: TlsFiles::default(),
             settings: Vec::new(),
             programs: None,
             serves_ops: false,
@@ -252,6 +256,7 @@ impl Layout {
             inventory_service: inventory_service.parse()?,
             order_events: order_events.parse()?,
             inventory_events: inventory_events.parse()?,
+            tls: self.tls.clone(),
             databases: Databases {
                 orders_database_url: orders.parse()?,
                 inventory_database_url: inventory.parse()?,
@@ -267,10 +272,10 @@ impl Layout {
         // Without loyalty-service, nobody looks for its database.
         let loyalty_database = self.loyalty.as_ref().map_or("loyalty", |loyalty| &loyalty.database);
         [
-            (order_service, format!("http://{}", self.order_service)),
-            (inventory_service, format!("http://{}", self.inventory_service)),
-            (order_events, format!("http://{}", self.order_events)),
-            (inventory_events, format!("http://{}", self.inventory_events)),
+            (order_service, self.url_of(self.order_service)),
+            (inventory_service, self.url_of(self.inventory_service)),
+            (order_events, self.url_of(self.order_events)),
+            (inventory_events, self.url_of(self.inventory_events)),
             (orders, self.server.url_for("orders_owner", &self.orders)),
             (inventory, self.server.url_for("inventory_owner", &self.inventory)),
             (loyalty, self.server.url_for("loyalty_owner", loyalty_database)),
@@ -378,8 +383,14 @@ impl Layout {
             let names = ["ORDER_SERVICE_OPS_LISTEN", "INVENTORY_SERVICE_OPS_LISTEN", "LOYALTY_SERVICE_OPS_LISTEN"];
             environment.extend(names.map(|name| (name, ops)));
         }
+        let TlsFiles { tls_cert_file, tls_key_file, tls_ca_file } = &self.tls;
+        let files = [("TLS_CERT_FILE", tls_cert_file), ("TLS_KEY_FILE", tls_key_file), ("TLS_CA_FILE", tls_ca_file)];
+        for (name, file) in files {
+            let Some(file) = file else { continue };
+            environment.push((name, file.to_str().context("the name of a file is not UTF-8")?));
+        }
         let mut process = self.spawn(service, &["serve"], &environment)?;
-        process.wait_healthy(address, HEALTHY_LIMIT).await?;
+        process.wait_healthy_by(&self.tls, address, HEALTHY_LIMIT).await?;
         Ok(process)
     }
 
@@ -390,14 +401,18 @@ impl Layout {
         format!("postgres://{role}:{role}@{}/{database}?target_session_attrs=read-write", self.hosts)
     }
 
+    fn url_of(&self, address: SocketAddr) -> String {
+        format!("{}://{address}", if self.tls.tls_cert_file.is_some() { "https" } else { "http" })
+    }
+
     /// The routes of a relay: the subscriptions that it delivers, each with its receiver.
     fn routes(&self, relay: Service) -> String {
         if relay == Service::InventoryRelay {
-            return format!("orders=http://{}", self.order_events);
+            return format!("orders={}", self.url_of(self.order_events));
         }
-        let inventory = format!("inventory=http://{}", self.inventory_events);
+        let inventory = format!("inventory={}", self.url_of(self.inventory_events));
         match &self.loyalty {
-            Some(loyalty) => format!("{inventory},loyalty=http://{}", loyalty.events),
+            Some(loyalty) => format!("{inventory},loyalty={}", self.url_of(loyalty.events)),
             None => inventory,
         }
     }

@@ -1,7 +1,7 @@
 //! Where a running system is, for the subcommands that did not start it themselves.
 
 use anyhow::{Context, Result};
-use chassis::DatabaseUrl;
+use chassis::{DatabaseUrl, Tls, TlsFiles};
 use clap::Args;
 use proto::{
     events::v1::event_receiver_client::EventReceiverClient,
@@ -59,6 +59,9 @@ pub struct Target {
     /// URL at which inventory-service takes events
     #[arg(long, env = "INVENTORY_EVENTS_URL", value_name = "URL", default_value = INVENTORY_EVENTS)]
     pub inventory_events: Uri,
+    /// The certificates, if the URLs begin with https
+    #[command(flatten)]
+    pub tls: TlsFiles,
     /// The databases.
     #[command(flatten)]
     pub databases: Databases,
@@ -82,24 +85,40 @@ impl Databases {
 }
 
 impl Target {
+    fn connect(&self, url: &Uri) -> Result<Channel> {
+        Ok(chassis::connect_lazily(&Endpoint::from(url.clone()), &Tls::read(&self.tls)?))
+    }
+
     /// A client of order-service, connected when first used.
-    pub fn orders(&self) -> OrderServiceClient<Channel> {
-        OrderServiceClient::new(Endpoint::from(self.order_service.clone()).connect_lazy())
+    ///
+    /// # Errors
+    /// If the certificates cannot be used.
+    pub fn orders(&self) -> Result<OrderServiceClient<Channel>> {
+        Ok(OrderServiceClient::new(self.connect(&self.order_service)?))
     }
 
     /// A client of inventory-service, connected when first used.
-    pub fn inventory(&self) -> InventoryServiceClient<Channel> {
-        InventoryServiceClient::new(Endpoint::from(self.inventory_service.clone()).connect_lazy())
+    ///
+    /// # Errors
+    /// If the certificates cannot be used.
+    pub fn inventory(&self) -> Result<InventoryServiceClient<Channel>> {
+        Ok(InventoryServiceClient::new(self.connect(&self.inventory_service)?))
     }
 
     /// A client of order-service as the receiver of inventory's replies, connected when first used.
-    pub fn reply_receiver(&self) -> EventReceiverClient<Channel> {
-        EventReceiverClient::new(Endpoint::from(self.order_events.clone()).connect_lazy())
+    ///
+    /// # Errors
+    /// If the certificates cannot be used.
+    pub fn reply_receiver(&self) -> Result<EventReceiverClient<Channel>> {
+        Ok(EventReceiverClient::new(self.connect(&self.order_events)?))
     }
 
     /// A client of inventory-service as the receiver of events, connected when first used.
-    pub fn receiver(&self) -> EventReceiverClient<Channel> {
-        EventReceiverClient::new(Endpoint::from(self.inventory_events.clone()).connect_lazy())
+    ///
+    /// # Errors
+    /// If the certificates cannot be used.
+    pub fn receiver(&self) -> Result<EventReceiverClient<Channel>> {
+        Ok(EventReceiverClient::new(self.connect(&self.inventory_events)?))
     }
 }
 

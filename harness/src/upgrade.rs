@@ -157,7 +157,7 @@ struct Running {
 
 impl Running {
     async fn start(version: &Version, services: &[Service], pace: Pace) -> Result<Self> {
-        let load = Load::start(&version.layout.target()?, pace);
+        let load = Load::start(&version.layout.target()?, pace)?;
         let mut running = Self { processes: HashMap::new(), versions: HashMap::new(), load };
         for service in services {
             running.versions.insert(service.name(), version.clone());

@@ -20,6 +20,7 @@ use std::net::SocketAddr;
 
 use chassis::{
     Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
+    Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -68,6 +69,9 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// The certificates.
+    #[command(flatten)]
+    pub tls: TlsSettings,
     /// How the server and its connections end.
     #[command(flatten)]
     pub end: EndSettings,
@@ -84,7 +88,9 @@ pub async fn run(
 ) -> Result<(), RunError> {
     info!(?settings, "inventory-service starts");
     let ending = Ending::after(shutdown, &settings.end);
-    let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
+    let listeners = [Some(api.local_addr()?), Some(events.local_addr()?), settings.ops_listen];
+    let tls = Tls::start(&settings.tls, &listeners.into_iter().flatten().collect::<Vec<_>>())?;
+    let ops = Ops::start(settings.ops_listen, &settings.serve, &tls).await?;
     let url = settings.database_url.clone().with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };
@@ -101,7 +107,7 @@ pub async fn run(
         listen(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME]),
         listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
     ];
-    chassis::serve(listeners, &settings.serve, &database, &ops, ending).await?;
+    chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("inventory-service ended");
     Ok(())
 }

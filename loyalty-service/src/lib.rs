@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 
 use chassis::{
     Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
+    Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Receiver};
@@ -56,6 +57,9 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// The certificates.
+    #[command(flatten)]
+    pub tls: TlsSettings,
     /// How the server and its connections end.
     #[command(flatten)]
     pub end: EndSettings,
@@ -72,7 +76,9 @@ pub async fn run(
 ) -> Result<(), RunError> {
     info!(?settings, "loyalty-service starts");
     let ending = Ending::after(shutdown, &settings.end);
-    let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
+    let listeners = [Some(api.local_addr()?), Some(events.local_addr()?), settings.ops_listen];
+    let tls = Tls::start(&settings.tls, &listeners.into_iter().flatten().collect::<Vec<_>>())?;
+    let ops = Ops::start(settings.ops_listen, &settings.serve, &tls).await?;
     let url = settings.database_url.clone().with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
     let Some(database) = connecting.await? else { return Ok(()) };
@@ -87,7 +93,7 @@ pub async fn run(
         listen(api, Routes::new(loyalty), &[loyalty_service_server::SERVICE_NAME]),
         listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
     ];
-    chassis::serve(listeners, &settings.serve, &database, &ops, ending).await?;
+    chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("loyalty-service ended");
     Ok(())
 }

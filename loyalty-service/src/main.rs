@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal, shutdown_signal};
+use chassis::{DatabaseUrl, MigrateArguments, TlsFiles, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use loyalty_service::{MIGRATORS, Settings};
 
@@ -11,7 +11,7 @@ use loyalty_service::{MIGRATORS, Settings};
 #[command(version)]
 enum Command {
     /// Serve gRPC until SIGTERM or Ctrl-C.
-    Serve(Settings),
+    Serve(Box<Settings>),
     /// Bring the loyalty database to the schema of this version. Safe to repeat, and to run twice at once.
     Migrate {
         /// The loyalty database, as the role that owns it: postgres://user:password@host:5432/database.
@@ -25,6 +25,8 @@ enum Command {
         /// Address of the process.
         #[arg(long, env = "LOYALTY_SERVICE_LISTEN", default_value = "127.0.0.1:50055")]
         listen: SocketAddr,
+        #[command(flatten)]
+        tls: TlsFiles,
     },
 }
 
@@ -33,12 +35,12 @@ fn main() -> ExitCode {
         chassis::log_to_stdout();
         match command {
             Command::Serve(settings) => {
-                serve_until_signal([settings.listen, settings.events_listen], settings, loyalty_service::run).await?;
+                serve_until_signal([settings.listen, settings.events_listen], *settings, loyalty_service::run).await?;
             }
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }
-            Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
+            Command::Healthcheck { listen, tls } => chassis::healthcheck(listen, &tls).await?,
         }
         anyhow::Ok(())
     })

@@ -19,6 +19,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use chassis::{
     Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
+    Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -74,6 +75,9 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// The certificates.
+    #[command(flatten)]
+    pub tls: TlsSettings,
     /// How the server and its connections end.
     #[command(flatten)]
     pub end: EndSettings,
@@ -90,7 +94,9 @@ pub async fn run(
 ) -> Result<(), RunError> {
     info!(?settings, "order-service starts");
     let ending = Ending::after(shutdown, &settings.end);
-    let ops = Ops::start(settings.ops_listen, &settings.serve).await?;
+    let listeners = [Some(api.local_addr()?), Some(events.local_addr()?), settings.ops_listen];
+    let tls = Tls::start(&settings.tls, &listeners.into_iter().flatten().collect::<Vec<_>>())?;
+    let ops = Ops::start(settings.ops_listen, &settings.serve, &tls).await?;
     measure::describe();
     let url = settings.database_url.clone().with_generic_plans();
     let connecting = Database::connect(&url, &settings.database, &MIGRATORS, &ending.announced);
@@ -114,7 +120,7 @@ pub async fn run(
         listen(api, Routes::new(orders), &[order_service_server::SERVICE_NAME]),
         listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
     ];
-    chassis::serve(listeners, &settings.serve, &database, &ops, ending).await?;
+    chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("order-service ended");
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{DatabaseUrl, MigrateArguments, serve_until_signal, shutdown_signal};
+use chassis::{DatabaseUrl, MigrateArguments, TlsFiles, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use order_service::{MIGRATORS, Settings};
 use outbox::ResendArguments;
@@ -16,7 +16,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[command(version)]
 enum Command {
     /// Serve gRPC until SIGTERM or Ctrl-C.
-    Serve(Settings),
+    Serve(Box<Settings>),
     /// Bring the orders database to the schema of this version. Safe to repeat, and to run twice at once.
     Migrate {
         /// The orders database, as the role that owns it: postgres://user:password@host:5432/database.
@@ -42,13 +42,15 @@ enum Command {
         #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
         #[command(flatten)]
-        arguments: ResendArguments,
+        arguments: Box<ResendArguments>,
     },
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
         #[arg(long, env = "ORDER_SERVICE_LISTEN", default_value = "127.0.0.1:50051")]
         listen: SocketAddr,
+        #[command(flatten)]
+        tls: TlsFiles,
     },
 }
 
@@ -60,13 +62,13 @@ fn main() -> ExitCode {
         }
         match command {
             Command::Serve(settings) => {
-                serve_until_signal([settings.listen, settings.events_listen], settings, order_service::run).await?;
+                serve_until_signal([settings.listen, settings.events_listen], *settings, order_service::run).await?;
             }
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }
-            Command::Resend { database_url, arguments } => order_service::resend(&database_url, arguments).await?,
-            Command::Healthcheck { listen } => chassis::healthcheck(listen).await?,
+            Command::Resend { database_url, arguments } => order_service::resend(&database_url, *arguments).await?,
+            Command::Healthcheck { listen, tls } => chassis::healthcheck(listen, &tls).await?,
         }
         anyhow::Ok(())
     })

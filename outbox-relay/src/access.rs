@@ -92,6 +92,8 @@ pub(crate) struct Caller {
 pub(crate) enum Denied {
     #[error("this needs a token: send it as `authorization: Bearer TOKEN`")]
     NoToken,
+    #[error("this needs a certificate of one of the relay's CAs")]
+    NoCertificate,
     #[error("the token is not known here")]
     UnknownToken,
     #[error("{} may look, and not act: this needs a token of an operator", if .0.is_empty() { "who has no token" } else { .0 })]

@@ -2,6 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
+use chassis::{Tls, TlsFiles};
 use flate2::{
     Compression,
     write::{GzEncoder, ZlibEncoder},
@@ -54,8 +55,8 @@ fn row(payload_bytes: usize) -> LeasedRow {
 /// The result of delivering the rows to the stub.
 async fn deliver_to(stub: &HttpStub, rows: &[LeasedRow]) -> Delivery {
     let receiver = format!("http://{}", stub.address).parse().unwrap();
-    let mut receiver =
-        Receiver::connect_lazily(receiver, "orders".into(), Destination::default(), Duration::from_secs(30));
+    let (destination, tls) = (Destination::default(), Tls::read(&TlsFiles::default()).unwrap());
+    let mut receiver = Receiver::connect_lazily(receiver, "orders".into(), destination, Duration::from_secs(30), &tls);
     receiver.deliver(rows, Instant::now() + Duration::from_secs(20)).await
 }
 

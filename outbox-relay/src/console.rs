@@ -31,7 +31,7 @@ use tokio::{
     sync::Mutex,
     time::{Instant, timeout},
 };
-use tonic::{Code, Status, transport::server::TcpConnectInfo};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::{
@@ -150,7 +150,7 @@ impl Console {
         if let Some(tokens) = &self.tokens {
             return tokens.admit(&request.headers, method).await;
         }
-        let peer = request.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let peer = chassis::address_of_peer(&request.extensions);
         let is_local = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
         // A proxy on this machine passes on what others send.
         if !is_local || PASSED_ON.iter().any(|name| request.headers.contains_key(*name)) {
@@ -336,6 +336,19 @@ pub(crate) fn guard_grpc(routes: Router, tokens: TokenFile) -> Router {
         }
     };
     routes.layer(middleware::from_fn_with_state(tokens, check))
+}
+
+/// Answers RelayAdmin's calls by gRPC only to who has shown a certificate.
+pub(crate) fn demand_certificates(routes: Router) -> Router {
+    let check = async |request: Request<Body>, next: Next| {
+        if chassis::peer_has_certificate(request.extensions()) {
+            return next.run(request).await;
+        }
+        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+        log_denied(method, &Denied::NoCertificate);
+        deny(&Denied::NoCertificate).into_http()
+    };
+    routes.layer(middleware::from_fn(check))
 }
 
 #[cfg(test)]

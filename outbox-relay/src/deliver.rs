@@ -3,7 +3,7 @@
 use std::{collections::HashMap, error::Error, time::Duration};
 
 use chassis::{
-    CallsMade, code_name,
+    CallsMade, Tls, code_name,
     trace::{KeyValue, Span, Trace},
 };
 use prost_types::Timestamp;
@@ -75,15 +75,20 @@ impl Receiver {
     /// Connects at the first call, and again after a break.
     ///
     /// It accepts compressed answers: a grpcio server that compresses does so for every client, whatever that accepts.
-    pub(crate) fn connect_lazily(receiver: Uri, source: String, destination: Destination, lease: Duration) -> Self {
-        let channel = Endpoint::from(receiver)
+    pub(crate) fn connect_lazily(
+        receiver: Uri,
+        source: String,
+        destination: Destination,
+        lease: Duration,
+        tls: &Tls,
+    ) -> Self {
+        let endpoint = Endpoint::from(receiver)
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)
             .http2_max_header_list_size(HEADER_BYTES_MAX)
             .http2_keep_alive_interval(ping_interval(lease))
-            .keep_alive_timeout(PING_LIMIT)
-            .connect_lazy();
-        let client = EventReceiverClient::new(GrpcAnswers::of(channel))
+            .keep_alive_timeout(PING_LIMIT);
+        let client = EventReceiverClient::new(GrpcAnswers::of(chassis::connect_lazily(&endpoint, tls)))
             .accept_compressed(CompressionEncoding::Gzip)
             .accept_compressed(CompressionEncoding::Deflate);
         Self {
@@ -100,8 +105,8 @@ impl Receiver {
     }
 
     /// For questions of an operator, and no deliveries.
-    pub(crate) fn connect_to_ask(receiver: Uri) -> Self {
-        Self::connect_lazily(receiver, String::new(), Destination::default(), DESCRIBE_LIMIT)
+    pub(crate) fn connect_to_ask(receiver: Uri, tls: &Tls) -> Self {
+        Self::connect_lazily(receiver, String::new(), Destination::default(), DESCRIBE_LIMIT, tls)
     }
 
     /// Asks which of these events it has on record, and since when. Each id is answered with its time, or none.

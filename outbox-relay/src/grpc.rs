@@ -2,7 +2,7 @@
 
 mod requests;
 
-use chassis::{Database, Refuse, Work};
+use chassis::{Database, Refuse, Tls, Work};
 use proto::relay::v1::{
     BlastRadius, DeadEventContent, DiagnoseRequest, Diagnosis, DiscardDeadEventRequest, DiscardDeadEventResponse,
     DiscardDeadEventsRequest, DiscardDeadEventsResponse, GetBlastRadiusRequest, GetDeadEventRequest, GetJourneyRequest,
@@ -42,6 +42,8 @@ const MESSAGE_BYTES_MAX: usize = 2 * 1024;
 pub(crate) struct Admin {
     pub(crate) database: Database,
     pub(crate) descriptors: Option<Descriptors>,
+    /// For questions to receivers.
+    pub(crate) tls: Tls,
 }
 
 #[tonic::async_trait]
@@ -77,14 +79,14 @@ impl RelayAdmin for Admin {
     async fn diagnose(&self, _: Request<DiagnoseRequest>) -> Result<Response<Diagnosis>, Status> {
         let readings = self.run(|connection| Box::pin(read_all(connection))).await?;
         // Holds no connection while it waits for receivers.
-        Ok(Response::new(diagnose(readings).await))
+        Ok(Response::new(diagnose(readings, &self.tls).await))
     }
 
     async fn get_journey(&self, request: Request<GetJourneyRequest>) -> Result<Response<Journey>, Status> {
         let id = requests::journey_id(&request.into_inner())?;
         let facts = self.run(move |connection| Box::pin(async move { read_facts(connection, id).await })).await?;
         // Holds no connection while it waits for receivers.
-        ask_receivers(facts).await.map(Response::new).map_err(|error| refuse(&error))
+        ask_receivers(facts, &self.tls).await.map(Response::new).map_err(|error| refuse(&error))
     }
 
     async fn group_dead_events(
@@ -329,6 +331,7 @@ impl Admin {
 pub(crate) fn deny(denied: &Denied) -> Status {
     let (code, reason) = match denied {
         Denied::NoToken => (Code::Unauthenticated, "TOKEN_REQUIRED"),
+        Denied::NoCertificate => (Code::Unauthenticated, "CERTIFICATE_REQUIRED"),
         Denied::NotLocal => (Code::PermissionDenied, "LOCAL_ONLY"),
         Denied::UnknownToken => (Code::Unauthenticated, "TOKEN_UNKNOWN"),
         Denied::Viewer(_) => (Code::PermissionDenied, "OPERATORS_ONLY"),

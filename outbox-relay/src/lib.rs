@@ -45,7 +45,7 @@ mod wake;
 use std::{sync::Arc, time::Duration};
 
 use axum::Router;
-use chassis::{Database, DatabaseUrl, Ops, RunError, Services};
+use chassis::{Database, DatabaseUrl, Ops, RunError, Services, Tls};
 use proto::relay::v1::relay_admin_server::{RelayAdminServer, SERVICE_NAME};
 use sqlx::migrate::Migrator;
 use tokio::{
@@ -60,7 +60,7 @@ use tracing::{info, warn};
 use crate::{
     ahead::Ahead,
     announce::{OtherReceiver, claim},
-    console::{Console, SharedStatus, guard_grpc, pages},
+    console::{Console, SharedStatus, demand_certificates, guard_grpc, pages},
     deliver::Receiver,
     failures::Failures,
     floor::Floor,
@@ -107,12 +107,16 @@ pub async fn run([ops]: [TcpListener; 1], settings: Settings, shutdown: Cancella
             "two subscriptions have one receiver: it applies an event that both take once, and calls the other a duplicate"
         );
     }
+    let tls = Tls::start(&settings.tls, &[ops.local_addr()?])?;
+    for route in &settings.routes {
+        tls.check(&settings.tls, &route.receiver)?;
+    }
     // Operators see it until its work has ended.
     let work_ended = CancellationToken::new();
     let drained = settings.serve.drained(&shutdown);
-    let mut ops = Ops::serve(ops, &settings.serve, work_ended.clone().cancelled_owned(), drained);
+    let mut ops = Ops::serve(ops, &settings.serve, &tls, work_ended.clone().cancelled_owned(), drained);
     measure::describe();
-    if !settings.ops_listen.ip().is_loopback() && settings.token_file.is_none() {
+    if !settings.ops_listen.ip().is_loopback() && settings.token_file.is_none() && !has_mutual_tls(&settings) {
         warn!(
             address = %settings.ops_listen,
             "whoever reaches this address may do deeds by RelayAdmin: give the relay a --token-file, or keep others out"
@@ -130,11 +134,12 @@ pub async fn run([ops]: [TcpListener; 1], settings: Settings, shutdown: Cancella
     };
     let asking = database.url_of_own_session(settings.listen_database_url.as_ref());
     let Some(own_session) = shutdown.run_until_cancelled(asking).await else { return Ok(()) };
-    let admin = Arc::new(Admin { database: of_operators, descriptors: settings.descriptors.clone() });
+    let admin = Arc::new(Admin { database: of_operators, descriptors: settings.descriptors.clone(), tls: tls.clone() });
     let (services, pages) = offer_to_operators(admin, &settings);
     ops.add(services, pages, &database, shutdown.clone())?;
     let own_session = own_session?;
-    let working = run_workers(database.clone(), own_session, settings.clone(), relay, subscriptions?, shutdown.clone());
+    let working =
+        run_workers(database.clone(), own_session, settings.clone(), tls, relay, subscriptions?, shutdown.clone());
     let (end, end_of_work) = (shutdown.clone().drop_guard(), work_ended.drop_guard());
     let workers = tokio::spawn(async move {
         // A panic ends the process too.
@@ -155,12 +160,18 @@ fn offer_to_operators(admin: Arc<Admin>, settings: &Settings) -> (Services, Rout
     let routes = Routes::new(service);
     let routes = match settings.token_file.clone() {
         Some(tokens) => Routes::from(guard_grpc(routes.into_axum_router(), tokens)),
+        // Where certificates are demanded from others, they are from operators.
+        None if has_mutual_tls(settings) => Routes::from(demand_certificates(routes.into_axum_router())),
         None => routes,
     };
     let (tokens, hosts) = (settings.token_file.clone(), settings.console_hosts.clone());
     let call_limit = Duration::from_secs(settings.serve.request_seconds);
     let console = Console { admin, tokens, hosts, status: SharedStatus::default(), call_limit };
     (Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS }, pages(console))
+}
+
+fn has_mutual_tls(settings: &Settings) -> bool {
+    settings.tls.files.tls_cert_file.is_some() && settings.tls.files.tls_ca_file.is_some()
 }
 
 /// The first two routes for which this holds.
@@ -237,6 +248,7 @@ async fn run_workers(
     database: Database,
     own_session: Option<DatabaseUrl>,
     settings: Settings,
+    tls: Tls,
     relay: RelayId,
     subscriptions: Vec<Subscription>,
     shutdown: CancellationToken,
@@ -247,7 +259,8 @@ async fn run_workers(
         .clone()
         .map(|url| AbortOnDropHandle::new(tokio::spawn(hold_lock(relay.clone(), url, database.clone()))));
     let wakes = Wake::listen(own_session, &shutdown, settings.routes.len());
-    let mut tasks = start(&database, &settings, &relay, subscriptions, wakes, &shutdown, &cancel_deliveries);
+    let how = (&settings, &tls);
+    let mut tasks = start(&database, how, &relay, subscriptions, wakes, &shutdown, &cancel_deliveries);
     let ended = loop {
         tokio::select! {
             () = shutdown.cancelled() => break Ok(()),
@@ -273,7 +286,7 @@ async fn run_workers(
 /// Starts the workers of every route, and the maintenance.
 fn start(
     database: &Database,
-    settings: &Settings,
+    (settings, tls): (&Settings, &Tls),
     relay: &RelayId,
     subscriptions: Vec<Subscription>,
     wakes: Vec<Wake>,
@@ -303,6 +316,7 @@ fn start(
                     settings.source.clone(),
                     subscription.into(),
                     Duration::from_secs(settings.lease_seconds.into()),
+                    tls,
                 ),
                 settings: settings.clone(),
                 route: route.clone(),

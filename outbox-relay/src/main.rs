@@ -7,7 +7,7 @@ use std::{
     process::{self, ExitCode},
 };
 
-use chassis::{RunError, serve_until_signal};
+use chassis::{RunError, TlsFiles, serve_until_signal};
 use clap::Parser;
 use outbox_relay::{Settings, operate};
 
@@ -30,6 +30,8 @@ enum Command {
         /// Address of the process.
         #[arg(long, env = "RELAY_OPS_LISTEN", default_value = "127.0.0.1:50053")]
         ops_listen: SocketAddr,
+        #[command(flatten)]
+        tls: TlsFiles,
     },
 }
 
@@ -66,7 +68,7 @@ fn main() -> ExitCode {
                 chassis::log_to_stdout();
                 refuse_old_names();
                 match serve_until_signal([settings.ops_listen], *settings, outbox_relay::run).await {
-                    Err(wrong @ RunError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
+                    Err(wrong @ (RunError::Arguments(_) | RunError::Tls(_))) => end(WRONG_ARGUMENTS, &wrong),
                     ended => ended?,
                 }
             }
@@ -76,7 +78,7 @@ fn main() -> ExitCode {
                 Err(wrong @ operate::CommandError::Arguments(_)) => end(WRONG_ARGUMENTS, &wrong),
                 ended => ended?,
             },
-            Command::Healthcheck { ops_listen } => chassis::healthcheck(ops_listen).await?,
+            Command::Healthcheck { ops_listen, tls } => chassis::healthcheck(ops_listen, &tls).await?,
         }
         anyhow::Ok(())
     })

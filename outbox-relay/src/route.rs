@@ -58,20 +58,22 @@ impl FromStr for RouteSettings {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (subscription, receiver) =
-            text.split_once('=').ok_or("not a route; it looks like NAME=URL, such as inventory=http://host:52052")?;
+            text.split_once('=').ok_or("not a route; it looks like NAME=URL, such as inventory=https://host:52052")?;
         let subscription = subscription.trim();
         if !is_name(subscription) {
             return Err("not the name of a subscription, which has only a-z, 0-9 and -; a route looks like \
-                        inventory=http://host:52052, after `outbox-relay subscribe inventory 'orders.v1.*'`");
+                        inventory=https://host:52052, after `outbox-relay subscribe inventory 'orders.v1.*'`");
         }
         let uri = receiver.trim().parse::<Uri>().ok().filter(|uri| {
             // The URL appears in logs and in the status. A password in it would leak there, and have no effect.
             let credentials = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
             // gRPC has the path for its own use.
             let path = uri.path() != "/" || uri.query().is_some();
-            uri.scheme_str() == Some("http") && uri.host().is_some() && !credentials && !path
+            matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some() && !credentials && !path
         });
-        let receiver = uri.ok_or("not the URL of a receiver; it looks like http://host:52052, without a path")?;
+        let receiver = uri.ok_or(
+            "not the URL of a receiver; it looks like https://host:52052 or http://localhost:52052, without a path",
+        )?;
         Ok(Self { subscription: subscription.to_owned(), receiver })
     }
 }
@@ -467,7 +469,7 @@ mod tests {
     fn a_route_is_the_name_of_a_subscription_and_a_url() {
         let name = |text: &str| text.parse::<RouteSettings>().map(|route| route.subscription);
         assert_eq!(name("inventory=http://a:1").unwrap(), "inventory");
-        assert_eq!(name(" loyalty-2 = http://a:1").unwrap(), "loyalty-2");
+        assert_eq!(name(" loyalty-2 = https://a:1").unwrap(), "loyalty-2");
         for bad in
             ["", "http://a:1", "=http://a:1", "orders.v1.*=http://a:1", "*=http://a:1", "-a=http://a:1", "A=http://a:1"]
         {
@@ -475,9 +477,9 @@ mod tests {
         }
         assert!(name("orders.v1.*=http://a:1").unwrap_err().contains("subscribe inventory"));
         for bad in
-            ["all=", "all=a:1", "all=https://a:1", "all=http://me:secret@a:1", "all=http://a:1/x", "all=http://a:1?x"]
+            ["all=", "all=a:1", "all=ftp://a:1", "all=http://me:secret@a:1", "all=http://a:1/x", "all=http://a:1?x"]
         {
-            assert!(name(bad).unwrap_err().contains("http://host"), "{bad}");
+            assert!(name(bad).unwrap_err().contains("https://host"), "{bad}");
         }
     }
 

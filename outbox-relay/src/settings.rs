@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use chassis::{DatabaseSettings, DatabaseUrl, ServeSettings};
+use chassis::{DatabaseSettings, DatabaseUrl, ServeSettings, TlsSettings};
 use clap::Args;
 
 use crate::{access::TokenFile, operate::Descriptors, route::RouteSettings};
@@ -23,7 +23,7 @@ pub struct Settings {
     /// ten times a second, and what a dead relay had leased waits until its leases expire.
     #[arg(long, env = "RELAY_LISTEN_DATABASE_URL", hide_env_values = true)]
     pub listen_database_url: Option<DatabaseUrl>,
-    /// Receiver of a subscription, as NAME=URL, such as inventory=http://host:52052. Repeat the flag for more
+    /// Receiver of a subscription, as NAME=URL, such as inventory=https://host:52052. Repeat the flag for more
     /// subscriptions: each has its own queue. `outbox-relay subscribe` makes a subscription.
     #[arg(long = "route", env = "RELAY_ROUTES", value_name = "NAME=URL", value_delimiter = ',', required = true)]
     pub routes: Vec<RouteSettings>,
@@ -46,7 +46,7 @@ pub struct Settings {
     #[arg(long, env = "RELAY_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub lease_seconds: u32,
     /// Milliseconds between two polls of the outbox while no notification comes.
-    #[arg(long, env = "RELAY_POLL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    #[arg(long, env = "RELAY_POLL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=600_000))]
     pub poll_ms: u64,
     /// Failures after which an event is dead. One counts only if the receiver took another event since the last.
     #[arg(long, env = "RELAY_ATTEMPTS", default_value_t = 10, value_parser = clap::value_parser!(i32).range(1..=1000))]
@@ -76,4 +76,7 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// The certificates.
+    #[command(flatten)]
+    pub tls: TlsSettings,
 }

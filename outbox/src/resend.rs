@@ -15,7 +15,7 @@ mod receiver;
 
 use std::{future::Future, io::Write, time::Duration};
 
-use chassis::DatabaseUrl;
+use chassis::{DatabaseUrl, Tls, TlsError, TlsFiles};
 use clap::Args;
 use prost_types::Timestamp;
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
@@ -39,7 +39,7 @@ pub struct ResendArguments {
     /// Name of the subscription whose receiver has lost events.
     #[arg(long, value_name = "NAME")]
     subscription: String,
-    /// URL of that receiver, such as http://host:52052. It is asked what it remembers.
+    /// URL of that receiver, such as https://host:52052. It is asked what it remembers.
     #[arg(long, value_name = "URL", value_parser = parse_receiver)]
     receiver: Uri,
     /// Look at the events that were enqueued since this time, such as 2026-11-30T08:00:00Z. Take a time before that of the
@@ -62,11 +62,17 @@ pub struct ResendArguments {
     /// Your name, kept with each event that is enqueued.
     #[arg(long, env = "USER", value_parser = parse_text, required_unless_present = "dry_run")]
     by: Option<String>,
+    /// The certificates, for a receiver with TLS.
+    #[command(flatten)]
+    tls: TlsFiles,
 }
 
 fn parse_receiver(text: &str) -> Result<Uri, &'static str> {
-    let uri = text.parse::<Uri>().ok().filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some());
-    uri.ok_or("must look like http://host:52052")
+    let uri = text
+        .parse::<Uri>()
+        .ok()
+        .filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some());
+    uri.ok_or("must look like https://host:52052 or http://localhost:52052")
 }
 
 fn parse_time(text: &str) -> Result<OffsetDateTime, &'static str> {
@@ -135,6 +141,9 @@ pub enum ResendError {
         /// The cause.
         why: String,
     },
+    /// The certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Nobody has subscribed this name.
     #[error("{name} is no subscription; there {there}")]
     NoSubscription {
@@ -210,7 +219,7 @@ impl Counts {
 pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments, sent: &impl Sent) -> Result<(), ResendError> {
     let mut connection = connect(url).await?;
     let subscription = find_subscription(&mut connection, &arguments.subscription).await?;
-    let mut receiver = Receiver::connect_lazily(arguments.receiver.clone());
+    let mut receiver = Receiver::connect_lazily(arguments.receiver.clone(), &Tls::read(&arguments.tls)?);
     let max_age = receiver.max_age().await?;
     if !arguments.without_recall {
         // It names no event. So a receiver that cannot recall is found before anything is done.

@@ -2,6 +2,7 @@
 //!
 //! - [`TestDatabase`]: a database of its own for every test.
 //! - [`postgres`]: a PostgreSQL server: an existing one, or a private cluster.
+//! - [`certificates`]: an authority, and certificates that it signs.
 //! - [`bootstrap`]: what the superuser creates once per server: roles and databases.
 //! - [`http`]: asks a process over HTTP.
 //! - [`processes`]: child processes, their signals and logs; free ports.
@@ -14,6 +15,7 @@
 //! The harness, the fault run and the bench use the same servers and processes.
 
 pub mod bootstrap;
+pub mod certificates;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 pub mod http;

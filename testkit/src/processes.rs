@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use chassis::TlsFiles;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use tokio::{
     process::{Child, Command},
@@ -159,10 +160,15 @@ impl Process {
 
     /// Waits until the gRPC health service at `address` reports the whole server as serving.
     pub async fn wait_healthy(&mut self, address: SocketAddr, limit: Duration) -> Result<()> {
+        self.wait_healthy_by(&TlsFiles::default(), address, limit).await
+    }
+
+    /// The same, of a server with these certificates.
+    pub async fn wait_healthy_by(&mut self, tls: &TlsFiles, address: SocketAddr, limit: Duration) -> Result<()> {
         let mut last_answer = String::from("no answer");
         let outcome = timeout(limit, async {
             while self.is_running() {
-                match chassis::healthcheck(address).await {
+                match chassis::healthcheck(address, tls).await {
                     Ok(()) => return Ok(()),
                     Err(not_serving) => last_answer = not_serving.to_string(),
                 }

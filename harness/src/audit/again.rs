@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
-use chassis::{Ops, ServeSettings};
+use chassis::{Ops, ServeSettings, Tls, TlsSettings};
 use metrics::{counter, describe_counter, describe_gauge, gauge};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -33,9 +33,15 @@ fn describe() {
 }
 
 /// Audits until a signal. A database that is away is told and tried again: it is no violation.
-pub(super) async fn run(databases: &Databases, every: Duration, address: SocketAddr) -> Result<ExitCode> {
+pub(super) async fn run(
+    databases: &Databases,
+    every: Duration,
+    address: SocketAddr,
+    tls: &TlsSettings,
+) -> Result<ExitCode> {
     let limits = ServeSettings { drain_seconds: 5, request_seconds: 10, concurrent_streams: 256 };
-    let _ops = Ops::start(Some(address), &limits).await.with_context(|| format!("cannot listen on {address}"))?;
+    let tls = Tls::start(tls, &[address])?;
+    let _ops = Ops::start(Some(address), &limits, &tls).await.with_context(|| format!("cannot listen on {address}"))?;
     describe();
     gauge!(INTERVAL).set(every.as_secs_f64());
     // As long as none has ended, the time counts from here.

@@ -93,7 +93,7 @@ impl Load {
         let record = Arc::new(record);
         let mut callers = JoinSet::new();
         for caller in 0..CALLERS {
-            callers.spawn(place_orders(target.orders(), caller, record.clone()));
+            callers.spawn(place_orders(target.orders()?, caller, record.clone()));
         }
         let mut inserts = JoinSet::new();
         inserts.spawn(insert_rows(PgConnectOptions::from_str(server.url())?, record.clone()));

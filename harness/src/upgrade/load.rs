@@ -72,15 +72,15 @@ impl fmt::Display for Taken {
 }
 
 impl Load {
-    pub(super) fn start(target: &Target, pace: Pace) -> Self {
+    pub(super) fn start(target: &Target, pace: Pace) -> Result<Self> {
         let Pace { concurrency, rate } = pace;
         let (stop, placed) = (CancellationToken::new(), Arc::new(Mutex::new(Placed::default())));
         let mut callers = JoinSet::new();
         for _ in 0..concurrency {
             let every = Duration::from_secs(concurrency.into()) / rate;
-            callers.spawn(call(target.orders(), every, stop.clone(), placed.clone()));
+            callers.spawn(call(target.orders()?, every, stop.clone(), placed.clone()));
         }
-        Self { target: target.clone(), pace, callers, stop, placed }
+        Ok(Self { target: target.clone(), pace, callers, stop, placed })
     }
 
     /// Returns when the orders of a second have been placed since, and more than are in flight.
@@ -100,7 +100,7 @@ impl Load {
     pub(super) async fn gets_through(&mut self) -> Result<()> {
         self.goes_on().await?;
         let order_id = lock(&self.placed).last.clone();
-        let mut client = self.target.orders();
+        let mut client = self.target.orders()?;
         let confirmed = async {
             loop {
                 let order = client.get_order(GetOrderRequest { order_id: order_id.clone() }).await;

@@ -77,12 +77,12 @@ impl System {
             currency_code: "EUR".into(),
             items: vec![OrderItem { sku: SKU.into(), quantity, unit_price_minor: 1 }],
         };
-        self.target.orders().create_order(request).await.unwrap().into_inner().order_id.parse().unwrap()
+        self.target.orders().unwrap().create_order(request).await.unwrap().into_inner().order_id.parse().unwrap()
     }
 
     async fn status(&self, order_id: Uuid) -> OrderStatus {
         let request = GetOrderRequest { order_id: order_id.into() };
-        self.target.orders().get_order(request).await.unwrap().into_inner().status()
+        self.target.orders().unwrap().get_order(request).await.unwrap().into_inner().status()
     }
 
     /// The steps that can happen next to the order; none after it was cancelled and everything is delivered.
@@ -108,10 +108,12 @@ impl System {
     async fn take(&self, step: Step, order_id: Uuid) {
         match step {
             Step::Cancel => self.cancel(order_id).await,
-            Step::Tell => deliver(&self.orders, self.target.receiver(), order_id, true).await,
-            Step::TellAndForget => deliver(&self.orders, self.target.receiver(), order_id, false).await,
-            Step::Answer => deliver(&self.inventory, self.target.reply_receiver(), order_id, true).await,
-            Step::AnswerAndForget => deliver(&self.inventory, self.target.reply_receiver(), order_id, false).await,
+            Step::Tell => deliver(&self.orders, self.target.receiver().unwrap(), order_id, true).await,
+            Step::TellAndForget => deliver(&self.orders, self.target.receiver().unwrap(), order_id, false).await,
+            Step::Answer => deliver(&self.inventory, self.target.reply_receiver().unwrap(), order_id, true).await,
+            Step::AnswerAndForget => {
+                deliver(&self.inventory, self.target.reply_receiver().unwrap(), order_id, false).await;
+            }
         }
     }
 
@@ -119,7 +121,7 @@ impl System {
     async fn cancel(&self, order_id: Uuid) {
         let before = self.status(order_id).await;
         let request = CancelOrderRequest { request_id: String::new(), order_id: order_id.into() };
-        let cancelled = self.target.orders().cancel_order(request).await;
+        let cancelled = self.target.orders().unwrap().cancel_order(request).await;
         match before {
             OrderStatus::Rejected => assert_eq!(cancelled.unwrap_err().code(), Code::FailedPrecondition),
             _ => assert_eq!(cancelled.unwrap().into_inner().status(), OrderStatus::Cancelled),

@@ -10,6 +10,7 @@ mod plans;
 mod resend;
 mod system;
 mod third_service;
+mod tls;
 mod traces;
 mod up;
 mod with_postgres;

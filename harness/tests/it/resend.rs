@@ -61,7 +61,7 @@ impl System {
 
     async fn cancel(&self, order_id: Uuid) {
         let request = CancelOrderRequest { request_id: String::new(), order_id: order_id.into() };
-        self.site.layout.target().unwrap().orders().cancel_order(request).await.unwrap();
+        self.site.layout.target().unwrap().orders().unwrap().cancel_order(request).await.unwrap();
     }
 
     async fn wait_until_delivered(&self) {

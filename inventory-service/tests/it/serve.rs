@@ -1,4 +1,4 @@
-use chassis::RunError;
+use chassis::{RunError, TlsFiles};
 use testkit::TestDatabase;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,7 @@ async fn health_and_reflection_of_each_listener_name_its_service() {
         assert_eq!(inventory.health(service).await, Some(ServingStatus::Serving), "{service:?}");
     }
     assert_eq!(inventory.health("orders.v1.OrderService").await, None);
-    chassis::healthcheck(inventory.address).await.unwrap();
+    chassis::healthcheck(inventory.address, &TlsFiles::default()).await.unwrap();
 
     for service in &SERVICES[1..] {
         let request = ServerReflectionRequest {
@@ -73,7 +73,7 @@ async fn while_the_database_is_down_calls_are_told_to_retry_and_health_reports_i
         let not_serving = async || inventory.health(service).await == Some(ServingStatus::NotServing);
         eventually("health reports that the database is down", not_serving).await;
     }
-    chassis::healthcheck(inventory.address).await.unwrap_err();
+    chassis::healthcheck(inventory.address, &TlsFiles::default()).await.unwrap_err();
 
     inventory.restore_database().await;
     assert_eq!(client.deliver(&[event]).await.unwrap(), ["APPLIED"]);

@@ -96,7 +96,9 @@ async fn the_process_serves_reports_its_health_and_ends_on_sigterm() {
     let database = TestDatabase::create("orders_owner", &MIGRATORS).await;
     let url = database.url_as("order_service");
     let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("order-service-{}.log", Uuid::new_v4()));
-    let arguments = ["serve", "--listen", "127.0.0.1:0", "--lame-duck-seconds", "0", "--database-url", &url];
+    let anywhere = "127.0.0.1:0";
+    let arguments = ["serve", "--listen", anywhere, "--events-listen", anywhere, "--lame-duck-seconds", "0"];
+    let arguments = arguments.into_iter().chain(["--database-url", &url]);
     let mut process =
         Process::spawn("order-service", BINARY.as_ref(), arguments, [("RUST_LOG", "info")], &log).unwrap();
     let mut listening = None;

@@ -37,6 +37,7 @@ mod pooler;
 mod ops;
 
 mod serve;
+mod tls;
 
 mod migrate;
 

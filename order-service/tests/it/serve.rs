@@ -1,5 +1,6 @@
 use std::time::{Duration, Instant};
 
+use chassis::TlsFiles;
 use proto::{
     events::v1::{DeliverRequest, event_receiver_client::EventReceiverClient},
     orders::v1::{OrderStatus, order_service_client::OrderServiceClient, order_service_server::SERVICE_NAME},
@@ -81,7 +82,7 @@ async fn a_silent_client_delays_the_end_for_no_longer_than_the_drain_time() {
     let service = Service::start_with(&["--drain-seconds", "1"]).await;
     let silent = TcpStream::connect(service.address).await.unwrap();
     // Connections are accepted in sequence, so a call on a later one shows that the silent one was accepted.
-    chassis::healthcheck(service.address).await.unwrap();
+    chassis::healthcheck(service.address, &TlsFiles::default()).await.unwrap();
     let begin = Instant::now();
     service.end().await;
     // Without the deadline it would never end. The bound is generous, for dropping the database on a busy machine.

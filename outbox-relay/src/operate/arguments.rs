@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use chassis::DatabaseUrl;
+use chassis::{DatabaseUrl, TlsFiles};
 use clap::{Args, Subcommand};
 
 use super::{Descriptors, NAME_CHARS, OPTIONAL_REASON_CHARS, REASON_CHARS, check_text};
@@ -57,7 +57,7 @@ Examples:
     #[command(after_long_help = "Examples:
   outbox-relay journey 0192f0c1-2345-7abc-8def-0123456789ab
   outbox-relay journey --json 0192f0c1-2345-7abc-8def-0123456789ab | jq .applied")]
-    Journey(JourneyArguments),
+    Journey(AskingArguments),
     /// Say why an event, or any event of a subject, waits
     ///
     /// For example: behind another event, leased by a relay until a time, backing off, paused by whom, or its receiver is
@@ -153,6 +153,8 @@ pub struct DoctorArguments {
     /// password, token or payload. Reasons come from receivers, so read it before you pass it on.
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub(super) bundle: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) tls: TlsFiles,
 }
 
 /// Arguments of `journey` and `why`.
@@ -165,6 +167,15 @@ pub struct JourneyArguments {
     /// Print JSON: the fields of relay.v1.Journey.
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// Arguments of `journey`.
+#[derive(Args, Debug)]
+pub struct AskingArguments {
+    #[command(flatten)]
+    pub(super) journey: JourneyArguments,
+    #[command(flatten)]
+    pub(super) tls: TlsFiles,
 }
 
 /// Arguments of `subscribe`.

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use chassis::{Tls, TlsError};
 use outbox::EventId;
 use proto::relay::v1::{BlastRadius, OutboxStatus, dead_event_content::Payload, finding::Severity};
 use serde_json::Value;
@@ -18,9 +19,9 @@ use super::{
     Author, Change, Changed, Command, DeedPage, Discard, Filter, OperateError, Outbox, PIECE, Page, RELAYS_KNOW_POLL,
     SAMPLE, SetPace, SlowDown, Undo, Walk, answer,
     arguments::{
-        DeadCommand, DeedsArguments, DiscardArguments, DoctorArguments, GroupsArguments, JourneyArguments,
-        ListArguments, PauseArguments, RequeueArguments, RestoreArguments, ResumeArguments, ShowArguments,
-        StatusArguments, SubscribeArguments, SubscriptionsArguments, TokenArguments, UndoArguments,
+        AskingArguments, DeadCommand, DeedsArguments, DiscardArguments, DoctorArguments, GroupsArguments,
+        JourneyArguments, ListArguments, PauseArguments, RequeueArguments, RestoreArguments, ResumeArguments,
+        ShowArguments, StatusArguments, SubscribeArguments, SubscriptionsArguments, TokenArguments, UndoArguments,
         UnsubscribeArguments,
     },
     ask_receivers,
@@ -65,6 +66,9 @@ pub enum CommandError {
     /// The command does not apply, or was not confirmed. Nothing was changed.
     #[error("{0}")]
     Refused(String),
+    /// The certificates cannot be used. Nothing was changed.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// An argument names something that does not exist. Nothing was changed.
     #[error("{0}")]
     Arguments(String),
@@ -153,7 +157,9 @@ pub async fn run(command: Command) -> Result<(), CommandError> {
     let ended = match command {
         Command::Status(arguments) => show_status(arguments).await,
         Command::Doctor(arguments) => examine(arguments).await,
-        Command::Journey(arguments) => show_journey(arguments, Receivers::Asked).await,
+        Command::Journey(AskingArguments { journey, tls }) => {
+            show_journey(journey, Receivers::Asked(Tls::read(&tls)?)).await
+        }
         Command::Why(arguments) => show_journey(arguments, Receivers::NotAsked).await,
         Command::Subscribe(arguments) => subscribe_name(arguments).await,
         Command::Unsubscribe(arguments) => unsubscribe_name(arguments).await,
@@ -248,8 +254,8 @@ fn show_again(status: &OutboxStatus, json: bool) -> Result<(), CommandError> {
 }
 
 async fn examine(arguments: DoctorArguments) -> Result<(), CommandError> {
-    let DoctorArguments { outbox, json, bundle } = arguments;
-    let diagnosis = diagnose(outbox.ask(read_all).await?).await;
+    let DoctorArguments { outbox, json, bundle, tls } = arguments;
+    let diagnosis = diagnose(outbox.ask(read_all).await?, &Tls::read(&tls)?).await;
     if json {
         say_json(&answer(&diagnosis)?)?;
     } else {
@@ -272,9 +278,8 @@ async fn examine(arguments: DoctorArguments) -> Result<(), CommandError> {
 }
 
 /// Whether a command asks receivers what they have applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Receivers {
-    Asked,
+    Asked(Tls),
     NotAsked,
 }
 
@@ -282,11 +287,11 @@ async fn show_journey(arguments: JourneyArguments, receivers: Receivers) -> Resu
     let JourneyArguments { outbox, id, json } = arguments;
     let id = parse_id(&id)?.uuid();
     let facts = outbox.ask(async |connection| read_facts(connection, id).await).await?;
-    let journey = match receivers {
-        Receivers::Asked => ask_receivers(facts).await?,
-        Receivers::NotAsked => facts.journey(),
+    let (journey, why) = match &receivers {
+        Receivers::Asked(tls) => (ask_receivers(facts, tls).await?, false),
+        Receivers::NotAsked => (facts.journey(), true),
     };
-    if json { say_json(&answer(&journey)?) } else { say(&print::journey(&journey, receivers == Receivers::NotAsked)) }
+    if json { say_json(&answer(&journey)?) } else { say(&print::journey(&journey, why)) }
 }
 
 async fn subscribe_name(arguments: SubscribeArguments) -> Result<(), CommandError> {

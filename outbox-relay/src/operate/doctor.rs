@@ -4,6 +4,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use chassis::Tls;
 use futures_util::future::join_all;
 use proto::relay::v1::{Diagnosis, Finding, OutboxPace, OutboxPause, RelayRoute, finding::Severity};
 use sqlx::{PgConnection, types::time::OffsetDateTime};
@@ -104,10 +105,10 @@ pub(crate) async fn read_all(connection: &mut PgConnection) -> Result<Readings, 
 }
 
 /// Asks the receivers of all routes to describe themselves, and says what is found.
-pub(crate) async fn diagnose(readings: Readings) -> Diagnosis {
+pub(crate) async fn diagnose(readings: Readings, tls: &Tls) -> Diagnosis {
     let asking = readings.routes.iter().map(|route| async move {
         let described = match route.receiver.parse() {
-            Ok(uri) => Receiver::connect_to_ask(uri).describe().await,
+            Ok(uri) => Receiver::connect_to_ask(uri, tls).describe().await,
             Err(_) => {
                 let reason = "its URL cannot be read".into();
                 Description::Unavailable { reason, retry_after: Duration::ZERO }

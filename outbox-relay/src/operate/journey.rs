@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use chassis::Tls;
 use futures_util::future::join_all;
 use outbox::{AggregateId, EventId};
 use prost_types::Timestamp;
@@ -125,7 +126,7 @@ pub(crate) async fn read_facts(connection: &mut PgConnection, id: Uuid) -> Resul
 ///
 /// # Errors
 /// Nobody knows the id.
-pub(crate) async fn ask_receivers(facts: Facts) -> Result<Journey, OperateError> {
+pub(crate) async fn ask_receivers(facts: Facts, tls: &Tls) -> Result<Journey, OperateError> {
     let is_served = |name: &&String| facts.routes.iter().any(|route| route.route == **name);
     let without_route = facts.subscriptions.iter().filter(|name| !is_served(name));
     let mut unanswered: Vec<_> =
@@ -136,7 +137,7 @@ pub(crate) async fn ask_receivers(facts: Facts) -> Result<Journey, OperateError>
     let asking = receivers.into_iter().map(|(subscription, url)| {
         let facts = &facts;
         async move {
-            let answer = timeout(ASK_LIMIT, recall(facts, url)).await;
+            let answer = timeout(ASK_LIMIT, recall(facts, url, tls)).await;
             (subscription, url, answer.unwrap_or_else(|_| Err(format!("no answer within {ASK_LIMIT:?}"))))
         }
     });
@@ -179,9 +180,9 @@ impl Facts {
     }
 }
 
-async fn recall(facts: &Facts, url: &str) -> Result<Vec<AppliedEvent>, String> {
+async fn recall(facts: &Facts, url: &str, tls: &Tls) -> Result<Vec<AppliedEvent>, String> {
     let uri = url.parse().map_err(|_| "its URL cannot be read".to_owned())?;
-    let mut receiver = Receiver::connect_to_ask(uri);
+    let mut receiver = Receiver::connect_to_ask(uri, tls);
     let types = match receiver.describe().await {
         Description::Ready { types, .. } => types,
         Description::Unknown(text) => return Err(text.to_owned()),

@@ -222,7 +222,7 @@ async fn with_a_token_file_grpc_needs_a_token_too() {
     let paused = client.pause(with(&tokens.operator)).await.unwrap().into_inner();
     assert_eq!(paused.paused_by, "Ann B.");
     // Health needs none: an orchestrator asks for it.
-    chassis::healthcheck(relay.address).await.unwrap();
+    chassis::healthcheck(relay.address, &chassis::TlsFiles::default()).await.unwrap();
     assert_eq!(Operator::of(&outbox).reads(&["status", "--json"]).await["pause"]["paused_by"], "Ann B.");
     relay.stop().await;
 }

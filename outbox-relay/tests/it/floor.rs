@@ -32,7 +32,7 @@ async fn an_event_committed_long_after_it_was_enqueued_is_delivered_within_secon
 async fn a_notified_event_below_the_floor_is_delivered_within_seconds_whatever_the_poll_interval() {
     let outbox = Outbox::create().await;
     let receiver = Receiver::start(Reply::apply).await;
-    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "60000", "--workers", "1"]).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "600000", "--workers", "1"]).await;
     outbox.wait_for_route_state("OPEN").await;
     for _ in 0..3 {
         // Raises the floor to now.
@@ -61,7 +61,7 @@ async fn the_successor_of_a_slow_delivery_follows_at_once() {
         false => Reply::apply(events),
     })
     .await;
-    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "60000", "--workers", "2"]).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--poll-ms", "600000", "--workers", "2"]).await;
     outbox.wait_for_route_state("OPEN").await;
     outbox.insert(&line).await;
     outbox.notify().await;

@@ -49,6 +49,7 @@ mod start;
 mod status;
 mod stop;
 mod subscriptions;
+mod tls;
 mod unhide;
 mod wake;
 mod witness;

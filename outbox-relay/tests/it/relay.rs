@@ -55,7 +55,7 @@ impl Relay {
     /// Before that, operators are told to try again.
     pub(crate) async fn serves(&self) {
         let asking = async {
-            while chassis::healthcheck(self.address).await.is_err() {
+            while chassis::healthcheck(self.address, &chassis::TlsFiles::default()).await.is_err() {
                 sleep(Duration::from_millis(10)).await;
             }
         };

@@ -194,7 +194,7 @@ async fn a_long_line_delays_no_other_aggregate_and_goes_on_at_once_when_its_firs
         if events.iter().any(|event| id_of(event) == first) { reply.held(&held) } else { reply }
     })
     .await;
-    let relay = Relay::start(&outbox, receiver.address, &["--lease-seconds", "120"]).await;
+    let relay = Relay::start(&outbox, receiver.address, &["--lease-seconds", "3600"]).await;
     receiver.wait("the first event is in flight", |log| log.ids().contains(&first)).await;
     let parked = "SELECT count(*) FROM outbox WHERE sequence > 1001 AND visible_at > now()";
     let parked = async || sqlx::query_scalar::<_, i64>(parked).fetch_one(&outbox.pool).await.unwrap();

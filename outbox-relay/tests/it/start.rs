@@ -31,6 +31,19 @@ async fn two_routes_for_one_subscription_are_an_error_of_the_command_line() {
 }
 
 #[tokio::test]
+async fn routes_that_it_could_not_deliver_to_safely_are_refused() {
+    let outbox = Outbox::create().await;
+    for (route, says) in [
+        ("all=http://inventory:1", "http://inventory:1/ is not on this machine"),
+        ("all=http://10.0.0.1:1", "http://10.0.0.1:1/ is not on this machine"),
+        ("all=https://localhost:1", "https://localhost:1/ needs --tls-ca-file"),
+    ] {
+        let refusal = Relay::start_with_routes(&outbox.relay_url(), &[route], &[]).await.end().await.unwrap_err();
+        assert!(matches!(&refusal, RunError::Tls(error) if error.to_string().starts_with(says)), "{refusal:?}");
+    }
+}
+
+#[tokio::test]
 async fn it_waits_for_a_database_that_is_not_there_yet() {
     let outbox = Outbox::create().await;
     outbox.insert_unrelated(3).await;

@@ -185,13 +185,15 @@ async fn a_route_to_a_name_that_nobody_subscribed_ends_with_2_and_lists_those_th
     let operator = Operator::of(&outbox);
     let serve = ["serve", "--source", "orders", "--ops-listen", "127.0.0.1:0", "--route"];
     let arguments = |route| [&serve[..], &[route]].concat();
-    let relay = operator.command(&arguments("loyalty=http://a:1")).env("RUST_LOG", "off").output().await.unwrap();
+    let relay =
+        operator.command(&arguments("loyalty=http://localhost:1")).env("RUST_LOG", "off").output().await.unwrap();
     let said = String::from_utf8(relay.stderr).unwrap();
     assert_eq!(relay.status.code(), Some(2), "{said}");
     assert!(said.contains("nobody has subscribed loyalty; there is no subscription: subscribe it with"), "{said}");
     operator.does(&["subscribe", "inventory", "orders.v1.*"]).await;
     operator.does(&["subscribe", "billing", "*"]).await;
-    let relay = operator.command(&arguments("loyalty=http://a:1,billing=http://b:1")).output().await.unwrap();
+    let relay =
+        operator.command(&arguments("loyalty=http://localhost:1,billing=http://localhost:2")).output().await.unwrap();
     let said = String::from_utf8(relay.stderr).unwrap();
     assert_eq!(relay.status.code(), Some(2), "{said}");
     assert!(

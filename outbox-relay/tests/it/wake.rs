@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// So long that no poll happens within a test.
-const NEVER_POLL: [&str; 2] = ["--poll-ms", "60000"];
+const NEVER_POLL: [&str; 2] = ["--poll-ms", "600000"];
 
 /// Process ids of the sessions that listen.
 async fn listeners(outbox: &Outbox) -> Vec<i32> {

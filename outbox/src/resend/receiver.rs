@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chassis::Tls;
 use proto::events::v1::{DescribeRequest, RecallRequest, event_receiver_client::EventReceiverClient};
 use tonic::{
     Code, Request, Status,
@@ -25,9 +26,9 @@ pub(super) struct Receiver {
 
 impl Receiver {
     /// Connects at the first call.
-    pub(super) fn connect_lazily(url: Uri) -> Self {
-        let channel = Endpoint::from(url.clone()).connect_timeout(CONNECT_LIMIT).timeout(CALL_LIMIT).connect_lazy();
-        let client = EventReceiverClient::new(channel)
+    pub(super) fn connect_lazily(url: Uri, tls: &Tls) -> Self {
+        let endpoint = Endpoint::from(url.clone()).connect_timeout(CONNECT_LIMIT).timeout(CALL_LIMIT);
+        let client = EventReceiverClient::new(chassis::connect_lazily(&endpoint, tls))
             .accept_compressed(CompressionEncoding::Gzip)
             .accept_compressed(CompressionEncoding::Deflate);
         Self { url, client }
