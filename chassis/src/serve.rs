@@ -55,6 +55,13 @@ pub struct Listener {
     pub services: Services,
 }
 
+impl Listener {
+    /// One that serves this, under these names, with the messages of these descriptors.
+    pub fn of(socket: TcpListener, routes: Routes, names: &'static [&'static str], descriptors: &'static [u8]) -> Self {
+        Self { socket, services: Services { routes, names, descriptors } }
+    }
+}
+
 /// What a listener serves besides health and reflection.
 pub struct Services {
     /// The services.

@@ -48,7 +48,14 @@ pub struct TlsFiles {
     pub tls_ca_file: Option<PathBuf>,
 }
 
-/// With whom a server speaks, and how.
+impl TlsFiles {
+    /// Whether others have to show a certificate as well.
+    pub fn are_mutual(&self) -> bool {
+        self.tls_cert_file.is_some() && self.tls_ca_file.is_some()
+    }
+}
+
+/// How a server speaks, and to whom.
 #[derive(Args, Clone, Debug, Default)]
 pub struct TlsSettings {
     /// The certificates. They are read again when they change.

@@ -19,8 +19,8 @@ mod write_batch;
 use std::net::SocketAddr;
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
-    Tls, TlsSettings,
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Tls,
+    TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -99,13 +99,9 @@ pub async fn run(
         Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
-    let listen = |socket, routes, names| {
-        let services = Services { routes, names, descriptors: proto::DESCRIPTORS };
-        Listener { socket, services }
-    };
     let listeners = [
-        listen(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME]),
-        listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
+        Listener::of(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME], proto::DESCRIPTORS),
+        Listener::of(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME], proto::DESCRIPTORS),
     ];
     chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("inventory-service ended");

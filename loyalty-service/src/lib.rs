@@ -8,8 +8,8 @@ mod grpc;
 use std::net::SocketAddr;
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
-    Tls, TlsSettings,
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Tls,
+    TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Receiver};
@@ -85,13 +85,9 @@ pub async fn run(
     let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let loyalty = LoyaltyServiceServer::new(grpc::Loyalty { database: database.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
-    let listen = |socket, routes, names| {
-        let services = Services { routes, names, descriptors: proto::DESCRIPTORS };
-        Listener { socket, services }
-    };
     let listeners = [
-        listen(api, Routes::new(loyalty), &[loyalty_service_server::SERVICE_NAME]),
-        listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
+        Listener::of(api, Routes::new(loyalty), &[loyalty_service_server::SERVICE_NAME], proto::DESCRIPTORS),
+        Listener::of(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME], proto::DESCRIPTORS),
     ];
     chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("loyalty-service ended");

@@ -18,8 +18,8 @@ mod watch_order;
 use std::{net::SocketAddr, time::Duration};
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Services,
-    Tls, TlsSettings,
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Tls,
+    TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -112,13 +112,9 @@ pub async fn run(
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
     let orders = OrderServiceServer::new(grpc::Orders { database: database.clone(), intake, relay, status, watchers })
         .accept_compressed(CompressionEncoding::Gzip);
-    let listen = |socket, routes, names| {
-        let services = Services { routes, names, descriptors: proto::DESCRIPTORS };
-        Listener { socket, services }
-    };
     let listeners = [
-        listen(api, Routes::new(orders), &[order_service_server::SERVICE_NAME]),
-        listen(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME]),
+        Listener::of(api, Routes::new(orders), &[order_service_server::SERVICE_NAME], proto::DESCRIPTORS),
+        Listener::of(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME], proto::DESCRIPTORS),
     ];
     chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("order-service ended");

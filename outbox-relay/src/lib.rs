@@ -116,7 +116,7 @@ pub async fn run([ops]: [TcpListener; 1], settings: Settings, shutdown: Cancella
     let drained = settings.serve.drained(&shutdown);
     let mut ops = Ops::serve(ops, &settings.serve, &tls, work_ended.clone().cancelled_owned(), drained);
     measure::describe();
-    if !settings.ops_listen.ip().is_loopback() && settings.token_file.is_none() && !has_mutual_tls(&settings) {
+    if !settings.ops_listen.ip().is_loopback() && settings.token_file.is_none() && !settings.tls.files.are_mutual() {
         warn!(
             address = %settings.ops_listen,
             "whoever reaches this address may do deeds by RelayAdmin: give the relay a --token-file, or keep others out"
@@ -161,17 +161,13 @@ fn offer_to_operators(admin: Arc<Admin>, settings: &Settings) -> (Services, Rout
     let routes = match settings.token_file.clone() {
         Some(tokens) => Routes::from(guard_grpc(routes.into_axum_router(), tokens)),
         // Where certificates are demanded from others, they are from operators.
-        None if has_mutual_tls(settings) => Routes::from(demand_certificates(routes.into_axum_router())),
+        None if settings.tls.files.are_mutual() => Routes::from(demand_certificates(routes.into_axum_router())),
         None => routes,
     };
     let (tokens, hosts) = (settings.token_file.clone(), settings.console_hosts.clone());
     let call_limit = Duration::from_secs(settings.serve.request_seconds);
     let console = Console { admin, tokens, hosts, status: SharedStatus::default(), call_limit };
     (Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS }, pages(console))
-}
-
-fn has_mutual_tls(settings: &Settings) -> bool {
-    settings.tls.files.tls_cert_file.is_some() && settings.tls.files.tls_ca_file.is_some()
 }
 
 /// The first two routes for which this holds.
