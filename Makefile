@@ -5,6 +5,7 @@
 
 help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after a first build of some minutes)'
+	@echo '                 (make demo SECURE=1 does the same with mutual TLS and a policy of who may call what)'
 	@echo 'make up          run the whole system in the foreground and learn how to use it; Ctrl-C ends it'
 	@echo '                 (make up PROFILE=release takes minutes longer to build, and is what to put load on)'
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
@@ -25,7 +26,7 @@ system := -p order-service -p inventory-service -p loyalty-service -p outbox-rel
 PROFILE ?= local
 
 demo: system
-	@target/$(PROFILE)/harness demo
+	@target/$(PROFILE)/harness demo $(if $(SECURE),--secure)
 
 up: system
 	@target/$(PROFILE)/harness up

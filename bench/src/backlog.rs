@@ -4,7 +4,7 @@
 //! relay's own metrics say how much is left, since counting rows would take processor time from the system under test.
 //! The relay of the answers does not run, so only one direction is measured.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use sqlx::PgConnection;
@@ -17,6 +17,7 @@ use super::{
     site::{Site, finish, start},
 };
 use harness::{
+    identities::{Identities, OPERATORS},
     stress::wait_until_delivered,
     system::{Layout, Service, stop},
 };
@@ -143,6 +144,14 @@ impl Backlog {
         self.drain_restored(&layout, events, 1, time).await
     }
 
+    /// Drains that many events by processes with these certificates, or by such without TLS.
+    pub(super) async fn drain_by(&mut self, events: u64, identities: Option<&Identities>) -> Result<Drained> {
+        stop(std::mem::take(&mut self.processes)).await?;
+        self.layout.identities = identities.cloned();
+        self.processes = start(&self.layout, &[Service::Inventory, Service::Orders]).await?;
+        self.drain(events, &[], None).await
+    }
+
     async fn drain_restored(
         &mut self,
         layout: &Layout,
@@ -150,9 +159,8 @@ impl Backlog {
         routes: u64,
         time: Option<Duration>,
     ) -> Result<Drained> {
-        let metrics = layout.address(Service::OrdersRelay)?;
         let relay = layout.start(Service::OrdersRelay).await?;
-        timeout(OPEN_LIMIT, wait_until_open(metrics, routes))
+        timeout(OPEN_LIMIT, wait_until_open(layout, routes))
             .await
             .context("the relay did not open its route in time")??;
 
@@ -160,7 +168,7 @@ impl Backlog {
         layout.operate(Service::OrdersRelay, &RESUME).await?;
         let mut samples = vec![(0.0, events)];
         let drained = loop {
-            let handled = read_metric(metrics, "outbox_relay_events_total", ("outcome", "handled")).await?;
+            let handled = read_metric(layout, "outbox_relay_events_total", ("outcome", "handled")).await?;
             let elapsed = begin.elapsed();
             samples.push((elapsed.as_secs_f64(), events.saturating_sub(handled)));
             if handled >= events || time.is_some_and(|time| elapsed >= time) {
@@ -188,15 +196,16 @@ impl Backlog {
     }
 }
 
-async fn wait_until_open(metrics: SocketAddr, routes: u64) -> Result<()> {
-    while read_metric(metrics, "outbox_relay_route_state", ("state", "OPEN")).await.unwrap_or(0) < routes {
+async fn wait_until_open(layout: &Layout, routes: u64) -> Result<()> {
+    while read_metric(layout, "outbox_relay_route_state", ("state", "OPEN")).await.unwrap_or(0) < routes {
         sleep(SAMPLE_PAUSE).await;
     }
     Ok(())
 }
 
 /// The sum of a metric of the relay over all samples with this label.
-async fn read_metric(address: SocketAddr, name: &str, label: (&str, &str)) -> Result<u64> {
-    let (_, page) = http::get(address, "/metrics").await.context("cannot read the metrics of the relay")?;
+async fn read_metric(layout: &Layout, name: &str, label: (&str, &str)) -> Result<u64> {
+    let (address, files) = (layout.address(Service::OrdersRelay)?, layout.files_of(OPERATORS));
+    let page = http::get_by(&files, address, "/metrics").await.context("cannot read the metrics of the relay")?;
     Ok(http::sum_metric(&page, name, &[label]).unwrap_or_default())
 }

@@ -44,7 +44,11 @@ pub(super) struct Answered {
 
 /// Calls `CreateOrder` and checks every answer.
 pub(super) async fn call(address: SocketAddr, load: Load) -> Result<Answered> {
-    let clients = connect(address, load.at_once)?;
+    call_by(&connect(address, load.at_once)?, load).await
+}
+
+/// The same by these clients.
+pub(super) async fn call_by(clients: &[OrderServiceClient<Channel>], load: Load) -> Result<Answered> {
     let begin = Instant::now() + load.warm_up;
     let mut callers = JoinSet::new();
     for client in clients.iter().cycle().zip(0..load.at_once).map(|(client, _)| client.clone()) {

@@ -10,6 +10,7 @@
 //! 4. `hot_sku`: one SKU that every order needs.
 //! 5. `lease`: the time of a lease, with different contents of the outbox.
 //! 6. `soak`: ten minutes at one rate, only on request.
+//! 7. `secure`: mutual TLS and a policy against neither, only on request.
 //!
 //! The system under test is the real binaries with their default settings. Each part has databases of its own. Every
 //! answer is checked, every part that places orders ends with an audit, and a run with any error does not count.
@@ -46,6 +47,7 @@ mod plot;
 mod quantiles;
 mod report;
 mod requests;
+mod secure;
 mod site;
 mod soak;
 mod statement_log;
@@ -56,9 +58,10 @@ mod stub_receiver;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const DIRECTORY: &str = "target/bench";
-/// All parts except the soak.
+/// All parts that run without being asked for.
 const PARTS: [u8; 5] = [1, 2, 3, 4, 5];
-const SOAK: u8 = 6;
+/// The others, with the files of their summaries.
+const ON_REQUEST: [(u8, &str); 2] = [(6, "soak.json"), (7, "secure.json")];
 
 /// Measure the system against what PostgreSQL and gRPC alone can do on this machine
 ///
@@ -70,14 +73,15 @@ const SOAK: u8 = 6;
 /// could not be measured. A missed target is no failure.
 ///
 /// Parts: 1 CreateOrder against pgbench; 2 drain of a backlog; 3 latency at constant rates; 4 one hot SKU; 5 lease
-/// time; 6 ten minutes at a constant rate, only with --only 6, writes target/bench/soak.json instead.
+/// time. Only with --only 6 or 7, and with a summary of its own (soak.json, secure.json): 6 ten minutes at a constant
+/// rate; 7 mutual TLS and a policy against neither.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong arguments.")]
 struct Arguments {
     #[command(subcommand)]
     part: Option<Part>,
     /// Run only this part
-    #[arg(long, value_name = "PART", value_parser = clap::value_parser!(u8).range(1..=6))]
+    #[arg(long, value_name = "PART", value_parser = clap::value_parser!(u8).range(1..=7))]
     only: Option<u8>,
     /// Run one round with small sizes, to see that everything works. A part takes a minute; the figures mean little
     #[arg(long)]
@@ -135,8 +139,9 @@ async fn measure(arguments: &Arguments) -> Result<bool> {
     site.stop().await?;
     let counts = report.conclude(&parts);
     report.print();
-    // The soak does not overwrite the summary of the other parts.
-    let summary = Path::new(DIRECTORY).join(if parts == [SOAK] { "soak.json" } else { "summary.json" });
+    // These do not overwrite the summary of the other parts.
+    let own = ON_REQUEST.iter().find(|(part, _)| parts == [*part]);
+    let summary = Path::new(DIRECTORY).join(own.map_or("summary.json", |(_, file)| file));
     report.write(&summary, &machine, arguments.quick)?;
     let verdict = if counts { "the run counts" } else { "the run does NOT count: see INVALID above" };
     if arguments.quick {
@@ -153,7 +158,8 @@ async fn run_part(part: u8, site: &Site, report: &mut Report) -> Result<()> {
         3 => latency::run(site, report).await,
         4 => hot_sku::run(site, report).await,
         5 => lease::run(site, report).await,
-        _ => soak::run(site, report).await,
+        6 => soak::run(site, report).await,
+        _ => secure::run(site, report).await,
     }
 }
 

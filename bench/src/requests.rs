@@ -80,8 +80,12 @@ fn sku(number: u32) -> String {
 /// Enough connections for that many concurrent calls. Each is opened at its first use.
 pub(super) fn connect(address: SocketAddr, at_once: u32) -> Result<Vec<OrderServiceClient<Channel>>> {
     let endpoint = Endpoint::try_from(format!("http://{address}"))?.tcp_nodelay(true);
-    let connections = at_once.div_ceil(CALLS_PER_CONNECTION);
-    Ok((0..connections).map(|_| OrderServiceClient::new(endpoint.connect_lazy())).collect())
+    Ok((0..connections_for(at_once)).map(|_| OrderServiceClient::new(endpoint.connect_lazy())).collect())
+}
+
+/// Enough for that many concurrent calls.
+pub(super) fn connections_for(at_once: u32) -> u32 {
+    at_once.div_ceil(CALLS_PER_CONNECTION)
 }
 
 /// Places one order.

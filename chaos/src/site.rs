@@ -382,6 +382,7 @@ impl Site {
             order_events: self.events_url_of(Part::Orders)?,
             inventory_events: self.events_url_of(Part::Inventory)?,
             tls: TlsFiles::default(),
+            identities: None,
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,

@@ -13,7 +13,7 @@ use std::{
 use axum::http::Extensions;
 use futures_util::{Stream, StreamExt as _, stream::unfold};
 use metrics::{counter, describe_counter};
-use rustls::ServerConfig;
+use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -23,6 +23,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 use tracing::{debug, warn};
+use webpki::EndEntityCert;
 
 use crate::LogLimit;
 
@@ -38,10 +39,17 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 const HANDSHAKES: &str = "tls_handshakes_total";
 
 /// Who is at the other end of a connection with TLS.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Peer {
     address: Option<SocketAddr>,
-    has_certificate: bool,
+    /// The URIs and DNS names of its certificate, in that order; `None` if it has shown none.
+    names: Option<Arc<[String]>>,
+}
+
+impl Peer {
+    pub(crate) fn names(&self) -> Option<&[String]> {
+        self.names.as_deref()
+    }
 }
 
 /// Where the other end of the connection is that a request came by.
@@ -52,7 +60,7 @@ pub fn address_of_peer(extensions: &Extensions) -> Option<SocketAddr> {
 
 /// Whether the other end of the connection has shown a certificate of one of the CAs.
 pub fn peer_has_certificate(extensions: &Extensions) -> bool {
-    extensions.get::<Peer>().is_some_and(|peer| peer.has_certificate)
+    extensions.get::<Peer>().is_some_and(|peer| peer.names.is_some())
 }
 
 pub(crate) fn describe() {
@@ -124,8 +132,8 @@ async fn shake_hands(stream: TcpStream, config: Arc<ServerConfig>) -> Option<Kno
             counter!(HANDSHAKES, "outcome" => "done").increment(1);
             let (socket, session) = stream.get_ref();
             // The handshake has verified it.
-            let has_certificate = session.peer_certificates().is_some();
-            let peer = Peer { address: socket.peer_addr().ok(), has_certificate };
+            let names = session.peer_certificates().and_then(|chain| chain.first()).map(names_in);
+            let peer = Peer { address: socket.peer_addr().ok(), names };
             Some(Known { stream, peer })
         }
         Ok(Err(cause)) => {
@@ -137,6 +145,12 @@ async fn shake_hands(stream: TcpStream, config: Arc<ServerConfig>) -> Option<Kno
             None
         }
     }
+}
+
+fn names_in(certificate: &CertificateDer<'_>) -> Arc<[String]> {
+    let Ok(certificate) = EndEntityCert::try_from(certificate) else { return Arc::default() };
+    let names = certificate.valid_uri_names().chain(certificate.valid_dns_names());
+    names.map(str::to_owned).collect()
 }
 
 fn fail(why: &str) {
@@ -159,7 +173,7 @@ impl Connected for Known {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        self.peer
+        self.peer.clone()
     }
 }
 

@@ -72,7 +72,7 @@ pub(crate) fn measure_answers(routes: Router, descriptors: &[&[u8]]) -> Router {
 }
 
 /// The full names, such as `orders.v1.OrderService/CreateOrder`. Whoever built the descriptors has decoded them before.
-fn method_names(encoded: &[u8]) -> Vec<String> {
+pub(crate) fn method_names(encoded: &[u8]) -> Vec<String> {
     let files = FileDescriptorSet::decode(encoded).unwrap_or_default().file;
     let of_file = |file: &prost_types::FileDescriptorProto| -> Vec<String> {
         let of_service = |service: &prost_types::ServiceDescriptorProto| -> Vec<String> {

@@ -4,6 +4,7 @@
 //! The crate knows no table, no message of the contract, and nothing about orders or stock.
 
 mod accept;
+mod authorize;
 mod calls;
 mod cli;
 mod connect;
@@ -16,9 +17,11 @@ mod log_limit;
 mod migrate;
 mod ops;
 mod page;
+mod policy;
 mod pooler;
 mod probe;
 mod refuse;
+mod reread;
 mod schema;
 mod serve;
 mod session;
@@ -30,6 +33,7 @@ mod tls;
 pub mod trace;
 
 pub use accept::{address_of_peer, peer_has_certificate};
+pub use authorize::{NotAllowed, count_denied};
 pub use calls::{CallsMade, code_name};
 pub use cli::parse;
 pub use connect::connect_lazily;
@@ -42,6 +46,7 @@ pub use log_limit::LogLimit;
 pub use migrate::{MigrateArguments, MigrateError, migrate};
 pub use ops::Ops;
 pub use page::{decode_page_token, encode_page_token};
+pub use policy::Allowed;
 pub use refuse::{Refuse, log_failure, may_pass};
 pub use schema::{SchemaError, check_schema};
 pub use serve::{Listener, ServeError, ServeSettings, Services, serve};

@@ -25,7 +25,7 @@ use tower::ServiceExt as _;
 use tracing::error;
 
 use crate::{
-    Database, RunError, ServeError, ServeSettings, Services, Tls, accept, calls,
+    Database, RunError, ServeError, ServeSettings, Services, Tls, accept, authorize, calls,
     entry::bind,
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
@@ -56,6 +56,7 @@ pub struct Ops {
     pub(crate) readiness: Readiness,
     /// What is served besides, once there is a database for it.
     added: Arc<OnceLock<Added>>,
+    reflection: bool,
     serving: Option<AbortOnDropHandle<Result<(), ServeError>>>,
     reporting: Option<AbortOnDropHandle<()>>,
     _upkeep: Option<AbortOnDropHandle<()>>,
@@ -71,6 +72,7 @@ impl Ops {
             return Ok(Self {
                 readiness: Readiness::default(),
                 added: Arc::default(),
+                reflection: settings.reflection,
                 serving: None,
                 reporting: None,
                 _upkeep: None,
@@ -108,6 +110,7 @@ impl Ops {
         Self {
             readiness,
             added,
+            reflection: settings.reflection,
             serving: Some(AbortOnDropHandle::new(serving)),
             reporting: None,
             _upkeep: Some(AbortOnDropHandle::new(upkeep)),
@@ -131,7 +134,7 @@ impl Ops {
         shutdown: CancellationToken,
     ) -> Result<(), ServeError> {
         let names = services.names;
-        let (routes, reporter) = with_health(services)?;
+        let (routes, reporter) = with_health(services, self.reflection)?;
         // Only the first counts, and there is one.
         self.added.get_or_init(|| Added { grpc: routes.into_axum_router(), pages });
         let reporting = report_health(vec![(reporter, names)], self.readiness.clone(), database.probe(), shutdown);
@@ -219,6 +222,7 @@ fn record_metrics() -> PrometheusHandle {
         }
         calls::describe();
         accept::describe();
+        authorize::describe();
         tls::describe();
         metrics
     });

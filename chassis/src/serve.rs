@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use crate::{
     Database, Ending, Ops, Tls,
     accept::{accept, accept_tls},
+    authorize::authorize,
     calls::measure_answers,
     health::report_health,
     trace,
@@ -33,6 +34,9 @@ pub struct ServeSettings {
     /// Maximum number of open calls on one connection.
     #[arg(long, env = "CONCURRENT_STREAMS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub concurrent_streams: u32,
+    /// Tell callers which methods there are (gRPC's reflection). grpcurl and others need it.
+    #[arg(long, env = "REFLECTION", default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
+    pub reflection: bool,
 }
 
 impl ServeSettings {
@@ -103,10 +107,12 @@ pub async fn serve<const N: usize>(
     let mut serving = Vec::new();
     for Listener { socket, services } in listeners {
         let (names, descriptors) = (services.names, services.descriptors);
-        let (mut routes, reporter) = with_health(services)?;
+        let (routes, reporter) = with_health(services, settings.reflection)?;
         health.push((reporter, names));
+        let descriptors = with_own(descriptors);
+        let mut routes = authorize(routes.into_axum_router(), tls, &descriptors);
         if ops.is_on() || trace::is_on() {
-            routes = measured(routes, descriptors);
+            routes = measure_answers(routes, &descriptors);
         }
         let mut server = server(settings);
         if let Some(age) = ending.connection_age {
@@ -122,7 +128,7 @@ pub async fn serve<const N: usize>(
         });
         let tls = tls.clone();
         let socket = (socket, move || tls.server());
-        serving.push(serve_routes(socket, server, routes, stopped, settings.drained(&ending.begun)));
+        serving.push(serve_routes(socket, server, routes.into(), stopped, settings.drained(&ending.begun)));
     }
     let reporting = async {
         report_health(health, ops.readiness.clone(), database.probe(), ending.announced).await;
@@ -132,18 +138,18 @@ pub async fn serve<const N: usize>(
     tokio::try_join!(try_join_all(serving), reporting).map(drop)
 }
 
-fn measured(routes: Routes, descriptors: &[u8]) -> Routes {
-    let descriptors = [
+/// And those of what every listener serves.
+fn with_own(descriptors: &[u8]) -> [&[u8]; 4] {
+    [
         descriptors,
         tonic_health::pb::FILE_DESCRIPTOR_SET,
         tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
         tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
-    ];
-    measure_answers(routes.into_axum_router(), &descriptors).into()
+    ]
 }
 
-/// The services, health and reflection.
-pub(crate) fn with_health(services: Services) -> Result<(Routes, HealthReporter), ServeError> {
+/// The services, health, and reflection unless it is off.
+pub(crate) fn with_health(services: Services, reflects: bool) -> Result<(Routes, HealthReporter), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
@@ -154,12 +160,14 @@ pub(crate) fn with_health(services: Services) -> Result<(Routes, HealthReporter)
         let served = services.names.iter().chain(&[HEALTH]);
         served.fold(builder, |builder, name| builder.with_service_name(*name))
     };
+    // A client that compresses does so in all of its calls.
+    let routes = services.routes.add_service(health.accept_compressed(CompressionEncoding::Gzip));
+    if !reflects {
+        return Ok((routes, reporter));
+    }
     // ghz asks for v1alpha.
     let (reflection, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
-    // A client that compresses does so in all of its calls.
-    let routes = services
-        .routes
-        .add_service(health.accept_compressed(CompressionEncoding::Gzip))
+    let routes = routes
         .add_service(reflection.accept_compressed(CompressionEncoding::Gzip))
         .add_service(reflection_v1alpha.accept_compressed(CompressionEncoding::Gzip));
     Ok((routes, reporter))

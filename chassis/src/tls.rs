@@ -1,7 +1,8 @@
-//! TLS: who this process is, and whom it trusts.
+//! TLS: who this process is, whom it trusts, and what these may do.
 //!
 //! The files are read again every second. So a certificate is renewed by replacing its file, and no process restarts: each
-//! new connection uses what the files held last. Open connections stay as they are until they reach their age.
+//! new connection uses what the files held last. Open connections stay as they are until they reach their age. The newest
+//! policy counts for every call.
 
 use std::{
     fmt::Display,
@@ -9,9 +10,9 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
+use axum::http::Extensions;
 use clap::Args;
 use metrics::{counter, describe_counter};
 use rustls::{
@@ -21,17 +22,20 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
-use tokio::{
-    sync::watch,
-    task::spawn_blocking,
-    time::{MissedTickBehavior, interval},
-};
-use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Uri;
-use tracing::{error, info, warn};
+use tracing::warn;
 
-const READ_INTERVAL: Duration = Duration::from_secs(1);
+use crate::{
+    accept::Peer,
+    authorize::NotAllowed,
+    policy::{Allowed, Policy},
+    reread::{Named, Reread},
+};
+
 const RELOADS: &str = "tls_reloads_total";
+/// As much as an operator wants to read of the names of a caller who is denied.
+const NAMES_CHARS_MAX: usize = 200;
+const POLICY_RELOADS: &str = "policy_reloads_total";
 
 /// The files of certificates, in PEM.
 #[derive(Args, Clone, Debug, Default)]
@@ -61,6 +65,10 @@ pub struct TlsSettings {
     /// The certificates. They are read again when they change.
     #[command(flatten)]
     pub files: TlsFiles,
+    /// File that says what the names in callers' certificates may do: `NAME package.Service/Method… source=NAME…` on each
+    /// line. All else is denied. It takes certificates and CAs. Without it, whoever has a certificate may call all methods.
+    #[arg(long, env = "POLICY_FILE", value_name = "FILE")]
+    pub policy_file: Option<PathBuf>,
     /// Speak without TLS to others than programs of this machine: in a mesh that encrypts, or for trying.
     #[arg(long, env = "ALLOW_PLAINTEXT", default_value_t = false)]
     pub allow_plaintext: bool,
@@ -92,14 +100,18 @@ pub enum TlsError {
     /// There is nobody to trust.
     #[error("{0} needs --tls-ca-file: the CAs by which it is trusted")]
     NoCa(Uri),
+    /// Without certificates nobody has a name.
+    #[error(
+        "--policy-file needs --tls-cert-file and --tls-ca-file: callers are known by the names in their certificates"
+    )]
+    NoNames,
 }
 
-/// The certificates as the files have them now. Clones share them.
+/// The certificates and the policy, as the files have them now. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Tls {
-    current: watch::Receiver<Arc<Configs>>,
-    /// Ends with the last clone.
-    _reading: Option<Arc<AbortOnDropHandle<()>>>,
+    certificates: Reread<Configs>,
+    policy: Option<Reread<Policy>>,
 }
 
 #[derive(Debug, Default)]
@@ -115,8 +127,11 @@ struct Configs {
 
 pub(crate) fn describe() {
     describe_counter!(RELOADS, "Changes of the files of certificates by outcome: used, broken (the old ones are kept)");
-    for outcome in ["used", "broken"] {
-        counter!(RELOADS, "outcome" => outcome).increment(0);
+    describe_counter!(POLICY_RELOADS, "Changes of the policy's file by outcome: used, broken (the old policy is kept)");
+    for metric in [RELOADS, POLICY_RELOADS] {
+        for outcome in ["used", "broken"] {
+            counter!(metric, "outcome" => outcome).increment(0);
+        }
     }
 }
 
@@ -140,7 +155,11 @@ impl Tls {
         if settings.files.tls_cert_file.is_none() && settings.files.tls_ca_file.is_some() && !listeners.is_empty() {
             warn!("callers are served without TLS: it takes --tls-cert-file, too");
         }
-        Self::read(&settings.files)
+        let policy = settings.policy_file.as_deref();
+        if policy.is_some() && !settings.files.are_mutual() {
+            return Err(TlsError::NoNames);
+        }
+        Ok(Self { policy: policy.map(read_policy).transpose()?, ..Self::read(&settings.files)? })
     }
 
     /// Reads the files, and goes on to read them while this is there: for a process that only calls others.
@@ -149,11 +168,27 @@ impl Tls {
     /// [`TlsError`].
     pub fn read(files: &TlsFiles) -> Result<Self, TlsError> {
         let files = Files::of(files);
-        let read = files.read()?;
-        let (sender, current) = watch::channel(Arc::new(read.configure(&files)?));
-        let reading =
-            files.any().then(|| Arc::new(AbortOnDropHandle::new(tokio::spawn(read_again(files, read, sender)))));
-        Ok(Self { current, _reading: reading })
+        if !files.any() {
+            return Ok(Self { certificates: Reread::constant(Configs::default()), policy: None });
+        }
+        let named = Named { what: "certificates", files: files.to_string(), metric: RELOADS };
+        let reading = files.clone();
+        let certificates = Reread::start(named, move || reading.read(), move |read: &Contents| read.configure(&files))?;
+        Ok(Self { certificates, policy: None })
+    }
+
+    /// Whether a policy says what callers may do.
+    pub fn has_policy(&self) -> bool {
+        self.policy.is_some()
+    }
+
+    /// Whether the caller whose request has these extensions may call the method, by its full name; `None` without a policy.
+    pub fn allow(&self, request: &Extensions, method: &str) -> Option<Result<Allowed, NotAllowed>> {
+        let policy = self.policy.as_ref()?.current();
+        let Some(names) = request.get::<Peer>().and_then(Peer::names) else {
+            return Some(Err(NotAllowed::NoCertificate));
+        };
+        Some(policy.allow(names, method).ok_or_else(|| NotAllowed::Names(cut(&names.join(", ")))))
     }
 
     /// Refuses what this process could not call, or could not call safely.
@@ -171,64 +206,22 @@ impl Tls {
 
     /// A name that this process can be verified by.
     pub(crate) fn own_name(&self) -> Option<ServerName<'static>> {
-        self.current.borrow().own_name.clone()
+        self.certificates.current().own_name.clone()
     }
 
     /// For the next connection of a caller or relay.
     pub(crate) fn server(&self) -> Option<Arc<ServerConfig>> {
-        self.current.borrow().server.clone()
+        self.certificates.current().server.clone()
     }
 
     /// For the next connection of an operator or a probe.
     pub(crate) fn ops(&self) -> Option<Arc<ServerConfig>> {
-        self.current.borrow().ops.clone()
+        self.certificates.current().ops.clone()
     }
 
     /// For the next connection to another process.
     pub(crate) fn client(&self) -> Option<Arc<ClientConfig>> {
-        self.current.borrow().client.clone()
-    }
-}
-
-/// Reads the files until it is dropped. A broken file changes nothing.
-///
-/// Files that belong together are not replaced at once. So what is broken counts once it has been the same for a second.
-async fn read_again(files: Files, mut used: Contents, configs: watch::Sender<Arc<Configs>>) {
-    let mut ticks = interval(READ_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (mut seen, mut told) = (used.clone(), None);
-    loop {
-        ticks.tick().await;
-        let reading = files.clone();
-        // On a thread of its own: they may be on a network, and hang.
-        let Ok(read) = spawn_blocking(move || reading.read()).await else { continue };
-        if read.as_ref().is_ok_and(|contents| *contents == used) {
-            (seen, told) = (used.clone(), None);
-            continue;
-        }
-        let (contents, configured) = match read {
-            Ok(contents) => {
-                let configured = contents.configure(&files);
-                (contents, configured)
-            }
-            Err(why) => (Contents::default(), Err(why)),
-        };
-        let is_settled = contents == seen;
-        seen = contents.clone();
-        match configured {
-            Ok(now) => {
-                info!(files = %files, "the certificates have changed: new connections use them");
-                counter!(RELOADS, "outcome" => "used").increment(1);
-                configs.send_replace(Arc::new(now));
-                (used, told) = (contents, None);
-            }
-            Err(why) if is_settled && told.as_ref() != Some(&contents) => {
-                error!(%why, "the certificates have changed and cannot be read or used: the old ones are kept");
-                counter!(RELOADS, "outcome" => "broken").increment(1);
-                told = Some(contents);
-            }
-            Err(_) => {}
-        }
+        self.certificates.current().client.clone()
     }
 }
 
@@ -334,6 +327,20 @@ impl Contents {
             own_name: identity.as_ref().and_then(|(chain, ..)| name_in(chain)),
         })
     }
+}
+
+/// Whoever signs a certificate decides how long its names are.
+fn cut(names: &str) -> String {
+    names.chars().take(NAMES_CHARS_MAX).collect()
+}
+
+fn read_policy(file: &Path) -> Result<Reread<Policy>, TlsError> {
+    let (read, made) = (file.to_owned(), file.to_owned());
+    Reread::start(
+        Named { what: "policy", files: file.display().to_string(), metric: POLICY_RELOADS },
+        move || fs::read_to_string(&read).map_err(|cause| at(&read, &cause)),
+        move |text: &String| Policy::parse(text).map_err(|faults| at(&made, &faults.join("; "))),
+    )
 }
 
 fn name_in(chain: &[CertificateDer<'static>]) -> Option<ServerName<'static>> {

@@ -8,10 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use prost::{Message, Name};
 use proto::{
-    events::v1::Outcome,
+    events::v1::{DeliverRequest, Event, Outcome, event_receiver_client::EventReceiverClient},
+    inventory::v1::StockReserved,
     loyalty::v1::{GetBalanceRequest, loyalty_service_client::LoyaltyServiceClient},
     orders::v1::{
         CancelOrderRequest, CreateOrderRequest, Order, OrderCreated, OrderItem, OrderStatus, WatchOrderRequest,
@@ -22,16 +23,22 @@ use uuid::Uuid;
 
 use crate::{
     audit::audit,
+    identities::{CUSTOMERS, Identities},
     interrupt::unless_interrupted,
     replay::{available, name, replay, wait_until_applied},
     stress::{Load, count_dead, place_orders, wait_until_delivered},
     system::{Layout, ServerArguments, Service, stop},
     target::Target,
 };
-use testkit::processes::{Process, free_port};
+use testkit::{
+    certificates::Authority,
+    processes::{Process, free_port},
+};
+use tonic::Code;
 
 const DIRECTORY: &str = "target/demo/postgres";
 const LOGS: &str = "target/demo/logs";
+const CERTIFICATES: &str = "target/demo/certificates";
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 const LOG_LIMIT: Duration = Duration::from_secs(5);
 const SKU: &str = "MUG";
@@ -60,6 +67,9 @@ type Shares = BTreeMap<u64, u64>;
 pub struct Arguments {
     #[command(flatten)]
     server: ServerArguments,
+    /// With mutual TLS and a policy: each process has a certificate of its own, and may do what its name may
+    #[arg(long)]
+    secure: bool,
 }
 
 /// Runs the subcommand.
@@ -80,6 +90,9 @@ async fn show(arguments: &Arguments) -> Result<()> {
     layout.settings.push(("RUST_LOG".into(), "info,outbox_relay=debug".into()));
     layout.settings.push(("RELAY_WORKERS".into(), WORKERS.to_string()));
     layout.settings.push(("RELAY_BATCH".into(), BATCH.to_string()));
+    if arguments.secure {
+        layout.identities = Some(Identities::make(Path::new(CERTIFICATES), &Authority::new()?)?);
+    }
     layout.prepare().await?;
     let target = layout.target()?;
 
@@ -97,6 +110,9 @@ async fn show(arguments: &Arguments) -> Result<()> {
     show_replay(&target).await?;
     show_audit(&target).await?;
     show_journey(&layout, order_id).await?;
+    if let Some(identities) = &layout.identities {
+        show_denials(&layout, &target, identities, order_id).await?;
+    }
 
     stop(processes).await?;
     if let Some(cluster) = cluster {
@@ -196,12 +212,11 @@ async fn show_second_subscriber(layout: &Layout, target: &Target) -> Result<Proc
     println!(
         "\n  4. A second subscriber has a queue of its own. loyalty-service has not run so far, and nobody waited for it."
     );
-    let loyalty = layout.loyalty.as_ref().context("the demo has loyalty-service")?;
     let table = layout.operate(Service::OrdersRelay, &["subscriptions"]).await?;
     show_output("outbox-relay subscriptions", &table);
     let process = start(layout, Service::Loyalty).await?;
     wait_until_delivered(&target.databases, DRAIN_LIMIT).await?;
-    let mut client = LoyaltyServiceClient::connect(format!("http://{}", loyalty.address)).await?;
+    let mut client = LoyaltyServiceClient::new(layout.connect(Service::Loyalty, CUSTOMERS)?);
     let balance = client.get_balance(GetBalanceRequest { customer_id: CUSTOMER.into() }).await?.into_inner();
     println!("     GetBalance → {CUSTOMER} has {} points", balance.points);
     ensure!(balance.points > 0, "loyalty-service has awarded no points");
@@ -350,6 +365,37 @@ async fn show_journey(layout: &Layout, order_id: Uuid) -> Result<()> {
     ensure!(journey.contains("APPLIED"), "no receiver has applied the order: {journey}");
     for line in journey.lines() {
         println!("     {line}");
+    }
+    Ok(())
+}
+
+/// The forged events are of an order that is confirmed already: the demo goes on, even if one were applied.
+async fn show_denials(layout: &Layout, target: &Target, identities: &Identities, order_id: Uuid) -> Result<()> {
+    println!("\n  12. All of this was said over mutual TLS. Each name may do what the policy says, and nothing else:");
+    for line in fs::read_to_string(identities.policy_file())?.lines() {
+        println!("       {line}");
+    }
+    let now = sqlx::query_scalar("-- demo: read clock\n SELECT extract(epoch FROM now())::bigint");
+    let seconds = now.fetch_one(&mut target.databases.orders().await?).await?;
+    let event = Event {
+        id: Uuid::new_v4().into(),
+        source: Service::Inventory.name().into(),
+        r#type: StockReserved::full_name(),
+        subject: order_id.into(),
+        sequence: 1,
+        time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+        data: StockReserved { order_id: order_id.into() }.encode_to_vec().into(),
+        ..Event::default()
+    };
+    println!("     Somebody says that stock is reserved, and is not inventory's relay:");
+    for name in [CUSTOMERS, Service::OrdersRelay.name()] {
+        let events = vec![event.clone()];
+        let mut receiver = EventReceiverClient::new(layout.connect_to_events(Service::Orders, name)?);
+        let Err(refused) = receiver.deliver(DeliverRequest { events }).await else {
+            bail!("a forged event of {name} was taken");
+        };
+        ensure!(refused.code() == Code::PermissionDenied, "a forged event of {name}: {refused:?}");
+        println!("     {name:<14} PERMISSION_DENIED: {}", refused.message());
     }
     Ok(())
 }

@@ -5,11 +5,13 @@
 //!
 //! - [`system`]: PostgreSQL, the three services and the two relays as processes;
 //! - [`target`]: where a running system is;
+//! - [`identities`]: certificates for a system, and a policy;
 //! - [`interrupt`]: work that Ctrl-C may end.
 
 pub mod audit;
 pub mod demo;
 pub mod failover;
+pub mod identities;
 pub mod interrupt;
 pub mod replay;
 pub mod stress;

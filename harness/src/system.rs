@@ -9,9 +9,13 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::process::Command;
+use tonic::transport::{Channel, Endpoint};
 
-use crate::target::{self, Databases, Target};
-use chassis::TlsFiles;
+use crate::{
+    identities::{CUSTOMERS, Identities},
+    target::{self, Databases, Target},
+};
+use chassis::{Tls, TlsFiles, connect_lazily};
 use testkit::{
     bootstrap::{bootstrap, create_databases},
     postgres::{self, Cluster, FixedPort, Options, Server},
@@ -88,8 +92,8 @@ pub struct Layout {
     pub loyalty: Option<Loyalty>,
     /// Directory of the log files.
     pub logs: PathBuf,
-    /// The certificates of all processes. Without one they speak without TLS.
-    pub tls: TlsFiles,
+    /// The certificates of all processes, and what they may do. Without them the processes speak without TLS.
+    pub identities: Option<Identities>,
     /// More environment variables for each process.
     pub settings: Vec<(String, String)>,
     /// Directory of the programs, if they are not those beside this one.
@@ -215,7 +219,7 @@ impl Layout {
             inventory_relay,
             loyalty: None,
             logs: logs.to_owned(),
-            tls: TlsFiles::default(),
+            identities: None,
             settings: Vec::new(),
             programs: None,
             serves_ops: false,
@@ -256,7 +260,8 @@ impl Layout {
             inventory_service: inventory_service.parse()?,
             order_events: order_events.parse()?,
             inventory_events: inventory_events.parse()?,
-            tls: self.tls.clone(),
+            tls: self.files_of(CUSTOMERS),
+            identities: self.identities.clone(),
             databases: Databases {
                 orders_database_url: orders.parse()?,
                 inventory_database_url: inventory.parse()?,
@@ -383,15 +388,51 @@ impl Layout {
             let names = ["ORDER_SERVICE_OPS_LISTEN", "INVENTORY_SERVICE_OPS_LISTEN", "LOYALTY_SERVICE_OPS_LISTEN"];
             environment.extend(names.map(|name| (name, ops)));
         }
-        let TlsFiles { tls_cert_file, tls_key_file, tls_ca_file } = &self.tls;
-        let files = [("TLS_CERT_FILE", tls_cert_file), ("TLS_KEY_FILE", tls_key_file), ("TLS_CA_FILE", tls_ca_file)];
-        for (name, file) in files {
-            let Some(file) = file else { continue };
-            environment.push((name, file.to_str().context("the name of a file is not UTF-8")?));
-        }
+        let files = self.security_variables(service)?;
+        environment.extend(files.iter().map(|(name, file)| (*name, file.as_str())));
         let mut process = self.spawn(service, &["serve"], &environment)?;
-        process.wait_healthy_by(&self.tls, address, HEALTHY_LIMIT).await?;
+        process.wait_healthy_by(&self.files_of(service.name()), address, HEALTHY_LIMIT).await?;
         Ok(process)
+    }
+
+    /// The certificates of a process or caller of this system; none if it speaks without TLS.
+    pub fn files_of(&self, name: &str) -> TlsFiles {
+        self.identities.as_ref().map(|identities| identities.files(name)).unwrap_or_default()
+    }
+
+    /// A connection to a process, as the one with this name.
+    ///
+    /// # Errors
+    /// If the process is not in this system, or the certificates cannot be used.
+    pub fn connect(&self, service: Service, name: &str) -> Result<Channel> {
+        self.connect_to(self.address(service)?, name)
+    }
+
+    /// The same, to where a service takes events.
+    ///
+    /// # Errors
+    /// If it is not in this system or takes none, or the certificates cannot be used.
+    pub fn connect_to_events(&self, service: Service, name: &str) -> Result<Channel> {
+        self.connect_to(self.events_address(service)?.context("a relay takes no events")?, name)
+    }
+
+    fn connect_to(&self, address: SocketAddr, name: &str) -> Result<Channel> {
+        let endpoint = Endpoint::from_shared(self.url_of(address))?;
+        Ok(connect_lazily(&endpoint, &Tls::read(&self.files_of(name))?))
+    }
+
+    /// The certificates and the policy, as environment variables of a process.
+    fn security_variables(&self, service: Service) -> Result<Vec<(&'static str, String)>> {
+        let Some(identities) = &self.identities else { return Ok(Vec::new()) };
+        let files = [
+            ("TLS_CERT_FILE", identities.own_file(service.name())),
+            ("TLS_CA_FILE", identities.ca_file()),
+            ("POLICY_FILE", identities.policy_file()),
+        ];
+        let text = |path: PathBuf| -> Result<String> {
+            Ok(path.to_str().context("the name of a file is not UTF-8")?.to_owned())
+        };
+        files.into_iter().map(|(name, path)| Ok((name, text(path)?))).collect()
     }
 
     fn url_for(&self, role: &str, database: &str) -> String {
@@ -402,7 +443,7 @@ impl Layout {
     }
 
     fn url_of(&self, address: SocketAddr) -> String {
-        format!("{}://{address}", if self.tls.tls_cert_file.is_some() { "https" } else { "http" })
+        format!("{}://{address}", if self.identities.is_some() { "https" } else { "http" })
     }
 
     /// The routes of a relay: the subscriptions that it delivers, each with its receiver.
@@ -423,7 +464,9 @@ impl Layout {
     /// If the command fails; the error shows its message.
     pub async fn operate(&self, relay: Service, arguments: &[&str]) -> Result<String> {
         let database = if relay == Service::InventoryRelay { &self.inventory } else { &self.orders };
-        operate_with(&self.program("outbox-relay")?, &self.server.url_for("outbox_relay", database), arguments).await
+        let url = ("RELAY_DATABASE_URL", self.server.url_for("outbox_relay", database));
+        let environment = [url].into_iter().chain(self.security_variables(relay)?).collect();
+        operate_with(&self.program("outbox-relay")?, environment, arguments).await
     }
 
     fn spawn(&self, service: Service, command: &[&str], environment: &[(&str, &str)]) -> Result<Process> {
@@ -494,12 +537,13 @@ fn on_loopback(port: u16) -> SocketAddr {
 /// # Errors
 /// If the command fails; the error shows its message.
 pub async fn operate(database_url: &str, arguments: &[&str]) -> Result<String> {
-    operate_with(&binary("outbox-relay")?, database_url, arguments).await
+    let environment = vec![("RELAY_DATABASE_URL", database_url.to_owned())];
+    operate_with(&binary("outbox-relay")?, environment, arguments).await
 }
 
-async fn operate_with(program: &Path, database_url: &str, arguments: &[&str]) -> Result<String> {
+async fn operate_with(program: &Path, environment: Vec<(&str, String)>, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
-    command.args(arguments).env("RELAY_DATABASE_URL", database_url);
+    command.args(arguments).envs(environment);
     let output = command.kill_on_drop(true).output().await.context("cannot run outbox-relay")?;
     let message = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "outbox-relay {} failed: {message}", arguments.join(" "));

@@ -11,6 +11,8 @@ use proto::{
 use sqlx::PgConnection;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::{identities::Identities, system::Service};
+
 const ORDER_SERVICE: &str = "http://127.0.0.1:50051";
 const INVENTORY_SERVICE: &str = "http://127.0.0.1:50052";
 const ORDER_EVENTS: &str = "http://127.0.0.1:52051";
@@ -62,6 +64,9 @@ pub struct Target {
     /// The certificates, if the URLs begin with https
     #[command(flatten)]
     pub tls: TlsFiles,
+    /// Those of each caller of the system that this process has started. Relays may call where others may not.
+    #[arg(skip)]
+    pub identities: Option<Identities>,
     /// The databases.
     #[command(flatten)]
     pub databases: Databases,
@@ -89,6 +94,11 @@ impl Target {
         Ok(chassis::connect_lazily(&Endpoint::from(url.clone()), &Tls::read(&self.tls)?))
     }
 
+    fn connect_as(&self, relay: Service, url: &Uri) -> Result<Channel> {
+        let own = self.identities.as_ref().map(|identities| identities.files(relay.name()));
+        Ok(chassis::connect_lazily(&Endpoint::from(url.clone()), &Tls::read(own.as_ref().unwrap_or(&self.tls))?))
+    }
+
     /// A client of order-service, connected when first used.
     ///
     /// # Errors
@@ -110,7 +120,7 @@ impl Target {
     /// # Errors
     /// If the certificates cannot be used.
     pub fn reply_receiver(&self) -> Result<EventReceiverClient<Channel>> {
-        Ok(EventReceiverClient::new(self.connect(&self.order_events)?))
+        Ok(EventReceiverClient::new(self.connect_as(Service::InventoryRelay, &self.order_events)?))
     }
 
     /// A client of inventory-service as the receiver of events, connected when first used.
@@ -118,7 +128,7 @@ impl Target {
     /// # Errors
     /// If the certificates cannot be used.
     pub fn receiver(&self) -> Result<EventReceiverClient<Channel>> {
-        Ok(EventReceiverClient::new(self.connect(&self.inventory_events)?))
+        Ok(EventReceiverClient::new(self.connect_as(Service::OrdersRelay, &self.inventory_events)?))
     }
 }
 

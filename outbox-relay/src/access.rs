@@ -1,4 +1,5 @@
-//! Who may operate: a file of tokens, each with a role and a name.
+//! Who may operate: whom the policy allows it by the name in his certificate, or who has a token of a file. There each has a
+//! role and a name.
 //!
 //! The file holds the SHA-256 of each token. A token has 244 random bits, so nobody finds it by its hash, and a slow hash
 //! would gain nothing. The file is read again for every call. It is short, and calls are rare. So a token that is taken out of
@@ -6,8 +7,9 @@
 
 use std::{collections::HashMap, fs, io, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use chassis::LogLimit;
-use http::{HeaderMap, header::AUTHORIZATION};
+use chassis::{LogLimit, NotAllowed, Tls, peer_has_certificate};
+use http::{Extensions, HeaderMap, header::AUTHORIZATION};
+use proto::relay::v1::relay_admin_server::SERVICE_NAME;
 use sha2::{Digest, Sha256};
 use tokio::{
     sync::Mutex,
@@ -94,6 +96,8 @@ pub(crate) enum Denied {
     NoToken,
     #[error("this needs a certificate of one of the relay's CAs")]
     NoCertificate,
+    #[error(transparent)]
+    NotAllowed(#[from] NotAllowed),
     #[error("the token is not known here")]
     UnknownToken,
     #[error("{} may look, and not act: this needs a token of an operator", if .0.is_empty() { "who has no token" } else { .0 })]
@@ -103,6 +107,48 @@ pub(crate) enum Denied {
     /// The log says why: a stranger must not learn what the file holds.
     #[error("the token file cannot be used; the relay's log says why")]
     Broken,
+}
+
+/// How callers of RelayAdmin are known.
+#[derive(Clone, Debug)]
+pub(crate) struct Admission {
+    pub(crate) tokens: Option<TokenFile>,
+    pub(crate) tls: Tls,
+    /// Whether others have to show certificates. Operators have to do so as well, unless they have tokens.
+    pub(crate) is_mutual: bool,
+}
+
+impl Admission {
+    /// A caller by gRPC, if he may call this method. `None` is one whose name nobody knows but he.
+    pub(crate) async fn admit(
+        &self,
+        headers: &HeaderMap,
+        connection: &Extensions,
+        method: &str,
+    ) -> Result<Option<Caller>, Denied> {
+        if let Some(known) = self.admit_by_certificate(connection, method) {
+            return known.map(Some);
+        }
+        match &self.tokens {
+            Some(tokens) => tokens.admit(headers, method).await.map(Some),
+            None if self.is_mutual && !peer_has_certificate(connection) => Err(Denied::NoCertificate),
+            None => Ok(None),
+        }
+    }
+
+    /// A caller who has shown a certificate, as the policy says. `None` without the one or the other: he may have a token.
+    pub(crate) fn admit_by_certificate(&self, connection: &Extensions, method: &str) -> Option<Result<Caller, Denied>> {
+        let allow = |method: &str| self.tls.allow(connection, &format!("{SERVICE_NAME}/{method}"));
+        match allow(method)? {
+            Ok(allowed) => {
+                let acts = ACTING.iter().any(|method| allow(method).is_some_and(|allowed| allowed.is_ok()));
+                let name = allowed.name.chars().take(*NAME_CHARS.end()).collect();
+                Some(Ok(Caller { name, role: if acts { Role::Operator } else { Role::Viewer } }))
+            }
+            Err(NotAllowed::NoCertificate) => None,
+            Err(why @ NotAllowed::Names(_)) => Some(Err(why.into())),
+        }
+    }
 }
 
 /// The callers, by the SHA-256 of their tokens.

@@ -1,8 +1,10 @@
 //! The console: a page for an operator's browser, and the calls that it makes.
 //!
 //! The calls are those of RelayAdmin, with their messages as JSON. So console, RelayAdmin and command line have one
-//! implementation. Who calls is told by a token in a header, never by a cookie: another site cannot send it. Without a file
-//! of tokens, only programs on this machine are answered, and they may only look.
+//! implementation. Who calls is told by a token in a header, never by a cookie: another site cannot send it. With a policy, a
+//! certificate tells it too. A browser shows that to whatever page asks for it, so calls of other sites are refused by
+//! what the browser says of them, and by their type of content. Otherwise only programs on this machine are answered, and
+//! they may only look.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -14,7 +16,7 @@ use axum::{
     response::{IntoResponse, Redirect, Response},
     routing::{get, post},
 };
-use chassis::LogLimit;
+use chassis::{LogLimit, count_denied};
 use http::{
     HeaderMap, HeaderName, HeaderValue, StatusCode,
     header::{
@@ -25,7 +27,10 @@ use http::{
     uri::Authority,
 };
 use prost::{Message, Name};
-use proto::relay::v1::{GetStatusRequest, relay_admin_server::RelayAdmin};
+use proto::relay::v1::{
+    GetStatusRequest,
+    relay_admin_server::{RelayAdmin, SERVICE_NAME},
+};
 use serde_json::{Value, json};
 use tokio::{
     sync::Mutex,
@@ -35,7 +40,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::{
-    access::{Caller, Denied, Role, TokenFile, check_role, is_method},
+    access::{Admission, Caller, Denied, Role, check_role, is_method},
     grpc::{Admin, REFUSE, deny},
     operate::{SAMPLE, answer, question},
 };
@@ -77,7 +82,7 @@ const FAILURE_KEPT: Duration = Duration::from_secs(1);
 /// What the console needs.
 pub(crate) struct Console {
     pub(crate) admin: Arc<Admin>,
-    pub(crate) tokens: Option<TokenFile>,
+    pub(crate) admission: Admission,
     /// Names by which browsers may ask for it, beside localhost and addresses.
     pub(crate) hosts: Vec<String>,
     pub(crate) status: SharedStatus,
@@ -147,7 +152,10 @@ impl Console {
     }
 
     async fn admit(&self, request: &Parts, method: &str) -> Result<Caller, Denied> {
-        if let Some(tokens) = &self.tokens {
+        if let Some(known) = self.admission.admit_by_certificate(&request.extensions, method) {
+            return known;
+        }
+        if let Some(tokens) = &self.admission.tokens {
             return tokens.admit(&request.headers, method).await;
         }
         let peer = chassis::address_of_peer(&request.extensions);
@@ -211,8 +219,10 @@ async fn call(State(console): State<Arc<Console>>, Path(method): Path<String>, r
 /// Whoever reaches the port can cause such lines. So they are few, and hold nothing that a caller has chosen.
 fn log_denied(method: &str, denied: &Denied) {
     static SAID: LogLimit = LogLimit::new();
+    let is_known = is_method(method);
+    count_denied(if is_known { format!("{SERVICE_NAME}/{method}") } else { "_OTHER".to_owned() });
     if SAID.allows(Instant::now(), LOG_INTERVAL) {
-        let method = if is_method(method) { method } else { "unknown" };
+        let method = if is_known { method } else { "unknown" };
         tracing::warn!(method, %denied, "a call of an operator is denied");
     }
 }
@@ -320,13 +330,15 @@ fn http_status(code: Code) -> StatusCode {
     }
 }
 
-/// Lets only callers with a token reach RelayAdmin by gRPC, and tells it who they are.
-pub(crate) fn guard_grpc(routes: Router, tokens: TokenFile) -> Router {
-    let check = async move |State(tokens): State<TokenFile>, mut request: Request<Body>, next: Next| {
+/// Lets only those reach RelayAdmin by gRPC who may, and tells it who they are.
+pub(crate) fn guard_grpc(routes: Router, admission: Admission) -> Router {
+    let check = async move |State(admission): State<Admission>, mut request: Request<Body>, next: Next| {
         let method = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
-        match tokens.admit(request.headers(), &method).await {
+        match admission.admit(request.headers(), request.extensions(), &method).await {
             Ok(caller) => {
-                request.extensions_mut().insert(caller);
+                if let Some(caller) = caller {
+                    request.extensions_mut().insert(caller);
+                }
                 next.run(request).await
             }
             Err(denied) => {
@@ -335,20 +347,7 @@ pub(crate) fn guard_grpc(routes: Router, tokens: TokenFile) -> Router {
             }
         }
     };
-    routes.layer(middleware::from_fn_with_state(tokens, check))
-}
-
-/// Answers RelayAdmin's calls by gRPC only to who has shown a certificate.
-pub(crate) fn demand_certificates(routes: Router) -> Router {
-    let check = async |request: Request<Body>, next: Next| {
-        if chassis::peer_has_certificate(request.extensions()) {
-            return next.run(request).await;
-        }
-        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
-        log_denied(method, &Denied::NoCertificate);
-        deny(&Denied::NoCertificate).into_http()
-    };
-    routes.layer(middleware::from_fn(check))
+    routes.layer(middleware::from_fn_with_state(admission, check))
 }
 
 #[cfg(test)]

@@ -332,6 +332,7 @@ pub(crate) fn deny(denied: &Denied) -> Status {
     let (code, reason) = match denied {
         Denied::NoToken => (Code::Unauthenticated, "TOKEN_REQUIRED"),
         Denied::NoCertificate => (Code::Unauthenticated, "CERTIFICATE_REQUIRED"),
+        Denied::NotAllowed(_) => (Code::PermissionDenied, "NOT_ALLOWED"),
         Denied::NotLocal => (Code::PermissionDenied, "LOCAL_ONLY"),
         Denied::UnknownToken => (Code::Unauthenticated, "TOKEN_UNKNOWN"),
         Denied::Viewer(_) => (Code::PermissionDenied, "OPERATORS_ONLY"),

@@ -58,9 +58,10 @@ use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::{info, warn};
 
 use crate::{
+    access::Admission,
     ahead::Ahead,
     announce::{OtherReceiver, claim},
-    console::{Console, SharedStatus, demand_certificates, guard_grpc, pages},
+    console::{Console, SharedStatus, guard_grpc, pages},
     deliver::Receiver,
     failures::Failures,
     floor::Floor,
@@ -157,16 +158,15 @@ pub async fn run([ops]: [TcpListener; 1], settings: Settings, shutdown: Cancella
 /// RelayAdmin by gRPC, and the console.
 fn offer_to_operators(admin: Arc<Admin>, settings: &Settings) -> (Services, Router) {
     let service = RelayAdminServer::from_arc(Arc::clone(&admin)).accept_compressed(CompressionEncoding::Gzip);
-    let routes = Routes::new(service);
-    let routes = match settings.token_file.clone() {
-        Some(tokens) => Routes::from(guard_grpc(routes.into_axum_router(), tokens)),
-        // Where certificates are demanded from others, they are from operators.
-        None if settings.tls.files.are_mutual() => Routes::from(demand_certificates(routes.into_axum_router())),
-        None => routes,
+    let admission = Admission {
+        tokens: settings.token_file.clone(),
+        tls: admin.tls.clone(),
+        is_mutual: settings.tls.files.are_mutual(),
     };
-    let (tokens, hosts) = (settings.token_file.clone(), settings.console_hosts.clone());
+    let routes = Routes::from(guard_grpc(Routes::new(service).into_axum_router(), admission.clone()));
+    let hosts = settings.console_hosts.clone();
     let call_limit = Duration::from_secs(settings.serve.request_seconds);
-    let console = Console { admin, tokens, hosts, status: SharedStatus::default(), call_limit };
+    let console = Console { admin, admission, hosts, status: SharedStatus::default(), call_limit };
     (Services { routes, names: &[SERVICE_NAME], descriptors: proto::DESCRIPTORS }, pages(console))
 }
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use chassis::{Database, Fields, Refuse};
+use chassis::{Allowed, Database, Fields, Refuse};
 use clap::Args;
 use proto::events::v1::{
     DeliverRequest, DeliverResponse, DescribeRequest, DescribeResponse, Event, RecallRequest, RecallResponse,
@@ -89,13 +89,26 @@ impl<H: Handler> Receiver<H> {
 
     /// Refuses a batch whole if one of its events is of a source that is not accepted. An outbox has one source, so the
     /// relay has a wrong name or a wrong receiver, and no other event of it would fare better.
-    fn check_sources(&self, events: &[Event]) -> Result<(), Status> {
+    ///
+    /// A caller whom a policy names may send events of his sources only. So a relay, or whoever has its certificate, cannot
+    /// say what another service says.
+    fn check_sources(&self, events: &[Event], caller: Option<&Allowed>) -> Result<(), Status> {
+        if let Some(caller) = caller
+            && let Some(event) = events.iter().find(|event| !caller.sources.contains(&event.source))
+        {
+            let message = format!(
+                "{} may not deliver events of {:?}: the policy of this service allows it {}",
+                caller.name,
+                cut(&event.source),
+                if caller.sources.is_empty() { "none (source=NAME)".to_owned() } else { caller.sources.join(", ") }
+            );
+            return Err(self.applier.refuse.with(Code::PermissionDenied, "SOURCE_NOT_ALLOWED", message));
+        }
         let accepted = &self.sources;
         let Some(event) = events.iter().find(|event| !accepted.is_empty() && !accepted.contains(&event.source)) else {
             return Ok(());
         };
-        // The sender decides how long the name is.
-        let source: String = event.source.chars().take(SOURCE_CHARS_MAX).collect();
+        let source = cut(&event.source);
         let message = format!(
             "events of {source:?} are not accepted here, only those of {}: correct the relay's route or its --source, or \
              add the source to --accept-sources (ACCEPT_SOURCES) of this service",
@@ -105,16 +118,21 @@ impl<H: Handler> Receiver<H> {
     }
 }
 
+/// The sender decides how long the name is.
+fn cut(source: &str) -> String {
+    source.chars().take(SOURCE_CHARS_MAX).collect()
+}
+
 #[tonic::async_trait]
 impl<H: Handler> EventReceiver for Receiver<H> {
     async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
-        let (metadata, _, DeliverRequest { mut events }) = request.into_parts();
+        let (metadata, extensions, DeliverRequest { mut events }) = request.into_parts();
         let mut fields = Fields::default();
         if events.len() > EVENTS_MAX {
             fields.refuse("events", format!("must be at most {EVENTS_MAX}, and are {}", events.len()));
         }
         fields.finish(()).map_err(|bad| self.applier.refuse.invalid("INVALID_BATCH", bad))?;
-        self.check_sources(&events)?;
+        self.check_sources(&events, extensions.get())?;
         let processing = Processing::begin(&mut events, &metadata);
         let answer = self.gatherer.apply(events).await;
         processing.end(&answer);

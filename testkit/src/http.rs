@@ -2,10 +2,18 @@
 
 use std::{io, net::SocketAddr, ops::Add, str::FromStr};
 
+use anyhow::Result;
+use axum::{
+    body::{Body, to_bytes},
+    http::Request,
+};
+use chassis::{Tls, TlsFiles, connect_lazily};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
+use tonic::transport::Endpoint;
+use tower::ServiceExt as _;
 
 /// The status and the body of a page.
 ///
@@ -29,6 +37,22 @@ pub async fn ask(address: SocketAddr, request: &str) -> io::Result<(u16, String)
         Some((status, body.to_owned()))
     });
     read.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no HTTP answer: {answer:?}")))
+}
+
+/// A page of a process with these certificates; of one without TLS if there are none.
+///
+/// # Errors
+/// Nobody listens there, the certificates are of no use, or the answer is no text.
+pub async fn get_by(files: &TlsFiles, address: SocketAddr, path: &str) -> Result<String> {
+    if files.tls_ca_file.is_none() {
+        return Ok(get(address, path).await?.1);
+    }
+    let url = format!("https://{address}");
+    let channel = connect_lazily(&Endpoint::from_shared(url.clone())?, &Tls::read(files)?);
+    let request = Request::get(url + path).body(tonic::body::Body::empty())?;
+    let answer = channel.oneshot(request).await?;
+    let page = to_bytes(Body::new(answer.into_body()), usize::MAX).await?;
+    Ok(String::from_utf8(page.to_vec())?)
 }
 
 /// The sum of a metric over all samples that have these labels, on a page of metrics; `None` if there is none.

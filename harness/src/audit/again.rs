@@ -39,7 +39,7 @@ pub(super) async fn run(
     address: SocketAddr,
     tls: &TlsSettings,
 ) -> Result<ExitCode> {
-    let limits = ServeSettings { drain_seconds: 5, request_seconds: 10, concurrent_streams: 256 };
+    let limits = ServeSettings { drain_seconds: 5, request_seconds: 10, concurrent_streams: 256, reflection: false };
     let tls = Tls::start(tls, &[address])?;
     let _ops = Ops::start(Some(address), &limits, &tls).await.with_context(|| format!("cannot listen on {address}"))?;
     describe();

@@ -7,6 +7,7 @@ mod command_line;
 mod failover;
 mod interleavings;
 mod plans;
+mod policy;
 mod resend;
 mod system;
 mod third_service;

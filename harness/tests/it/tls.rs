@@ -1,10 +1,11 @@
 //! The whole system with mutual TLS, by certificates that are made here.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use chassis::{Tls, TlsFiles, connect_lazily};
 use harness::{
     audit::audit,
+    identities::{CUSTOMERS, Identities},
     stress::{Load, place_orders, wait_until_delivered},
     system::{Layout, Service, stop},
     target::Target,
@@ -26,39 +27,28 @@ use tonic::{
 
 use crate::site::Site;
 
-const NAMES: [&str; 3] = ["localhost", "127.0.0.1", "spiffe://test/system"];
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-/// An authority, and the files of one of its certificates.
+/// An authority, and all that it has signed for one system.
 struct Certificates {
     authority: Authority,
-    directory: Scratch,
+    identities: Identities,
+    _directory: Scratch,
 }
 
 impl Certificates {
     fn new() -> Self {
-        let certificates = Self { authority: Authority::new().unwrap(), directory: Scratch::new() };
-        replace(&certificates.directory.join("ca.pem"), certificates.authority.pem()).unwrap();
-        certificates.renew();
-        certificates
-    }
-
-    /// Writes a new certificate, with its key in the same file.
-    fn renew(&self) {
-        replace(&self.own_file(), &self.authority.sign(&NAMES).unwrap()).unwrap();
-    }
-
-    fn own_file(&self) -> PathBuf {
-        self.directory.join("own.pem")
+        let (authority, directory) = (Authority::new().unwrap(), Scratch::new());
+        let identities = Identities::make(&directory.join("certificates"), &authority).unwrap();
+        Self { authority, identities, _directory: directory }
     }
 
     fn files(&self) -> TlsFiles {
-        let ca = Some(self.directory.join("ca.pem"));
-        TlsFiles { tls_cert_file: Some(self.own_file()), tls_key_file: None, tls_ca_file: ca }
+        self.identities.files(CUSTOMERS)
     }
 }
 
-async fn start(layout: &Layout) -> Vec<Process> {
+pub(crate) async fn start(layout: &Layout) -> Vec<Process> {
     let mut processes = Vec::new();
     for service in layout.services() {
         processes.push(layout.start(service).await.unwrap());
@@ -81,7 +71,7 @@ fn connect(url: &Uri, files: &TlsFiles) -> Channel {
 async fn assert_refused(target: &Target, own: &TlsFiles) {
     let stranger = Certificates::new();
     let nobody = TlsFiles { tls_cert_file: None, ..own.clone() };
-    let of_another = TlsFiles { tls_cert_file: Some(stranger.own_file()), ..own.clone() };
+    let of_another = TlsFiles { tls_cert_file: stranger.files().tls_cert_file, ..own.clone() };
     let trusts_another = TlsFiles { tls_ca_file: stranger.files().tls_ca_file, ..own.clone() };
     assert_eq!(fails(&target.order_service, own).await.code(), Code::NotFound);
     let plain: Uri = target.order_service.to_string().replace("https", "http").parse().unwrap();
@@ -107,7 +97,7 @@ async fn assert_refused(target: &Target, own: &TlsFiles) {
 async fn with_mutual_tls_orders_are_confirmed_and_strangers_are_refused() {
     let certificates = Certificates::new();
     let mut site = Site::prepare_with_loyalty(&[]).await;
-    site.layout.tls = certificates.files();
+    site.layout.identities = Some(certificates.identities.clone());
     let processes = start(&site.layout).await;
     let target = site.layout.target().unwrap();
     let load = Load { orders: 200, concurrency: 8, retry_for: Duration::ZERO };
@@ -122,30 +112,30 @@ async fn with_mutual_tls_orders_are_confirmed_and_strangers_are_refused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn certificates_are_renewed_under_load_and_broken_ones_are_not_used() {
     let certificates = Certificates::new();
-    let (ca_file, next) = (certificates.directory.join("ca.pem"), Certificates::new());
+    let (ca_file, next) = (certificates.identities.ca_file(), Certificates::new());
     let mut site = Site::prepare(&[]).await;
-    site.layout.tls = certificates.files();
+    site.layout.identities = Some(certificates.identities.clone());
     let mut processes = start(&site.layout).await;
     let target = site.layout.target().unwrap();
     let both = format!("{}{}", certificates.authority.pem(), next.authority.pem());
-    let steps = [
-        (&ca_file, both.clone()),
-        (&certificates.own_file(), next.authority.sign(&NAMES).unwrap()),
-        (&ca_file, next.authority.pem().to_owned()),
-    ];
-    for (changes, (file, text)) in (1..).zip(steps) {
-        replace(file, &text).unwrap();
+    // First others trust the next one, then it signs, then nobody trusts the last one.
+    let steps = [Some(both.as_str()), None, Some(next.authority.pem())];
+    for (changes, step) in (1..).zip(steps) {
+        match step {
+            Some(authorities) => replace(&ca_file, authorities).unwrap(),
+            None => certificates.identities.renew(&next.authority).unwrap(),
+        }
         let began = Instant::now();
         // Each load has connections of its own.
-        while said(&processes, "new connections use them") < changes {
+        while said(&processes, "the files of the certificates have changed, and count") < changes {
             assert!(began.elapsed() < LIMIT, "the certificates are not used");
             place(&target).await;
         }
         place(&target).await;
     }
-    let before = Certificates { authority: certificates.authority, directory: Scratch::new() };
-    before.renew();
-    replace(&before.directory.join("ca.pem"), &both).unwrap();
+    let before = Certificates::new();
+    before.identities.renew(&certificates.authority).unwrap();
+    replace(&before.identities.ca_file(), &both).unwrap();
     let refused = fails(&target.order_service, &before.files()).await;
     assert!(std::error::Error::source(&refused).is_some(), "it was answered: {refused:?}");
     // Its relay connects again, by the newest certificates.
@@ -155,11 +145,46 @@ async fn certificates_are_renewed_under_load_and_broken_ones_are_not_used() {
     place(&target).await;
     wait_until_delivered(&target.databases, LIMIT).await.unwrap();
 
-    replace(&certificates.directory.join("own.pem"), "no certificate").unwrap();
-    wait_until("it is said", || said(&processes, "the old ones are kept") == 1).await;
+    for service in site.layout.services() {
+        replace(&certificates.identities.own_file(service.name()), "no certificate").unwrap();
+    }
+    eventually("it is said", async || said(&processes, "what they held before is kept") == 1).await;
     assert_eq!(fails(&target.order_service, &next.files()).await.code(), Code::NotFound);
     assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
     stop(processes).await.unwrap();
+}
+
+/// Renews every certificate again and again while orders are placed. No call may fail.
+async fn renew_under_load(times: usize, at_least: Duration) {
+    let certificates = Certificates::new();
+    let mut site = Site::prepare(&[]).await;
+    site.layout.identities = Some(certificates.identities.clone());
+    let processes = start(&site.layout).await;
+    let target = site.layout.target().unwrap();
+    for changes in 1..=times {
+        certificates.identities.renew(&certificates.authority).unwrap();
+        let began = Instant::now();
+        while said(&processes, "the files of the certificates have changed, and count") < changes
+            || began.elapsed() < at_least
+        {
+            assert!(began.elapsed() < LIMIT, "the certificates are not used");
+            place(&target).await;
+        }
+    }
+    wait_until_delivered(&target.databases, LIMIT).await.unwrap();
+    assert_eq!(audit(&target.databases).await.unwrap().findings, [""; 0]);
+    stop(processes).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_call_fails_while_all_certificates_are_renewed() {
+    renew_under_load(3, Duration::ZERO).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "it takes a minute"]
+async fn no_call_fails_while_all_certificates_are_renewed_every_ten_seconds() {
+    renew_under_load(6, Duration::from_secs(10)).await;
 }
 
 /// How often each process has said it, at least.
@@ -171,9 +196,9 @@ async fn place(target: &Target) {
     place_orders(target, Load { orders: 40, concurrency: 4, retry_for: Duration::ZERO }).await.unwrap();
 }
 
-async fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let began = Instant::now();
-    while !condition() {
+    while !condition().await {
         assert!(began.elapsed() < LIMIT, "not within {LIMIT:?}: {what}");
         sleep(Duration::from_millis(20)).await;
     }

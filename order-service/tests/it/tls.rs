@@ -63,6 +63,7 @@ async fn certificates_that_cannot_be_used_are_refused_with_the_file_and_what_is_
     let other = write(&scratch.join("other.pem"), &authority.sign(&["localhost"]).unwrap());
     let empty = write(&scratch.join("empty.pem"), "");
     let ca = write(&scratch.join("ca.pem"), authority.pem());
+    let policy = write(&scratch.join("policy"), "gateway CreateOrder\nrelay\n");
     let missing = scratch.join("missing.pem").to_str().unwrap().to_owned();
     for (flags, file, says) in [
         (vec!["--tls-cert-file", &missing], &missing, "No such file"),
@@ -74,10 +75,24 @@ async fn certificates_that_cannot_be_used_are_refused_with_the_file_and_what_is_
             "KeyMismatch",
         ),
         (vec!["--tls-cert-file", &own, "--tls-ca-file", &empty], &empty, "it holds no certificate in PEM"),
+        (
+            vec!["--tls-cert-file", &own, "--tls-ca-file", &ca, "--policy-file", &policy],
+            &policy,
+            "line 1: \"CreateOrder\" is neither a method (package.Service/Method or package.Service/*) nor source=NAME; \
+             line 2: the name needs methods",
+        ),
     ] {
         let error = refused(sockets().await, &flags).await;
         assert!(error.starts_with(&format!("cannot use {file}: ")) && error.contains(says), "{flags:?}: {error}");
     }
+}
+
+#[tokio::test]
+async fn a_policy_needs_certificates_by_which_callers_are_known() {
+    let scratch = Scratch::new();
+    let policy = write(&scratch.join("policy"), "gateway orders.v1.OrderService/*\n");
+    let error = refused(sockets().await, &["--policy-file", &policy]).await;
+    assert!(error.starts_with("--policy-file needs --tls-cert-file and --tls-ca-file"), "{error}");
 }
 
 struct Served {
