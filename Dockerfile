@@ -23,8 +23,10 @@ RUN $BUILD && cargo clean --release --workspace
 COPY . .
 RUN $BUILD
 
-# No shell and no packages: libc, CA certificates and the user nonroot (65532), whom the processes run as.
+# No shell and no packages: libc, CA certificates and the user nonroot, whom the processes run as. By number, or Kubernetes
+# could not know that it is not root.
 FROM gcr.io/distroless/cc-debian12:nonroot AS runtime
+USER 65532:65532
 LABEL org.opencontainers.image.licenses="MIT OR Apache-2.0"
 
 FROM runtime AS order-service
