@@ -1,5 +1,5 @@
 # One image per service: `docker build --target order-service .`; docker-compose.yml builds all four.
-# Nothing here needs BuildKit, so that docker-compose 1.29 and older engines build it too.
+# Nothing here needs BuildKit, so that docker-compose 1.29 and older engines build it too. `.ci/pin-images` pins the images.
 
 # The workspace with its sources emptied. This stage runs after every change, but what it leaves in /skeleton changes
 # only with a manifest or Cargo.lock, and the next stage is cached by that content.
