@@ -15,7 +15,9 @@ RUN for member in bench chaos harness testkit; do mkdir -p "$member/src" && touc
 # All four binaries come from one build, so that they share their dependencies and no target compiles them again.
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /workspace
-ENV BUILD="cargo build --locked --release -p order-service -p outbox-relay -p inventory-service -p loyalty-service"
+# Writes the list of crates into each binary, so that whoever has no more than the image can look for vulnerable ones.
+RUN cargo install --locked --version =0.7.7 cargo-auditable
+ENV BUILD="cargo auditable build --locked --release -p order-service -p outbox-relay -p inventory-service -p loyalty-service"
 COPY --from=skeleton /skeleton .
 # The dependencies, in a layer of their own. What became of the empty crates is removed: a checkout's files are often
 # older than this layer, and cargo, which goes by time, would take the empty crates for up to date.
@@ -23,8 +25,8 @@ RUN $BUILD && cargo clean --release --workspace
 COPY . .
 RUN $BUILD
 
-# No shell and no packages: libc, CA certificates and the user nonroot, whom the processes run as. By number, or Kubernetes
-# could not know that it is not root.
+# No shell and no packages: libc, CA certificates and the user nonroot, whom the processes run as. The user is named here too,
+# so that no later image makes them root, and by number, so that Kubernetes can tell.
 FROM gcr.io/distroless/cc-debian12:nonroot AS runtime
 USER 65532:65532
 LABEL org.opencontainers.image.licenses="MIT OR Apache-2.0"

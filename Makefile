@@ -1,7 +1,7 @@
 # Everything here sets up what it needs by itself; POSTGRES_URL (a superuser's URL) uses an existing server instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up bench bench-soak chaos test test-all-postgres broken-variants rolling-upgrade failover prepare ci
+.PHONY: help demo up bench bench-soak chaos test test-all-postgres broken-variants rolling-upgrade failover sbom prepare ci
 
 help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after a first build of some minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-all-postgres  every test on each of these five versions: half an hour'
 	@echo 'make broken-variants  whether harness chaos finds ten ways to break the pattern: half an hour (more the first time)'
 	@echo 'make rolling-upgrade COMMIT=…  replace the processes of an earlier commit one at a time under load, and back'
+	@echo 'make sbom        list the crates of each program in CycloneDX, in target/sbom (after a first build of some minutes)'
 	@echo 'make prepare     renew the data that SQL is checked against at compile time, after changing SQL'
 	@echo 'make ci          all that a change has to pass'
 
@@ -63,6 +64,9 @@ broken-variants:
 
 rolling-upgrade:
 	.ci/rolling-upgrade $(COMMIT)
+
+sbom:
+	.ci/sbom
 
 prepare:
 	.ci/prepare-sql
