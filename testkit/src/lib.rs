@@ -24,6 +24,7 @@ pub mod pgbouncer;
 pub mod ports;
 pub mod postgres;
 pub mod processes;
+mod rights;
 mod scratch;
 mod test_database;
 

@@ -18,7 +18,7 @@ use tokio::sync::{Mutex, OnceCell};
 use uuid::Uuid;
 
 use crate::{
-    bootstrap::{EMPTY, bootstrap, create_database},
+    bootstrap::{EMPTY, bootstrap, create_database, lift_limits},
     postgres::Server,
 };
 
@@ -201,6 +201,7 @@ async fn server_of_environment() -> Result<Server> {
     let url = env::var("POSTGRES_URL").ok().filter(|url| !url.is_empty()).context("it is not set")?;
     let server = Server::parse(&url)?;
     bootstrap(&server).await?;
+    lift_limits(&server).await?;
     Ok(server)
 }
 

@@ -18,6 +18,7 @@ mod recall;
 mod compressed;
 
 mod reserve_stock;
+mod rights;
 
 mod release_stock;
 

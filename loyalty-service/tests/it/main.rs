@@ -8,3 +8,4 @@ mod describe;
 mod get_balance;
 
 mod loyalty;
+mod rights;

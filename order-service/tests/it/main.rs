@@ -50,3 +50,5 @@ mod describe;
 mod refuse;
 
 mod resend;
+
+mod rights;

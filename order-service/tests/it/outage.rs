@@ -181,7 +181,7 @@ async fn a_transaction_that_work_leaves_open_is_rolled_back_at_once() {
     let leave_open = database.run::<(), sqlx::Error, _>(|connection| {
         Box::pin(async move {
             let mut tx = connection.begin().await?;
-            sqlx::raw_sql("LOCK TABLE orders IN ROW EXCLUSIVE MODE").execute(&mut *tx).await?;
+            sqlx::raw_sql("SELECT FROM orders FOR UPDATE").execute(&mut *tx).await?;
             Ok(())
         })
     });

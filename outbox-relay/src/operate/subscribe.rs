@@ -44,12 +44,7 @@ pub(crate) async fn subscribe(
     by: &str,
 ) -> Result<Subscribed, OperateError> {
     let mut tx = begin_durable(connection).await?;
-    sqlx::query!(
-        "-- operate: lock subscriptions
-        LOCK TABLE outbox_subscriptions IN SHARE ROW EXCLUSIVE MODE"
-    )
-    .execute(&mut *tx)
-    .await?;
+    lock_subscriptions(&mut tx).await?;
     let there = read_subscriptions(&mut tx).await?;
     if let Some(same) = there.iter().find(|subscription| subscription.name == name) {
         if same.pattern == pattern {
@@ -77,6 +72,25 @@ pub(crate) async fn subscribe(
     NewDeed { can_undo: false, ..deed }.record(&mut tx).await?;
     tx.commit().await?;
     Ok(Subscribed { subscription: made, existed: false })
+}
+
+/// Lets one operator subscribe at a time. The role has no right to lock the table against its own kind: for that, it would
+/// need the right to change every column. So an advisory lock keeps commands of this version apart. The lock that an insert
+/// takes keeps those of the version before away, which lock the table.
+async fn lock_subscriptions(tx: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "-- operate: subscribe one at a time
+        SELECT pg_advisory_xact_lock('outbox_subscriptions'::regclass::oid::bigint)"
+    )
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query!(
+        "-- operate: lock subscriptions
+        LOCK TABLE outbox_subscriptions IN ROW EXCLUSIVE MODE"
+    )
+    .execute(&mut *tx)
+    .await?;
+    Ok(())
 }
 
 /// Whether relays of a version without subscriptions still work. They lease whatever they find, and would take the

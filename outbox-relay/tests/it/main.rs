@@ -42,6 +42,7 @@ mod pooler;
 mod refuse;
 mod relay_admin;
 mod requeue;
+mod rights;
 mod runs;
 mod sequence;
 mod settle;
