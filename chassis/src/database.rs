@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
-    DatabaseUrl, SchemaError, pooler,
+    DatabaseUrl, PasswordFile, SchemaError, pooler,
     probe::Probe,
     schema::check_schema,
     session::{is_refused, timed_out},
@@ -45,6 +45,9 @@ pub struct DatabaseSettings {
     /// Milliseconds the database work of a call may take. Then its connection is cut and its transaction rolled back.
     #[arg(long, env = "DATABASE_WORK_MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub database_work_ms: u64,
+    /// Where the password is.
+    #[command(flatten)]
+    pub password_file: PasswordFile,
 }
 
 /// The sessions of a database. Work in them runs to its end, even if its caller goes away.
@@ -52,6 +55,7 @@ pub struct DatabaseSettings {
 pub struct Database {
     sessions: Sessions,
     standby: Standby,
+    password_file: PasswordFile,
     acquire_limit: Duration,
     work_limit: Duration,
 }
@@ -71,7 +75,7 @@ impl Database {
         migrations: &'static [&'static Migrator],
         shutdown: &CancellationToken,
     ) -> Result<Option<Self>, SchemaError> {
-        let url = with_limits(url.clone(), settings.database_work_ms);
+        let url = with_limits(url.clone(), settings.database_work_ms).with_password_file(&settings.password_file);
         let back_off = ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))
             .with_max_delay(Duration::from_secs(5))
@@ -90,6 +94,7 @@ impl Database {
         Ok(Some(Self {
             sessions: Sessions::new(url.clone(), settings.database_connections, "work"),
             standby: Standby::of(url),
+            password_file: settings.password_file.clone(),
             acquire_limit: Duration::from_millis(settings.database_acquire_ms),
             work_limit: Duration::from_millis(settings.database_work_ms),
         }))
@@ -109,22 +114,23 @@ impl Database {
     }
 
     /// The database for a session that is to be its client's alone, such as one that listens: the one that was
-    /// `given`, or this. `None` if there is only a pooler that shares sessions.
+    /// `given`, or this. `None` if there is only a pooler that shares sessions. The password file is that of this.
     ///
     /// # Errors
     /// The one that was given leads to such a pooler.
     pub async fn url_of_own_session(&self, given: Option<&DatabaseUrl>) -> Result<Option<DatabaseUrl>, SchemaError> {
         if let Some(given) = given {
-            let found = timeout(given.connect_limit(), pooler::find_sessions(given)).await;
+            let given = given.clone().with_password_file(&self.password_file);
+            let found = timeout(given.connect_limit(), pooler::find_sessions(&given)).await;
             return match found.unwrap_or_else(|_| Err(timed_out().into())) {
-                Ok(pooler::Sessions::Own) => Ok(Some(given.clone())),
+                Ok(pooler::Sessions::Own) => Ok(Some(given)),
                 Ok(pooler::Sessions::Shared) => Err(SchemaError::Pooler(format!(
                     "{given} of --listen-database-url leads to one that shares sessions: name the database itself"
                 ))),
                 // It is tried again, and polled meanwhile.
                 Err(SchemaError::Database(cause)) => {
                     warn!(%cause, "cannot look at {given} of --listen-database-url");
-                    Ok(Some(given.clone()))
+                    Ok(Some(given))
                 }
                 Err(other) => Err(other),
             };

@@ -12,6 +12,8 @@ use std::{
 use sqlx::postgres::PgConnectOptions;
 use tokio::sync::{Mutex, MutexGuard};
 
+use crate::password_file::PasswordFile;
+
 /// The URL of a database, with one host or several: postgres://user:password@one:5432,other:5432/database.
 ///
 /// A new session is made at a host that accepts one which can write; they are tried in turn. That is what libpq calls
@@ -25,6 +27,7 @@ pub struct DatabaseUrl {
     last: Arc<AtomicUsize>,
     /// Held by whoever looks for another.
     search: Arc<Mutex<()>>,
+    password_file: PasswordFile,
     pub(crate) told: Told,
 }
 
@@ -70,6 +73,17 @@ impl DatabaseUrl {
 
     pub(crate) fn set_last(&self, place: usize) {
         self.last.store(place, Ordering::Relaxed);
+    }
+
+    /// The same database, whose password is in this file, if there is one.
+    #[must_use]
+    pub fn with_password_file(self, password_file: &PasswordFile) -> Self {
+        Self { password_file: password_file.clone(), ..self }
+    }
+
+    /// The password for the next session, if it is in a file.
+    pub(crate) async fn read_password(&self) -> Result<Option<String>, sqlx::Error> {
+        self.password_file.read().await.map_err(|cause| sqlx::Error::Configuration(cause.into()))
     }
 
     /// The same database, whose sessions have this setting. A setting in the URL's `options` wins.
@@ -134,7 +148,13 @@ impl FromStr for DatabaseUrl {
             Ok(options.extra_float_digits(None))
         };
         let hosts = hosts.split(',').map(one).collect::<Result<_, _>>()?;
-        Ok(Self { hosts, last: Arc::default(), search: Arc::default(), told: Told::Settings(Vec::new()) })
+        Ok(Self {
+            hosts,
+            last: Arc::default(),
+            search: Arc::default(),
+            password_file: PasswordFile::default(),
+            told: Told::Settings(Vec::new()),
+        })
     }
 }
 

@@ -24,7 +24,7 @@ use self::{
     plan::{Plan, Unfit, plan},
     session::Session,
 };
-use crate::{DatabaseUrl, SchemaError};
+use crate::{DatabaseUrl, PasswordFile, SchemaError};
 
 /// Between two attempts to lock the database for a migration.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
@@ -68,6 +68,9 @@ pub struct MigrateArguments {
     /// for it meanwhile.
     #[arg(long, env = "MIGRATE_GIVE_UP_AFTER", value_name = "SECONDS")]
     pub give_up_after: Option<u32>,
+    /// Where the password is.
+    #[command(flatten)]
+    pub password_file: PasswordFile,
 }
 
 /// Runs the migrators one after the other, as the owner of the database.
@@ -87,9 +90,12 @@ pub async fn migrate(
     shutdown: &CancellationToken,
 ) -> Result<(), MigrateError> {
     let patience = Patience::new(how.give_up_after.map(|seconds| Duration::from_secs(seconds.into())), shutdown);
-    let run = run_all(url, migrators, how.contract, patience);
-    let done = run.await.map_err(|source| MigrateError { url: url.clone(), source })?;
-    done.say(url);
+    let url = url.clone().with_password_file(&how.password_file);
+    let run = run_all(&url, migrators, how.contract, patience);
+    match run.await {
+        Ok(done) => done.say(&url),
+        Err(source) => return Err(MigrateError { url, source }),
+    }
     Ok(())
 }
 

@@ -59,19 +59,26 @@ impl DatabaseUrl {
         CONNECT_LIMIT.max(HOST_LIMIT * u32::try_from(self.hosts().len()).unwrap_or(u32::MAX))
     }
 
-    /// Connects to the first host for which `connect` succeeds. The one that it succeeded for last comes first.
+    /// Connects to the first host for which `connect` succeeds. The one that it succeeded for last comes first. The password
+    /// is read from its file each time, if it is in one.
     ///
     /// # Errors
-    /// Those of `connect`; of several hosts, what each of them said.
+    /// Those of `connect`; of several hosts, what each of them said. [`sqlx::Error::Configuration`] if the password file
+    /// cannot be used.
     pub async fn first_host<T, F>(&self, connect: impl Fn(PgConnectOptions) -> F) -> Result<T, sqlx::Error>
     where
         F: Future<Output = Result<T, sqlx::Error>>,
     {
-        if let [host] = self.hosts() {
-            return connect(host.clone()).await;
+        let password = self.read_password().await?;
+        let host = |place: usize| match &password {
+            Some(password) => self.hosts()[place].clone().password(password),
+            None => self.hosts()[place].clone(),
+        };
+        if self.hosts().len() == 1 {
+            return connect(host(0)).await;
         }
         let at = async |place: usize| {
-            let connected = timeout(HOST_LIMIT, connect(self.hosts()[place].clone())).await;
+            let connected = timeout(HOST_LIMIT, connect(host(place))).await;
             connected.unwrap_or_else(|_| Err(timed_out()))
         };
         let first = self.last();

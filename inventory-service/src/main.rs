@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, process::ExitCode};
 
 use anyhow::Context;
-use chassis::{DatabaseUrl, MigrateArguments, TlsFiles, serve_until_signal, shutdown_signal};
+use chassis::{DatabaseUrl, MigrateArguments, PasswordFile, TlsFiles, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use inventory_service::{MIGRATORS, Settings};
 use outbox::ResendArguments;
@@ -31,6 +31,8 @@ enum Command {
         /// The inventory database, as the role inventory_service or as its owner.
         #[arg(long, env = "INVENTORY_DATABASE_URL", hide_env_values = true)]
         database_url: DatabaseUrl,
+        #[command(flatten)]
+        password_file: PasswordFile,
     },
     /// Send answers again that a receiver has lost: after its database was restored to an earlier state
     ///
@@ -75,7 +77,8 @@ fn main() -> ExitCode {
             Command::Migrate { database_url, how } => {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }
-            Command::Seed { database_url: url } => {
+            Command::Seed { database_url: url, password_file } => {
+                let url = url.with_password_file(&password_file);
                 let added = inventory_service::seed(&url).await.with_context(|| format!("cannot seed {url}"))?;
                 tracing::info!("{added} SKUs added to {url}");
             }

@@ -366,7 +366,7 @@ async fn place_each_alone(connection: &mut PgConnection, drafts: &[Draft]) -> Ve
 mod tests {
     use std::time::Duration;
 
-    use chassis::{Database, DatabaseSettings, DatabaseUrl};
+    use chassis::{Database, DatabaseSettings, DatabaseUrl, PasswordFile};
     use outbox::Notifier;
     use testkit::TestDatabase;
     use tokio::{sync::mpsc, time::timeout};
@@ -380,7 +380,12 @@ mod tests {
     async fn the_task_ends_if_all_senders_are_gone_before_it_first_receives() {
         let server = TestDatabase::create("orders_owner", &MIGRATORS).await;
         let url: DatabaseUrl = server.url_as("order_service").parse().unwrap();
-        let settings = DatabaseSettings { database_connections: 1, database_acquire_ms: 1000, database_work_ms: 5000 };
+        let settings = DatabaseSettings {
+            database_connections: 1,
+            database_acquire_ms: 1000,
+            database_work_ms: 5000,
+            password_file: PasswordFile::default(),
+        };
         let shutdown = CancellationToken::new();
         let connected = Database::connect(&url, &settings, &MIGRATORS, &shutdown).await;
         let database = connected.unwrap().unwrap();

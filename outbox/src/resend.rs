@@ -15,7 +15,7 @@ mod receiver;
 
 use std::{future::Future, io::Write, time::Duration};
 
-use chassis::{DatabaseUrl, Tls, TlsError, TlsFiles};
+use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles};
 use clap::Args;
 use prost_types::Timestamp;
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
@@ -62,6 +62,9 @@ pub struct ResendArguments {
     /// Your name, kept with each event that is enqueued.
     #[arg(long, env = "USER", value_parser = parse_text, required_unless_present = "dry_run")]
     by: Option<String>,
+    /// Where the database's password is.
+    #[command(flatten)]
+    password_file: PasswordFile,
     /// The certificates, for a receiver with TLS.
     #[command(flatten)]
     tls: TlsFiles,
@@ -217,7 +220,7 @@ impl Counts {
 /// # Errors
 /// [`ResendError`].
 pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments, sent: &impl Sent) -> Result<(), ResendError> {
-    let mut connection = connect(url).await?;
+    let mut connection = connect(&url.clone().with_password_file(&arguments.password_file)).await?;
     let subscription = find_subscription(&mut connection, &arguments.subscription).await?;
     let mut receiver = Receiver::connect_lazily(arguments.receiver.clone(), &Tls::read(&arguments.tls)?);
     let max_age = receiver.max_age().await?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, PasswordFile};
 use order_service::MIGRATORS;
 use proto::orders::v1::{CreateOrderRequest, GetOrderRequest};
 use sqlx::{Postgres, QueryBuilder};
@@ -197,7 +197,12 @@ async fn sessions_have_the_settings_that_work_relies_on_whatever_the_defaults_of
         set.build().persistent(false).execute(&pool).await.unwrap();
     }
     let url: DatabaseUrl = database.url_as("order_service").parse().unwrap();
-    let settings = DatabaseSettings { database_connections: 1, database_acquire_ms: 1000, database_work_ms: 5000 };
+    let settings = DatabaseSettings {
+        database_connections: 1,
+        database_acquire_ms: 1000,
+        database_work_ms: 5000,
+        password_file: PasswordFile::default(),
+    };
     let connected = Database::connect(&url, &settings, &MIGRATORS, &CancellationToken::new()).await;
     let database = connected.unwrap().unwrap();
     let read = "SELECT concat_ws(', ', current_setting('transaction_isolation'), current_setting('search_path'),

@@ -32,6 +32,7 @@ mod list_orders;
 mod wake_relays;
 
 mod outage;
+mod password;
 mod pooler;
 
 mod ops;

@@ -2,7 +2,7 @@
 
 use std::{env, time::Duration};
 
-use chassis::{Database, DatabaseSettings};
+use chassis::{Database, DatabaseSettings, PasswordFile};
 use order_service::MIGRATORS;
 use proto::orders::v1::{GetOrderRequest, ListOrdersRequest};
 use sqlx::{Connection, PgConnection, QueryBuilder, postgres::PgConnectOptions, types::time::OffsetDateTime};
@@ -157,7 +157,12 @@ async fn slow_proxy(url: &str, delay: Duration) -> String {
 
 async fn connect(url: &str, database_connections: u32, acquire_limit: Duration) -> Database {
     let database_acquire_ms = acquire_limit.as_millis().try_into().unwrap();
-    let settings = DatabaseSettings { database_connections, database_acquire_ms, database_work_ms: 5000 };
+    let settings = DatabaseSettings {
+        database_connections,
+        database_acquire_ms,
+        database_work_ms: 5000,
+        password_file: PasswordFile::default(),
+    };
     Database::connect(&url.parse().unwrap(), &settings, &MIGRATORS, &CancellationToken::new()).await.unwrap().unwrap()
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chassis::{Database, DatabaseSettings, DatabaseUrl, SchemaError};
+use chassis::{Database, DatabaseSettings, DatabaseUrl, PasswordFile, SchemaError};
 use order_service::MIGRATORS;
 use sqlx::{PgPool, Postgres, QueryBuilder};
 use testkit::{TestDatabase, pgbouncer, pgbouncer::PgBouncer, postgres::Server};
@@ -83,7 +83,12 @@ async fn behind_a_pooler_that_shares_sessions_the_service_listens_to_the_databas
 
 async fn connect(url: &str) -> Result<Option<Database>, SchemaError> {
     let url: DatabaseUrl = url.parse().unwrap();
-    let settings = DatabaseSettings { database_connections: 1, database_acquire_ms: 1000, database_work_ms: 5000 };
+    let settings = DatabaseSettings {
+        database_connections: 1,
+        database_acquire_ms: 1000,
+        database_work_ms: 5000,
+        password_file: PasswordFile::default(),
+    };
     Database::connect(&url, &settings, &MIGRATORS, &CancellationToken::new()).await
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use chassis::{DatabaseUrl, TlsFiles};
+use chassis::{DatabaseUrl, PasswordFile, TlsFiles};
 use clap::{Args, Subcommand};
 
 use super::{Descriptors, NAME_CHARS, OPTIONAL_REASON_CHARS, REASON_CHARS, check_text};
@@ -126,6 +126,8 @@ pub struct Outbox {
     /// Database with the outbox, as the role outbox_relay: postgres://user:password@host:5432/database.
     #[arg(long, env = "RELAY_DATABASE_URL", hide_env_values = true)]
     pub(super) database_url: DatabaseUrl,
+    #[command(flatten)]
+    pub(super) password_file: PasswordFile,
 }
 
 /// Arguments of `status`.

@@ -201,7 +201,8 @@ impl Outbox {
 
     async fn connect(&self) -> Result<PgConnection, CommandError> {
         let failed = |why: String| CommandError::Connect { database: self.database_url.to_string(), why };
-        let url = self.database_url.clone().with_application_name("outbox-relay operator");
+        let url = self.database_url.clone().with_password_file(&self.password_file);
+        let url = url.with_application_name("outbox-relay operator");
         let url = url.with_setting("statement_timeout", STATEMENT_LIMIT).with_setting("synchronous_commit", "off");
         match timeout(CONNECT_LIMIT, url.connect()).await {
             Ok(connected) => connected.map_err(|cause| failed(cause.to_string())),

@@ -36,6 +36,7 @@ mod obey_pause;
 mod outage;
 mod pace;
 mod park;
+mod password;
 mod pause;
 mod poison;
 mod pooler;

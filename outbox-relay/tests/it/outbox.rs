@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sqlx::{FromRow, PgPool, types::time::OffsetDateTime};
-use testkit::TestDatabase;
+use testkit::{OwnServer, TestDatabase};
 use uuid::Uuid;
 
 use crate::wait::{AMPLE, until, until_within};
@@ -50,8 +50,19 @@ impl Outbox {
         outbox
     }
 
+    /// The same on a server of the test's own.
+    pub(crate) async fn create_at(server: &OwnServer) -> Self {
+        let outbox = Self::of(server.database("orders_owner", &[&outbox::MIGRATOR]).await).await;
+        let id = outbox.subscribe("all", "*").await;
+        outbox.database.insert_for_subscription(id).await;
+        outbox
+    }
+
     pub(crate) async fn without_subscriptions() -> Self {
-        let database = TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await;
+        Self::of(TestDatabase::create("orders_owner", &[&outbox::MIGRATOR]).await).await
+    }
+
+    async fn of(database: TestDatabase) -> Self {
         let pool = database.pool().await;
         Self { database, pool }
     }
