@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use sqlx::postgres::PgConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::password_file::PasswordFile;
@@ -52,6 +52,9 @@ pub enum InvalidDatabaseUrl {
     /// The parameter `host` has several hosts.
     #[error("several hosts are written as postgres://user:password@one:5432,other:5432/database")]
     HostsInParameter,
+    /// A CA is named, and the mode does not ask for its verdict. libpq would verify then, and sqlx does not.
+    #[error("sslrootcert is for sslmode=verify-full, or verify-ca: with another sslmode, any certificate would do")]
+    VerifiesNothing,
 }
 
 impl DatabaseUrl {
@@ -145,6 +148,9 @@ impl FromStr for DatabaseUrl {
             let url = format!("{scheme}://{user}{}{host}{path}?{parameters}", if user.is_empty() { "" } else { "@" });
             // sqlx would send extra_float_digits at the start of a session, which poolers refuse. No column is a float.
             let options = PgConnectOptions::from_str(&url).map_err(|_| InvalidDatabaseUrl::Unreadable)?;
+            if names_ca(&parameters) && !matches!(options.get_ssl_mode(), PgSslMode::VerifyFull | PgSslMode::VerifyCa) {
+                return Err(InvalidDatabaseUrl::VerifiesNothing);
+            }
             Ok(options.extra_float_digits(None))
         };
         let hosts = hosts.split(',').map(one).collect::<Result<_, _>>()?;
@@ -172,6 +178,11 @@ fn understood(parameters: &str) -> Result<String, InvalidDatabaseUrl> {
         }
     }
     Ok(others.join("&"))
+}
+
+fn names_ca(parameters: &str) -> bool {
+    let mut names = parameters.split('&').filter_map(|parameter| parameter.split_once('=').map(|(name, _)| name));
+    names.any(|name| ["sslrootcert", "ssl-root-cert", "ssl-ca"].contains(&name))
 }
 
 impl fmt::Display for DatabaseUrl {
@@ -204,6 +215,8 @@ mod tests {
             ("postgres://me:secret@a:1,b,c:3/orders?target_session_attrs=read-write", "me@a:1,b:5432,c:3/orders"),
             ("postgres://me@[::1]:5433,[::2]/orders?target_session_attrs=primary", "me@[::1]:5433,[::2]:5432/orders"),
             ("postgres://me:p%40ss@a,b/orders", "me@a:5432,b:5432/orders"),
+            ("postgres://me@db/orders?sslrootcert=ca.pem&sslmode=verify-full", "me@db:5432/orders"),
+            ("postgres://me@db/orders?sslmode=verify-ca&sslrootcert=ca.pem", "me@db:5432/orders"),
         ] {
             assert_eq!(parse(text).as_deref(), Ok(read), "{text}");
         }
@@ -220,6 +233,8 @@ mod tests {
             ("postgres://me@a,b/orders?sslmode=disable&target_session_attrs=standby", InvalidDatabaseUrl::MayOnlyRead),
             ("postgres://me@/orders?host=a,b", InvalidDatabaseUrl::HostsInParameter),
             ("postgres://me@/orders?host=a%2Cb", InvalidDatabaseUrl::HostsInParameter),
+            ("postgres://me@db/orders?sslrootcert=ca.pem", InvalidDatabaseUrl::VerifiesNothing),
+            ("postgres://me@db/orders?sslmode=require&sslrootcert=ca.pem", InvalidDatabaseUrl::VerifiesNothing),
         ] {
             assert_eq!(parse(text), Err(reason), "{text}");
         }

@@ -75,11 +75,11 @@ impl DatabaseUrl {
             None => self.hosts()[place].clone(),
         };
         if self.hosts().len() == 1 {
-            return connect(host(0)).await;
+            return connect(host(0)).await.map_err(name_files);
         }
         let at = async |place: usize| {
             let connected = timeout(HOST_LIMIT, connect(host(place))).await;
-            connected.unwrap_or_else(|_| Err(timed_out()))
+            connected.unwrap_or_else(|_| Err(timed_out())).map_err(name_files)
         };
         let first = self.last();
         let cause = match at(first).await {
@@ -105,6 +105,19 @@ impl DatabaseUrl {
             }
         }
         Err(of_all(failed))
+    }
+}
+
+/// sqlx leaves out which file it cannot read.
+fn name_files(error: sqlx::Error) -> sqlx::Error {
+    match error {
+        sqlx::Error::Io(cause)
+            if [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied].contains(&cause.kind()) =>
+        {
+            let text = format!("{cause}; the database's URL names a file or a socket that this process cannot read");
+            sqlx::Error::Io(io::Error::new(cause.kind(), text))
+        }
+        error => error,
     }
 }
 

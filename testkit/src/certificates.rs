@@ -3,7 +3,8 @@
 use std::{fs, path::Path};
 
 use anyhow::Result;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
+use uuid::Uuid;
 
 /// An authority that signs certificates.
 pub struct Authority {
@@ -19,6 +20,8 @@ impl Authority {
     pub fn new() -> Result<Self> {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // A name of its own: otherwise another authority's certificates would seem to be its own, with a bad signature.
+        params.distinguished_name.push(DnType::CommonName, Uuid::new_v4().to_string());
         let key = KeyPair::generate()?;
         let pem = params.self_signed(&key)?.pem();
         Ok(Self { issuer: Issuer::new(params, key), pem })
@@ -39,6 +42,20 @@ impl Authority {
         for uri in uris {
             params.subject_alt_names.push(SanType::URI(uri.try_into()?));
         }
+        self.sign_params(&params)
+    }
+
+    /// The same for a client of PostgreSQL, which knows it by this common name.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn sign_for_role(&self, role: &str) -> Result<String> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, role);
+        self.sign_params(&params)
+    }
+
+    fn sign_params(&self, params: &CertificateParams) -> Result<String> {
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.issuer)?;
         Ok(key.serialize_pem() + &certificate.pem())

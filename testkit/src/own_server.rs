@@ -59,6 +59,30 @@ impl OwnServer {
         }
     }
 
+    /// Writes a file into its directory, which nobody else can read. It is the server that writes, since it may run as another
+    /// user than the test.
+    ///
+    /// # Panics
+    /// If it cannot write.
+    pub async fn write(&self, name: &str, text: &str) {
+        let lines = format!("SELECT string_to_table('{}', E'\\n')", text.trim_end());
+        self.execute(&format!("COPY ({lines}) TO PROGRAM 'umask 077; cat >{name}'")).await;
+    }
+
+    /// Lets it speak TLS with a certificate that is in one text with its key. Clients may show a certificate of the authority.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub async fn speak_tls(&self, own: &str, authority: &str) {
+        self.write("own.pem", own).await;
+        self.write("authority.pem", authority).await;
+        for setting in
+            ["ssl_cert_file = 'own.pem'", "ssl_key_file = 'own.pem'", "ssl_ca_file = 'authority.pem'", "ssl = on"]
+        {
+            self.set(setting).await;
+        }
+    }
+
     /// Has all commits wait for a synchronous standby that does not exist. Returns once they do.
     ///
     /// # Panics

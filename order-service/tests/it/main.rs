@@ -31,6 +31,7 @@ mod list_orders;
 
 mod wake_relays;
 
+mod database_tls;
 mod outage;
 mod password;
 mod pooler;

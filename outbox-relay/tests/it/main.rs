@@ -18,6 +18,7 @@ mod relay;
 mod wait;
 
 mod back_off;
+mod database_tls;
 mod dead_letters;
 mod deeds;
 mod deliver;
