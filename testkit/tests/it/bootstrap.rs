@@ -63,7 +63,11 @@ async fn no_role_of_a_process_can_take_every_session_of_a_server() {
             Err(refused) => break refused,
         }
     };
-    assert_eq!(refused.as_database_error().and_then(|error| error.code()).as_deref(), Some("53300"), "{refused}");
+    assert_eq!(
+        refused.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref(),
+        Some("53300"),
+        "{refused}"
+    );
     assert_eq!(held.len(), 66);
     for other in ["outbox_relay", "orders_owner"] {
         connect(other).await.unwrap();
