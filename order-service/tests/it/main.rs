@@ -25,6 +25,8 @@ mod watch_order;
 mod failover;
 mod fuzz;
 
+mod attacks;
+
 mod get_order;
 
 mod list_orders;

@@ -1,0 +1,54 @@
+//! Callers that attack the process: each is shed, and the next caller is served meanwhile.
+//!
+//! Attackers write frames themselves where a client library would be too polite.
+
+mod calls;
+mod frames;
+mod victim;
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::task::JoinSet;
+
+use crate::service::eventually;
+
+/// For whatever must happen. It is generous: the machine may be busy.
+const LIMIT: Duration = Duration::from_secs(60);
+const MIB: u64 = 1024 * 1024;
+
+/// Attackers that come again whenever they are shed.
+struct Attack<T> {
+    _attackers: JoinSet<()>,
+    shed: Arc<Mutex<Vec<T>>>,
+}
+
+impl<T: Clone + Send + 'static> Attack<T> {
+    /// Each does this again and again. It tells how the attacker was shed.
+    fn begin<F: Future<Output = T> + Send>(
+        attackers: usize,
+        attack: impl Fn() -> F + Clone + Send + Sync + 'static,
+    ) -> Self {
+        let shed = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = JoinSet::new();
+        for _ in 0..attackers {
+            let (attack, shed) = (attack.clone(), shed.clone());
+            tasks.spawn(async move {
+                loop {
+                    let how = attack().await;
+                    shed.lock().unwrap().push(how);
+                }
+            });
+        }
+        Self { _attackers: tasks, shed }
+    }
+
+    /// Once attackers have been shed so often, how they were.
+    async fn sheds(&self, times: usize) -> Vec<T> {
+        let is_shed = async || self.shed.lock().unwrap().len() >= times;
+        eventually(&format!("attackers are shed {times} times"), is_shed).await;
+        self.shed.lock().unwrap().clone()
+    }
+}
