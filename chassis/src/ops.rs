@@ -26,6 +26,7 @@ use tracing::error;
 
 use crate::{
     Database, RunError, ServeError, ServeSettings, Services, Tls, accept, authorize, calls,
+    connections::{self, Connections},
     entry::bind,
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
@@ -93,8 +94,10 @@ impl Ops {
         let metrics = record_metrics();
         let routes = route(metrics.clone(), readiness.clone(), Arc::clone(&added)).into();
         let (server, tls) = (server(settings).accept_http1(true), tls.clone());
+        let connections = Connections::new(&settings.connections);
         let serving = tokio::spawn(async move {
-            let ended = serve_routes((listener, move || tls.ops()), server, routes, stopped, drained).await;
+            let ended =
+                serve_routes((listener, move || tls.ops()), server, connections, routes, stopped, drained).await;
             if let Err(error) = &ended {
                 error!(%error, "the listener for operations has failed");
             }
@@ -223,6 +226,7 @@ fn record_metrics() -> PrometheusHandle {
         calls::describe();
         accept::describe();
         authorize::describe();
+        connections::describe();
         tls::describe();
         metrics
     });

@@ -7,19 +7,27 @@ use futures_util::future::try_join_all;
 use rustls::ServerConfig;
 use tokio::{net::TcpListener, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::{codec::CompressionEncoding, service::Routes, transport::Server};
+use tonic::{
+    codec::CompressionEncoding,
+    service::Routes,
+    transport::{Server, server::TcpConnectInfo},
+};
 use tonic_health::server::HealthReporter;
 use tracing::{info, warn};
 
 use crate::{
     Database, Ending, Ops, Tls,
-    accept::{accept, accept_tls},
+    accept::{Peer, accept, accept_tls},
     authorize::authorize,
     calls::measure_answers,
+    connections::{ConnectionSettings, Connections},
     health::report_health,
     trace,
+    unread::CountCalls,
 };
 
+/// Nobody has to ask for health or reflection with more.
+const QUESTION_BYTES_MAX: usize = 16 * 1024;
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
 /// Limits of a server.
@@ -37,9 +45,20 @@ pub struct ServeSettings {
     /// Tell callers which methods there are (gRPC's reflection). grpcurl and others need it.
     #[arg(long, env = "REFLECTION", default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
     pub reflection: bool,
+    /// Maximum number of bytes of a message from a caller, once it is decompressed. Batches of events may be larger.
+    #[arg(long, env = "MESSAGE_BYTES", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(16_384..=4_194_304))]
+    pub message_bytes: u32,
+    /// Which connections a listener keeps.
+    #[command(flatten)]
+    pub connections: ConnectionSettings,
 }
 
 impl ServeSettings {
+    /// The largest message that a service takes of a caller.
+    pub fn message_max(&self) -> usize {
+        self.message_bytes as usize
+    }
+
     /// Until the drain time is over, which begins then.
     pub fn drained(&self, begun: &CancellationToken) -> impl Future<Output = ()> + use<> {
         let (begun, drain) = (begun.clone(), Duration::from_secs(self.drain_seconds));
@@ -128,7 +147,8 @@ pub async fn serve<const N: usize>(
         });
         let tls = tls.clone();
         let socket = (socket, move || tls.server());
-        serving.push(serve_routes(socket, server, routes.into(), stopped, settings.drained(&ending.begun)));
+        let connections = Connections::new(&settings.connections);
+        serving.push(serve_routes(socket, server, connections, routes.into(), stopped, settings.drained(&ending.begun)));
     }
     let reporting = async {
         report_health(health, ops.readiness.clone(), database.probe(), ending.announced).await;
@@ -168,8 +188,14 @@ pub(crate) fn with_health(services: Services, reflects: bool) -> Result<(Routes,
     // ghz asks for v1alpha.
     let (reflection, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
     let routes = routes
-        .add_service(reflection.accept_compressed(CompressionEncoding::Gzip))
-        .add_service(reflection_v1alpha.accept_compressed(CompressionEncoding::Gzip));
+        .add_service(
+            reflection.accept_compressed(CompressionEncoding::Gzip).max_decoding_message_size(QUESTION_BYTES_MAX),
+        )
+        .add_service(
+            reflection_v1alpha
+                .accept_compressed(CompressionEncoding::Gzip)
+                .max_decoding_message_size(QUESTION_BYTES_MAX),
+        );
     Ok((routes, reporter))
 }
 
@@ -181,25 +207,29 @@ pub(crate) fn with_health(services: Services, reflects: bool) -> Result<(Routes,
 /// Whether there is TLS does not change while a process runs. What it is made of does.
 pub(crate) async fn serve_routes(
     (listener, tls): (TcpListener, impl Fn() -> Option<Arc<ServerConfig>> + Send + 'static),
-    mut server: Server,
+    server: Server,
+    connections: Connections,
     routes: Routes,
     stopped: impl Future<Output = ()>,
     drained: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let (address, has_tls) = (listener.local_addr()?, tls().is_some());
-    let router = server.add_routes(routes);
     let serving = async {
         if has_tls {
+            let mut server = server.layer(CountCalls::<Peer>::new());
             // By value, so that the socket is closed as soon as no more connections are accepted.
-            let incoming = Box::pin(accept_tls(listener, tls));
-            Box::pin(router.serve_with_incoming_shutdown(incoming, stopped)).await
+            let incoming = Box::pin(connections.keep(accept_tls(listener, tls)));
+            Box::pin(server.add_routes(routes).serve_with_incoming_shutdown(incoming, stopped)).await
         } else {
-            router.serve_with_incoming_shutdown(accept(listener), stopped).await
+            let mut server = server.layer(CountCalls::<TcpConnectInfo>::new());
+            let incoming = Box::pin(connections.keep(accept(listener)));
+            Box::pin(server.add_routes(routes).serve_with_incoming_shutdown(incoming, stopped)).await
         }
     };
     info!(tls = has_tls, "listening on {address}");
     tokio::select! {
         ended = serving => ended?,
+        () = connections.cut_stalled() => {}
         () = drained => warn!("drain time is over: closing the remaining connections to {address}"),
     }
     Ok(())
@@ -211,7 +241,7 @@ pub(crate) fn server(settings: &ServeSettings) -> Server {
         // cause any number of resets by its own errors.
         .max_concurrent_streams(settings.concurrent_streams)
         .http2_max_local_error_reset_streams(Some(1024))
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_keepalive_interval(Some(Duration::from_secs(settings.connections.ping_seconds)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(settings.connections.ping_timeout_seconds)))
         .timeout(Duration::from_secs(settings.request_seconds))
 }

@@ -98,6 +98,7 @@ pub async fn run(
     let receiver =
         Receiver::start(&database, ApplyOrderEvents { relay }, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let inventory = InventoryServiceServer::new(grpc::Inventory { database: database.clone() })
+        .max_decoding_message_size(settings.serve.message_max())
         .accept_compressed(CompressionEncoding::Gzip);
     let listeners = [
         Listener::of(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME], proto::DESCRIPTORS),

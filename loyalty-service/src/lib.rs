@@ -84,6 +84,7 @@ pub async fn run(
     let Some(database) = connecting.await? else { return Ok(()) };
     let receiver = Receiver::start(&database, AwardPoints, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let loyalty = LoyaltyServiceServer::new(grpc::Loyalty { database: database.clone() })
+        .max_decoding_message_size(settings.serve.message_max())
         .accept_compressed(CompressionEncoding::Gzip);
     let listeners = [
         Listener::of(api, Routes::new(loyalty), &[loyalty_service_server::SERVICE_NAME], proto::DESCRIPTORS),

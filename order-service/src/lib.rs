@@ -111,6 +111,7 @@ pub async fn run(
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
     let orders = OrderServiceServer::new(grpc::Orders { database: database.clone(), intake, relay, status, watchers })
+        .max_decoding_message_size(settings.serve.message_max())
         .accept_compressed(CompressionEncoding::Gzip);
     let listeners = [
         Listener::of(api, Routes::new(orders), &[order_service_server::SERVICE_NAME], proto::DESCRIPTORS),

@@ -39,8 +39,8 @@ pub use input::{
 
 use crate::processes::resident_bytes;
 
-/// The largest message that a server accepts by default.
-pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
+/// The largest message that a service accepts of a caller by default.
+pub const MESSAGE_MAX: usize = 64 * 1024;
 /// The largest message that a receiver of events accepts.
 pub const BATCH_MAX: usize = 16 * 1024 * 1024;
 

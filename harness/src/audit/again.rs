@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
-use chassis::{Ops, ServeSettings, Tls, TlsSettings};
+use chassis::{ConnectionSettings, Ops, ServeSettings, Tls, TlsSettings};
 use metrics::{counter, describe_counter, describe_gauge, gauge};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -39,7 +39,14 @@ pub(super) async fn run(
     address: SocketAddr,
     tls: &TlsSettings,
 ) -> Result<ExitCode> {
-    let limits = ServeSettings { drain_seconds: 5, request_seconds: 10, concurrent_streams: 256, reflection: false };
+    let limits = ServeSettings {
+        drain_seconds: 5,
+        request_seconds: 10,
+        concurrent_streams: 256,
+        reflection: false,
+        message_bytes: 65_536,
+        connections: ConnectionSettings::default(),
+    };
     let tls = Tls::start(tls, &[address])?;
     let _ops = Ops::start(Some(address), &limits, &tls).await.with_context(|| format!("cannot listen on {address}"))?;
     describe();

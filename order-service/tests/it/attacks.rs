@@ -3,6 +3,7 @@
 //! Attackers write frames themselves where a client library would be too polite.
 
 mod calls;
+mod connections;
 mod frames;
 mod victim;
 
@@ -11,13 +12,24 @@ use std::{
     time::Duration,
 };
 
-use tokio::task::JoinSet;
-
-use crate::service::eventually;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 /// For whatever must happen. It is generous: the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: u64 = 1024 * 1024;
+
+/// Returns once the condition holds.
+async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let holds = async {
+        while !condition().await {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(LIMIT, holds).await.unwrap_or_else(|_| panic!("not within {LIMIT:?}: {what}"));
+}
 
 /// Attackers that come again whenever they are shed.
 struct Attack<T> {

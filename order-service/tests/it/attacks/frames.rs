@@ -29,6 +29,8 @@ pub(super) const END_STREAM: u8 = 1;
 pub(super) const END_HEADERS: u8 = 4;
 const ACK: u8 = 1;
 
+const INITIAL_WINDOW_SIZE: u16 = 4;
+
 pub(super) const REFUSED_STREAM: u32 = 7;
 pub(super) const ENHANCE_YOUR_CALM: u32 = 11;
 
@@ -75,6 +77,14 @@ pub(super) fn call_of(path: &str) -> Vec<u8> {
     headers.iter().flat_map(|(name, value)| header(name, value)).collect()
 }
 
+/// A message as it is sent: it says its length before.
+pub(super) fn message(bytes: &[u8]) -> Vec<u8> {
+    let mut sent = vec![0];
+    sent.extend(u32::try_from(bytes.len()).unwrap().to_be_bytes());
+    sent.extend(bytes);
+    sent
+}
+
 #[derive(Debug)]
 pub(super) struct Frame {
     pub(super) kind: u8,
@@ -113,8 +123,19 @@ impl Connection {
 
     /// One that speaks HTTP/2.
     pub(super) async fn open(address: SocketAddr) -> Self {
-                let mut connection = Self::silent(address).await;
-        let begin = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+        Self::open_with(address, &[]).await
+    }
+
+    /// One that takes nothing of any answer but its headers.
+    pub(super) async fn open_without_window(address: SocketAddr) -> Self {
+        let mut setting = INITIAL_WINDOW_SIZE.to_be_bytes().to_vec();
+        setting.extend(0_u32.to_be_bytes());
+        Self::open_with(address, &setting).await
+    }
+
+    async fn open_with(address: SocketAddr, settings: &[u8]) -> Self {
+        let mut connection = Self::silent(address).await;
+        let begin = [PREFACE, &frame(SETTINGS, 0, 0, settings)].concat();
         // A server that is full may have closed it.
         drop(connection.writer.write_all(&begin).await);
         connection
