@@ -110,7 +110,8 @@ struct Shared {
     unread: AtomicUsize,
     /// Counts intervals of the limit for reading.
     interval: AtomicUsize,
-    since: Instant,
+    /// Counts connections that have begun and calls that have ended.
+    clock: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -124,7 +125,7 @@ struct Open {
 pub(crate) struct Connection {
     number: u64,
     calls: AtomicUsize,
-    /// Milliseconds from when the listener began until its last call ended.
+    /// When its last call ended, or it began, by the listener's clock.
     idle_since: AtomicU64,
     unread: AtomicUsize,
     /// Answers that have waited for the caller since this interval, by whether its number is odd.
@@ -145,7 +146,7 @@ impl Connections {
             open: Mutex::default(),
             unread: AtomicUsize::new(0),
             interval: AtomicUsize::new(0),
-            since: Instant::now(),
+            clock: AtomicU64::new(0),
         }))
     }
 
@@ -185,7 +186,7 @@ impl Connections {
         let connection = Arc::new(Connection {
             number,
             calls: AtomicUsize::new(0),
-            idle_since: AtomicU64::new(self.now()),
+            idle_since: AtomicU64::new(self.tick()),
             unread: AtomicUsize::new(0),
             stalled: Default::default(),
             is_cut: AtomicBool::new(false),
@@ -226,8 +227,8 @@ impl Connections {
         }
     }
 
-    fn now(&self) -> u64 {
-        u64::try_from(self.0.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    fn tick(&self) -> u64 {
+        self.0.clock.fetch_add(1, Relaxed)
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
@@ -240,7 +241,7 @@ impl Open {
     /// Closes the connection that has had no call for longest; false if each has one.
     fn make_room(&mut self) -> bool {
         let idle = self.by_number.values().filter(|connection| connection.calls.load(Relaxed) == 0);
-        let idlest = idle.min_by_key(|connection| (connection.idle_since.load(Relaxed), connection.number));
+        let idlest = idle.min_by_key(|connection| connection.idle_since.load(Relaxed));
         let Some(number) = idlest.map(|connection| connection.number) else { return false };
         self.cut("idle", number);
         true
@@ -282,7 +283,7 @@ impl Connection {
     }
 
     pub(crate) fn call_ends(&self) {
-        self.idle_since.store(self.listener.now(), Relaxed);
+        self.idle_since.store(self.listener.tick(), Relaxed);
         self.calls.fetch_sub(1, Relaxed);
     }
 
@@ -318,18 +319,17 @@ mod tests {
         connection.is_cut.load(Relaxed)
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn the_one_that_has_had_no_call_for_longest_makes_room() {
+    #[test]
+    fn the_one_that_has_had_no_call_for_longest_makes_room() {
         let connections = connections(3);
         let [busy, called, idle] = [(); 3].map(|()| connections.admit().unwrap());
         busy.call_begins();
         called.call_begins();
-        sleep(Duration::from_secs(1)).await;
         called.call_ends();
         let new = connections.admit().unwrap();
         assert_eq!([&busy, &called, &idle, &new].map(|connection| is_cut(connection)), [false, false, true, false]);
         connections.admit().unwrap();
-        // The new one came at the same time, and after it.
+        // The new one came after that.
         assert_eq!([&busy, &called, &new].map(|connection| is_cut(connection)), [false, true, false]);
     }
 

@@ -78,6 +78,16 @@ impl Refuse {
         Status::with_error_details(code, message, details)
     }
 
+    /// RESOURCE_EXHAUSTED for a caller who has its own share already, whatever is left for others: with
+    /// `google.rpc.QuotaFailure`, which names whose share it is.
+    pub fn over_share(self, reason: &str, message: impl Into<String>, subject: impl Into<String>) -> Status {
+        let message = message.into();
+        let mut details = self.details(reason);
+        details.set_retry_info(Some(RETRY_AFTER));
+        details.add_quota_failure_violation(subject, &message);
+        Status::with_error_details(Code::ResourceExhausted, message, details)
+    }
+
     fn details(self, reason: &str) -> ErrorDetails {
         ErrorDetails::with_error_info(reason, self.domain, HashMap::new())
     }

@@ -28,6 +28,9 @@ use crate::{
 
 /// Nobody has to ask for health or reflection with more.
 const QUESTION_BYTES_MAX: usize = 16 * 1024;
+/// So often callers may break a rule of HTTP/2 on one connection, each time at the cost of one call. A client that is sound
+/// does so only by sending on to a call that was refused.
+const BROKEN_STREAMS_MAX: usize = 256;
 const HEALTH: &str = tonic_health::pb::health_server::SERVICE_NAME;
 
 /// Limits of a server.
@@ -148,7 +151,14 @@ pub async fn serve<const N: usize>(
         let tls = tls.clone();
         let socket = (socket, move || tls.server());
         let connections = Connections::new(&settings.connections);
-        serving.push(serve_routes(socket, server, connections, routes.into(), stopped, settings.drained(&ending.begun)));
+        serving.push(serve_routes(
+            socket,
+            server,
+            connections,
+            routes.into(),
+            stopped,
+            settings.drained(&ending.begun),
+        ));
     }
     let reporting = async {
         report_health(health, ops.readiness.clone(), database.probe(), ending.announced).await;
@@ -181,7 +191,8 @@ pub(crate) fn with_health(services: Services, reflects: bool) -> Result<(Routes,
         served.fold(builder, |builder, name| builder.with_service_name(*name))
     };
     // A client that compresses does so in all of its calls.
-    let routes = services.routes.add_service(health.accept_compressed(CompressionEncoding::Gzip));
+    let health = health.accept_compressed(CompressionEncoding::Gzip).max_decoding_message_size(QUESTION_BYTES_MAX);
+    let routes = services.routes.add_service(health);
     if !reflects {
         return Ok((routes, reporter));
     }
@@ -240,7 +251,7 @@ pub(crate) fn server(settings: &ServeSettings) -> Server {
         // tonic sets neither limit by default. Without them one connection may open any number of streams, and may
         // cause any number of resets by its own errors.
         .max_concurrent_streams(settings.concurrent_streams)
-        .http2_max_local_error_reset_streams(Some(1024))
+        .http2_max_local_error_reset_streams(Some(BROKEN_STREAMS_MAX))
         .http2_keepalive_interval(Some(Duration::from_secs(settings.connections.ping_seconds)))
         .http2_keepalive_timeout(Some(Duration::from_secs(settings.connections.ping_timeout_seconds)))
         .timeout(Duration::from_secs(settings.request_seconds))

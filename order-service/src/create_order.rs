@@ -26,6 +26,8 @@ pub(crate) enum CreateOrderError {
     RequestIdReused,
     #[error("too many orders are waiting to be placed; try again")]
     Overloaded,
+    #[error("customer {0} has too many orders that wait to be placed; try again")]
+    OverShare(String),
     #[error("the database waits for its synchronous standby, and so would the order; try again")]
     StandbyAway,
     /// Logged already; shared by all calls of the transaction that failed.
@@ -58,6 +60,10 @@ impl Draft {
         let created = OrderCreated { order_id: order_id.to_string(), customer_id, currency_code, items, total_minor };
         let event = NewEvent::of(order_id, SEQUENCE, &created, trace);
         Self { order_id, request_id, created, event }
+    }
+
+    pub(crate) fn customer_id(&self) -> &str {
+        &self.created.customer_id
     }
 
     /// The order, once it is placed.

@@ -92,9 +92,13 @@ impl OrderService for Orders {
         let too_many = || {
             REFUSE.later(Code::ResourceExhausted, "TOO_MANY_WATCHERS", "too many orders are being watched; try again")
         };
-        let watch = self.watchers.register(order_id).ok_or_else(too_many)?;
+        let mut watch = self.watchers.register(order_id).ok_or_else(too_many)?;
         let order = self.get(order_id).await?;
         let is_final = is_settled(&order);
+        if !is_final && !watch.take_share_of(&order.customer_id) {
+            let message = format!("customer {} has too many watchers; try again", order.customer_id);
+            return Err(REFUSE.over_share("TOO_MANY_WATCHERS", message, order.customer_id));
+        }
         let current = tokio_stream::once(Ok(order));
         if is_final {
             return Ok(Response::new(Box::pin(current)));
@@ -144,6 +148,7 @@ fn refuse_create(error: CreateOrderError) -> Status {
     match error {
         CreateOrderError::RequestIdReused => REFUSE.with(Code::InvalidArgument, "REQUEST_ID_REUSED", message),
         CreateOrderError::StandbyAway => REFUSE.later(Code::Unavailable, "DATABASE_UNAVAILABLE", message),
+        CreateOrderError::OverShare(customer_id) => REFUSE.over_share("OVERLOADED", message, customer_id),
         CreateOrderError::Overloaded => REFUSE.later(Code::ResourceExhausted, "OVERLOADED", message),
         CreateOrderError::Database(cause) => REFUSE.database_logged(&cause),
     }

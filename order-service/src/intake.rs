@@ -30,6 +30,7 @@ use crate::{
     create_order::{CreateOrderError, Draft, Outcome, create_orders},
     group_calls::{Decision, GROUP_MAX, Situation, decide, patience},
     measure,
+    share::{Share, Shares},
 };
 
 /// Between two readings of how many orders wait.
@@ -48,6 +49,10 @@ pub struct IntakeSettings {
     /// Maximum number of orders that wait for a transaction. Further calls are refused with a hint to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue: u32,
+    /// Maximum number of orders of one customer that wait for a transaction. So one customer's flood leaves room for the
+    /// orders of others.
+    #[arg(long, env = "ORDER_SERVICE_QUEUE_PER_CUSTOMER", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub queue_per_customer: u32,
 }
 
 /// Hands orders to the task that places them. The task ends with the last clone.
@@ -58,6 +63,7 @@ pub(crate) struct Intake {
     queue: mpsc::UnboundedSender<Call>,
     /// How many more calls may wait. A bounded channel would not count the calls that the task has received.
     room: Arc<Semaphore>,
+    shares: Shares,
 }
 
 #[derive(Debug)]
@@ -65,6 +71,7 @@ struct Call {
     draft: Draft,
     arrived: Instant,
     _room: OwnedSemaphorePermit,
+    _share: Share,
     /// Closed once the caller is gone.
     answer: Answer,
 }
@@ -86,20 +93,25 @@ impl Intake {
         let size = settings.queue as usize;
         let room = Arc::new(Semaphore::new(size));
         tokio::spawn(measure_queue(Arc::downgrade(&room), size));
-        Self { queue, room }
+        Self { queue, room, shares: Shares::of(settings.queue_per_customer) }
     }
 
     /// Places the order together with those of other calls, and answers once it is committed.
     ///
     /// Once its transaction has begun, the order is placed even if the caller hangs up.
     pub(crate) async fn place(&self, draft: Draft) -> Result<Order, CreateOrderError> {
+        // First, so that the flood is told of itself.
+        let Some(share) = self.shares.take(draft.customer_id()) else {
+            measure::refused("share", 1);
+            return Err(CreateOrderError::OverShare(draft.customer_id().to_owned()));
+        };
         let Ok(room) = self.room.clone().try_acquire_owned() else {
             measure::refused("full", 1);
             return Err(CreateOrderError::Overloaded);
         };
         let (answer, answered) = oneshot::channel();
         // If the task is gone, `answered` returns an error.
-        drop(self.queue.send(Call { draft, arrived: Instant::now(), _room: room, answer }));
+        drop(self.queue.send(Call { draft, arrived: Instant::now(), _room: room, _share: share, answer }));
         answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed)))
     }
 }

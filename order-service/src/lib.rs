@@ -12,6 +12,7 @@ mod intake;
 mod list_orders;
 mod measure;
 mod resend;
+mod share;
 mod validate_order;
 mod watch_order;
 
@@ -33,8 +34,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::info;
 
-pub use crate::intake::IntakeSettings;
 use crate::{apply_reply::ApplyReplies, intake::Intake, watch_order::Watchers};
+pub use crate::{intake::IntakeSettings, watch_order::WatchSettings};
 
 /// Creates the tables of orders. Runs after [`outbox::MIGRATOR`].
 static MIGRATOR: Migrator = sqlx::migrate!();
@@ -66,6 +67,9 @@ pub struct Settings {
     /// How calls share transactions, and how many may wait.
     #[command(flatten)]
     pub intake: IntakeSettings,
+    /// How many may watch orders.
+    #[command(flatten)]
+    pub watch: WatchSettings,
     /// The inbox.
     #[command(flatten)]
     pub inbox: InboxSettings,
@@ -106,7 +110,7 @@ pub async fn run(
     let replies = ApplyReplies { watchers: status.clone() };
     let receiver = Receiver::start(&database, replies, grpc::REFUSE, &settings.inbox, ending.begun.clone());
     let own_session = database.url_of_own_session(settings.listen_database_url.as_ref()).await?;
-    let watchers = Watchers::start(database.clone(), own_session, ending.begun.clone());
+    let watchers = Watchers::start(database.clone(), &settings.watch, own_session, ending.begun.clone());
     let relay = notifier(outbox::CHANNEL);
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
     let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);

@@ -34,7 +34,7 @@ pub(crate) fn describe() {
     describe_gauge!(QUEUE, "Orders that wait for their transaction or are in it, as of a second ago at most");
     describe_counter!(
         REFUSED,
-        "Orders that were told to come again: full (too many wait), late (no transaction in time), standby (a synchronous \
+        "Orders that were told to come again: full (too many wait), share (too many of their customer wait), late (no transaction in time), standby (a synchronous \
          standby is away)"
     );
     for outcome in ["placed", "repeated", "cancelled"] {
@@ -44,7 +44,7 @@ pub(crate) fn describe() {
     for outcome in ["confirmed", "rejected"] {
         settled(outcome, &[]);
     }
-    for reason in ["full", "late", "standby"] {
+    for reason in ["full", "share", "late", "standby"] {
         refused(reason, 0);
     }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use chassis::{Database, DatabaseUrl};
+use clap::Args;
 use proto::orders::v1::{Order, OrderStatus};
 use sqlx::PgConnection;
 use tokio::{
@@ -17,7 +18,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::{get_order::get_orders, ids::OrderId};
+use crate::{
+    get_order::get_orders,
+    ids::OrderId,
+    share::{Share, Shares},
+};
 
 /// Every process notifies this channel after a commit that settles or cancels orders.
 pub(crate) const CHANNEL: &str = "order_status";
@@ -29,10 +34,20 @@ const POLL_ONLY: Duration = Duration::from_millis(100);
 /// One query returns at most this many settled orders. A backlog after a long outage is read in pieces, each of which
 /// fits into a unit of work.
 const FOUND_MAX: u16 = 500;
-/// A process has at most this many watchers, since each query asks for the orders of all of them.
-const WATCHERS_MAX: usize = 10_000;
 /// The shortest pause between two queries. Under load, one query finds all changes since the last one.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// How many may watch orders.
+#[derive(Args, Clone, Debug)]
+pub struct WatchSettings {
+    /// Maximum number of watchers, since each query asks for the orders of all of them. Further ones are refused with a
+    /// hint to retry.
+    #[arg(long, env = "ORDER_SERVICE_WATCHERS", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub watchers: u32,
+    /// Maximum number of watchers of the orders of one customer.
+    #[arg(long, env = "ORDER_SERVICE_WATCHERS_PER_CUSTOMER", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub watchers_per_customer: u32,
+}
 
 /// The orders that are watched through this process, with the watchers of each. Clones share them.
 ///
@@ -42,6 +57,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(crate) struct Watchers {
     watched: Arc<Mutex<Watched>>,
     places: Arc<Semaphore>,
+    shares: Shares,
     shutdown: CancellationToken,
 }
 
@@ -50,9 +66,18 @@ pub(crate) struct Watchers {
 pub(crate) struct Watch {
     settled: oneshot::Receiver<Order>,
     _place: OwnedSemaphorePermit,
+    shares: Shares,
+    share: Option<Share>,
 }
 
 impl Watch {
+    /// False if others watch as many orders of the customer as may be watched. Whose order it is, is not known before it
+    /// is read.
+    pub(crate) fn take_share_of(&mut self, customer_id: &str) -> bool {
+        self.share = self.shares.take(customer_id);
+        self.share.is_some()
+    }
+
     /// The order, once it is settled; `None` if the process shuts down before.
     pub(crate) async fn settled(self) -> Option<Order> {
         self.settled.await.ok()
@@ -65,9 +90,15 @@ impl Watchers {
     /// Starts the task. At `shutdown` it ends and closes the channels of all watchers.
     ///
     /// It listens at `own_session`. Without one it only polls, more often.
-    pub(crate) fn start(database: Database, own_session: Option<DatabaseUrl>, shutdown: CancellationToken) -> Self {
-        let places = Arc::new(Semaphore::new(WATCHERS_MAX));
-        let watchers = Self { watched: Arc::default(), places, shutdown: shutdown.clone() };
+    pub(crate) fn start(
+        database: Database,
+        settings: &WatchSettings,
+        own_session: Option<DatabaseUrl>,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let places = Arc::new(Semaphore::new(settings.watchers as usize));
+        let shares = Shares::of(settings.watchers_per_customer);
+        let watchers = Self { watched: Arc::default(), places, shares, shutdown: shutdown.clone() };
         let woken = Arc::new(Notify::new());
         let wake = woken.clone();
         let poll = if own_session.is_some() { POLL } else { POLL_ONLY };
@@ -95,7 +126,7 @@ impl Watchers {
         if !self.shutdown.is_cancelled() {
             watched.entry(order_id).or_default().push(sender);
         }
-        Some(Watch { settled, _place: place })
+        Some(Watch { settled, _place: place, shares: self.shares.clone(), share: None })
     }
 
     async fn tell_when_settled(self, database: Database, woken: Arc<Notify>, poll: Duration) {
@@ -173,14 +204,15 @@ mod tests {
     use std::sync::Arc;
 
     use super::Watchers;
-    use crate::ids::OrderId;
+    use crate::{ids::OrderId, share::Shares};
     use tokio::sync::Semaphore;
     use tokio_util::sync::CancellationToken;
 
     #[test]
     fn each_watcher_takes_a_place_and_frees_it_when_it_is_dropped() {
         let places = Arc::new(Semaphore::new(2));
-        let watchers = Watchers { watched: Arc::default(), places, shutdown: CancellationToken::new() };
+        let watchers =
+            Watchers { watched: Arc::default(), places, shares: Shares::of(1), shutdown: CancellationToken::new() };
         let order_id = OrderId::new();
         let (first, _second) = (watchers.register(order_id).unwrap(), watchers.register(order_id).unwrap());
         assert!(watchers.register(OrderId::new()).is_none());

@@ -4,6 +4,7 @@
 
 mod calls;
 mod connections;
+mod fairness;
 mod frames;
 mod victim;
 

@@ -123,7 +123,7 @@ async fn an_order_that_gets_no_transaction_in_time_is_refused_and_never_placed()
 async fn more_orders_than_a_group_holds_are_all_refused_in_time_if_they_get_no_transaction() {
     const WAITING: usize = 1100;
     let flags = ["--writers", "1", "--queue", "1100", "--concurrent-streams", "2000", "--database-acquire-ms", "1000"];
-    let patient = ["--database-work-ms", "60000", "--request-seconds", "60"];
+    let patient = ["--database-work-ms", "60000", "--request-seconds", "60", "--queue-per-customer", "1100"];
     let service = Service::start_with(&[&flags[..], &patient].concat()).await;
     let lock = service.lock_orders().await;
     let mut first = JoinSet::new();

@@ -24,13 +24,14 @@ const WINDOW_MAX: u32 = 0x7fff_ffff;
 /// REQUEST HEADER FIELDS TOO LARGE, as it is compressed.
 const STATUS_431: [u8; 3] = [0x69, 0x90, 0xff];
 
-/// Floods connections with these frames, each time for another stream. All are ended for the flood, and callers are served.
+/// Floods one connection after the other with these frames, each time for another stream. All are ended for the flood, and
+/// callers are served.
 async fn is_shed(flags: &[&str], bytes: impl Fn(u32) -> Vec<u8> + Copy + Send + Sync + 'static) {
     let victim = Victim::start(flags).await;
     let address = victim.address;
-    let attack = Attack::begin(2, move || async move { Connection::open(address).await.flood(bytes).await });
+    let attack = Attack::begin(1, move || async move { Connection::open(address).await.flood(bytes).await });
     for round in 1..=3 {
-        let shed = attack.sheds(4 * round).await;
+        let shed = attack.sheds(2 * round).await;
         assert_eq!(shed, vec![Some(ENHANCE_YOUR_CALM); shed.len()]);
         victim.serves_the_next_caller().await;
     }
@@ -165,9 +166,10 @@ async fn messages_that_are_too_large_once_they_are_decompressed_are_refused() {
         calls.spawn(async move { orders.create_order(bomb).await });
     }
     victim.serves_the_next_caller().await;
-    for answer in calls.join_all().await {
-        assert_eq!(answer.unwrap_err().code(), Code::ResourceExhausted);
-    }
+    let codes = calls.join_all().await.into_iter().map(|answer| answer.unwrap_err().code()).collect::<Vec<_>>();
+    // The server also resets the stream, since it does not read on. A client may look at that first.
+    assert!(codes.iter().all(|code| [Code::ResourceExhausted, Code::Cancelled].contains(code)), "{codes:?}");
+    assert!(codes.contains(&Code::ResourceExhausted), "{codes:?}");
     if let (Some(before), Some(now)) = (before, victim.resident()) {
         // Less than half of what they hold.
         assert!(now.saturating_sub(before) < 48 * MIB, "{before} bytes of memory became {now}");

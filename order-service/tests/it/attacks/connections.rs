@@ -155,3 +155,27 @@ async fn a_caller_that_takes_nothing_is_closed_and_one_that_waits_is_not() {
     assert!(timeout(LIMIT, watched.message()).await.expect("news").unwrap().is_some());
     victim.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watchers_of_one_customer_leave_room_for_those_of_others() {
+    let victim = Victim::start(&["--watchers", "100", "--watchers-per-customer", "50"]).await;
+    let place = async |customer_id: &str| {
+        let request = CreateOrderRequest { customer_id: customer_id.into(), ..order() };
+        victim.connect().create_order(request).await.unwrap().into_inner().order_id
+    };
+    let (greedy, modest) = (place("greedy").await, place("modest").await);
+    let mut caller = victim.connect();
+    let mut watching = Vec::new();
+    for watcher in 0..60 {
+        let watched = caller.watch_order(WatchOrderRequest { order_id: greedy.clone() }).await;
+        if watcher < 50 {
+            watching.push(watched.unwrap());
+        } else {
+            refusal(watched.map(|_| tonic::Response::new(()))).is(Code::ResourceExhausted, "TOO_MANY_WATCHERS");
+        }
+    }
+    let mut others = victim.connect().watch_order(WatchOrderRequest { order_id: modest }).await.unwrap().into_inner();
+    assert!(others.message().await.unwrap().is_some());
+    victim.serves_the_next_caller().await;
+    victim.end().await;
+}
