@@ -149,7 +149,9 @@ async fn shake_hands(stream: TcpStream, config: Arc<ServerConfig>) -> Option<Kno
 
 fn names_in(certificate: &CertificateDer<'_>) -> Arc<[String]> {
     let Ok(certificate) = EndEntityCert::try_from(certificate) else { return Arc::default() };
-    let names = certificate.valid_uri_names().chain(certificate.valid_dns_names());
+    // A URI without a scheme would look like the name of a host, which its issuer may not have looked at.
+    let uris = certificate.valid_uri_names().filter(|uri| uri.contains(':'));
+    let names = uris.chain(certificate.valid_dns_names());
     names.map(str::to_owned).collect()
 }
 

@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::{LogLimit, Refuse, Tls, calls::method_names};
 
 const DENIED: &str = "calls_denied_total";
-/// Orchestrators and load balancers ask it, and have no certificate of ours.
+/// Orchestrators and load balancers ask it, and need no line in a policy.
 const EXEMPT: &str = "grpc.health.v1.Health/";
 /// Time between two lines of the log about calls that were denied.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
@@ -60,7 +60,8 @@ pub(crate) fn authorize(routes: Router, tls: &Tls, descriptors: &[&[u8]]) -> Rou
 }
 
 async fn check(State(authority): State<Arc<Authority>>, mut request: Request, next: Next) -> Response {
-    let method = request.uri().path().trim_start_matches('/');
+    let path = request.uri().path();
+    let method = path.strip_prefix('/').unwrap_or(path);
     if method.starts_with(EXEMPT) {
         return next.run(request).await;
     }

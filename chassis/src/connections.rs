@@ -18,7 +18,7 @@ use std::{
 use clap::Args;
 use futures_util::{Stream, StreamExt as _, task::AtomicWaker};
 use metrics::{counter, describe_counter};
-use tokio::time::{Instant, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tracing::warn;
 
 use crate::{LogLimit, guard::Guarded};
@@ -200,6 +200,8 @@ impl Connections {
     /// Closes connections whose callers take nothing, for ever.
     pub(crate) async fn cut_stalled(&self) {
         let mut intervals = interval(self.0.unread_limit);
+        // After a stop of the process, what has only begun to wait is not stalled.
+        intervals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             intervals.tick().await;
             self.begin_interval();

@@ -14,6 +14,9 @@ const SOURCE: &str = "source=";
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Policy(HashMap<String, Grant>);
 
+/// Of a name. It is kept with deeds, and goes into errors.
+const NAME_CHARS_MAX: usize = 200;
+
 /// What one name may do.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Grant {
@@ -26,7 +29,7 @@ struct Grant {
 /// A caller whom the policy allows the method that he calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowed {
-    /// The name in his certificate by which he may.
+    /// The first name in his certificate by which he may.
     pub name: Arc<str>,
     /// The services whose events he may deliver.
     pub sources: Arc<[String]>,
@@ -42,9 +45,14 @@ impl Policy {
                 continue;
             }
             let mut words = line.split_whitespace();
-            let grant = grants.entry(fold(words.next().unwrap_or_default())).or_default();
-            let mut words = words.peekable();
-            if words.peek().is_none() {
+            let name = words.next().unwrap_or_default();
+            if is_method(name) || name.starts_with(SOURCE) {
+                faults.push(format!("line {number}: it must begin with a name, and {name:?} is none"));
+            } else if name.chars().count() > NAME_CHARS_MAX {
+                faults.push(format!("line {number}: a name may have {NAME_CHARS_MAX} characters"));
+            }
+            let grant = grants.entry(fold(name)).or_default();
+            if words.clone().next().is_none() {
                 faults.push(format!("line {number}: the name needs methods behind it, such as package.Service/*"));
             }
             for word in words {
@@ -63,15 +71,20 @@ impl Policy {
         if faults.is_empty() { Ok(Self(grants)) } else { Err(faults) }
     }
 
-    /// Whether a caller with these names may call the method, by its full name. The first name that may counts.
+    /// Whether a caller with these names may call the method, by its full name. He may do what each name may that may call
+    /// it.
     pub(crate) fn allow(&self, names: &[String], method: &str) -> Option<Allowed> {
         let (service, _) = method.split_once('/')?;
         let every = format!("{service}/*");
-        let (name, grant) = names.iter().find_map(|name| {
+        let granting = names.iter().filter_map(|name| {
             let (name, grant) = self.0.get_key_value(&fold(name))?;
-            (grant.methods.contains(method) || grant.methods.contains(&every)).then_some((name, grant))
-        })?;
-        Some(Allowed { name: name.as_str().into(), sources: grant.sources.clone().into() })
+            (grant.methods.contains(method) || grant.methods.contains(&every)).then_some((name, &grant.sources))
+        });
+        let (granting, sources): (Vec<_>, Vec<_>) = granting.unzip();
+        Some(Allowed {
+            name: granting.first()?.as_str().into(),
+            sources: sources.into_iter().flatten().cloned().collect(),
+        })
     }
 }
 
@@ -91,7 +104,8 @@ mod tests {
     use super::Policy;
 
     const TEXT: &str = "# who may do what\n\nOrders-Relay events.v1.EventReceiver/Deliver source=orders\n  \
-        orders-relay  events.v1.EventReceiver/Describe source=returns\nspiffe://shop/gateway\torders.v1.OrderService/*\n";
+        orders-relay  events.v1.EventReceiver/Describe source=returns\nspiffe://shop/gateway\torders.v1.OrderService/*\n\
+        spiffe://shop/relay events.v1.EventReceiver/*\n";
 
     fn allows(names: &[&str], method: &str) -> Option<(String, Vec<String>)> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
@@ -106,6 +120,9 @@ mod tests {
         assert_eq!(allows(&["orders-relay"], "events.v1.EventReceiver/Describe"), relay);
         let gateway = Some(("spiffe://shop/gateway".to_owned(), Vec::new()));
         assert_eq!(allows(&["orders-relay", "spiffe://shop/gateway"], "orders.v1.OrderService/CancelOrder"), gateway);
+        // The names of one caller add up.
+        let both = allows(&["spiffe://shop/relay", "orders-relay"], "events.v1.EventReceiver/Deliver").unwrap();
+        assert_eq!(both, ("spiffe://shop/relay".to_owned(), vec!["orders".to_owned(), "returns".to_owned()]));
 
         for (names, method) in [
             (&["orders-relay"][..], "events.v1.EventReceiver/Recall"),
@@ -131,8 +148,15 @@ mod tests {
             format!("line 2: \"source=\" {neither}"),
             format!("line 3: \"orders.v1./Create\" {neither}"),
             format!("line 3: \"a.B/C/D\" {neither}"),
+            "line 4: it must begin with a name, and \"a.B/C\" is none".to_owned(),
+            "line 5: it must begin with a name, and \"source=a\" is none".to_owned(),
+            "line 6: a name may have 200 characters".to_owned(),
         ];
-        assert_eq!(Policy::parse("relay\nrelay * source=\nrelay orders.v1./Create a.B/C/D a.B/C").unwrap_err(), faults);
+        let text = format!(
+            "relay\nrelay * source=\nrelay orders.v1./Create a.B/C/D a.B/C\na.B/C a.B/D\nsource=a a.B/C\n{} a.B/C",
+            "x".repeat(201)
+        );
+        assert_eq!(Policy::parse(&text).unwrap_err(), faults);
         assert_eq!(Policy::parse("").unwrap(), Policy::default());
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Named {
     pub(crate) files: String,
     /// Counts changes by outcome.
     pub(crate) metric: &'static str,
+    /// Whether a part of what is written can be used, too. Then the contents count once they have been the same for a second.
+    pub(crate) in_parts: bool,
 }
 
 /// What the files hold, as the process uses it. Clones share it.
@@ -73,7 +75,7 @@ impl<T: Send + Sync + 'static> Reread<T> {
 ///
 /// Files that belong together are not replaced at once. So what is broken counts once it has been the same for a second.
 async fn read_again<C, T, E>(
-    Named { what, files, metric }: Named,
+    Named { what, files, metric, in_parts }: Named,
     mut used: C,
     read: impl Fn() -> Result<C, E> + Clone + Send + 'static,
     make: impl Fn(&C) -> Result<T, E>,
@@ -103,7 +105,7 @@ async fn read_again<C, T, E>(
         let is_settled = contents == seen;
         seen = contents.clone();
         match made {
-            Ok(now) => {
+            Ok(now) if is_settled || !in_parts => {
                 info!(files, "the files of the {what} have changed, and count from now on");
                 counter!(metric, "outcome" => "used").increment(1);
                 sender.send_replace(Arc::new(now));
@@ -114,7 +116,7 @@ async fn read_again<C, T, E>(
                 counter!(metric, "outcome" => "broken").increment(1);
                 told = Some(contents);
             }
-            Err(_) => {}
+            Ok(_) | Err(_) => {}
         }
     }
 }

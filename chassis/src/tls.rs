@@ -171,7 +171,7 @@ impl Tls {
         if !files.any() {
             return Ok(Self { certificates: Reread::constant(Configs::default()), policy: None });
         }
-        let named = Named { what: "certificates", files: files.to_string(), metric: RELOADS };
+        let named = Named { what: "certificates", files: files.to_string(), metric: RELOADS, in_parts: false };
         let reading = files.clone();
         let certificates = Reread::start(named, move || reading.read(), move |read: &Contents| read.configure(&files))?;
         Ok(Self { certificates, policy: None })
@@ -331,13 +331,14 @@ impl Contents {
 
 /// Whoever signs a certificate decides how long its names are.
 fn cut(names: &str) -> String {
-    names.chars().take(NAMES_CHARS_MAX).collect()
+    // Nor which lines of a log it breaks.
+    names.escape_debug().take(NAMES_CHARS_MAX).collect()
 }
 
 fn read_policy(file: &Path) -> Result<Reread<Policy>, TlsError> {
     let (read, made) = (file.to_owned(), file.to_owned());
     Reread::start(
-        Named { what: "policy", files: file.display().to_string(), metric: POLICY_RELOADS },
+        Named { what: "policy", files: file.display().to_string(), metric: POLICY_RELOADS, in_parts: true },
         move || fs::read_to_string(&read).map_err(|cause| at(&read, &cause)),
         move |text: &String| Policy::parse(text).map_err(|faults| at(&made, &faults.join("; "))),
     )

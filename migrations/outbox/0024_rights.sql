@@ -1,5 +1,6 @@
 -- The relay's role may change what its statements change, and nothing else. It leases, settles and requeues events. What an
--- event says, whose it is and where it stands in line is the service's, so nobody with the relay's password can alter that.
+-- event says, whose it is and where it stands in line is the service's. (Whoever has the relay's password can still put an
+-- event of his own among the discarded ones, and bring that back.)
 -- Relays and commands of the version before run on: they change no other column.
 --
 -- To take a right from a table takes it from each column too. So each column is granted after that.

@@ -119,7 +119,7 @@ pub(crate) struct Admission {
 }
 
 impl Admission {
-    /// A caller by gRPC, if he may call this method. `None` is one whose name nobody knows but he.
+    /// A caller by gRPC, if he may call this method. `None` may call it, and says his name in the request.
     pub(crate) async fn admit(
         &self,
         headers: &HeaderMap,
@@ -136,13 +136,13 @@ impl Admission {
         }
     }
 
-    /// A caller who has shown a certificate, as the policy says. `None` without the one or the other: he may have a token.
+    /// A caller who has shown a certificate, as the policy says. `None` if there is no policy, or he has shown none.
     pub(crate) fn admit_by_certificate(&self, connection: &Extensions, method: &str) -> Option<Result<Caller, Denied>> {
         let allow = |method: &str| self.tls.allow(connection, &format!("{SERVICE_NAME}/{method}"));
         match allow(method)? {
             Ok(allowed) => {
                 let acts = ACTING.iter().any(|method| allow(method).is_some_and(|allowed| allowed.is_ok()));
-                let name = allowed.name.chars().take(*NAME_CHARS.end()).collect();
+                let name = allowed.name.to_string();
                 Some(Ok(Caller { name, role: if acts { Role::Operator } else { Role::Viewer } }))
             }
             Err(NotAllowed::NoCertificate) => None,

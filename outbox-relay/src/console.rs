@@ -158,6 +158,10 @@ impl Console {
         if let Some(tokens) = &self.admission.tokens {
             return tokens.admit(&request.headers, method).await;
         }
+        // The policy says who may look. To be on this machine is no name.
+        if self.admission.tls.has_policy() {
+            return Err(Denied::NoCertificate);
+        }
         let peer = chassis::address_of_peer(&request.extensions);
         let is_local = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
         // A proxy on this machine passes on what others send.
@@ -216,7 +220,7 @@ async fn call(State(console): State<Arc<Console>>, Path(method): Path<String>, r
     }
 }
 
-/// Whoever reaches the port can cause such lines. So they are few, and hold nothing that a caller has chosen.
+/// Whoever reaches the port can cause such lines. So they are few. Of the caller they hold names that a CA has signed.
 fn log_denied(method: &str, denied: &Denied) {
     static SAID: LogLimit = LogLimit::new();
     let is_known = is_method(method);

@@ -195,6 +195,16 @@ async fn operators_are_known_by_their_certificates() {
         secured.relay(&secured.identities.files(CUSTOMERS)).get_status(GetStatusRequest::default()).await.unwrap_err();
     assert_says(&refused, Code::PermissionDenied, "does not allow this to localhost, customers");
 
+    // The console, too, though the caller is on the relay's machine.
+    for (files, says) in [
+        (nobody, r#""reason":"CERTIFICATE_REQUIRED""#),
+        (secured.identities.files(CUSTOMERS), r#""reason":"NOT_ALLOWED""#),
+        (secured.identities.files(OPERATORS), r#"{"name":"operators","role":"operator"}"#),
+    ] {
+        let page = http::get_by(&files, secured.site.layout.orders_relay, "/api/me").await.unwrap();
+        assert!(page.contains(says), "{page}");
+    }
+
     let mut relay = secured.relay(&secured.identities.files(OPERATORS));
     let pause = PauseRequest { paused_by: "mallory".into(), reason: "a test".into(), subscription: String::new() };
     relay.pause(pause).await.unwrap();
