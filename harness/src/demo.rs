@@ -369,12 +369,11 @@ async fn show_journey(layout: &Layout, order_id: Uuid) -> Result<()> {
     Ok(())
 }
 
-/// The forged events are of an order that is confirmed already: the demo goes on, even if one were applied.
-async fn show_denials(layout: &Layout, target: &Target, identities: &Identities, order_id: Uuid) -> Result<()> {
-    println!("\n  12. All of this was said over mutual TLS. Each name may do what the policy says, and nothing else:");
-    for line in fs::read_to_string(identities.policy_file())?.lines() {
-        println!("       {line}");
-    }
+/// What inventory would say if it had reserved an order's stock, for whoever is not inventory's relay to say it.
+///
+/// # Errors
+/// If the database cannot be asked for the time.
+pub async fn forge_reservation(target: &Target, order_id: &str) -> Result<DeliverRequest> {
     let now = sqlx::query_scalar("-- demo: read clock\n SELECT extract(epoch FROM now())::bigint");
     let seconds = now.fetch_one(&mut target.databases.orders().await?).await?;
     let event = Event {
@@ -387,11 +386,20 @@ async fn show_denials(layout: &Layout, target: &Target, identities: &Identities,
         data: StockReserved { order_id: order_id.into() }.encode_to_vec().into(),
         ..Event::default()
     };
+    Ok(DeliverRequest { events: vec![event] })
+}
+
+/// The forged events are of an order that is confirmed already: the demo goes on, even if one were applied.
+async fn show_denials(layout: &Layout, target: &Target, identities: &Identities, order_id: Uuid) -> Result<()> {
+    println!("\n  12. All of this was said over mutual TLS. Each name may do what the policy says, and nothing else:");
+    for line in fs::read_to_string(identities.policy_file())?.lines() {
+        println!("       {line}");
+    }
+    let forged = forge_reservation(target, &order_id.to_string()).await?;
     println!("     Somebody says that stock is reserved, and is not inventory's relay:");
     for name in [CUSTOMERS, Service::OrdersRelay.name()] {
-        let events = vec![event.clone()];
         let mut receiver = EventReceiverClient::new(layout.connect_to_events(Service::Orders, name)?);
-        let Err(refused) = receiver.deliver(DeliverRequest { events }).await else {
+        let Err(refused) = receiver.deliver(forged.clone()).await else {
             bail!("a forged event of {name} was taken");
         };
         ensure!(refused.code() == Code::PermissionDenied, "a forged event of {name}: {refused:?}");

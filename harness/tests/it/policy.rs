@@ -4,15 +4,14 @@ use std::{fs, time::Duration};
 
 use chassis::{Tls, TlsFiles, connect_lazily};
 use harness::{
+    demo::forge_reservation,
     identities::{CUSTOMERS, Identities, OPERATORS},
     stress::{Load, place_orders, wait_until_delivered},
     system::{Service, stop},
     target::Target,
 };
-use prost::{Message, Name};
 use proto::{
-    events::v1::{DeliverRequest, Event, Outcome, event_receiver_client::EventReceiverClient},
-    inventory::v1::StockReserved,
+    events::v1::{Outcome, event_receiver_client::EventReceiverClient},
     orders::v1::{
         CreateOrderRequest, GetOrderRequest, OrderItem, OrderStatus, order_service_client::OrderServiceClient,
     },
@@ -91,23 +90,6 @@ fn order() -> CreateOrderRequest {
     }
 }
 
-/// As inventory would announce it, if it had reserved anything.
-async fn forged(target: &Target, order_id: &str) -> DeliverRequest {
-    let now = sqlx::query_scalar("SELECT extract(epoch FROM now())::bigint");
-    let seconds = now.fetch_one(&mut target.databases.orders().await.unwrap()).await.unwrap();
-    let event = Event {
-        id: Uuid::new_v4().into(),
-        source: Service::Inventory.name().into(),
-        r#type: StockReserved::full_name(),
-        subject: order_id.into(),
-        sequence: 1,
-        time: Some(prost_types::Timestamp { seconds, nanos: 0 }),
-        data: StockReserved { order_id: order_id.into() }.encode_to_vec().into(),
-        ..Event::default()
-    };
-    DeliverRequest { events: vec![event] }
-}
-
 fn assert_says(refused: &Status, code: Code, text: &str) {
     assert_eq!(refused.code(), code, "{refused:?}");
     assert!(refused.message().contains(text), "{refused:?}");
@@ -138,8 +120,10 @@ async fn a_forged_event_is_refused_on_every_path() {
         (callers, "inventory-relay", no_service),
     ] {
         let mut receiver = EventReceiverClient::new(secured.connect(url, name));
-        let refused =
-            timeout(LIMIT, receiver.deliver(forged(&secured.target, &order_id).await)).await.unwrap().unwrap_err();
+        let refused = timeout(LIMIT, receiver.deliver(forge_reservation(&secured.target, &order_id).await.unwrap()))
+            .await
+            .unwrap()
+            .unwrap_err();
         assert_says(&refused, code, says);
     }
     let asked = GetOrderRequest { order_id: order_id.clone() };
@@ -148,7 +132,12 @@ async fn a_forged_event_is_refused_on_every_path() {
 
     // What was refused would have been applied if inventory's relay had said it.
     let mut receiver = EventReceiverClient::new(secured.connect(relays, "inventory-relay"));
-    let results = receiver.deliver(forged(&secured.target, &order_id).await).await.unwrap().into_inner().results;
+    let results = receiver
+        .deliver(forge_reservation(&secured.target, &order_id).await.unwrap())
+        .await
+        .unwrap()
+        .into_inner()
+        .results;
     assert_eq!(results[0].outcome(), Outcome::Applied);
     stop(secured.processes).await.unwrap();
 }
