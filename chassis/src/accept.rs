@@ -18,7 +18,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     task::{AbortHandle, JoinSet},
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
@@ -32,8 +32,6 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// So many may be under way. The oldest makes room for a new one: whoever opens connections and says nothing keeps no
 /// caller out.
 const HANDSHAKES_MAX: usize = 256;
-/// After a connection that cannot be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Between two lines of the log about failed handshakes.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 const HANDSHAKES: &str = "tls_handshakes_total";
@@ -103,11 +101,8 @@ impl<C: Fn() -> Option<Arc<ServerConfig>>> Accepting<C> {
                 }
                 accepted = self.incoming.next() => match accepted? {
                     Ok(stream) => self.begin(stream),
-                    Err(cause) => {
-                        // There may be no descriptor left, and no sense in asking again at once.
-                        sleep(ACCEPT_PAUSE).await;
-                        return Some(Err(cause));
-                    }
+                    // Whoever keeps the connections makes room, and waits before the next one.
+                    Err(cause) => return Some(Err(cause)),
                 },
             }
         }

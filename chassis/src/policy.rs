@@ -9,13 +9,12 @@ use std::{
 };
 
 const SOURCE: &str = "source=";
+/// Of a name. It is kept with deeds, and goes into errors.
+const NAME_CHARS_MAX: usize = 200;
 
 /// What the names may do.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Policy(HashMap<String, Grant>);
-
-/// Of a name. It is kept with deeds, and goes into errors.
-const NAME_CHARS_MAX: usize = 200;
 
 /// What one name may do.
 #[derive(Debug, Default, PartialEq, Eq)]
