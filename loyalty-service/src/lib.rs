@@ -2,14 +2,15 @@
 //! receives events, each of which it applies once.
 
 mod apply_event;
+mod erase_customer;
 mod get_balance;
 mod grpc;
 
 use std::net::SocketAddr;
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Tls,
-    TlsSettings,
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, EraseArguments, EraseError, Listener, Ops, RunError,
+    ServeSettings, Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Receiver};
@@ -23,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::info;
 
-use crate::apply_event::AwardPoints;
+use crate::{apply_event::AwardPoints, erase_customer::EraseFromPoints};
 
 /// Creates the table of points. Runs after [`outbox::MIGRATOR`].
 static MIGRATOR: Migrator = sqlx::migrate!();
@@ -93,4 +94,12 @@ pub async fn run(
     chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;
     info!("loyalty-service ended");
     Ok(())
+}
+
+/// Erases a customer from the points.
+///
+/// # Errors
+/// [`EraseError`].
+pub async fn erase_customer(url: &DatabaseUrl, arguments: &EraseArguments) -> Result<(), EraseError> {
+    chassis::erase(url, &MIGRATORS, arguments, &EraseFromPoints).await
 }

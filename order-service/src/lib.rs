@@ -4,6 +4,7 @@
 mod apply_reply;
 mod cancel_order;
 mod create_order;
+mod erase_customer;
 mod get_order;
 mod group_calls;
 mod grpc;
@@ -19,8 +20,8 @@ mod watch_order;
 use std::{net::SocketAddr, time::Duration};
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Tls,
-    TlsSettings,
+    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, EraseArguments, EraseError, Listener, Ops, RunError,
+    ServeSettings, Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -34,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tracing::info;
 
-use crate::{apply_reply::ApplyReplies, intake::Intake, watch_order::Watchers};
+use crate::{apply_reply::ApplyReplies, erase_customer::EraseFromOrders, intake::Intake, watch_order::Watchers};
 pub use crate::{intake::IntakeSettings, watch_order::WatchSettings};
 
 /// Creates the tables of orders. Runs after [`outbox::MIGRATOR`].
@@ -132,4 +133,12 @@ pub async fn run(
 /// [`ResendError`].
 pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments) -> Result<(), ResendError> {
     outbox::resend(url, arguments, &resend::SentByOrders).await
+}
+
+/// Erases a customer from the orders and from events that were discarded.
+///
+/// # Errors
+/// [`EraseError`].
+pub async fn erase_customer(url: &DatabaseUrl, arguments: &EraseArguments) -> Result<(), EraseError> {
+    chassis::erase(url, &MIGRATORS, arguments, &EraseFromOrders).await
 }

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::ExitCode};
 
-use chassis::{DatabaseUrl, MigrateArguments, TlsFiles, serve_until_signal, shutdown_signal};
+use chassis::{DatabaseUrl, EraseArguments, MigrateArguments, TlsFiles, serve_until_signal, shutdown_signal};
 use clap::Parser;
 use order_service::{MIGRATORS, Settings};
 use outbox::ResendArguments;
@@ -44,6 +44,25 @@ enum Command {
         #[command(flatten)]
         arguments: Box<ResendArguments>,
     },
+    /// Replace the id of a customer in all orders and in discarded events, so that nothing names the customer any more
+    ///
+    /// Orders stay. Where the customer was, they have "(erased)", which no caller can use as an id. It erases 500 orders in a
+    /// transaction. Each run is recorded in the table erasures, without the customer. It is safe to stop the command, and to
+    /// repeat it.
+    ///
+    /// An order is left as it is while it is PENDING, or while an event of it that names the customer waits or is dead. The
+    /// command then erases the others, says what to do, and exits with 1. Repeat it when that is done.
+    ///
+    /// Erase the customer here first, and then by `loyalty-service erase-customer`.
+    #[command(after_long_help = "Example:
+  order-service erase-customer ann --reason 'request 4711' --by bob")]
+    EraseCustomer {
+        /// The orders database, as the role that owns it.
+        #[arg(long, env = "ORDERS_DATABASE_URL", hide_env_values = true)]
+        database_url: DatabaseUrl,
+        #[command(flatten)]
+        arguments: EraseArguments,
+    },
     /// Exit with 0 if the process that listens on the address serves. Otherwise print the reason, and exit with 1.
     Healthcheck {
         /// Address of the process.
@@ -57,7 +76,7 @@ enum Command {
 fn main() -> ExitCode {
     chassis::main(async |command| {
         // Without logs: stdout is for the command's output.
-        if !matches!(command, Command::Resend { .. }) {
+        if !matches!(command, Command::Resend { .. } | Command::EraseCustomer { .. }) {
             chassis::log_to_stdout();
         }
         match command {
@@ -68,6 +87,9 @@ fn main() -> ExitCode {
                 chassis::migrate(&database_url, &MIGRATORS, &how, &shutdown_signal()?).await?;
             }
             Command::Resend { database_url, arguments } => order_service::resend(&database_url, *arguments).await?,
+            Command::EraseCustomer { database_url, arguments } => {
+                order_service::erase_customer(&database_url, &arguments).await?;
+            }
             Command::Healthcheck { listen, tls } => chassis::healthcheck(listen, &tls).await?,
         }
         anyhow::Ok(())

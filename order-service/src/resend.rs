@@ -87,8 +87,7 @@ async fn read_times(connection: &mut PgConnection, order_ids: &[OrderId]) -> Res
 fn make_again(order: &Order, times: &Times) -> Vec<SentEvent> {
     let Times { order_id, created_at, cancelled_at, is_cancelled, derived_ids } = *times;
     let trace = TraceContext::default();
-    let Order { customer_id, currency_code, items, total_minor, .. } = order.clone();
-    let created = OrderCreated { order_id: order_id.to_string(), customer_id, currency_code, items, total_minor };
+    let created = creation_of(order);
     let mut events = vec![SentEvent {
         event: NewEvent::of(order_id, create_order::SEQUENCE, &created, &trace),
         at: created_at,
@@ -103,4 +102,10 @@ fn make_again(order: &Order, times: &Times) -> Vec<SentEvent> {
         });
     }
     events
+}
+
+/// The first event of the order.
+pub(crate) fn creation_of(order: &Order) -> OrderCreated {
+    let Order { order_id, customer_id, currency_code, items, total_minor, .. } = order.clone();
+    OrderCreated { order_id, customer_id, currency_code, items, total_minor }
 }

@@ -15,7 +15,7 @@ mod receiver;
 
 use std::{future::Future, io::Write, time::Duration};
 
-use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles};
+use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles, parse_text};
 use clap::Args;
 use prost_types::Timestamp;
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
@@ -81,12 +81,6 @@ fn parse_receiver(text: &str) -> Result<Uri, &'static str> {
 fn parse_time(text: &str) -> Result<OffsetDateTime, &'static str> {
     let time = text.parse::<Timestamp>().ok().and_then(|time| OffsetDateTime::from_unix_timestamp(time.seconds).ok());
     time.ok_or("must look like 2026-11-30T08:00:00Z")
-}
-
-fn parse_text(text: &str) -> Result<String, &'static str> {
-    let text = text.trim();
-    let is_sound = (1..=1000).contains(&text.chars().count()) && !text.chars().any(char::is_control);
-    is_sound.then(|| text.to_owned()).ok_or("must be 1 to 1000 characters, none of them control characters")
 }
 
 /// An event that a service has enqueued once, made again from its tables.

@@ -78,6 +78,32 @@ impl TestDatabase {
         options.connect(&self.server.superuser_url(&self.name)).await.expect("a superuser's connection")
     }
 
+    /// The tables in any of whose columns the text is, as text or as bytes. They are those of the catalog, so a table or a
+    /// column that is added later is searched, too.
+    ///
+    /// # Panics
+    /// If a table cannot be read.
+    pub async fn tables_that_hold(&self, text: &str) -> Vec<String> {
+        let pool = self.pool().await;
+        let tables = "-- testkit: list tables
+            SELECT oid::regclass::text FROM pg_class
+            WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace ORDER BY relname";
+        let tables: Vec<String> = sqlx::query_scalar(tables).fetch_all(&pool).await.expect("the catalog");
+        let mut holding = Vec::new();
+        for table in tables {
+            // Bytes are written as their hexadecimal digits.
+            let mut search = QueryBuilder::<Postgres>::new("-- testkit: search a table\nSELECT EXISTS (SELECT FROM ");
+            search.push(&table).push(" AS searched WHERE strpos(searched::text, ").push_bind(text);
+            search.push(") > 0 OR strpos(searched::text, encode(convert_to(").push_bind(text);
+            search.push(", 'UTF8'), 'hex')) > 0)");
+            let holds: bool = search.build_query_scalar().fetch_one(&pool).await.expect("a table");
+            if holds {
+                holding.push(table);
+            }
+        }
+        holding
+    }
+
     /// Rows that the test inserts into the outbox directly, without `outbox_enqueue`, are of this subscription from now on.
     ///
     /// # Panics

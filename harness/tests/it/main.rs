@@ -4,6 +4,7 @@
 mod site;
 
 mod command_line;
+mod erase;
 mod failover;
 mod interleavings;
 mod plans;

@@ -35,7 +35,7 @@ pub(crate) struct Loyalty {
     pub(crate) channel: Channel,
     /// To what relays use.
     pub(crate) events: Channel,
-    database: TestDatabase,
+    pub(crate) database: TestDatabase,
     shutdown: CancellationToken,
     running: JoinHandle<Result<(), chassis::RunError>>,
 }

@@ -5,6 +5,8 @@ mod apply_events;
 
 mod describe;
 
+mod erase_customer;
+
 mod get_balance;
 
 mod loyalty;

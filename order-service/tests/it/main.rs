@@ -55,4 +55,6 @@ mod refuse;
 
 mod resend;
 
+mod erase_customer;
+
 mod rights;

@@ -1,0 +1,225 @@
+//! Erases a customer from the tables of a service: the command `erase-customer`.
+//!
+//! Orders and what was done for them stay: stock, accounts and audits need them. The customer's id in them is replaced.
+//!
+//! It works in pieces. Each is one transaction, which also counts itself in the record of the erasure. Whatever stops the
+//! command, the record says what was done, and the same command again does the rest.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use sqlx::{Connection, PgConnection, migrate::Migrator};
+
+use crate::{DatabaseUrl, Fields, SchemaError, check_schema};
+
+/// What stands where the id of a customer was. [`Fields::name`] refuses it, so no caller can use it as an id.
+///
+/// It is the same for all customers. By a pseudonym or a hash, the orders of one customer could still be put together, and
+/// whoever knows ids could find out whose they are.
+pub const ERASED: &str = "(erased)";
+
+/// Arguments of a service's command `erase-customer`.
+#[derive(Args, Clone, Debug)]
+pub struct EraseArguments {
+    /// Id of the customer.
+    #[arg(value_parser = parse_customer)]
+    customer_id: String,
+    /// Your name, kept in the record.
+    #[arg(long, env = "USER", value_parser = parse_text)]
+    by: String,
+    /// Reason, kept in the record. So it must not name the customer: give the number of the request.
+    #[arg(long, value_parser = parse_text)]
+    reason: String,
+}
+
+fn parse_customer(text: &str) -> Result<String, String> {
+    let mut fields = Fields::default();
+    fields.name("customer_id", text);
+    fields.finish(text.to_owned()).map_err(|bad| bad.into_iter().map(|bad| bad.description).collect())
+}
+
+/// Parses a name or a reason that is kept.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_text(text: &str) -> Result<String, &'static str> {
+    let text = text.trim();
+    let is_sound = (1..=1000).contains(&text.chars().count()) && !text.chars().any(char::is_control);
+    is_sound.then(|| text.to_owned()).ok_or("must be 1 to 1000 characters, none of them control characters")
+}
+
+impl EraseArguments {
+    /// The record stays when the customer is gone.
+    fn check(&self) -> Result<(), EraseError> {
+        let kept = [("--by", &self.by), ("--reason", &self.reason)];
+        let naming = kept.iter().filter(|(_, text)| names(text, &self.customer_id)).map(|(flag, _)| *flag);
+        let naming: Vec<&str> = naming.collect();
+        if naming.is_empty() { Ok(()) } else { Err(EraseError::NamesCustomer(naming.join(" and "))) }
+    }
+}
+
+/// Whether the id is in the text, not as a part of a longer word.
+fn names(text: &str, customer_id: &str) -> bool {
+    text.match_indices(customer_id).any(|(at, _)| {
+        let before = text[..at].chars().next_back();
+        let after = text[at + customer_id.len()..].chars().next();
+        ![before, after].into_iter().flatten().any(char::is_alphanumeric)
+    })
+}
+
+/// What one transaction has erased.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// The customer's id is gone from so many orders, and from so many events that were kept.
+    Erased {
+        /// Orders, or what was done for them.
+        orders: i64,
+        /// Their events.
+        events: i64,
+    },
+    /// Nothing is left, and the record says so.
+    Finished,
+    /// Nothing more can be erased now: why, and what to do.
+    Held(String),
+}
+
+/// How a service erases a customer from its own tables.
+pub trait Erase {
+    /// Begins a record. Returns its id.
+    ///
+    /// # Errors
+    /// Those of the database.
+    fn begin(
+        &self,
+        connection: &mut PgConnection,
+        by: &str,
+        reason: &str,
+    ) -> impl Future<Output = Result<i64, sqlx::Error>>;
+
+    /// Erases the customer from some hundred orders and counts them in the record, in one transaction.
+    ///
+    /// # Errors
+    /// Those of the database.
+    fn erase_piece(
+        &self,
+        connection: &mut PgConnection,
+        erasure_id: i64,
+        customer_id: &str,
+    ) -> impl Future<Output = Result<Piece, sqlx::Error>>;
+}
+
+/// Why a customer is not erased, on one line that says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum EraseError {
+    /// What is kept would name the customer.
+    #[error("{0} must not name the customer, since the record of the erasure is kept: give the number of the request")]
+    NamesCustomer(String),
+    /// The database cannot be reached.
+    #[error("cannot connect to {database}")]
+    Connect {
+        /// The database, without the password.
+        database: DatabaseUrl,
+        /// The cause.
+        source: sqlx::Error,
+    },
+    /// The database has another schema.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// Some orders still name the customer.
+    #[error("not all is erased: {0}")]
+    Held(String),
+    /// The output cannot be written.
+    #[error("cannot write the output")]
+    Output(#[from] io::Error),
+    /// The database failed.
+    #[error("the database failed; what was erased until then stays erased: repeat the command to go on")]
+    Database(#[from] sqlx::Error),
+}
+
+/// The command `erase-customer`, as the owner of the database.
+///
+/// It erases what it can, and does not refuse because of one order that has to wait. So a customer who orders all the time
+/// cannot hold up the erasure, and what is personal is there for no longer than it must.
+///
+/// The last transaction has found no order of the customer that it could erase. An order that is placed later belongs to a
+/// customer who came back.
+///
+/// # Errors
+/// [`EraseError`].
+pub async fn erase(
+    url: &DatabaseUrl,
+    migrators: &[&Migrator],
+    arguments: &EraseArguments,
+    service: &impl Erase,
+) -> Result<(), EraseError> {
+    arguments.check()?;
+    let EraseArguments { customer_id, by, reason } = arguments;
+    let mut connection = connect(url).await?;
+    check_schema(&mut connection, migrators).await?;
+    let erasure_id = service.begin(&mut connection, by, reason).await?;
+    let (mut orders_erased, mut events_erased) = (0, 0);
+    let held = loop {
+        match service.erase_piece(&mut connection, erasure_id, customer_id).await? {
+            Piece::Erased { orders, events } => {
+                orders_erased += orders;
+                events_erased += events;
+                say(&format!("erased from {orders_erased} orders so far\n"))?;
+            }
+            Piece::Finished => break None,
+            Piece::Held(why) => break Some(why),
+        }
+    };
+    say(&format!(
+        "the customer is erased from {orders_erased} orders and {events_erased} discarded events: erasure {erasure_id}\n"
+    ))?;
+    connection.close().await?;
+    held.map_or(Ok(()), |why| Err(EraseError::Held(why)))
+}
+
+/// Like the services, it plans no scan of a whole table, and does not wait for ever.
+async fn connect(url: &DatabaseUrl) -> Result<PgConnection, EraseError> {
+    let url = url.clone().with_setting("enable_seqscan", "off").with_setting("statement_timeout", "30s");
+    url.connect_in_time().await.map_err(|source| EraseError::Connect { database: url, source })
+}
+
+fn say(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ERASED, EraseArguments, EraseError, names, parse_customer};
+
+    #[test]
+    fn no_customer_can_be_called_what_stands_for_an_erased_one() {
+        assert!(parse_customer(ERASED).is_err());
+        assert_eq!(parse_customer("ann"), Ok("ann".to_owned()));
+    }
+
+    #[test]
+    fn a_text_names_a_customer_by_the_whole_id_only() {
+        for text in ["ann", "request of ann.", "(ann) 4711", "joann and ann", "ann\u{2026}"] {
+            assert!(names(text, "ann"), "{text}");
+        }
+        for text in ["", "request 4711", "annual cleaning of joann", "ann7", "ANN"] {
+            assert!(!names(text, "ann"), "{text}");
+        }
+        assert!(names("about a.b-c", "a.b-c") && !names("about xa.b-c", "a.b-c"));
+    }
+
+    #[test]
+    fn a_record_that_would_name_the_customer_is_refused_with_each_flag_that_does() {
+        let check = |by: &str, reason: &str| {
+            let arguments = EraseArguments { customer_id: "ann".into(), by: by.into(), reason: reason.into() };
+            arguments.check().map_err(|error| match error {
+                EraseError::NamesCustomer(flags) => flags,
+                other => panic!("{other}"),
+            })
+        };
+        assert_eq!(check("bob", "request 4711"), Ok(()));
+        assert_eq!(check("bob", "ann asked"), Err("--reason".into()));
+        assert_eq!(check("ann", "ann asked"), Err("--by and --reason".into()));
+    }
+}
