@@ -58,7 +58,7 @@ impl System {
             Service::Orders => ("ORDERS_DATABASE_URL", "orders_owner", self.site.orders.name()),
             _ => ("LOYALTY_DATABASE_URL", "loyalty_owner", self.site.loyalty().name()),
         };
-        let mut command = Command::new(binary(service.binary()).unwrap());
+        let mut command = Command::new(binary(service.name()).unwrap());
         command.args(["erase-customer", customer, "--by", "bob", "--reason", "request 12"]);
         let output = command.env(variable, layout.server.url_for(role, database)).output().await.unwrap();
         assert!(output.status.success(), "{output:?}");
