@@ -180,13 +180,13 @@ async fn count_held(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Re
     let held = sqlx::query_as(
         "-- orders: count what holds up an erasure
         SELECT count(*) AS orders, count(*) FILTER (WHERE status = 'PENDING') AS pending,
-            coalesce(sum((
-                SELECT count(*) FROM outbox
-                WHERE aggregate_id = order_id AND event_type = $2 AND visible_at < 'infinity')), 0)::bigint AS waiting,
-            coalesce(sum((
-                SELECT count(*) FROM outbox
-                WHERE aggregate_id = order_id AND event_type = $2 AND visible_at = 'infinity')), 0)::bigint AS dead
-        FROM orders WHERE customer_id = $1",
+            coalesce(sum(event.waiting), 0)::bigint AS waiting, coalesce(sum(event.dead), 0)::bigint AS dead
+        FROM orders CROSS JOIN LATERAL (
+            SELECT count(*) FILTER (WHERE visible_at < 'infinity') AS waiting,
+                count(*) FILTER (WHERE visible_at = 'infinity') AS dead
+            FROM outbox WHERE aggregate_id = order_id AND event_type = $2
+        ) AS event
+        WHERE customer_id = $1",
     );
     held.bind(customer_id).bind(OrderCreated::full_name()).fetch_one(&mut **tx).await
 }

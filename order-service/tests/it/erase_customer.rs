@@ -1,6 +1,6 @@
 //! The command `erase-customer`.
 
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use prost::Message;
 use proto::orders::v1::{CreateOrderRequest, Order, OrderCreated};
@@ -263,7 +263,7 @@ async fn a_killed_command_has_erased_whole_pieces_and_its_record_and_the_next_do
     let hold = "SELECT 1 FROM orders WHERE order_id = '00000000-0000-0000-0000-0000000002bc' FOR UPDATE";
     sqlx::query(hold).execute(&mut *held).await.unwrap();
     let url = service.database.url_as("orders_owner");
-    let mut killed = order_service(&arguments(&url)).spawn().unwrap();
+    let mut killed = order_service(&arguments(&url)).stdout(Stdio::null()).spawn().unwrap();
     waits(&service).await;
     killed.kill().await.unwrap();
     assert_eq!(record(&service).await, [run_of(500, 0, false)]);
@@ -276,13 +276,13 @@ async fn a_killed_command_has_erased_whole_pieces_and_its_record_and_the_next_do
 }
 
 #[tokio::test]
-async fn the_command_reads_no_whole_table() {
+async fn the_command_reads_no_whole_table_of_orders() {
     let service = Service::start().await;
     service.execute(MANY).await;
     service.execute("ANALYZE orders").await;
     erase_all(&service).await;
     let scans = "SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relname = 'orders'";
-    let mut whole = 0;
+    let mut whole: i64 = 0;
     // Sessions report what they have done when they end, and not all versions of PostgreSQL at once.
     eventually("the command's scans are counted", async || {
         let by_index: i64;
