@@ -74,7 +74,8 @@ async fn try_piece(connection: &mut PgConnection, erasure_id: i64, customer_id: 
 /// The customer's oldest orders that may be erased.
 ///
 /// None of them is PENDING: an answer may settle such an order at this moment. The statement that does so finds the order by
-/// the place of its row (`apply_reply.rs`), and could miss it if it moved. The status of all others never becomes PENDING.
+/// the place of its row (`apply_reply.rs`). It would wait for this transaction, and then miss the row, which has moved. The
+/// answer would be lost. All other orders never become PENDING.
 async fn lock_orders(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Result<Vec<OrderId>, sqlx::Error> {
     let order_ids = sqlx::query_scalar(
         "-- orders: lock orders to erase
