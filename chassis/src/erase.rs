@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use clap::Args;
 use sqlx::{Connection, PgConnection, migrate::Migrator};
 
-use crate::{DatabaseUrl, Fields, SchemaError, check_schema};
+use crate::{DatabaseUrl, Fields, PasswordFile, SchemaError, check_schema};
 
 /// What stands where the id of a customer was. [`Fields::name`] refuses it, so no caller can use it as an id.
 ///
@@ -30,6 +30,9 @@ pub struct EraseArguments {
     /// Reason, kept in the record. So it must not name the customer: give the number of the request.
     #[arg(long, value_parser = parse_text)]
     reason: String,
+    /// Where the database's password is.
+    #[command(flatten)]
+    password_file: PasswordFile,
 }
 
 fn parse_customer(text: &str) -> Result<String, String> {
@@ -153,8 +156,8 @@ pub async fn erase(
     service: &impl Erase,
 ) -> Result<(), EraseError> {
     arguments.check()?;
-    let EraseArguments { customer_id, by, reason } = arguments;
-    let mut connection = connect(url).await?;
+    let EraseArguments { customer_id, by, reason, password_file } = arguments;
+    let mut connection = connect(url.clone().with_password_file(password_file)).await?;
     check_schema(&mut connection, migrators).await?;
     let erasure_id = service.begin(&mut connection, by, reason).await?;
     let (mut orders_erased, mut events_erased) = (0, 0);
@@ -177,8 +180,8 @@ pub async fn erase(
 }
 
 /// Like the services, it plans no scan of a whole table, and does not wait for ever.
-async fn connect(url: &DatabaseUrl) -> Result<PgConnection, EraseError> {
-    let url = url.clone().with_setting("enable_seqscan", "off").with_setting("statement_timeout", "30s");
+async fn connect(url: DatabaseUrl) -> Result<PgConnection, EraseError> {
+    let url = url.with_setting("enable_seqscan", "off").with_setting("statement_timeout", "30s");
     url.connect_in_time().await.map_err(|source| EraseError::Connect { database: url, source })
 }
 
@@ -190,7 +193,7 @@ fn say(text: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{ERASED, EraseArguments, EraseError, names, parse_customer};
+    use super::{ERASED, EraseArguments, EraseError, PasswordFile, names, parse_customer};
 
     #[test]
     fn no_customer_can_be_called_what_stands_for_an_erased_one() {
@@ -212,7 +215,12 @@ mod tests {
     #[test]
     fn a_record_that_would_name_the_customer_is_refused_with_each_flag_that_does() {
         let check = |by: &str, reason: &str| {
-            let arguments = EraseArguments { customer_id: "ann".into(), by: by.into(), reason: reason.into() };
+            let arguments = EraseArguments {
+                customer_id: "ann".into(),
+                by: by.into(),
+                reason: reason.into(),
+                password_file: PasswordFile::default(),
+            };
             arguments.check().map_err(|error| match error {
                 EraseError::NamesCustomer(flags) => flags,
                 other => panic!("{other}"),

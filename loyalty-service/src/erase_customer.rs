@@ -12,11 +12,14 @@ pub(crate) struct EraseFromPoints;
 
 impl Erase for EraseFromPoints {
     async fn begin(&self, connection: &mut PgConnection, by: &str, reason: &str) -> Result<i64, sqlx::Error> {
-        let begun = sqlx::query_scalar(
+        sqlx::query_scalar!(
             "-- loyalty: begin an erasure
-            INSERT INTO erasures (done_by, reason) VALUES ($1, $2) RETURNING erasure_id",
-        );
-        begun.bind(by).bind(reason).fetch_one(connection).await
+            INSERT INTO points_erasures (done_by, reason) VALUES ($1, $2) RETURNING erasure_id",
+            by,
+            reason,
+        )
+        .fetch_one(connection)
+        .await
     }
 
     /// One statement is one transaction. It finds its rows by two indexes: of orders that count, and of cancelled ones. An
@@ -30,8 +33,8 @@ impl Erase for EraseFromPoints {
         erasure_id: i64,
         customer_id: &str,
     ) -> Result<Piece, sqlx::Error> {
-        let erased = sqlx::query_scalar(
-            "-- loyalty: erase from points
+        let erased = sqlx::query_scalar!(
+            r#"-- loyalty: erase from points
             WITH piece AS MATERIALIZED (
                 SELECT order_id FROM points WHERE order_id = ANY (ARRAY (
                     (SELECT order_id FROM points WHERE customer_id = $1 AND cancelled_by IS NULL LIMIT $4)
@@ -44,14 +47,18 @@ impl Erase for EraseFromPoints {
                 UPDATE points SET customer_id = $2 WHERE order_id = ANY (ARRAY (SELECT order_id FROM piece))
                 RETURNING order_id
             )
-            UPDATE erasures
+            UPDATE points_erasures
             SET orders = orders + (SELECT count(*) FROM erased),
                 finished_at = CASE WHEN NOT EXISTS (SELECT FROM erased) THEN now() END
             WHERE erasure_id = $3
-            RETURNING (SELECT count(*) FROM erased)",
-        );
-        let erased: i64 =
-            erased.bind(customer_id).bind(ERASED).bind(erasure_id).bind(PIECE).fetch_one(connection).await?;
+            RETURNING (SELECT count(*) FROM erased) AS "erased!""#,
+            customer_id,
+            ERASED,
+            erasure_id,
+            PIECE,
+        )
+        .fetch_one(connection)
+        .await?;
         Ok(if erased > 0 { Piece::Erased { orders: erased, events: 0 } } else { Piece::Finished })
     }
 }

@@ -23,7 +23,7 @@ enum Command {
     /// Replace the id of a customer in all points, so that nothing names the customer any more
     ///
     /// Points stay with their orders. Where the customer was, they have "(erased)", which no caller can use as an id, so they
-    /// count for nobody. It erases 500 orders in a transaction. Each run is recorded in the table erasures, without the
+    /// count for nobody. It erases 500 orders in a transaction. Each run is recorded in the table points_erasures, without the
     /// customer. It is safe to stop the command, and to repeat it.
     ///
     /// Erase the customer by `order-service erase-customer` first. Otherwise an event that waits there brings the id back, and

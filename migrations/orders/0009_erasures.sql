@@ -1,8 +1,8 @@
 -- When a customer was erased, by whom and why. Services of the version before run on.
 --
 -- Only the owner erases: what serves callers has no right to, and none to change the record.
-CREATE TABLE erasures (
-    erasure_id  bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT erasures_pkey PRIMARY KEY,
+CREATE TABLE order_erasures (
+    erasure_id  bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT order_erasures_pkey PRIMARY KEY,
     begun_at    timestamptz NOT NULL DEFAULT now(),
     done_by     text        NOT NULL,
     reason      text        NOT NULL,
@@ -10,7 +10,7 @@ CREATE TABLE erasures (
     events      bigint      NOT NULL DEFAULT 0,
     finished_at timestamptz
 );
-COMMENT ON TABLE erasures IS 'Each run of erase-customer. It does not name the customer.';
-COMMENT ON COLUMN erasures.orders IS 'Orders from which the customer was erased.';
-COMMENT ON COLUMN erasures.events IS 'Discarded events from which the customer was erased.';
-COMMENT ON COLUMN erasures.finished_at IS 'When nothing of the customer was left. NULL: it was stopped, or some orders had to wait.';
+COMMENT ON TABLE order_erasures IS 'Each run of erase-customer. It does not name the customer.';
+COMMENT ON COLUMN order_erasures.orders IS 'Orders from which the customer was erased.';
+COMMENT ON COLUMN order_erasures.events IS 'Discarded events from which the customer was erased.';
+COMMENT ON COLUMN order_erasures.finished_at IS 'When nothing of the customer was left. NULL: it was stopped, or some orders had to wait.';

@@ -26,11 +26,14 @@ pub(crate) struct EraseFromOrders;
 
 impl Erase for EraseFromOrders {
     async fn begin(&self, connection: &mut PgConnection, by: &str, reason: &str) -> Result<i64, sqlx::Error> {
-        let begun = sqlx::query_scalar(
+        sqlx::query_scalar!(
             "-- orders: begin an erasure
-            INSERT INTO erasures (done_by, reason) VALUES ($1, $2) RETURNING erasure_id",
-        );
-        begun.bind(by).bind(reason).fetch_one(connection).await
+            INSERT INTO order_erasures (done_by, reason) VALUES ($1, $2) RETURNING erasure_id",
+            by,
+            reason,
+        )
+        .fetch_one(connection)
+        .await
     }
 
     async fn erase_piece(
@@ -77,19 +80,22 @@ async fn try_piece(connection: &mut PgConnection, erasure_id: i64, customer_id: 
 /// the place of its row (`apply_reply.rs`). It would wait for this transaction, and then miss the row, which has moved. The
 /// answer would be lost. All other orders never become PENDING.
 async fn lock_orders(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Result<Vec<OrderId>, sqlx::Error> {
-    let order_ids = sqlx::query_scalar(
-        "-- orders: lock orders to erase
-        SELECT order_id FROM orders
+    sqlx::query_scalar!(
+        r#"-- orders: lock orders to erase
+        SELECT order_id AS "order_id: OrderId" FROM orders
         WHERE customer_id = $1 AND status <> 'PENDING'
             AND (SELECT true FROM outbox WHERE aggregate_id = order_id AND event_type = $2 LIMIT 1) IS NULL
         ORDER BY order_id LIMIT $3
-        FOR UPDATE",
-    );
-    order_ids.bind(customer_id).bind(OrderCreated::full_name()).bind(PIECE).fetch_all(&mut **tx).await
+        FOR UPDATE"#,
+        customer_id,
+        OrderCreated::full_name(),
+        PIECE,
+    )
+    .fetch_all(&mut **tx)
+    .await
 }
 
 /// An event in `outbox_discarded` that names a customer.
-#[derive(sqlx::FromRow)]
 struct Discarded {
     event_id: Uuid,
     subscription_id: i16,
@@ -101,22 +107,28 @@ async fn lock_discarded(
     tx: &mut Transaction<'_, Postgres>,
     order_ids: &[OrderId],
 ) -> Result<Vec<Discarded>, sqlx::Error> {
-    let discarded = sqlx::query_as(
-        "-- orders: lock discarded events to erase
-        SELECT event_id, subscription_id, aggregate_id FROM outbox_discarded
+    sqlx::query_as!(
+        Discarded,
+        r#"-- orders: lock discarded events to erase
+        SELECT event_id, subscription_id, aggregate_id AS "aggregate_id: OrderId" FROM outbox_discarded
         WHERE aggregate_id = ANY ($1) AND event_type = $2
         ORDER BY event_id, subscription_id
-        FOR UPDATE",
-    );
-    discarded.bind(order_ids).bind(OrderCreated::full_name()).fetch_all(&mut **tx).await
+        FOR UPDATE"#,
+        order_ids as &[OrderId],
+        OrderCreated::full_name(),
+    )
+    .fetch_all(&mut **tx)
+    .await
 }
 
 async fn erase_orders(tx: &mut Transaction<'_, Postgres>, order_ids: &[OrderId]) -> Result<i64, sqlx::Error> {
-    let erased = sqlx::query(
+    let erased = sqlx::query!(
         "-- orders: erase from orders
         UPDATE orders SET customer_id = $2 WHERE order_id = ANY ($1)",
+        order_ids as &[OrderId],
+        ERASED,
     );
-    Ok(erased.bind(order_ids).bind(ERASED).execute(&mut **tx).await?.rows_affected().cast_signed())
+    Ok(erased.execute(&mut **tx).await?.rows_affected().cast_signed())
 }
 
 /// The events are made again from their orders, which are erased already. So they can still be restored and delivered,
@@ -128,17 +140,19 @@ async fn erase_events(tx: &mut Transaction<'_, Postgres>, discarded: &[Discarded
         orders.iter().map(|order| (order.order_id.as_str(), creation_of(order).encode_to_vec())).collect();
     let rows = discarded.iter().filter_map(|event| {
         let payload = payloads.get(event.aggregate_id.to_string().as_str())?;
-        Some((event.event_id, event.subscription_id, payload.as_slice()))
+        Some((event.event_id, event.subscription_id, payload.clone()))
     });
-    let (event_ids, subscription_ids, payloads): (Vec<Uuid>, Vec<i16>, Vec<&[u8]>) = rows.collect();
-    let erased = sqlx::query(
+    let (event_ids, subscription_ids, payloads): (Vec<Uuid>, Vec<i16>, Vec<Vec<u8>>) = rows.collect();
+    let erased = sqlx::query!(
         "-- orders: erase from discarded events
         UPDATE outbox_discarded AS discarded SET payload = erased.payload
         FROM unnest($1::uuid[], $2::smallint[], $3::bytea[]) AS erased (event_id, subscription_id, payload)
         WHERE discarded.event_id = erased.event_id AND discarded.subscription_id = erased.subscription_id",
+        &event_ids,
+        &subscription_ids,
+        &payloads,
     );
-    let erased = erased.bind(event_ids).bind(subscription_ids).bind(payloads).execute(&mut **tx).await?;
-    Ok(erased.rows_affected().cast_signed())
+    Ok(erased.execute(&mut **tx).await?.rows_affected().cast_signed())
 }
 
 async fn count(
@@ -147,11 +161,14 @@ async fn count(
     orders: i64,
     events: i64,
 ) -> Result<(), sqlx::Error> {
-    let counted = sqlx::query(
+    let counted = sqlx::query!(
         "-- orders: count what is erased
-        UPDATE erasures SET orders = orders + $2, events = events + $3 WHERE erasure_id = $1",
+        UPDATE order_erasures SET orders = orders + $2, events = events + $3 WHERE erasure_id = $1",
+        erasure_id,
+        orders,
+        events,
     );
-    counted.bind(erasure_id).bind(orders).bind(events).execute(&mut **tx).await?;
+    counted.execute(&mut **tx).await?;
     Ok(())
 }
 
@@ -160,16 +177,17 @@ async fn end(tx: &mut Transaction<'_, Postgres>, erasure_id: i64, customer_id: &
     if let Some(why) = count_held(tx, customer_id).await?.why() {
         return Ok(Piece::Held(why));
     }
-    let finished = sqlx::query(
+    let finished = sqlx::query!(
         "-- orders: finish an erasure
-        UPDATE erasures SET finished_at = now() WHERE erasure_id = $1",
+        UPDATE order_erasures SET finished_at = now() WHERE erasure_id = $1",
+        erasure_id,
     );
-    finished.bind(erasure_id).execute(&mut **tx).await?;
+    finished.execute(&mut **tx).await?;
     Ok(Piece::Finished)
 }
 
 /// What holds up the erasure.
-#[derive(Debug, sqlx::FromRow)]
+#[derive(Debug)]
 struct Held {
     orders: i64,
     pending: i64,
@@ -178,18 +196,22 @@ struct Held {
 }
 
 async fn count_held(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Result<Held, sqlx::Error> {
-    let held = sqlx::query_as(
-        "-- orders: count what holds up an erasure
-        SELECT count(*) AS orders, count(*) FILTER (WHERE status = 'PENDING') AS pending,
-            coalesce(sum(event.waiting), 0)::bigint AS waiting, coalesce(sum(event.dead), 0)::bigint AS dead
+    sqlx::query_as!(
+        Held,
+        r#"-- orders: count what holds up an erasure
+        SELECT count(*) AS "orders!", count(*) FILTER (WHERE status = 'PENDING') AS "pending!",
+            coalesce(sum(event.waiting), 0)::bigint AS "waiting!", coalesce(sum(event.dead), 0)::bigint AS "dead!"
         FROM orders CROSS JOIN LATERAL (
             SELECT count(*) FILTER (WHERE visible_at < 'infinity') AS waiting,
                 count(*) FILTER (WHERE visible_at = 'infinity') AS dead
             FROM outbox WHERE aggregate_id = order_id AND event_type = $2
         ) AS event
-        WHERE customer_id = $1",
-    );
-    held.bind(customer_id).bind(OrderCreated::full_name()).fetch_one(&mut **tx).await
+        WHERE customer_id = $1"#,
+        customer_id,
+        OrderCreated::full_name(),
+    )
+    .fetch_one(&mut **tx)
+    .await
 }
 
 impl Held {

@@ -47,7 +47,7 @@ enum Command {
     /// Replace the id of a customer in all orders and in discarded events, so that nothing names the customer any more
     ///
     /// Orders stay. Where the customer was, they have "(erased)", which no caller can use as an id. It erases 500 orders in a
-    /// transaction. Each run is recorded in the table erasures, without the customer. It is safe to stop the command, and to
+    /// transaction. Each run is recorded in the table order_erasures, without the customer. It is safe to stop the command, and to
     /// repeat it.
     ///
     /// An order is left as it is while it is PENDING, or while an event of it that names the customer waits or is dead. The

@@ -21,7 +21,7 @@ async fn erase(loyalty: &Loyalty) -> String {
 
 /// The orders of each run of the command, and whether nothing was left.
 async fn record(loyalty: &Loyalty) -> Vec<(String, String, i64, bool)> {
-    let record = "SELECT done_by, reason, orders, finished_at IS NOT NULL FROM erasures ORDER BY erasure_id";
+    let record = "SELECT done_by, reason, orders, finished_at IS NOT NULL FROM points_erasures ORDER BY erasure_id";
     sqlx::query_as(record).fetch_all(&loyalty.database.pool().await).await.unwrap()
 }
 

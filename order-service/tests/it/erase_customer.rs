@@ -41,7 +41,7 @@ fn is_held_up(output: Output) -> String {
 
 /// Each run of the command: by whom, why, orders, events, and whether nothing was left.
 async fn record(service: &Service) -> Vec<(String, String, i64, i64, bool)> {
-    let record = "SELECT done_by, reason, orders, events, finished_at IS NOT NULL FROM erasures ORDER BY erasure_id";
+    let record = "SELECT done_by, reason, orders, events, finished_at IS NOT NULL FROM order_erasures ORDER BY erasure_id";
     sqlx::query_as(record).fetch_all(&service.pool).await.unwrap()
 }
 
@@ -318,7 +318,7 @@ async fn only_the_owner_has_the_record() {
         let url = service.database.url_as(role);
         let pool = PgPool::connect(&url).await.unwrap();
         let read: Result<Vec<OffsetDateTime>, _> =
-            sqlx::query_scalar("SELECT begun_at FROM erasures").fetch_all(&pool).await;
+            sqlx::query_scalar("SELECT begun_at FROM order_erasures").fetch_all(&pool).await;
         let denied = read.unwrap_err();
         assert_eq!(denied.as_database_error().and_then(|error| error.code()).as_deref(), Some("42501"), "{denied}");
     }
