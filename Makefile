@@ -11,6 +11,7 @@ help:
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
 	@echo 'make chaos       break it in every way known for four minutes, and check that nothing is lost or applied twice'
+	@echo '                 (make chaos SECURE=1 does the same with mutual TLS and a policy)'
 	@echo 'make failover    have the databases fail over under load (needs patroni, etcd and haproxy): twenty minutes'
 	@echo 'make test        every test, each with a database of its own'
 	@echo '                 (make test POSTGRES=14 installs PostgreSQL 14 for it, if need be; so for 15, 16, 17 and 18)'
@@ -39,7 +40,7 @@ bench-soak: release
 	@target/release/harness bench --only 6
 
 chaos: release
-	@target/release/harness chaos
+	@target/release/harness chaos $(if $(SECURE),--secure)
 
 failover: release
 	@target/release/harness failover --patroni

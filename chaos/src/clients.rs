@@ -25,6 +25,7 @@ use super::{
     history::{Ending, History},
     world::World,
 };
+use chassis::connect_lazily;
 use harness::stress::check_reply;
 
 const CLIENTS: u32 = 16;
@@ -63,7 +64,7 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn new(name: String, world: &World) -> Self {
-        let connect = |url: &Uri| Endpoint::from(url.clone()).connect_lazy();
+        let connect = |url: &Uri| connect_lazily(&Endpoint::from(url.clone()), &world.customers);
         Self {
             name: name.into(),
             orders: OrderServiceClient::new(connect(&world.target.order_service)),
@@ -264,9 +265,17 @@ impl Client {
     }
 }
 
-/// A status with a source comes from the client's own library: its connection broke.
+/// A status with a source comes from the client's own library: its connection broke. The policy allows clients all of their
+/// calls, so a denial is a finding.
 pub(super) fn ending_of(status: &Status) -> Ending {
-    let refused = matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::NotFound);
+    let refused = matches!(
+        status.code(),
+        Code::InvalidArgument
+            | Code::FailedPrecondition
+            | Code::NotFound
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+    );
     if refused && std::error::Error::source(status).is_none() { Ending::Fail } else { Ending::Unknown }
 }
 

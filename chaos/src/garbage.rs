@@ -1,6 +1,6 @@
 //! Bytes and messages that no proper client sends. None may be accepted, or harm anybody.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use prost::Message;
@@ -10,29 +10,35 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
-use tonic::{Code, Status, codegen::http::uri::PathAndQuery, transport::Endpoint};
+use tonic::{
+    Code, Status,
+    codegen::http::uri::PathAndQuery,
+    transport::{Channel, Endpoint},
+};
 
 use super::{
     clients::{limited, request},
     site::Part,
+    stream::{Ends, Stream},
     world::World,
 };
+use chassis::connect_lazily;
 
 const KINDS: u8 = 6;
 
 /// Sends random bytes to the ports of a process, and bad orders to order-service.
 pub(super) async fn send_garbage(world: &Arc<World>, part: Part, seed: u64) -> Result<bool> {
     let (mut rng, mut sent) = (fastrand::Rng::with_seed(seed), 0);
-    let listeners = world.site.listeners(part);
-    for (kind, address) in listeners.into_iter().flat_map(|address| (0..KINDS).map(move |kind| (kind, address))) {
-        let Ok(mut stream) = TcpStream::connect(address).await else { continue };
-        sent += u32::from(stream.write_all(&garbage(kind, &mut rng)).await.is_ok());
-        if kind % 2 == 0 {
-            // Half of them read an answer, the others hang up.
-            let _ = timeout(Duration::from_millis(200), stream.read(&mut [0; 1024])).await;
+    for (address, ends) in world.site.listeners(part)? {
+        for kind in 0..KINDS {
+            sent += u32::from(send(address, None, kind, &garbage(kind, &mut rng)).await.is_ok());
+            // As far as TLS is, and then behind it.
+            if ends.is_some() {
+                sent += u32::from(send(address, ends.as_ref(), kind, &garbage(kind, &mut rng)).await.is_ok());
+            }
         }
     }
-    let channel = Endpoint::from(world.target.order_service.clone()).connect_lazy();
+    let channel = connect(world);
     let mut orders = OrderServiceClient::new(channel).max_encoding_message_size(usize::MAX);
     let (mut refused, mut bad) = (0, 0);
     for order in bad_orders() {
@@ -49,6 +55,23 @@ pub(super) async fn send_garbage(world: &Arc<World>, part: Part, seed: u64) -> R
         Err(status) => refused += u32::from(is_refusal(&status)),
     }
     Ok(sent > 0 && refused == bad + 1)
+}
+
+fn connect(world: &World) -> Channel {
+    connect_lazily(&Endpoint::from(world.target.order_service.clone()), &world.customers)
+}
+
+async fn send(address: SocketAddr, ends: Option<&Ends>, kind: u8, garbage: &[u8]) -> io::Result<()> {
+    let mut stream = Stream::of_server(TcpStream::connect(address).await?, ends)?;
+    // A process that is stopped would keep the handshake for ever.
+    timeout(Duration::from_secs(1), stream.shake_hands()).await??;
+    stream.write_all(garbage).await?;
+    let sent = stream.flush().await;
+    if kind.is_multiple_of(2) {
+        // Half of them read an answer, the others hang up.
+        let _ = timeout(Duration::from_millis(200), stream.read(&mut [0; 1024])).await;
+    }
+    sent
 }
 
 /// Whether the service has refused the message, and was not merely down.
@@ -71,7 +94,7 @@ struct BadText {
 async fn send_bad_text(world: &World) -> Result<Order, Status> {
     let CreateOrderRequest { currency_code, items, .. } = request();
     let bad = BadText { customer_id: vec![b'a', 0xc3, 0x28, 0xff], currency_code, items };
-    let mut client = tonic::client::Grpc::new(Endpoint::from(world.target.order_service.clone()).connect_lazy());
+    let mut client = tonic::client::Grpc::new(connect(world));
     client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let path = PathAndQuery::from_static("/orders.v1.OrderService/CreateOrder");
     let codec = tonic_prost::ProstCodec::<BadText, Order>::default();

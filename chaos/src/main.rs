@@ -5,7 +5,7 @@
 //!
 //! - `site`: two durable PostgreSQL clusters, three services and two relays of each outbox. A proxy (`proxy`, `wire`,
 //!   `entrance`) stands between every two processes that talk. `unit` restarts a process that has ended; `disk` can be
-//!   filled.
+//!   filled. With `--secure`, `certificates` says who each of them is, and TLS ends at the proxies (`stream`).
 //! - `clients`: they place, repeat, hang up, cancel and watch. `history` keeps what they asked for and were told.
 //! - `faults`: the schedule, drawn from a seed. `inflict` carries it out, with `crash`, `points`, `trap`, `callers`,
 //!   `poison`, `stand_in`, `redeliver` and `garbage`.
@@ -44,6 +44,7 @@ use testkit::postgres::try_to_install;
 
 mod apart;
 mod callers;
+mod certificates;
 mod check;
 mod clients;
 mod crash;
@@ -61,6 +62,7 @@ mod redeliver;
 mod report;
 mod site;
 mod stand_in;
+mod stream;
 mod trap;
 mod unit;
 mod wire;
@@ -108,6 +110,10 @@ struct Arguments {
     /// depends on what it executes. Random by default
     #[arg(long)]
     seed: Option<u64>,
+    /// With mutual TLS and a policy between all processes. The proxies end TLS on both sides, with the certificates of
+    /// those that they stand between. All certificates are renewed every ten seconds
+    #[arg(long)]
+    secure: bool,
 }
 
 fn minutes(text: &str) -> Result<f64, String> {
@@ -131,16 +137,18 @@ async fn main() -> ExitCode {
 async fn run(arguments: &Arguments) -> Result<bool> {
     let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(1..1_000_000));
     println!(
-        "chaos: seed {seed}, {} minutes; starting two PostgreSQL clusters, three services and four relays",
-        arguments.minutes
+        "chaos: seed {seed}, {} minutes{}; starting two PostgreSQL clusters, three services and four relays",
+        arguments.minutes,
+        if arguments.secure { ", with mutual TLS and a policy" } else { "" }
     );
     let directory = std::path::absolute(Path::new(DIRECTORY))?.join("run");
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    let world = start(&directory, arguments.minutes, seed).await?;
+    let world = start(&directory, arguments, seed).await?;
     let observed = Arc::new(Mutex::new(Observed::default()));
     let (stop_clients, stop_observing) = (CancellationToken::new(), CancellationToken::new());
     let mut clients = clients::start(&world, &stop_clients);
     let observing = tokio::spawn(observe(world.clone(), observed.clone(), stop_observing.clone()));
+    let renewing = tokio::spawn(keep_renewing(world.clone(), stop_observing.clone()));
 
     let lasted = inject(&world, seed, arguments.minutes).await;
     let mut verdict = Verdict::default();
@@ -156,7 +164,7 @@ async fn run(arguments: &Arguments) -> Result<bool> {
         verdict.others.push(format!("the check did not finish: {error:#}"));
     }
     stop_observing.cancel();
-    let _ = observing.await;
+    let _ = (observing.await, renewing.await);
     verdict.others.append(&mut observed.lock().unwrap_or_else(PoisonError::into_inner).violations);
     if let Err(error) = world.site.stop_units().await {
         verdict.others.push(format!("{error:#}"));
@@ -168,13 +176,20 @@ async fn run(arguments: &Arguments) -> Result<bool> {
     Ok(report.is_clean())
 }
 
-async fn start(directory: &Path, minutes: f64, seed: u64) -> Result<Arc<World>> {
+async fn start(directory: &Path, arguments: &Arguments, seed: u64) -> Result<Arc<World>> {
     if find_clock().is_none() {
         try_to_install("libfaketime").await;
     }
-    let site = Site::start(directory, minutes).await?;
+    let site = Site::start(directory, arguments.minutes, arguments.secure).await?;
     let history = History::write_to(&directory.join("history.jsonl"))?;
     Ok(Arc::new(World::of(site, history, find_clock(), seed)?))
+}
+
+/// Renews all certificates until `stop`, if there are any.
+async fn keep_renewing(world: Arc<World>, stop: CancellationToken) {
+    if let Some(certificates) = &world.site.certificates {
+        stop.run_until_cancelled(certificates.keep_renewing(&world.history)).await;
+    }
 }
 
 /// Injects the faults of the schedule until the time is over. That may be a little later, if a class has had no effect
@@ -282,7 +297,8 @@ async fn conclude(world: Arc<World>, directory: &Path, seed: u64, clean: bool) -
         for (from, to) in files {
             fs::copy(&from, &to).with_context(|| from.display().to_string())?;
         }
-        println!("chaos: logs and history are in {}; repeat the faults with --seed {seed}", kept.display());
+        let secure = if world.site.certificates.is_some() { " --secure" } else { "" };
+        println!("chaos: logs and history are in {}; repeat the faults with --seed {seed}{secure}", kept.display());
     }
     // All tasks that shared it have ended.
     if let Some(world) = Arc::into_inner(world) {

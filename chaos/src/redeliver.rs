@@ -12,6 +12,7 @@ use tonic::transport::Endpoint;
 use uuid::Uuid;
 
 use super::{clients::limited, site::Part, world::World};
+use chassis::connect_lazily;
 use harness::replay::event_again;
 
 /// How long the inbox may take to prune an old event.
@@ -83,7 +84,9 @@ async fn deliver_pruned(world: &Arc<World>, mut event: Event) -> Result<bool> {
 }
 
 async fn outcomes(world: &World, receiver: Part, events: Vec<Event>) -> Result<Vec<(Outcome, String)>> {
-    let mut client = EventReceiverClient::new(Endpoint::from(world.site.events_url_of(receiver)?).connect_lazy());
+    let relay = world.site.tls_of(Part::OrdersRelay1.identity())?;
+    let endpoint = Endpoint::from(world.site.events_url_of(receiver)?);
+    let mut client = EventReceiverClient::new(connect_lazily(&endpoint, &relay));
     let answer = client.deliver(limited(DeliverRequest { events })).await?.into_inner();
     Ok(answer.results.into_iter().map(|result| (result.outcome(), result.reason)).collect())
 }

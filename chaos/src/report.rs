@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::{
+    certificates::Certificates,
     check::Verdict,
     crash::kinds_without_crash,
     faults::CLASSES,
@@ -49,11 +50,19 @@ impl Report {
         let duplicates = world.site.links().map(|link| link.duplicates.load(Ordering::Relaxed)).sum();
         let mut vacuous = vacuous(&tally, &crashes, &observed, &known, duplicates, lasted);
         vacuous.extend(vacuous_check(verdict));
+        let renewals = world.site.certificates.as_ref().map(Certificates::renewals);
+        vacuous.extend(renewals.and_then(|renewals| vacuous_renewal(renewals, verdict.renewed)));
 
         let mut lines = table(&tally);
         lines.extend(crash_lines(&crashes));
         lines.extend(call_lines(&known));
         lines.extend(observed_lines(&observed, verdict));
+        lines.extend(renewals.map(|renewals| {
+            format!(
+                "all certificates renewed {renewals} times; a running process began to use new ones {} times",
+                verdict.renewed
+            )
+        }));
         lines.extend(finding_lines(verdict));
         lines.extend(vacuous.iter().map(|why| format!("vacuous: {why}")));
         let violations = verdict.violations();
@@ -61,6 +70,9 @@ impl Report {
             lines.push(confidence_line(known.acknowledged.len()));
         }
         let mut quote = quote(&tally, &known, verdict, duplicates, seed, lasted);
+        if renewals.is_some() {
+            quote.push_str(" secure=true");
+        }
         if !vacuous.is_empty() {
             // The line of a run that shows nothing is not to be quoted.
             quote.push_str(" VACUOUS");
@@ -236,6 +248,11 @@ fn vacuous_check(verdict: &Verdict) -> Vec<String> {
     vacuous
 }
 
+/// Why the certificates show nothing, if a run has any.
+fn vacuous_renewal(renewals: u32, used: usize) -> Option<String> {
+    (renewals == 0 || used == 0).then(|| format!("certificates were renewed {renewals} times, and used {used} times"))
+}
+
 /// Why the crashes show too little for a run of this length.
 fn vacuous_crashes(crashes: &[(CrashPoint, u32)], lasted: Duration) -> Vec<String> {
     let without = kinds_without_crash(crashes).into_iter();
@@ -264,7 +281,7 @@ mod tests {
 
     use harness::audit::Points;
 
-    use super::{describe, vacuous_check, vacuous_crashes};
+    use super::{describe, vacuous_check, vacuous_crashes, vacuous_renewal};
     use crate::{
         check::Verdict,
         points::{CrashPoint, Kind, Place, points},
@@ -287,6 +304,12 @@ mod tests {
         assert_eq!(vacuous_check(&Verdict::default()).len(), 2);
         let points = Points { awarded: 1, ..Points::default() };
         assert!(vacuous_check(&Verdict { waited: 1, points: Some(points), ..Verdict::default() }).is_empty());
+    }
+
+    #[test]
+    fn renewed_certificates_are_used_or_the_run_shows_nothing() {
+        assert!(vacuous_renewal(0, 0).is_some() && vacuous_renewal(6, 0).is_some());
+        assert_eq!(vacuous_renewal(6, 7), None);
     }
 
     #[test]

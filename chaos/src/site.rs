@@ -14,15 +14,18 @@ use tokio::{sync::Mutex, task::JoinSet};
 use tonic::transport::Uri;
 
 use super::{
+    certificates::Certificates,
     disk::SmallDisk,
     entrance::Entrance,
     proxy::Link,
+    stream::Ends,
     unit::{Plan, START, Unit},
     wire::Protocol,
 };
-use chassis::TlsFiles;
+use chassis::{Tls, TlsFiles};
 use harness::{
-    system::operate,
+    identities::{CUSTOMERS, OPERATORS},
+    system::{Service, operate},
     target::{Databases, Target},
 };
 use testkit::{
@@ -93,6 +96,15 @@ impl Part {
             Self::OrdersRelay2 => "orders-relay-2",
             Self::InventoryRelay1 => "inventory-relay-1",
             Self::InventoryRelay2 => "inventory-relay-2",
+        }
+    }
+
+    /// The name in its certificate. The relays of an outbox have one between them, as the policy demands.
+    pub(super) fn identity(self) -> &'static str {
+        match self {
+            Self::OrdersRelay1 | Self::OrdersRelay2 => Service::OrdersRelay.name(),
+            Self::InventoryRelay1 | Self::InventoryRelay2 => Service::InventoryRelay.name(),
+            service => service.name(),
         }
     }
 
@@ -202,6 +214,8 @@ pub(super) struct Site {
     clients_to: Vec<Arc<Link>>,
     /// Where the services take events, in the same order.
     events: [SocketAddr; 3],
+    /// Without them all speak without TLS.
+    pub(super) certificates: Option<Certificates>,
     /// The disk of the cluster of inventory and loyalty, if it could be mounted.
     pub(super) disk: Option<SmallDisk>,
     _serving: Vec<JoinSet<()>>,
@@ -209,7 +223,8 @@ pub(super) struct Site {
 
 impl Site {
     /// Starts everything. Logs and clusters are in `directory`.
-    pub(super) async fn start(directory: &Path, minutes: f64) -> Result<Self> {
+    pub(super) async fn start(directory: &Path, minutes: f64, secure: bool) -> Result<Self> {
+        let certificates = secure.then(|| Certificates::make(&directory.join("certificates"))).transpose()?;
         postgres::remove_abandoned(&directory.join("postgres")).await?;
         let orders = start_cluster(directory.join("postgres-orders")).await?;
         let disk = SmallDisk::mount(directory, minutes).await;
@@ -236,6 +251,7 @@ impl Site {
             to_receiver: Vec::new(),
             clients_to: Vec::new(),
             events: [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)); 3],
+            certificates,
             disk,
             _serving: Vec::new(),
         };
@@ -254,22 +270,24 @@ impl Site {
         }
         for part in Part::ALL {
             let name = format!("{} to its database", part.name());
-            let link = self.open(name, Protocol::Postgres, self.server(part).socket()?).await?;
+            let link = self.open(name, Protocol::Postgres, self.server(part).socket()?, None).await?;
             self.to_database.push(link);
         }
         let entrances = [Entrance::open().await?, Entrance::open().await?, Entrance::open().await?];
         for route in Route::ALL {
             let receiver = route.receiver.index();
-            let link = Link::of_relay(route.to_string(), entrances[receiver].address, addresses[receiver].relays);
+            let ends = self.ends(route.relay.identity(), route.receiver)?;
+            let link = Link::of_relay(route.to_string(), entrances[receiver].address, addresses[receiver].relays, ends);
             self.to_receiver.push(Arc::new(link));
         }
         for service in Part::SERVICES {
             let name = format!("clients to {}", service.name());
-            let link = self.open(name, Protocol::Grpc, addresses[service.index()].callers).await?;
+            let ends = self.ends(CUSTOMERS, service)?;
+            let link = self.open(name, Protocol::Grpc, addresses[service.index()].callers, ends).await?;
             self.clients_to.push(link);
         }
         self.events = Part::SERVICES.map(|service| addresses[service.index()].relays);
-        self.start_units(&addresses, logs);
+        self.start_units(&addresses, logs)?;
         for (receiver, entrance) in Part::SERVICES.into_iter().zip(entrances) {
             let relays =
                 Route::to(receiver).map(|route| (self.unit(route.relay).clone(), self.to_receiver(route).clone()));
@@ -278,26 +296,58 @@ impl Site {
         Ok(())
     }
 
-    fn start_units(&mut self, addresses: &[Addresses], logs: &Path) {
+    fn start_units(&mut self, addresses: &[Addresses], logs: &Path) -> Result<()> {
         for part in Part::ALL {
             let plan = Plan {
                 name: part.name().into(),
                 program: part.program(),
                 address: addresses[part.index()].callers,
-                environment: self.environment(part, addresses[part.index()]),
+                tls: self.files_of(part.identity()),
+                environment: self.environment(part, addresses[part.index()])?,
                 log: logs.join(format!("{}.log", part.name())),
             };
             self.units.push(Unit::start(plan));
         }
+        Ok(())
     }
 
-    async fn open(&mut self, name: String, protocol: Protocol, server: SocketAddr) -> Result<Arc<Link>> {
-        let (link, serving) = Link::open(name, protocol, server).await?;
+    async fn open(
+        &mut self,
+        name: String,
+        protocol: Protocol,
+        server: SocketAddr,
+        ends: Option<Ends>,
+    ) -> Result<Arc<Link>> {
+        let (link, serving) = Link::open(name, protocol, server, ends).await?;
         self._serving.push(serving);
         Ok(link)
     }
 
-    fn environment(&self, part: Part, listen: Addresses) -> Vec<(String, String)> {
+    /// For whom a proxy stands that is between these, if they speak with TLS.
+    fn ends(&self, client: &'static str, server: Part) -> Result<Option<Ends>> {
+        let Some(certificates) = &self.certificates else { return Ok(None) };
+        let (client, server) = (certificates.identity(client)?, certificates.identity(server.identity())?);
+        Ok(Some(Ends { client, server }))
+    }
+
+    /// The certificates of a process or caller; none without TLS.
+    fn files_of(&self, name: &str) -> TlsFiles {
+        self.certificates.as_ref().map(|certificates| certificates.identities.files(name)).unwrap_or_default()
+    }
+
+    /// The same, as the files have them now.
+    pub(super) fn tls_of(&self, name: &str) -> Result<Tls> {
+        match &self.certificates {
+            Some(certificates) => certificates.tls_of(name),
+            None => Ok(Tls::read(&TlsFiles::default())?),
+        }
+    }
+
+    fn url_at(&self, address: SocketAddr) -> String {
+        format!("{}://{address}", if self.certificates.is_some() { "https" } else { "http" })
+    }
+
+    fn environment(&self, part: Part, listen: Addresses) -> Result<Vec<(String, String)>> {
         let database = self.server(part).through(self.to_database(part).address);
         // By this name the trigger knows which process has leased an event, and which one settles it.
         let name = format!("{}.{START}", part.name());
@@ -319,13 +369,17 @@ impl Site {
         } else {
             let routes = Route::of(part).map(|route| {
                 let subscription = route.receiver.database();
-                format!("{subscription}=http://{}", self.to_receiver(route).address)
+                format!("{subscription}={}", self.url_at(self.to_receiver(route).address))
             });
             set("RELAY_OPS_LISTEN", listen.callers.to_string());
             set("RELAY_ROUTES", routes.collect::<Vec<_>>().join(","));
             set("RELAY_SOURCE", part.side().name().into());
         }
-        environment
+        if let Some(certificates) = &self.certificates {
+            let variables = certificates.identities.variables(part.identity())?;
+            environment.extend(variables.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        }
+        Ok(environment)
     }
 
     pub(super) fn unit(&self, part: Part) -> &Unit {
@@ -360,18 +414,22 @@ impl Site {
 
     /// Where clients find a service: at a proxy.
     pub(super) fn url_of(&self, service: Part) -> Result<Uri> {
-        Ok(format!("http://{}", self.clients_to(service).address).parse()?)
+        Ok(self.url_at(self.clients_to(service).address).parse()?)
     }
 
-    /// Where a process listens, without a proxy.
-    pub(super) fn listeners(&self, part: Part) -> Vec<SocketAddr> {
-        let events = (!part.is_relay()).then(|| self.events[part.index()]);
-        [self.unit(part).plan().address].into_iter().chain(events).collect()
+    /// Where a process listens, without a proxy. With TLS, also for whom.
+    pub(super) fn listeners(&self, part: Part) -> Result<Vec<(SocketAddr, Option<Ends>)>> {
+        let caller = if part.is_relay() { OPERATORS } else { CUSTOMERS };
+        let mut listeners = vec![(self.unit(part).plan().address, self.ends(caller, part)?)];
+        if let Some(route) = Route::to(part).next() {
+            listeners.push((self.events[part.index()], self.ends(route.relay.identity(), part)?));
+        }
+        Ok(listeners)
     }
 
     /// Where a service takes events, without a proxy.
     pub(super) fn events_url_of(&self, service: Part) -> Result<Uri> {
-        Ok(format!("http://{}", self.events[service.side().index()]).parse()?)
+        Ok(self.url_at(self.events[service.side().index()]).parse()?)
     }
 
     /// The addresses for clients: the services through their proxies, the databases without.
@@ -381,8 +439,8 @@ impl Site {
             inventory_service: self.url_of(Part::Inventory)?,
             order_events: self.events_url_of(Part::Orders)?,
             inventory_events: self.events_url_of(Part::Inventory)?,
-            tls: TlsFiles::default(),
-            identities: None,
+            tls: self.files_of(CUSTOMERS),
+            identities: self.certificates.as_ref().map(|certificates| certificates.identities.clone()),
             databases: Databases {
                 orders_database_url: self.server(Part::Orders).superuser_url("orders").parse()?,
                 inventory_database_url: self.server(Part::Inventory).superuser_url("inventory").parse()?,

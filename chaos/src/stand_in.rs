@@ -9,11 +9,15 @@ use std::{
 use h2::{RecvStream, server::SendResponse};
 use prost::{Message, bytes::Bytes};
 use proto::events::v1::{DescribeRequest, DescribeResponse, event_receiver_client::EventReceiverClient};
-use tokio::{net::TcpStream, select, task::JoinSet};
+use tokio::{select, task::JoinSet};
 use tonic::{
     Status,
     codegen::http::{HeaderMap, HeaderName, HeaderValue, Request, Response},
+    transport::Endpoint,
 };
+
+use super::stream::{Ends, Stream};
+use chassis::{Tls, TlsFiles, connect_lazily};
 
 /// What every call is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +40,28 @@ pub(super) struct StandIn {
     pub(super) describes: bool,
 }
 
+/// The one that is stood in for, as its relay reaches it.
+#[derive(Clone, Debug)]
+pub(super) struct Receiver {
+    url: String,
+    tls: Option<Tls>,
+}
+
+impl Receiver {
+    pub(super) fn at(address: SocketAddr, ends: Option<&Ends>) -> Self {
+        let scheme = if ends.is_some() { "https" } else { "http" };
+        Self { url: format!("{scheme}://{address}"), tls: ends.map(|ends| ends.client.tls.clone()) }
+    }
+
+    async fn describe(self) -> Result<DescribeResponse, Status> {
+        let fails = |error: &dyn std::error::Error| Status::unavailable(error.to_string());
+        let endpoint = Endpoint::from_shared(self.url).map_err(|error| fails(&error))?;
+        let tls = self.tls.map_or_else(|| Tls::read(&TlsFiles::default()), Ok).map_err(|error| fails(&error))?;
+        let mut client = EventReceiverClient::new(connect_lazily(&endpoint, &tls));
+        Ok(client.describe(DescribeRequest {}).await?.into_inner())
+    }
+}
+
 struct Reply {
     head: Response<()>,
     body: Bytes,
@@ -45,7 +71,7 @@ struct Reply {
 
 impl StandIn {
     /// Serves one connection until the client ends it, and counts the calls that are not passed on.
-    pub(super) async fn serve(self, client: TcpStream, receiver: SocketAddr, answered: &AtomicU64) {
+    pub(super) async fn serve(self, client: Stream, receiver: Receiver, answered: &AtomicU64) {
         let Ok(mut connection) = h2::server::handshake(client).await else { return };
         let mut answering = JoinSet::new();
         loop {
@@ -54,7 +80,7 @@ impl StandIn {
                     let Some(Ok((request, respond))) = accepted else { return };
                     let passes_on = self.describes && request.uri().path().ends_with("/Describe");
                     answered.fetch_add(u64::from(!passes_on), Ordering::Relaxed);
-                    answering.spawn(self.answer_call(request, respond, passes_on.then_some(receiver)));
+                    answering.spawn(self.answer_call(request, respond, passes_on.then(|| receiver.clone())));
                 }
                 Some(_) = answering.join_next() => {}
             }
@@ -65,11 +91,12 @@ impl StandIn {
         self,
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
-        passed_to: Option<SocketAddr>,
+        passed_to: Option<Receiver>,
     ) {
         read(request.into_body()).await;
         let Reply { head, body, trailers } = if let Some(receiver) = passed_to {
-            describe(receiver)
+            receiver
+                .describe()
                 .await
                 .map_or_else(|status| status_only(status.code().into(), "away"), |description| whole(&description))
         } else {
@@ -101,12 +128,6 @@ async fn read(mut body: RecvStream) {
     while let Some(Ok(chunk)) = body.data().await {
         let _ = body.flow_control().release_capacity(chunk.len());
     }
-}
-
-async fn describe(receiver: SocketAddr) -> Result<DescribeResponse, Status> {
-    let connecting = EventReceiverClient::connect(format!("http://{receiver}"));
-    let mut client = connecting.await.map_err(|error| Status::unavailable(error.to_string()))?;
-    Ok(client.describe(DescribeRequest {}).await?.into_inner())
 }
 
 /// A status without a message comes in the head alone.
@@ -163,7 +184,8 @@ mod tests {
         codegen::http::{HeaderMap, Request},
     };
 
-    use super::{Answer, StandIn};
+    use super::{Answer, Receiver, StandIn};
+    use crate::stream::Stream;
 
     /// Where a stand-in serves one connection, and the count of its answers.
     async fn serve(stand_in: StandIn, receiver: SocketAddr) -> (SocketAddr, Arc<AtomicU64>) {
@@ -172,7 +194,7 @@ mod tests {
         let counted = answered.clone();
         tokio::spawn(async move {
             let (client, _) = listener.accept().await.expect("a connection");
-            stand_in.serve(client, receiver, &counted).await;
+            stand_in.serve(Stream::Plain(client), Receiver::at(receiver, None), &counted).await;
         });
         (address, answered)
     }

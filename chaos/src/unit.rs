@@ -36,6 +36,8 @@ pub(super) struct Plan {
     pub(super) name: String,
     pub(super) program: &'static str,
     pub(super) address: SocketAddr,
+    /// Its certificates, if it speaks with TLS.
+    pub(super) tls: TlsFiles,
     pub(super) environment: Vec<(String, String)>,
     pub(super) log: PathBuf,
 }
@@ -134,7 +136,7 @@ impl Unit {
     pub(super) async fn wait_healthy(&self, limit: Duration) -> Result<()> {
         let began = Instant::now();
         loop {
-            let Err(error) = chassis::healthcheck(self.0.plan.address, &TlsFiles::default()).await else {
+            let Err(error) = chassis::healthcheck(self.0.plan.address, &self.0.plan.tls).await else {
                 return Ok(());
             };
             if began.elapsed() > limit {

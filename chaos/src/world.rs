@@ -17,13 +17,16 @@ use super::{
     history::History,
     site::{Part, Site},
 };
-use harness::target::Target;
+use chassis::Tls;
+use harness::{identities::CUSTOMERS, target::Target};
 
 pub(super) struct World {
     pub(super) site: Site,
     pub(super) target: Target,
     /// Where clients find loyalty-service.
     pub(super) loyalty: Uri,
+    /// Who the clients are.
+    pub(super) customers: Tls,
     pub(super) history: Arc<History>,
     pub(super) crashes: Arc<Crashes>,
     /// The path of libfaketime, if it is installed.
@@ -78,6 +81,7 @@ impl World {
         Ok(Self {
             target: site.target()?,
             loyalty: site.url_of(Part::Loyalty)?,
+            customers: site.tls_of(CUSTOMERS)?,
             site,
             history: Arc::new(history),
             crashes: Arc::new(Crashes::of(seed)),

@@ -142,7 +142,8 @@ async fn shake_hands(stream: TcpStream, config: Arc<ServerConfig>) -> Option<Kno
     }
 }
 
-fn names_in(certificate: &CertificateDer<'_>) -> Arc<[String]> {
+/// The URIs and DNS names of a certificate, in that order.
+pub fn names_in(certificate: &CertificateDer<'_>) -> Arc<[String]> {
     let Ok(certificate) = EndEntityCert::try_from(certificate) else { return Arc::default() };
     // A URI without a scheme would look like the name of a host, which its issuer may not have looked at.
     let uris = certificate.valid_uri_names().filter(|uri| uri.contains(':'));

@@ -37,7 +37,7 @@ mod tls;
 pub mod trace;
 mod unread;
 
-pub use accept::{address_of_peer, peer_has_certificate};
+pub use accept::{address_of_peer, names_in, peer_has_certificate};
 pub use authorize::{NotAllowed, count_denied};
 pub use calls::{CallsMade, code_name};
 pub use cli::parse;

@@ -209,8 +209,8 @@ impl Tls {
         self.certificates.current().own_name.clone()
     }
 
-    /// For the next connection of a caller or relay.
-    pub(crate) fn server(&self) -> Option<Arc<ServerConfig>> {
+    /// For the next connection of a caller or relay; `None` without a certificate.
+    pub fn server(&self) -> Option<Arc<ServerConfig>> {
         self.certificates.current().server.clone()
     }
 
@@ -219,8 +219,8 @@ impl Tls {
         self.certificates.current().ops.clone()
     }
 
-    /// For the next connection to another process.
-    pub(crate) fn client(&self) -> Option<Arc<ClientConfig>> {
+    /// For the next connection to another process; `None` without CAs.
+    pub fn client(&self) -> Option<Arc<ClientConfig>> {
         self.certificates.current().client.clone()
     }
 }

@@ -60,6 +60,22 @@ impl Identities {
         TlsFiles { tls_cert_file: Some(self.own_file(name)), tls_key_file: None, tls_ca_file: Some(self.ca_file()) }
     }
 
+    /// What a process needs to be the one with this name, as environment variables.
+    ///
+    /// # Errors
+    /// If the name of a file is not UTF-8.
+    pub fn variables(&self, name: &str) -> Result<Vec<(&'static str, String)>> {
+        let files = [
+            ("TLS_CERT_FILE", self.own_file(name)),
+            ("TLS_CA_FILE", self.ca_file()),
+            ("POLICY_FILE", self.policy_file()),
+        ];
+        let text = |path: PathBuf| -> Result<String> {
+            Ok(path.to_str().context("the name of a file is not UTF-8")?.to_owned())
+        };
+        files.into_iter().map(|(name, path)| Ok((name, text(path)?))).collect()
+    }
+
     /// The authorities whom all trust.
     pub fn ca_file(&self) -> PathBuf {
         self.0.join("ca.pem")

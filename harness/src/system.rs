@@ -423,16 +423,7 @@ impl Layout {
 
     /// The certificates and the policy, as environment variables of a process.
     fn security_variables(&self, service: Service) -> Result<Vec<(&'static str, String)>> {
-        let Some(identities) = &self.identities else { return Ok(Vec::new()) };
-        let files = [
-            ("TLS_CERT_FILE", identities.own_file(service.name())),
-            ("TLS_CA_FILE", identities.ca_file()),
-            ("POLICY_FILE", identities.policy_file()),
-        ];
-        let text = |path: PathBuf| -> Result<String> {
-            Ok(path.to_str().context("the name of a file is not UTF-8")?.to_owned())
-        };
-        files.into_iter().map(|(name, path)| Ok((name, text(path)?))).collect()
+        self.identities.as_ref().map_or_else(|| Ok(Vec::new()), |identities| identities.variables(service.name()))
     }
 
     fn url_for(&self, role: &str, database: &str) -> String {
