@@ -4,8 +4,11 @@ use std::{error::Error, process};
 
 use clap::{
     Parser,
-    error::{ContextKind, ErrorKind},
+    error::{ContextKind, ContextValue, ErrorKind},
 };
+
+/// Longer than any name of ours. A token is longer than this.
+const NAME_CHARS_MAX: usize = 40;
 
 /// Parses flags and environment variables, or ends the process.
 ///
@@ -28,7 +31,58 @@ fn one_line(error: &clap::Error) -> String {
     {
         return format!("error: {flag}: {cause}");
     }
-    let text = error.to_string();
+    let mut text = error.to_string();
+    // It also repeats a word that it does not expect, such as a URL in the wrong place.
+    for (kind, value) in error.context() {
+        if matches!(kind, ContextKind::InvalidArg | ContextKind::InvalidSubcommand | ContextKind::InvalidValue)
+            && let ContextValue::String(word) = value
+            && may_be_secret(word)
+        {
+            text = text.replace(word, "…");
+        }
+    }
     let sentences = text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
     sentences.map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+fn may_be_secret(word: &str) -> bool {
+    let is_long = !word.starts_with('-') && word.chars().count() > NAME_CHARS_MAX;
+    is_long || word.contains('@') || word.contains("://")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::one_line;
+
+    #[derive(Debug, Parser)]
+    enum Command {
+        Status {
+            #[arg(long)]
+            json: bool,
+            #[arg(long)]
+            connection_age_seconds_of_all_listeners: Option<u32>,
+        },
+    }
+
+    fn refuse(arguments: &[&str]) -> String {
+        one_line(&Command::try_parse_from([&["program"], arguments].concat()).expect_err("wrong arguments"))
+    }
+
+    #[test]
+    fn a_mistake_is_named_unless_it_may_be_secret() {
+        assert_eq!(refuse(&["status", "json"]), "error: unexpected argument 'json' found");
+        let again = "--connection-age-seconds-of-all-listeners";
+        assert!(refuse(&["status", again, "1", again, "2"]).contains(again));
+        for secret in ["postgres://me:secret@db/orders", "me:secret@db", "postgres:///orders?password=secret"] {
+            assert_eq!(refuse(&["status", secret]), "error: unexpected argument '…' found");
+            assert_eq!(refuse(&[secret]), "error: unrecognized subcommand '…'");
+            for flag in ["--json=", "--jso=", "--json"] {
+                let said = refuse(&["status", &format!("{flag}{secret}")]);
+                assert!(said.starts_with("error: ") && !said.contains("secret"), "{said}");
+            }
+        }
+        assert!(!refuse(&["status", &"secret".repeat(10)]).contains("secret"));
+    }
 }
