@@ -5,14 +5,14 @@ use std::{io, net::SocketAddr, ops::Add, str::FromStr};
 use anyhow::Result;
 use axum::{
     body::{Body, to_bytes},
-    http::Request,
+    http::{Request, Response},
 };
 use chassis::{Tls, TlsFiles, connect_lazily};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 use tower::ServiceExt as _;
 
 /// The status and the body of a page.
@@ -49,10 +49,18 @@ pub async fn get_by(files: &TlsFiles, address: SocketAddr, path: &str) -> Result
     }
     let url = format!("https://{address}");
     let channel = connect_lazily(&Endpoint::from_shared(url.clone())?, &Tls::read(files)?);
-    let request = Request::get(url + path).body(tonic::body::Body::empty())?;
-    let answer = channel.oneshot(request).await?;
-    let page = to_bytes(Body::new(answer.into_body()), usize::MAX).await?;
-    Ok(String::from_utf8(page.to_vec())?)
+    Ok(ask_by(channel, Request::get(url + path).body(String::new())?).await?.into_body())
+}
+
+/// The same for a request that is spelt out, over a connection that there is.
+///
+/// # Errors
+/// Nobody listens there, or the answer is no text.
+pub async fn ask_by(channel: Channel, request: Request<String>) -> Result<Response<String>> {
+    let answer = channel.oneshot(request.map(|body| tonic::body::Body::new(Body::from(body)))).await?;
+    let (head, body) = answer.into_parts();
+    let page = to_bytes(Body::new(body), usize::MAX).await?;
+    Ok(Response::from_parts(head, String::from_utf8(page.to_vec())?))
 }
 
 /// The sum of a metric over all samples that have these labels, on a page of metrics; `None` if there is none.

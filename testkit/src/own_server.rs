@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use crate::{
     Scratch, TestDatabase,
     bootstrap::bootstrap,
-    postgres::{Cluster, Options, can_test_clusters},
+    postgres::{Cluster, Options, Server, can_test_clusters},
 };
 
 /// A server whose settings a test may change, since nobody else uses it. It stops when this is dropped.
@@ -40,6 +40,11 @@ impl OwnServer {
     /// Its address, as host:port.
     pub fn address(&self) -> String {
         self.cluster.server().address()
+    }
+
+    /// The server itself.
+    pub fn server(&self) -> &Server {
+        self.cluster.server()
     }
 
     /// A new database on it (see [`TestDatabase::create`]).

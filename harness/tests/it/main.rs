@@ -10,6 +10,7 @@ mod interleavings;
 mod plans;
 mod policy;
 mod resend;
+mod secrets;
 mod system;
 mod third_service;
 mod tls;

@@ -28,7 +28,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// A span, and the service that has sent it.
 #[derive(Clone, Debug)]
-struct Sent {
+pub(crate) struct Sent {
     service: String,
     span: Span,
 }
@@ -47,7 +47,7 @@ impl Sent {
 
 /// A collector that keeps what it gets.
 #[derive(Clone, Default)]
-struct Collector(Arc<Mutex<Vec<Sent>>>);
+pub(crate) struct Collector(Arc<Mutex<Vec<Sent>>>);
 
 #[async_trait]
 impl TraceService for Collector {
@@ -67,14 +67,14 @@ impl TraceService for Collector {
 }
 
 impl Collector {
-    async fn start() -> (Self, String) {
+    pub(crate) async fn start() -> (Self, String) {
         let (collector, address) = (Self::default(), SocketAddr::from(([127, 0, 0, 1], free_port().unwrap())));
         let service = TraceServiceServer::new(collector.clone());
         tokio::spawn(Server::builder().add_service(service).serve(address));
         (collector, format!("http://{address}"))
     }
 
-    fn all(&self) -> Vec<Sent> {
+    pub(crate) fn all(&self) -> Vec<Sent> {
         self.0.lock().unwrap().clone()
     }
 
