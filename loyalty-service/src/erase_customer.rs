@@ -13,7 +13,7 @@ pub(crate) struct EraseFromPoints;
 impl Erase for EraseFromPoints {
     async fn begin(&self, connection: &mut PgConnection, by: &str, reason: &str) -> Result<i64, sqlx::Error> {
         sqlx::query_scalar!(
-            "-- loyalty: begin an erasure
+            "-- erase: begin
             INSERT INTO points_erasures (done_by, reason) VALUES ($1, $2) RETURNING erasure_id",
             by,
             reason,
@@ -34,7 +34,7 @@ impl Erase for EraseFromPoints {
         customer_id: &str,
     ) -> Result<Piece, sqlx::Error> {
         let erased = sqlx::query_scalar!(
-            r#"-- loyalty: erase from points
+            r#"-- erase: replace in points
             WITH piece AS MATERIALIZED (
                 SELECT order_id FROM points WHERE order_id = ANY (ARRAY (
                     (SELECT order_id FROM points WHERE customer_id = $1 AND cancelled_by IS NULL LIMIT $4)

@@ -27,7 +27,7 @@ pub(crate) struct EraseFromOrders;
 impl Erase for EraseFromOrders {
     async fn begin(&self, connection: &mut PgConnection, by: &str, reason: &str) -> Result<i64, sqlx::Error> {
         sqlx::query_scalar!(
-            "-- orders: begin an erasure
+            "-- erase: begin
             INSERT INTO order_erasures (done_by, reason) VALUES ($1, $2) RETURNING erasure_id",
             by,
             reason,
@@ -81,7 +81,7 @@ async fn try_piece(connection: &mut PgConnection, erasure_id: i64, customer_id: 
 /// answer would be lost. All other orders never become PENDING.
 async fn lock_orders(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Result<Vec<OrderId>, sqlx::Error> {
     sqlx::query_scalar!(
-        r#"-- orders: lock orders to erase
+        r#"-- erase: lock orders
         SELECT order_id AS "order_id: OrderId" FROM orders
         WHERE customer_id = $1 AND status <> 'PENDING'
             AND (SELECT true FROM outbox WHERE aggregate_id = order_id AND event_type = $2 LIMIT 1) IS NULL
@@ -109,7 +109,7 @@ async fn lock_discarded(
 ) -> Result<Vec<Discarded>, sqlx::Error> {
     sqlx::query_as!(
         Discarded,
-        r#"-- orders: lock discarded events to erase
+        r#"-- erase: lock discarded events
         SELECT event_id, subscription_id, aggregate_id AS "aggregate_id: OrderId" FROM outbox_discarded
         WHERE aggregate_id = ANY ($1) AND event_type = $2
         ORDER BY event_id, subscription_id
@@ -123,7 +123,7 @@ async fn lock_discarded(
 
 async fn erase_orders(tx: &mut Transaction<'_, Postgres>, order_ids: &[OrderId]) -> Result<i64, sqlx::Error> {
     let erased = sqlx::query!(
-        "-- orders: erase from orders
+        "-- erase: replace in orders
         UPDATE orders SET customer_id = $2 WHERE order_id = ANY ($1)",
         order_ids as &[OrderId],
         ERASED,
@@ -144,7 +144,7 @@ async fn erase_events(tx: &mut Transaction<'_, Postgres>, discarded: &[Discarded
     });
     let (event_ids, subscription_ids, payloads): (Vec<Uuid>, Vec<i16>, Vec<Vec<u8>>) = rows.collect();
     let erased = sqlx::query!(
-        "-- orders: erase from discarded events
+        "-- erase: replace in discarded events
         UPDATE outbox_discarded AS discarded SET payload = erased.payload
         FROM unnest($1::uuid[], $2::smallint[], $3::bytea[]) AS erased (event_id, subscription_id, payload)
         WHERE discarded.event_id = erased.event_id AND discarded.subscription_id = erased.subscription_id",
@@ -162,7 +162,7 @@ async fn count(
     events: i64,
 ) -> Result<(), sqlx::Error> {
     let counted = sqlx::query!(
-        "-- orders: count what is erased
+        "-- erase: count what is erased
         UPDATE order_erasures SET orders = orders + $2, events = events + $3 WHERE erasure_id = $1",
         erasure_id,
         orders,
@@ -178,7 +178,7 @@ async fn end(tx: &mut Transaction<'_, Postgres>, erasure_id: i64, customer_id: &
         return Ok(Piece::Held(why));
     }
     let finished = sqlx::query!(
-        "-- orders: finish an erasure
+        "-- erase: finish
         UPDATE order_erasures SET finished_at = now() WHERE erasure_id = $1",
         erasure_id,
     );
@@ -198,7 +198,7 @@ struct Held {
 async fn count_held(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Result<Held, sqlx::Error> {
     sqlx::query_as!(
         Held,
-        r#"-- orders: count what holds up an erasure
+        r#"-- erase: count what holds it up
         SELECT count(*) AS "orders!", count(*) FILTER (WHERE status = 'PENDING') AS "pending!",
             coalesce(sum(event.waiting), 0)::bigint AS "waiting!", coalesce(sum(event.dead), 0)::bigint AS "dead!"
         FROM orders CROSS JOIN LATERAL (

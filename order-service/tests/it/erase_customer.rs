@@ -41,7 +41,8 @@ fn is_held_up(output: Output) -> String {
 
 /// Each run of the command: by whom, why, orders, events, and whether nothing was left.
 async fn record(service: &Service) -> Vec<(String, String, i64, i64, bool)> {
-    let record = "SELECT done_by, reason, orders, events, finished_at IS NOT NULL FROM order_erasures ORDER BY erasure_id";
+    let record =
+        "SELECT done_by, reason, orders, events, finished_at IS NOT NULL FROM order_erasures ORDER BY erasure_id";
     sqlx::query_as(record).fetch_all(&service.pool).await.unwrap()
 }
 
