@@ -17,7 +17,7 @@ use crate::{LogLimit, Refuse, Tls, calls::method_names};
 
 const DENIED: &str = "calls_denied_total";
 /// Orchestrators and load balancers ask it, and need no line in a policy.
-const EXEMPT: &str = "grpc.health.v1.Health/";
+pub(crate) const EXEMPT: &str = "grpc.health.v1.Health/";
 /// Time between two lines of the log about calls that were denied.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 const REFUSE: Refuse = Refuse { domain: "policy" };

@@ -30,7 +30,7 @@ use crate::{
     entry::bind,
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
-    tls,
+    shed, tls,
 };
 
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -227,6 +227,7 @@ fn record_metrics() -> PrometheusHandle {
         accept::describe();
         authorize::describe();
         connections::describe();
+        shed::describe();
         tls::describe();
         metrics
     });

@@ -22,6 +22,7 @@ use crate::{
     calls::measure_answers,
     connections::{ConnectionSettings, Connections},
     health::report_health,
+    shed::{CallSettings, shed},
     trace,
     unread::CountCalls,
 };
@@ -79,12 +80,20 @@ pub struct Listener {
     pub socket: TcpListener,
     /// What is served there.
     pub services: Services,
+    /// How many calls may wait for an answer. Relays and operators are few, and wait for each other: nobody has to shed theirs.
+    pub calls: Option<CallSettings>,
 }
 
 impl Listener {
     /// One that serves this, under these names, with the messages of these descriptors.
     pub fn of(socket: TcpListener, routes: Routes, names: &'static [&'static str], descriptors: &'static [u8]) -> Self {
-        Self { socket, services: Services { routes, names, descriptors } }
+        Self { socket, services: Services { routes, names, descriptors }, calls: None }
+    }
+
+    /// It refuses calls that are too many.
+    #[must_use]
+    pub fn shedding(self, calls: CallSettings) -> Self {
+        Self { calls: Some(calls), ..self }
     }
 }
 
@@ -127,12 +136,15 @@ pub async fn serve<const N: usize>(
     let mut health = Vec::new();
     let reported = CancellationToken::new();
     let mut serving = Vec::new();
-    for Listener { socket, services } in listeners {
+    for Listener { socket, services, calls } in listeners {
         let (names, descriptors) = (services.names, services.descriptors);
         let (routes, reporter) = with_health(services, settings.reflection)?;
         health.push((reporter, names));
         let descriptors = with_own(descriptors);
         let mut routes = authorize(routes.into_axum_router(), tls, &descriptors);
+        if let Some(calls) = calls {
+            routes = shed(routes, &calls);
+        }
         if ops.is_on() || trace::is_on() {
             routes = measure_answers(routes, &descriptors);
         }

@@ -19,8 +19,8 @@ mod write_batch;
 use std::net::SocketAddr;
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings, Tls,
-    TlsSettings,
+    CallSettings, Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, Listener, Ops, RunError, ServeSettings,
+    Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -69,6 +69,9 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// How many calls may wait.
+    #[command(flatten)]
+    pub calls: CallSettings,
     /// The certificates.
     #[command(flatten)]
     pub tls: TlsSettings,
@@ -101,7 +104,8 @@ pub async fn run(
         .max_decoding_message_size(settings.serve.message_max())
         .accept_compressed(CompressionEncoding::Gzip);
     let listeners = [
-        Listener::of(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME], proto::DESCRIPTORS),
+        Listener::of(api, Routes::new(inventory), &[inventory_service_server::SERVICE_NAME], proto::DESCRIPTORS)
+            .shedding(settings.calls),
         Listener::of(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME], proto::DESCRIPTORS),
     ];
     chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;

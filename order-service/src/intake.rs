@@ -46,12 +46,12 @@ pub struct IntakeSettings {
     /// slow.
     #[arg(long, env = "ORDER_SERVICE_WRITERS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub writers: u32,
-    /// Maximum number of orders that wait for a transaction. Further calls are refused with a hint to retry.
-    #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Maximum number of orders that wait for a transaction or are in it, those included whose callers are gone. Further calls
+    /// are refused with a hint to retry.
+    #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue: u32,
-    /// Maximum number of orders of one customer that wait for a transaction. So one customer's flood leaves room for the
-    /// orders of others.
-    #[arg(long, env = "ORDER_SERVICE_QUEUE_PER_CUSTOMER", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// The same of one customer's orders. With at most half of --calls, one customer's flood leaves places for others.
+    #[arg(long, env = "ORDER_SERVICE_QUEUE_PER_CUSTOMER", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue_per_customer: u32,
 }
 
@@ -61,7 +61,7 @@ pub struct IntakeSettings {
 #[derive(Clone, Debug)]
 pub(crate) struct Intake {
     queue: mpsc::UnboundedSender<Call>,
-    /// How many more calls may wait. A bounded channel would not count the calls that the task has received.
+    /// How many more orders there may be. A bounded channel would not count those that the task has received.
     room: Arc<Semaphore>,
     shares: Shares,
 }
@@ -70,13 +70,29 @@ pub(crate) struct Intake {
 struct Call {
     draft: Draft,
     arrived: Instant,
-    _room: OwnedSemaphorePermit,
-    _share: Share,
-    /// Closed once the caller is gone.
-    answer: Answer,
+    caller: Caller,
 }
 
-type Answer = oneshot::Sender<Result<Order, CreateOrderError>>;
+/// Who waits for the answer.
+#[derive(Debug)]
+struct Caller {
+    /// Closed once the caller is gone.
+    answer: oneshot::Sender<Result<Order, CreateOrderError>>,
+    // Until the answer: as long, the call has one of the places that `--calls` counts, which others want too.
+    _room: OwnedSemaphorePermit,
+    _share: Share,
+}
+
+impl Caller {
+    fn is_gone(&self) -> bool {
+        self.answer.is_closed()
+    }
+
+    /// A caller that hangs up now learns the answer by repeating its call.
+    fn answer(self, answer: Result<Order, CreateOrderError>) {
+        drop(self.answer.send(answer));
+    }
+}
 
 impl Intake {
     /// Starts the task, which notifies `relay` of new events. A call that gets no transaction within `begin_limit` is
@@ -111,12 +127,13 @@ impl Intake {
         };
         let (answer, answered) = oneshot::channel();
         // If the task is gone, `answered` returns an error.
-        drop(self.queue.send(Call { draft, arrived: Instant::now(), _room: room, _share: share, answer }));
+        let caller = Caller { answer, _room: room, _share: share };
+        drop(self.queue.send(Call { draft, arrived: Instant::now(), caller }));
         answered.await.unwrap_or_else(|_| Err(CreateOrderError::of_database(sqlx::Error::WorkerCrashed)))
     }
 }
 
-/// Tells how many orders wait, until none can arrive any more. Calls do not tell it themselves: that would slow each one.
+/// Tells how many orders are not answered, until none can arrive any more. Calls do not tell it themselves: that would slow each one.
 async fn measure_queue(room: Weak<Semaphore>, size: usize) {
     while let Some(room) = room.upgrade() {
         measure::queued(size - room.available_permits());
@@ -265,8 +282,8 @@ impl Waiting {
     fn refuse_late(&mut self, now: Instant) {
         let is_late = |call: &&Call| now.duration_since(call.arrived) >= self.begin_limit;
         let late = self.received.iter().take_while(is_late).count();
-        let late = self.received.drain(..late).map(|call| call.answer);
-        let refused: Vec<_> = late.filter(|answer| !answer.is_closed()).collect();
+        let late = self.received.drain(..late).map(|call| call.caller);
+        let refused: Vec<_> = late.filter(|caller| !caller.is_gone()).collect();
         if !refused.is_empty() {
             measure::refused("late", refused.len());
             fail(refused, sqlx::Error::PoolTimedOut);
@@ -278,8 +295,7 @@ impl Waiting {
             measure::refused("standby", self.received.len());
         }
         for call in self.received.drain(..) {
-            // A caller that has hung up needs no answer.
-            drop(call.answer.send(Err(CreateOrderError::StandbyAway)));
+            call.caller.answer(Err(CreateOrderError::StandbyAway));
         }
     }
 
@@ -291,13 +307,13 @@ impl Waiting {
 
 /// Places the orders of the callers that still wait, and answers them.
 async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
-    let wanted: Vec<_> = group.into_iter().filter(|call| !call.answer.is_closed()).collect();
+    let wanted: Vec<_> = group.into_iter().filter(|call| !call.caller.is_gone()).collect();
     if wanted.is_empty() {
         return;
     }
     let began = Instant::now();
     measure::begun(wanted.iter().map(|call| began.duration_since(call.arrived)));
-    let (drafts, answers): (Vec<_>, Vec<_>) = wanted.into_iter().map(|call| (call.draft, call.answer)).unzip();
+    let (drafts, callers): (Vec<_>, Vec<_>) = wanted.into_iter().map(|call| (call.draft, call.caller)).unzip();
     let mut span = begin_commit(&drafts);
     let relay = relay.clone();
     let placed = database.run(|connection| Box::pin(place_group(connection, drafts, relay))).await;
@@ -306,10 +322,9 @@ async fn place_wanted(group: Vec<Call>, database: &Database, relay: &Notifier) {
         span.fail(cause.to_string());
     }
     drop(span);
-    // A caller that hangs up now learns the answer by repeating its call.
     match placed {
-        Ok(orders) => answers.into_iter().zip(orders).for_each(|(answer, order)| drop(answer.send(order))),
-        Err(cause) => fail(answers, cause),
+        Ok(orders) => callers.into_iter().zip(orders).for_each(|(caller, order)| caller.answer(order)),
+        Err(cause) => fail(callers, cause),
     }
 }
 
@@ -330,9 +345,9 @@ fn begin_commit(drafts: &[Draft]) -> Option<Span> {
     NewSpan { name: "orders: create orders".into(), kind: SpanKind::Client, parent: None, links, attributes }.begin()
 }
 
-fn fail(answers: Vec<Answer>, cause: sqlx::Error) {
+fn fail(callers: Vec<Caller>, cause: sqlx::Error) {
     let failed = CreateOrderError::of_database(cause);
-    answers.into_iter().for_each(|answer| drop(answer.send(Err(failed.clone()))));
+    callers.into_iter().for_each(|caller| caller.answer(Err(failed.clone())));
 }
 
 async fn place_group(

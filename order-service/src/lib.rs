@@ -20,8 +20,8 @@ mod watch_order;
 use std::{net::SocketAddr, time::Duration};
 
 use chassis::{
-    Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, EraseArguments, EraseError, Listener, Ops, RunError,
-    ServeSettings, Tls, TlsSettings,
+    CallSettings, Database, DatabaseSettings, DatabaseUrl, EndSettings, Ending, EraseArguments, EraseError, Listener,
+    Ops, RunError, ServeSettings, Tls, TlsSettings,
 };
 use clap::Args;
 use outbox::{InboxSettings, Notifier, Receiver, ResendArguments, ResendError};
@@ -80,6 +80,9 @@ pub struct Settings {
     /// Limits of the server.
     #[command(flatten)]
     pub serve: ServeSettings,
+    /// How many calls may wait.
+    #[command(flatten)]
+    pub calls: CallSettings,
     /// The certificates.
     #[command(flatten)]
     pub tls: TlsSettings,
@@ -119,7 +122,8 @@ pub async fn run(
         .max_decoding_message_size(settings.serve.message_max())
         .accept_compressed(CompressionEncoding::Gzip);
     let listeners = [
-        Listener::of(api, Routes::new(orders), &[order_service_server::SERVICE_NAME], proto::DESCRIPTORS),
+        Listener::of(api, Routes::new(orders), &[order_service_server::SERVICE_NAME], proto::DESCRIPTORS)
+            .shedding(settings.calls),
         Listener::of(events, Routes::new(receiver), &[event_receiver_server::SERVICE_NAME], proto::DESCRIPTORS),
     ];
     chassis::serve(listeners, &settings.serve, &tls, &database, &ops, ending).await?;

@@ -12,8 +12,9 @@ use crate::service::{Service, order, refusal};
 
 type Answer = Result<Response<Order>, Status>;
 
+/// Orders that wait behind the one in the transaction.
 const QUEUE: usize = 8;
-const ONE_WRITER: [&str; 6] = ["--writers", "1", "--queue", "8", "--database-acquire-ms", "8000"];
+const ONE_WRITER: [&str; 6] = ["--writers", "1", "--queue", "9", "--database-acquire-ms", "8000"];
 
 pub(crate) fn place_for(service: &Service, calls: &mut JoinSet<Answer>, customer_id: &str) {
     let mut orders = service.orders();
@@ -67,7 +68,7 @@ async fn calls_that_wait_for_a_busy_writer_share_one_transaction_and_calls_beyon
 /// were just answered count too, although they are not repeated here.
 #[tokio::test]
 async fn half_of_many_waiting_calls_share_a_transaction_and_the_other_half_the_next() {
-    let flags = ["--writers", "1", "--queue", "62", "--concurrent-streams", "200", "--database-acquire-ms", "8000"];
+    let flags = ["--writers", "1", "--queue", "63", "--concurrent-streams", "200", "--database-acquire-ms", "8000"];
     let service = Service::start_with(&flags).await;
     let answers = place_behind_one(&service, &["ann"], 62).await;
     assert_eq!(answers.into_iter().filter(Result::is_ok).count(), 1 + 62);
@@ -122,8 +123,9 @@ async fn an_order_that_gets_no_transaction_in_time_is_refused_and_never_placed()
 #[tokio::test]
 async fn more_orders_than_a_group_holds_are_all_refused_in_time_if_they_get_no_transaction() {
     const WAITING: usize = 1100;
-    let flags = ["--writers", "1", "--queue", "1100", "--concurrent-streams", "2000", "--database-acquire-ms", "1000"];
-    let patient = ["--database-work-ms", "60000", "--request-seconds", "60", "--queue-per-customer", "1100"];
+    let flags = ["--writers", "1", "--queue", "1101", "--concurrent-streams", "2000", "--database-acquire-ms", "1000"];
+    let patient =
+        ["--database-work-ms", "60000", "--request-seconds", "60", "--queue-per-customer", "1100", "--calls", "1101"];
     let service = Service::start_with(&[&flags[..], &patient].concat()).await;
     let lock = service.lock_orders().await;
     let mut first = JoinSet::new();

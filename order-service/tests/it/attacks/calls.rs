@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use proto::orders::v1::CreateOrderRequest;
+use proto::orders::v1::{CreateOrderRequest, WatchOrderRequest};
 use testkit::fuzz::MESSAGE_MAX;
 use tokio::{io::AsyncWriteExt, task::JoinSet, time::sleep};
 use tonic::{Code, codec::CompressionEncoding};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_types::StatusExt;
 
 use super::{
     Attack, MIB,
@@ -15,7 +17,10 @@ use super::{
     },
     victim::Victim,
 };
-use crate::service::order;
+use crate::{
+    intake::place_for,
+    service::{Service, order},
+};
 
 const CREATE: &str = "/orders.v1.OrderService/CreateOrder";
 const CANCEL: u32 = 8;
@@ -98,11 +103,12 @@ async fn more_calls_than_a_connection_may_have_are_refused_at_once() {
     victim.end().await;
 }
 
-/// Each says that it brings a message of the largest size, and then brings a byte now and then.
+/// Each says that it brings a message of the largest size, and then brings a byte now and then. They do not count as calls
+/// that wait for an answer, as the service waits for them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_that_come_too_slowly_are_given_up() {
     const CALLS: u32 = 200;
-    let victim = Victim::start(&["--request-seconds", "2"]).await;
+    let victim = Victim::start(&["--request-seconds", "2", "--calls", "16"]).await;
     let before = victim.resident();
     let mut connection = Connection::open(victim.address).await;
     let begins = u32::try_from(MESSAGE_MAX).unwrap().to_be_bytes();
@@ -134,6 +140,45 @@ async fn bodies_that_come_too_slowly_are_given_up() {
     }
     slowly.abort();
     victim.end().await;
+}
+
+/// They all come by one connection, which may be a gateway's. It is kept.
+#[tokio::test]
+async fn more_calls_than_may_wait_are_refused_at_once() {
+    const WAITING: usize = 16;
+    const OTHERS: usize = 1000;
+    let service = Service::start_with(&["--calls", "16", "--writers", "1", "--database-acquire-ms", "8000"]).await;
+    let lock = service.lock_orders().await;
+    let mut calls = JoinSet::new();
+    (0..WAITING + OTHERS).for_each(|_| place_for(&service, &mut calls, "ann"));
+    for _ in 0..OTHERS {
+        let refused = calls.join_next().await.unwrap().unwrap().unwrap_err();
+        let details = refused.get_error_details();
+        assert_eq!(refused.code(), Code::ResourceExhausted);
+        assert_eq!(details.error_info().unwrap().reason, "TOO_MANY_CALLS");
+        assert!(details.retry_info().unwrap().retry_delay.is_some_and(|delay| !delay.is_zero()), "{refused:?}");
+    }
+    assert_eq!(service.health().await, Some(ServingStatus::Serving));
+    lock.rollback().await.unwrap();
+    assert_eq!(calls.join_all().await.iter().filter(|answer| answer.is_ok()).count(), WAITING);
+    service.place(order()).await;
+    service.end().await;
+}
+
+#[tokio::test]
+async fn watchers_are_no_calls_that_wait() {
+    let service = Service::start_with(&["--calls", "16"]).await;
+    let watched = service.place(order()).await;
+    let mut watchers = Vec::new();
+    for _ in 0..32 {
+        let request = WatchOrderRequest { order_id: watched.order_id.clone() };
+        let mut watcher = service.orders().watch_order(request).await.unwrap().into_inner();
+        watcher.message().await.unwrap().unwrap();
+        watchers.push(watcher);
+    }
+    service.place(order()).await;
+    drop(watchers);
+    service.end().await;
 }
 
 /// The size that counts is that of the message, not that of what is sent for it.
