@@ -43,8 +43,8 @@ pub(super) struct Verdict {
     pub(super) waited: i64,
     /// How the orders are known to loyalty-service, if that was compared.
     pub(super) points: Option<Points>,
-    /// How often a process began to use renewed certificates.
-    pub(super) renewed: usize,
+    /// How often each process began to use renewed certificates.
+    pub(super) renewed: Vec<(&'static str, usize)>,
 }
 
 impl Verdict {
@@ -366,7 +366,9 @@ pub(super) fn check_processes(world: &World, verdict: &mut Verdict) -> Result<()
     for part in Part::ALL {
         let unit = world.site.unit(part);
         let log = fs::read_to_string(&unit.plan().log)?;
-        verdict.renewed += log.matches("the files of the certificates have changed, and count").count();
+        verdict
+            .renewed
+            .push((part.name(), log.matches("the files of the certificates have changed, and count").count()));
         let panics = log.lines().filter(|line| line.contains("panicked"));
         verdict.others.extend(panics.map(|line| format!("a panic of {}: {line}", part.name())));
         verdict.others.extend(unit.unexpected().into_iter().map(|end| format!("{} {end}", part.name())));

@@ -51,17 +51,15 @@ impl Report {
         let mut vacuous = vacuous(&tally, &crashes, &observed, &known, duplicates, lasted);
         vacuous.extend(vacuous_check(verdict));
         let renewals = world.site.certificates.as_ref().map(Certificates::renewals);
-        vacuous.extend(renewals.and_then(|renewals| vacuous_renewal(renewals, verdict.renewed)));
+        vacuous.extend(renewals.and_then(|renewals| vacuous_renewal(renewals, &verdict.renewed)));
 
         let mut lines = table(&tally);
         lines.extend(crash_lines(&crashes));
         lines.extend(call_lines(&known));
         lines.extend(observed_lines(&observed, verdict));
         lines.extend(renewals.map(|renewals| {
-            format!(
-                "all certificates renewed {renewals} times; a running process began to use new ones {} times",
-                verdict.renewed
-            )
+            let used: usize = verdict.renewed.iter().map(|(_, used)| used).sum();
+            format!("all certificates renewed {renewals} times; a running process began to use new ones {used} times")
         }));
         lines.extend(finding_lines(verdict));
         lines.extend(vacuous.iter().map(|why| format!("vacuous: {why}")));
@@ -248,9 +246,12 @@ fn vacuous_check(verdict: &Verdict) -> Vec<String> {
     vacuous
 }
 
-/// Why the certificates show nothing, if a run has any.
-fn vacuous_renewal(renewals: u32, used: usize) -> Option<String> {
-    (renewals == 0 || used == 0).then(|| format!("certificates were renewed {renewals} times, and used {used} times"))
+/// Why the certificates show nothing, if a run has any. A process that is started anew reads those that are there.
+fn vacuous_renewal(renewals: u32, used: &[(&str, usize)]) -> Option<String> {
+    let never: Vec<&str> = used.iter().filter(|(_, times)| *times == 0).map(|(name, _)| *name).collect();
+    (renewals == 0 || !never.is_empty()).then(|| {
+        format!("certificates were renewed {renewals} times, and these used none while they ran: {}", never.join(", "))
+    })
 }
 
 /// Why the crashes show too little for a run of this length.
@@ -308,8 +309,9 @@ mod tests {
 
     #[test]
     fn renewed_certificates_are_used_or_the_run_shows_nothing() {
-        assert!(vacuous_renewal(0, 0).is_some() && vacuous_renewal(6, 0).is_some());
-        assert_eq!(vacuous_renewal(6, 7), None);
+        assert!(vacuous_renewal(0, &[]).is_some());
+        assert!(vacuous_renewal(6, &[("orders", 1), ("relay", 0)]).unwrap().ends_with(": relay"));
+        assert_eq!(vacuous_renewal(6, &[("orders", 1), ("relay", 7)]), None);
     }
 
     #[test]
