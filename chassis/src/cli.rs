@@ -46,8 +46,9 @@ fn one_line(error: &clap::Error) -> String {
 }
 
 fn may_be_secret(word: &str) -> bool {
-    let is_long = !word.starts_with('-') && word.chars().count() > NAME_CHARS_MAX;
-    is_long || word.contains('@') || word.contains("://")
+    // A flag stands with the name of its value, such as `--by <BY>`.
+    let is_no_name = !word.starts_with('-') && (word.chars().count() > NAME_CHARS_MAX || word.contains(' '));
+    is_no_name || word.contains('@') || word.contains("://") || word.contains("password")
 }
 
 #[cfg(test)]
@@ -75,7 +76,12 @@ mod tests {
         assert_eq!(refuse(&["status", "json"]), "error: unexpected argument 'json' found");
         let again = "--connection-age-seconds-of-all-listeners";
         assert!(refuse(&["status", again, "1", again, "2"]).contains(again));
-        for secret in ["postgres://me:secret@db/orders", "me:secret@db", "postgres:///orders?password=secret"] {
+        for secret in [
+            "postgres://me:secret@db/orders",
+            "me:secret@db",
+            "postgres:///orders?password=secret",
+            "user=me pass=secret",
+        ] {
             assert_eq!(refuse(&["status", secret]), "error: unexpected argument '…' found");
             assert_eq!(refuse(&[secret]), "error: unrecognized subcommand '…'");
             for flag in ["--json=", "--jso=", "--json"] {
@@ -84,5 +90,6 @@ mod tests {
             }
         }
         assert!(!refuse(&["status", &"secret".repeat(10)]).contains("secret"));
+        assert!(!refuse(&["status", "password=secret"]).contains("secret"));
     }
 }

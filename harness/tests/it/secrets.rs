@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD_NO_PAD};
 use chassis::{Tls, TlsFiles, connect_lazily};
 use harness::{
     identities::{CUSTOMERS, Identities, OPERATORS},
@@ -97,16 +98,38 @@ impl Record {
     /// Each secret that was said, with its surroundings.
     fn leaks(&self) -> Vec<String> {
         let mut leaks = Vec::new();
-        for (by, text) in &self.said {
-            for (what, secret) in &self.secrets {
-                if let Some(at) = text.find(secret) {
-                    let (from, to) = (at.saturating_sub(AROUND), (at + secret.len() + AROUND).min(text.len()));
-                    let around = String::from_utf8_lossy(&text.as_bytes()[from..to]).into_owned();
-                    leaks.push(format!("{by} says {what}: …{around}…"));
+        for (what, secret) in &self.secrets {
+            for written in forms_of(secret) {
+                for (by, text) in &self.said {
+                    if let Some(at) = text.find(&written) {
+                        let (from, to) = (at.saturating_sub(AROUND), (at + written.len() + AROUND).min(text.len()));
+                        let around = String::from_utf8_lossy(&text.as_bytes()[from..to]).into_owned();
+                        leaks.push(format!("{by} says {what}: …{around}…"));
+                    }
                 }
             }
         }
         leaks
+    }
+}
+
+/// As text, and as programs print bytes.
+fn forms_of(secret: &str) -> [String; 4] {
+    let numbers: Vec<String> = secret.bytes().map(|byte| byte.to_string()).collect();
+    let digits = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
+    [secret.to_owned(), numbers.join(", "), digits, BASE64_STANDARD_NO_PAD.encode(secret)]
+}
+
+#[test]
+fn a_secret_is_found_however_it_is_written() {
+    for text in
+        ["the password is canary7.", r"b[99, 97, 110, 97, 114, 121, 55]", r"\x63616e61727937", "Basic Y2FuYXJ5Nw=="]
+    {
+        let mut record = Record { secrets: vec![("a secret".into(), "canary7".into())], ..Record::default() };
+        record.said("a test", "canary8");
+        assert_eq!(record.leaks(), [""; 0]);
+        record.said("a test", text);
+        assert_eq!(record.leaks().len(), 1, "{text}");
     }
 }
 
@@ -117,6 +140,8 @@ struct Passwords {
     owners: Vec<String>,
     operator: String,
     collector: String,
+    /// For a collector that is away.
+    away: String,
 }
 
 struct Guarded {
@@ -183,11 +208,16 @@ impl Guarded {
         file
     }
 
+    fn collector_of(&self, service: Service) -> String {
+        let away = format!("http://loyalty:{}@127.0.0.1:1", self.passwords.away);
+        if service == Service::Loyalty { away } else { self.endpoint.clone() }
+    }
+
     /// Passwords are in a URL, in the environment, and in a file.
     fn settings_of(&self, service: Service) -> Vec<(String, String)> {
         let mut settings = vec![
             ("RUST_LOG", "trace".to_owned()),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", self.endpoint.clone()),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", self.collector_of(service)),
             ("OTEL_EXPORTER_OTLP_HEADERS", format!("x-key={}", self.passwords.collector)),
             ("OTEL_TRACES_SAMPLER", "parentbased_always_on".into()),
             ("OTEL_BSP_SCHEDULE_DELAY", "50".into()),
@@ -299,8 +329,8 @@ async fn set_passwords(server: &OwnServer, record: &mut Record) -> Passwords {
         owners.push(make(role).await);
     }
     let relay = make("outbox_relay").await;
-    let collector = record.secret("the key of the collector");
-    Passwords { services, relay, owners, operator: String::new(), collector }
+    let [collector, away] = ["the key of the collector", "the password of a collector"].map(|what| record.secret(what));
+    Passwords { services, relay, owners, operator: String::new(), collector, away }
 }
 
 fn connect(address: impl std::fmt::Display, files: &TlsFiles) -> Channel {
@@ -430,6 +460,12 @@ impl Guarded {
             self.succeeds(program, &["migrate"], &environment).await;
         }
         self.succeeds("harness", &["audit"], &environment).await;
+        let owner = self.file("owner", &self.passwords.owners[0], 0o600);
+        let without = self.url(OWNERS[0], None, &self.layout.orders);
+        let environment = [(SERVICES[0].2, without.as_str()), ("DATABASE_PASSWORD_FILE", owner.to_str().unwrap())];
+        let erase = ["erase-customer", "nobody", "--by", "a test", "--reason", "a test"];
+        self.succeeds("order-service", &erase, &environment).await;
+        self.succeeds("loyalty-service", &erase, &[(SERVICES[2].2, &loyalty)]).await;
     }
 
     /// The environment is full of secrets, and help shows where values come from.
@@ -441,9 +477,9 @@ impl Guarded {
         let mut environment: Vec<(&str, &str)> = urls.into_iter().chain(listeners).map(|name| (name, &*url)).collect();
         environment.push(("POSTGRES_URL", &superuser));
         for (program, commands) in [
-            ("order-service", &["serve", "migrate", "resend", "healthcheck"][..]),
+            ("order-service", &["serve", "migrate", "resend", "erase-customer", "healthcheck"][..]),
             ("inventory-service", &["serve", "migrate", "seed", "resend", "healthcheck"]),
-            ("loyalty-service", &["serve", "migrate", "healthcheck"]),
+            ("loyalty-service", &["serve", "migrate", "erase-customer", "healthcheck"]),
             ("outbox-relay", &["serve", "status", "doctor", "journey", "why", "dead", "pause", "undo", "subscribe"]),
             ("harness", &["up", "demo", "stress", "replay", "failover", "audit", "upgrade", "with-postgres"]),
         ] {
@@ -477,6 +513,7 @@ impl Guarded {
             format!("postgres://{user}@{address}/orders?target_session_attrs=any"),
             format!("{user}@{address}"),
             format!("postgres:///orders?host=one,other&password={wrong}"),
+            format!("host={address} user=outbox_relay password={wrong}"),
         ] {
             self.fails("outbox-relay", &["status", "--database-url", &url], &[], "error: --database-url").await;
             self.fails("outbox-relay", &["status"], &[("RELAY_DATABASE_URL", &url)], "error: --database-url").await;
@@ -513,8 +550,13 @@ impl Guarded {
         }
         let lines = self.file("token", &format!("operator {} Ann B.\n", self.passwords.operator), 0o600);
         let [url, tokens] = by("RELAY_TOKEN_FILE", &lines);
+        let route = format!("a=http://relay:{}@127.0.0.1:1", self.record.secret("a password in a route"));
         let environment = [(url.0, url.1.as_str()), (tokens.0, &tokens.1), ("RELAY_ROUTES", "a=http://127.0.0.1:1")];
-        self.fails("outbox-relay", &["serve", "--source", "order-service"], &environment, "--token-file").await;
+        let serve = ["serve", "--source", "order-service"];
+        self.fails("outbox-relay", &serve, &environment, "--token-file").await;
+        let environment = [("RELAY_DATABASE_URL", self.relay_url()), ("RELAY_ROUTES", route)];
+        let environment = environment.each_ref().map(|(name, value)| (*name, value.as_str()));
+        self.fails("outbox-relay", &serve, &environment, "not the URL of a receiver").await;
 
         let own = fs::read_to_string(self.identities.own_file("order-service")).unwrap();
         let other = fs::read_to_string(self.identities.own_file("inventory-service")).unwrap();
@@ -587,6 +629,8 @@ async fn no_secret_is_in_anything_that_a_process_says() {
 
     let spans = guarded.collector.all();
     assert!(!spans.is_empty(), "no span was sent");
+    assert!(spans.iter().all(|sent| sent.key.as_ref() == Some(&guarded.passwords.collector)), "the key is not sent");
+    let spans: Vec<_> = spans.into_iter().map(|sent| sent.span).collect();
     guarded.record.said("a trace", format!("{spans:?}"));
     for service in guarded.layout.services() {
         let log = guarded.log_of(service);

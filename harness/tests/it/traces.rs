@@ -30,7 +30,9 @@ const LIMIT: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub(crate) struct Sent {
     service: String,
-    span: Span,
+    pub(crate) span: Span,
+    /// The caller's header `x-key`.
+    pub(crate) key: Option<String>,
 }
 
 impl Sent {
@@ -55,12 +57,13 @@ impl TraceService for Collector {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let key = request.metadata().get("x-key").map(|key| key.to_str().unwrap().to_owned());
         for of in request.into_inner().resource_spans {
             let attributes = of.resource.unwrap_or_default().attributes;
             let name = attributes.into_iter().find(|of| of.key == "service.name").and_then(|of| of.value?.value);
             let Some(Value::StringValue(service)) = name else { panic!("no name: {name:?}") };
             let spans = of.scope_spans.into_iter().flat_map(|of| of.spans);
-            self.0.lock().unwrap().extend(spans.map(|span| Sent { service: service.clone(), span }));
+            self.0.lock().unwrap().extend(spans.map(|span| Sent { service: service.clone(), span, key: key.clone() }));
         }
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
