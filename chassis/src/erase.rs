@@ -14,7 +14,7 @@ use crate::{DatabaseUrl, Fields, PasswordFile, SchemaError, check_schema};
 
 /// What stands where the id of a customer was. [`Fields::name`] refuses it, so no caller can use it as an id.
 ///
-/// It is the same for all customers. By a pseudonym or a hash, the orders of one customer could still be put together, and
+/// It is the same for all customers, so that columns do not tell who they were. By a pseudonym or a hash, the orders of one customer could still be put together, and
 /// whoever knows ids could find out whose they are.
 pub const ERASED: &str = "(erased)";
 
@@ -99,6 +99,12 @@ pub trait Erase {
         reason: &str,
     ) -> impl Future<Output = Result<i64, sqlx::Error>>;
 
+    /// Makes PostgreSQL forget what it knew of the customer for planning, which a reader of a table can see.
+    ///
+    /// # Errors
+    /// Those of the database.
+    fn renew_statistics(&self, connection: &mut PgConnection) -> impl Future<Output = Result<(), sqlx::Error>>;
+
     /// Erases the customer from some hundred orders and counts them in the record, in one transaction.
     ///
     /// # Errors
@@ -121,13 +127,19 @@ pub enum EraseError {
     #[error("cannot connect to {database}")]
     Connect {
         /// The database, without the password.
-        database: DatabaseUrl,
+        database: String,
         /// The cause.
         source: sqlx::Error,
     },
     /// The database has another schema.
     #[error(transparent)]
     Schema(#[from] SchemaError),
+    /// Another command holds the lock.
+    #[error("another erase-customer or a resend works on this database: repeat the command when it has ended")]
+    Busy,
+    /// The role may not erase.
+    #[error("this role may not erase customers: run the command as the role that owns the database")]
+    NotOwner,
     /// Some orders still name the customer.
     #[error("not all is erased: {0}")]
     Held(String),
@@ -136,7 +148,34 @@ pub enum EraseError {
     Output(#[from] io::Error),
     /// The database failed.
     #[error("the database failed; what was erased until then stays erased: repeat the command to go on")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
+}
+
+impl From<sqlx::Error> for EraseError {
+    fn from(cause: sqlx::Error) -> Self {
+        let code = cause.as_database_error().and_then(sqlx::error::DatabaseError::code);
+        if code.as_deref() == Some("42501") { Self::NotOwner } else { Self::Database(cause) }
+    }
+}
+
+/// The lock that an erasure holds against others, and against whoever sends events again: those were made from orders that may
+/// have been erased since.
+const LOCK: i64 = 0x6f75_7462_6f78_0001;
+
+/// Keeps erasures out until this connection ends. False if one is under way.
+///
+/// # Errors
+/// Those of the database.
+pub async fn keep_erasures_out(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let lock = "-- erase: keep erasures out
+        SELECT pg_try_advisory_lock_shared($1)";
+    sqlx::query_scalar(lock).bind(LOCK).fetch_one(connection).await
+}
+
+async fn keep_others_out(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let lock = "-- erase: keep others out
+        SELECT pg_try_advisory_lock($1)";
+    sqlx::query_scalar(lock).bind(LOCK).fetch_one(connection).await
 }
 
 /// The command `erase-customer`, as the owner of the database.
@@ -159,6 +198,9 @@ pub async fn erase(
     let EraseArguments { customer_id, by, reason, password_file } = arguments;
     let mut connection = connect(url.clone().with_password_file(password_file)).await?;
     check_schema(&mut connection, migrators).await?;
+    if !keep_others_out(&mut connection).await? {
+        return Err(EraseError::Busy);
+    }
     let erasure_id = service.begin(&mut connection, by, reason).await?;
     let (mut orders_erased, mut events_erased) = (0, 0);
     let held = loop {
@@ -172,17 +214,28 @@ pub async fn erase(
             Piece::Held(why) => break Some(why),
         }
     };
-    say(&format!(
-        "the customer is erased from {orders_erased} orders and {events_erased} discarded events: erasure {erasure_id}\n"
-    ))?;
+    service.renew_statistics(&mut connection).await?;
+    say(&summary(orders_erased, events_erased, erasure_id))?;
     connection.close().await?;
     held.map_or(Ok(()), |why| Err(EraseError::Held(why)))
 }
 
-/// Like the services, it plans no scan of a whole table, and does not wait for ever.
+/// Whoever mistypes an id has to notice: the record cannot tell.
+fn summary(orders: i64, events: i64, erasure_id: i64) -> String {
+    if orders == 0 {
+        return format!(
+            "erased nothing, since no order that can be erased names this customer: erasure {erasure_id}\n"
+        );
+    }
+    format!("erased from {orders} orders and {events} discarded events: erasure {erasure_id}\n")
+}
+
+/// Like the services, it plans no scan of a whole table. No statement and no lock waits for ever, and the server undoes a piece
+/// that a sleeping machine has left open.
 async fn connect(url: DatabaseUrl) -> Result<PgConnection, EraseError> {
     let url = url.with_setting("enable_seqscan", "off").with_setting("statement_timeout", "30s");
-    url.connect_in_time().await.map_err(|source| EraseError::Connect { database: url, source })
+    let url = url.with_setting("idle_in_transaction_session_timeout", "10s");
+    url.connect_in_time().await.map_err(|source| EraseError::Connect { database: url.to_string(), source })
 }
 
 fn say(text: &str) -> io::Result<()> {

@@ -47,7 +47,7 @@ pub use connections::ConnectionSettings;
 pub use database::{Database, DatabaseSettings, Work, WorkError};
 pub use database_url::{DatabaseUrl, InvalidDatabaseUrl};
 pub use entry::{RunError, main, serve_until_signal};
-pub use erase::{ERASED, Erase, EraseArguments, EraseError, Piece, erase, parse_text};
+pub use erase::{ERASED, Erase, EraseArguments, EraseError, Piece, erase, keep_erasures_out, parse_text};
 pub use fields::Fields;
 pub use health::{NotServing, healthcheck};
 pub use log_limit::LogLimit;

@@ -22,6 +22,12 @@ impl Erase for EraseFromPoints {
         .await
     }
 
+    async fn renew_statistics(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        let renew = "-- erase: renew statistics
+            ANALYZE points (customer_id)";
+        sqlx::query(renew).execute(connection).await.map(drop)
+    }
+
     /// One statement is one transaction. It finds its rows by two indexes: of orders that count, and of cancelled ones. An
     /// order that is cancelled at this moment is in the first when the statement begins, and locked wherever it is.
     ///

@@ -22,7 +22,10 @@ pub(crate) const SEQUENCE: i32 = 1;
 /// Why an order was not placed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum CreateOrderError {
-    #[error("the request_id was used for an order with different content; use a new request_id for a new order")]
+    #[error(
+        "the request_id has placed an order already, with other content or of a customer who was erased since; use a new \
+         request_id only for another order"
+    )]
     RequestIdReused,
     #[error("too many orders are waiting to be placed; try again")]
     Overloaded,

@@ -2,7 +2,7 @@
 //!
 //! An event that waits, or is dead, names the customer, and a relay may be sending it just now. So its order is left as it
 //! is until the event is delivered or discarded. Whoever reads an order that was erased can be sure that no event in the
-//! outbox names the customer.
+//! outbox names the customer. (A relay may still be sending an event of a subscription that has just been ended.)
 
 use std::collections::HashMap;
 
@@ -34,6 +34,12 @@ impl Erase for EraseFromOrders {
         )
         .fetch_one(connection)
         .await
+    }
+
+    async fn renew_statistics(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        let renew = "-- erase: renew statistics
+            ANALYZE orders (customer_id), outbox (payload), outbox_discarded (payload)";
+        sqlx::query(renew).execute(connection).await.map(drop)
     }
 
     async fn erase_piece(
@@ -138,11 +144,13 @@ async fn erase_events(tx: &mut Transaction<'_, Postgres>, discarded: &[Discarded
     let orders = get_orders(&mut *tx, &order_ids).await?;
     let payloads: HashMap<&str, Vec<u8>> =
         orders.iter().map(|order| (order.order_id.as_str(), creation_of(order).encode_to_vec())).collect();
-    let rows = discarded.iter().filter_map(|event| {
-        let payload = payloads.get(event.aggregate_id.to_string().as_str())?;
-        Some((event.event_id, event.subscription_id, payload.clone()))
-    });
-    let (event_ids, subscription_ids, payloads): (Vec<Uuid>, Vec<i16>, Vec<Vec<u8>>) = rows.collect();
+    let (mut event_ids, mut subscription_ids, mut renewed) = (Vec::new(), Vec::new(), Vec::new());
+    for event in discarded {
+        let payload = payloads.get(event.aggregate_id.to_string().as_str());
+        event_ids.push(event.event_id);
+        subscription_ids.push(event.subscription_id);
+        renewed.push(payload.ok_or(sqlx::Error::RowNotFound)?.clone());
+    }
     let erased = sqlx::query!(
         "-- erase: replace in discarded events
         UPDATE outbox_discarded AS discarded SET payload = erased.payload
@@ -150,7 +158,7 @@ async fn erase_events(tx: &mut Transaction<'_, Postgres>, discarded: &[Discarded
         WHERE discarded.event_id = erased.event_id AND discarded.subscription_id = erased.subscription_id",
         &event_ids,
         &subscription_ids,
-        &payloads,
+        &renewed,
     );
     Ok(erased.execute(&mut **tx).await?.rows_affected().cast_signed())
 }
@@ -190,9 +198,11 @@ async fn end(tx: &mut Transaction<'_, Postgres>, erasure_id: i64, customer_id: &
 #[derive(Debug)]
 struct Held {
     orders: i64,
+    /// Orders, as the next two: those with an event that waits, and with one that is dead.
     pending: i64,
     waiting: i64,
     dead: i64,
+    example: Option<String>,
 }
 
 async fn count_held(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Result<Held, sqlx::Error> {
@@ -200,10 +210,10 @@ async fn count_held(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Re
         Held,
         r#"-- erase: count what holds it up
         SELECT count(*) AS "orders!", count(*) FILTER (WHERE status = 'PENDING') AS "pending!",
-            coalesce(sum(event.waiting), 0)::bigint AS "waiting!", coalesce(sum(event.dead), 0)::bigint AS "dead!"
+            count(*) FILTER (WHERE event.waits) AS "waiting!", count(*) FILTER (WHERE event.is_dead) AS "dead!",
+            min(order_id::text) AS example
         FROM orders CROSS JOIN LATERAL (
-            SELECT count(*) FILTER (WHERE visible_at < 'infinity') AS waiting,
-                count(*) FILTER (WHERE visible_at = 'infinity') AS dead
+            SELECT bool_or(visible_at < 'infinity') AS waits, bool_or(visible_at = 'infinity') AS is_dead
             FROM outbox WHERE aggregate_id = order_id AND event_type = $2
         ) AS event
         WHERE customer_id = $1"#,
@@ -217,24 +227,22 @@ async fn count_held(tx: &mut Transaction<'_, Postgres>, customer_id: &str) -> Re
 impl Held {
     /// `None` if no order names the customer any more.
     fn why(&self) -> Option<String> {
-        let Self { orders, pending, waiting, dead } = self;
-        if *orders == 0 {
-            return None;
-        }
+        let Self { orders, pending, waiting, dead, example } = self;
+        let example = example.as_ref()?;
         let mut to_do = Vec::new();
         if *dead > 0 {
             to_do.push("discard or requeue the dead events, which `outbox-relay dead list` shows");
         }
         if *waiting > 0 {
-            to_do.push("wait until relays have delivered the others");
+            to_do.push("wait until relays have delivered what waits (what matches no subscription needs one)");
         }
         if *pending > 0 {
             to_do.push("wait until the orders are settled, or cancel them");
         }
         to_do.push("repeat the command");
         Some(format!(
-            "{orders} orders still name the customer; {pending} of them are PENDING, {waiting} of their events wait and \
-             {dead} are dead; {}",
+            "orders that still name the customer: {orders}, such as {example}; PENDING: {pending}, with an event that \
+             waits: {waiting}, with a dead one: {dead}; {}",
             to_do.join("; ")
         ))
     }
@@ -246,14 +254,16 @@ mod tests {
 
     #[test]
     fn what_holds_up_an_erasure_says_what_to_do_about_it() {
-        assert_eq!(Held { orders: 0, pending: 0, waiting: 0, dead: 0 }.why(), None);
-        let why = |pending, waiting, dead| Held { orders: 9, pending, waiting, dead }.why().unwrap();
+        assert_eq!(Held { orders: 0, pending: 0, waiting: 0, dead: 0, example: None }.why(), None);
+        let example = || Some("0190".into());
+        let why =
+            |pending, waiting, dead| Held { orders: 9, pending, waiting, dead, example: example() }.why().unwrap();
         let says = |why: &str| ["discard or requeue", "until relays", "or cancel"].map(|what| why.contains(what));
         assert_eq!(says(&why(1, 0, 0)), [false, false, true]);
         assert_eq!(says(&why(0, 2, 0)), [false, true, false]);
         assert_eq!(says(&why(0, 0, 3)), [true, false, false]);
         let all = why(1, 2, 3);
         assert!(says(&all) == [true; 3] && all.ends_with("; repeat the command"), "{all}");
-        assert!(all.starts_with("9 orders still name the customer; 1 of them are PENDING, 2 of"), "{all}");
+        assert!(all.starts_with("orders that still name the customer: 9, such as 0190; PENDING: 1, "), "{all}");
     }
 }

@@ -44,7 +44,7 @@ enum Command {
         #[command(flatten)]
         arguments: Box<ResendArguments>,
     },
-    /// Replace the id of a customer in all orders and in discarded events, so that nothing names the customer any more
+    /// Replace the id of a customer in orders and in discarded events
     ///
     /// Orders stay. Where the customer was, they have "(erased)", which no caller can use as an id. It erases 500 orders in a
     /// transaction. Each run is recorded in the table order_erasures, without the customer. It is safe to stop the command, and to

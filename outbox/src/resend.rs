@@ -15,7 +15,7 @@ mod receiver;
 
 use std::{future::Future, io::Write, time::Duration};
 
-use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles, parse_text};
+use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles, keep_erasures_out, parse_text};
 use clap::Args;
 use prost_types::Timestamp;
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
@@ -138,6 +138,9 @@ pub enum ResendError {
         /// The cause.
         why: String,
     },
+    /// A customer is erased just now.
+    #[error("erase-customer works on this database: repeat the command when it has ended")]
+    Erasing,
     /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -215,6 +218,10 @@ impl Counts {
 /// [`ResendError`].
 pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments, sent: &impl Sent) -> Result<(), ResendError> {
     let mut connection = connect(&url.clone().with_password_file(&arguments.password_file)).await?;
+    // Or events could name a customer who was erased after their orders were read.
+    if !keep_erasures_out(&mut connection).await? {
+        return Err(ResendError::Erasing);
+    }
     let subscription = find_subscription(&mut connection, &arguments.subscription).await?;
     let mut receiver = Receiver::connect_lazily(arguments.receiver.clone(), &Tls::read(&arguments.tls)?);
     let max_age = receiver.max_age().await?;

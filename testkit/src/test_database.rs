@@ -104,6 +104,18 @@ impl TestDatabase {
         holding
     }
 
+    /// Whether what PostgreSQL keeps of the tables' values for planning has the text, as text or as bytes.
+    ///
+    /// # Panics
+    /// If the database cannot be read.
+    pub async fn statistics_hold(&self, text: &str) -> bool {
+        let search = "-- testkit: search the statistics
+            SELECT EXISTS (SELECT FROM pg_stats, concat(most_common_vals::text, histogram_bounds::text) AS kept
+                WHERE schemaname = 'public'
+                    AND (strpos(kept, $1) > 0 OR strpos(kept, encode(convert_to($1, 'UTF8'), 'hex')) > 0))";
+        sqlx::query_scalar(search).bind(text).fetch_one(&self.pool().await).await.expect("the statistics")
+    }
+
     /// Rows that the test inserts into the outbox directly, without `outbox_enqueue`, are of this subscription from now on.
     ///
     /// # Panics

@@ -4,7 +4,8 @@ use std::process::{Output, Stdio};
 
 use prost::Message;
 use proto::orders::v1::{CreateOrderRequest, Order, OrderCreated};
-use sqlx::{PgPool, types::time::OffsetDateTime};
+use sqlx::{PgPool, error::DatabaseError, types::time::OffsetDateTime};
+use tokio::net::TcpListener;
 use tonic::Code;
 use uuid::Uuid;
 
@@ -112,10 +113,13 @@ async fn no_table_names_an_erased_customer_and_orders_and_discarded_events_can_s
     let other = service.place(order()).await;
     let (settled, discarded) = (place_settled(&service).await, place_discarded(&service).await);
     assert_eq!(service.database.tables_that_hold(CUSTOMER).await, ["orders", "outbox_discarded"]);
+    service.execute("ANALYZE").await;
+    assert!(service.database.statistics_hold(CUSTOMER).await);
 
     let output = erase_all(&service).await;
     assert!(output.contains("erased from 2 orders and 1 discarded events: erasure 1"), "{output}");
     assert_eq!(service.database.tables_that_hold(CUSTOMER).await, [""; 0]);
+    assert!(!service.database.statistics_hold(CUSTOMER).await);
     assert_eq!(service.newest_of(CUSTOMER).await, None);
     for placed in [&settled, &discarded] {
         assert_eq!(service.get(&placed.order_id).await, Order { customer_id: ERASED.into(), ..placed.clone() });
@@ -141,11 +145,15 @@ async fn orders_that_have_to_wait_are_left_whole_and_a_later_run_erases_them() {
     execute(&service, "DELETE FROM outbox WHERE aggregate_id = $1", &pending).await;
 
     let why = is_held_up(erase(&service).await);
-    assert!(
-        why.contains("3 orders still name the customer; 1 of them are PENDING, 1 of their events wait and 1"),
-        "{why}"
-    );
-    for part in ["dead list", "until relays have delivered", "until the orders are settled"] {
+    assert!(why.contains("that still name the customer: 3, such as "), "{why}");
+    for part in [
+        "PENDING: 1,",
+        "waits: 1,",
+        "with a dead one: 1;",
+        "dead list",
+        "until relays have delivered",
+        "until the orders are settled",
+    ] {
         assert!(why.contains(part), "{part} in {why}");
     }
     let customer = async |order: &Order| service.get(&order.order_id).await.customer_id;
@@ -227,7 +235,7 @@ async fn an_event_that_is_restored_meanwhile_keeps_its_order_as_it_was() {
     restore.execute(&mut *restoring).await.unwrap();
 
     let why = is_held_up(erase_behind(&service, restoring).await);
-    assert!(why.contains("0 of their events wait and 1 are dead"), "{why}");
+    assert!(why.contains("waits: 0, with a dead one: 1;"), "{why}");
     assert_eq!(service.get(&placed.order_id).await.customer_id, CUSTOMER);
     discard(&service, &placed).await;
     erase_all(&service).await;
@@ -321,9 +329,50 @@ async fn only_the_owner_has_the_record() {
         let read: Result<Vec<OffsetDateTime>, _> =
             sqlx::query_scalar("SELECT begun_at FROM order_erasures").fetch_all(&pool).await;
         let denied = read.unwrap_err();
-        assert_eq!(denied.as_database_error().and_then(|error| error.code()).as_deref(), Some("42501"), "{denied}");
+        assert_eq!(denied.as_database_error().and_then(DatabaseError::code).as_deref(), Some("42501"), "{denied}");
     }
     let output = run(&arguments(&service.database.url_as("order_service"))).await;
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("run the command as the role that owns the database"), "{stderr}");
+    service.end().await;
+}
+
+/// It may have read an order that is erased before it enqueues the event.
+#[tokio::test]
+async fn an_erasure_and_a_resend_refuse_to_run_at_the_same_time() {
+    let service = Service::start().await;
+    let placed = place_settled(&service).await;
+    let refuses = |output: Output| {
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("repeat the command when it has ended"), "{stderr}");
+    };
+    // A receiver that answers nobody holds up the resend, which has begun by then.
+    let receiver = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = format!("http://{}", receiver.local_addr().unwrap());
+    let resender = service.database.url_as("order_service");
+    let resend = ["resend", "--subscription", "inventory", "--receiver", &at, "--by", "ann", "--reason", "a test"];
+    let resend = [&resend[..], &["--database-url", &resender, "--orders", &placed.order_id]].concat();
+    service
+        .execute("INSERT INTO outbox_subscriptions (name, pattern, created_by) VALUES ('inventory', 'orders.v1.*', 'a test')")
+        .await;
+    let resending = order_service(&resend).kill_on_drop(true).spawn().unwrap();
+    let (held, _) = receiver.accept().await.unwrap();
+    refuses(erase(&service).await);
+    drop((held, resending));
+    let is_free = async || erase(&service).await.status.success();
+    eventually("the lock of the killed resend is free", is_free).await;
+    assert_eq!(service.get(&placed.order_id).await.customer_id, ERASED);
+
+    place_settled(&service).await;
+    let mut held = service.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM orders FOR UPDATE").execute(&mut *held).await.unwrap();
+    let erasing = tokio::spawn(order_service(&arguments(&service.database.url_as("orders_owner"))).output());
+    waits(&service).await;
+    refuses(run(&resend).await);
+    refuses(erase(&service).await);
+    held.rollback().await.unwrap();
+    assert!(erasing.await.unwrap().unwrap().status.success());
     service.end().await;
 }
