@@ -11,6 +11,7 @@
 //! 5. `lease`: the time of a lease, with different contents of the outbox.
 //! 6. `soak`: ten minutes at one rate, only on request.
 //! 7. `secure`: mutual TLS and a policy against neither, only on request.
+//! 8. `overload`: three times as many orders as can be placed, only on request.
 //!
 //! The system under test is the real binaries with their default settings. Each part has databases of its own. Every
 //! answer is checked, every part that places orders ends with an audit, and a run with any error does not count.
@@ -42,8 +43,10 @@ mod lease;
 mod machine;
 mod noop;
 mod open_loop;
+mod overload;
 mod pgbench;
 mod plot;
+mod processors;
 mod quantiles;
 mod report;
 mod requests;
@@ -61,7 +64,7 @@ const DIRECTORY: &str = "target/bench";
 /// All parts that run without being asked for.
 const PARTS: [u8; 5] = [1, 2, 3, 4, 5];
 /// The others, with the files of their summaries.
-const ON_REQUEST: [(u8, &str); 2] = [(6, "soak.json"), (7, "secure.json")];
+const ON_REQUEST: [(u8, &str); 3] = [(6, "soak.json"), (7, "secure.json"), (8, "overload.json")];
 
 /// Measure the system against what PostgreSQL and gRPC alone can do on this machine
 ///
@@ -73,15 +76,15 @@ const ON_REQUEST: [(u8, &str); 2] = [(6, "soak.json"), (7, "secure.json")];
 /// could not be measured. A missed target is no failure.
 ///
 /// Parts: 1 CreateOrder against pgbench; 2 drain of a backlog; 3 latency at constant rates; 4 one hot SKU; 5 lease
-/// time. Only with --only 6 or 7, and with a summary of its own (soak.json, secure.json): 6 ten minutes at a constant
-/// rate; 7 mutual TLS and a policy against neither.
+/// time. Only with --only, and with a summary of its own (soak.json, secure.json, overload.json): 6 ten minutes at a
+/// constant rate; 7 mutual TLS and a policy against neither; 8 three times as many orders as can be placed.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = "Exit codes: 0 success, 1 failure, 2 wrong arguments.")]
 struct Arguments {
     #[command(subcommand)]
     part: Option<Part>,
     /// Run only this part
-    #[arg(long, value_name = "PART", value_parser = clap::value_parser!(u8).range(1..=7))]
+    #[arg(long, value_name = "PART", value_parser = clap::value_parser!(u8).range(1..=8))]
     only: Option<u8>,
     /// Run one round with small sizes, to see that everything works. A part takes a minute; the figures mean little
     #[arg(long)]
@@ -159,7 +162,8 @@ async fn run_part(part: u8, site: &Site, report: &mut Report) -> Result<()> {
         4 => hot_sku::run(site, report).await,
         5 => lease::run(site, report).await,
         6 => soak::run(site, report).await,
-        _ => secure::run(site, report).await,
+        7 => secure::run(site, report).await,
+        _ => overload::run(site, report).await,
     }
 }
 

@@ -168,7 +168,7 @@ impl Offered {
 }
 
 /// Uses a thread, because timers of the runtime are rounded to milliseconds.
-fn start_clock(schedule: Schedule, began: Instant) -> mpsc::UnboundedReceiver<Instant> {
+pub(super) fn start_clock(schedule: Schedule, began: Instant) -> mpsc::UnboundedReceiver<Instant> {
     let (sender, receiver) = mpsc::unbounded_channel();
     thread::spawn(move || {
         for call in 0..schedule.calls() {

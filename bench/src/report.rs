@@ -61,7 +61,7 @@ const fn most(target: f64, reach: f64) -> Aim {
 /// A figure: its part, its key, its name, its target.
 type Figure = (u8, &'static str, &'static str, Aim);
 
-const FIGURES: [Figure; 20] = [
+const FIGURES: [Figure; 23] = [
     (1, "create64_over_pgbench64", "CreateOrder, 64 at once / pgbench, 64 at once", least(4.0, 6.0)),
     (1, "create256_over_pgbench64", "CreateOrder, 256 at once / pgbench, 64 at once", least(6.0, 9.0)),
     (1, "create64_twice_over_once", "CreateOrder, 64 at once: two subscriptions / one", least(0.75, 0.85)),
@@ -82,6 +82,14 @@ const FIGURES: [Figure; 20] = [
     (5, "lease_held_over_empty", "lease behind 400,000 held dead tuples / with 600 waiting", most(2.0, 1.2)),
     (7, "create64_secure_over_plain", "CreateOrder, 64 at once: mutual TLS and a policy / neither", least(0.9, 0.97)),
     (7, "drain_secure_over_plain", "drain: mutual TLS and a policy / neither", least(0.9, 0.97)),
+    (8, "overload_goodput_over_peak", "orders placed at three times the peak / at the peak", least(0.9, 1.0)),
+    (
+        8,
+        "overload_p99_over_peak",
+        "p99 of an order that is placed: at three times the peak / at the peak",
+        most(2.0, 1.5),
+    ),
+    (8, "overload_health_ms", "slowest answer of health at three times the peak, ms", most(100.0, 20.0)),
 ];
 
 /// Figures of every run, which also decide whether it counts.

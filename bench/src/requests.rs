@@ -97,9 +97,7 @@ pub(super) async fn place(client: &mut OrderServiceClient<Channel>, shape: Shape
     let mut request = Request::new(content.clone());
     request.set_timeout(CALL_LIMIT);
     let answered = client.create_order(request).await;
-    let order = answered
-        .map_err(|status| anyhow::anyhow!("CreateOrder was answered {:?}: {}", status.code(), status.message()))?;
-    let order = order.into_inner();
+    let order = answered.context("CreateOrder was refused")?.into_inner();
     check_reply(&content, &order)?;
     Ok(order)
 }
