@@ -15,6 +15,11 @@ pub(super) const STATEMENTS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"),
 const EXCEPTIONS: &[(&str, &[Kind], &str)] = &[
     ("operate: *", &Kind::RELAYS, "an operator's command, and no operator is at work while faults strike"),
     (
+        "erase: *",
+        &[Kind::OrderService, Kind::LoyaltyService],
+        "a command of its own, and nobody is erased in a fault run",
+    ),
+    (
         "relay: unhide",
         &Kind::RELAYS,
         "frees rows that a wrong clock has hidden, and no fault sets the database's clock",
