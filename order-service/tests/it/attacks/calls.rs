@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use prost::Message;
 use proto::orders::v1::{CreateOrderRequest, WatchOrderRequest};
 use testkit::fuzz::MESSAGE_MAX;
 use tokio::{io::AsyncWriteExt, task::JoinSet, time::sleep};
@@ -13,7 +14,7 @@ use super::{
     Attack, MIB,
     frames::{
         CONTINUATION, Connection, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, HEADERS, REFUSED_STREAM,
-        RST_STREAM, WINDOW_UPDATE, call_of, frame, header, read_frame,
+        RST_STREAM, WINDOW_UPDATE, call_of, frame, header, message, read_frame,
     },
     victim::Victim,
 };
@@ -162,6 +163,30 @@ async fn more_calls_than_may_wait_are_refused_at_once() {
     lock.rollback().await.unwrap();
     assert_eq!(calls.join_all().await.iter().filter(|answer| answer.is_ok()).count(), WAITING);
     service.place(order()).await;
+    service.end().await;
+}
+
+/// A call may end with headers instead of with its message. No client library does so.
+#[tokio::test]
+async fn a_call_that_ends_with_trailers_waits_like_any_other() {
+    const WAITING: u32 = 16;
+    let service = Service::start_with(&["--calls", "16", "--writers", "1", "--database-acquire-ms", "8000"]).await;
+    let lock = service.lock_orders().await;
+    let mut connection = Connection::open(service.address).await;
+    for call in 0..=WAITING {
+        let stream = 1 + 2 * call;
+        let begin = frame(HEADERS, END_HEADERS, stream, &call_of(CREATE));
+        let body = frame(DATA, 0, stream, &message(&order().encode_to_vec()));
+        let end = frame(HEADERS, END_HEADERS | END_STREAM, stream, &header("x-checksum", "none"));
+        connection.send(&[begin, body, end].concat()).await.unwrap();
+    }
+    let refused = connection.find("a refusal", |frame| frame.ends_call()).await.unwrap();
+    assert_eq!((refused.kind, refused.stream), (HEADERS, 1 + 2 * WAITING));
+    lock.rollback().await.unwrap();
+    for _ in 0..WAITING {
+        connection.find("an answer", |frame| frame.ends_call()).await.unwrap();
+    }
+    assert_eq!(service.written().await.orders, i64::from(WAITING));
     service.end().await;
 }
 
