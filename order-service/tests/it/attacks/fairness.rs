@@ -70,6 +70,33 @@ async fn a_flood_of_one_customer_leaves_another_its_rate() {
     victim.end().await;
 }
 
+/// Orders that are in transactions count, too: those of a slow database may be many.
+#[tokio::test]
+async fn a_flood_takes_half_of_the_places_even_if_nothing_is_answered() {
+    const SHARE: usize = 256;
+    let patient = ["--database-acquire-ms", "60000", "--database-work-ms", "60000", "--request-seconds", "60"];
+    let service = Service::start_with(&[&patient[..], &["--concurrent-streams", "1000"]].concat()).await;
+    let lock = service.lock_orders().await;
+    let mut flood = JoinSet::new();
+    (0..SHARE).for_each(|_| place_for(&service, &mut flood, "greedy"));
+    service.waits_for_a_lock().await;
+    (0..FLOOD).for_each(|_| place_for(&service, &mut flood, "greedy"));
+    for _ in 0..FLOOD {
+        let refused = timeout(LIMIT, flood.join_next()).await.expect("one is refused").unwrap().unwrap();
+        refusal(refused).is(Code::ResourceExhausted, "OVERLOADED");
+    }
+    let mut others = JoinSet::new();
+    (0..SHARE).for_each(|customer| place_for(&service, &mut others, &format!("modest-{customer}")));
+    // It comes by the same connection, after them.
+    service.health().await.unwrap();
+    assert!(others.try_join_next().is_none(), "one of them is refused");
+    lock.rollback().await.unwrap();
+    for (answers, whose) in [(flood.join_all().await, "the flood's"), (others.join_all().await, "others'")] {
+        assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), SHARE, "{whose}");
+    }
+    service.end().await;
+}
+
 #[tokio::test]
 async fn a_customer_that_has_its_share_is_told_so() {
     let flags = ["--writers", "1", "--queue-per-customer", "1", "--database-acquire-ms", "8000"];
