@@ -114,7 +114,7 @@ async fn an_order_whose_caller_hangs_up_during_its_transaction_is_placed_and_rel
 
 #[tokio::test]
 async fn an_order_whose_caller_hangs_up_before_its_transaction_is_never_placed() {
-    let service = Service::start_with(&["--writers", "1", "--queue", "1", "--database-acquire-ms", "8000"]).await;
+    let service = Service::start_with(&["--writers", "1", "--queue", "2", "--database-acquire-ms", "8000"]).await;
     let lock = service.lock_orders().await;
     let (mut first, mut others) = (JoinSet::new(), JoinSet::new());
     place_for(&service, &mut first, "first");

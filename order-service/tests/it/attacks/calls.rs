@@ -13,7 +13,7 @@ use tonic_types::StatusExt;
 use super::{
     Attack, MIB,
     frames::{
-        CONTINUATION, Connection, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, HEADERS, REFUSED_STREAM,
+        CONTINUATION, Connection, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, Frame, HEADERS, REFUSED_STREAM,
         RST_STREAM, WINDOW_UPDATE, call_of, frame, header, message, read_frame,
     },
     victim::Victim,
@@ -180,11 +180,11 @@ async fn a_call_that_ends_with_trailers_waits_like_any_other() {
         let end = frame(HEADERS, END_HEADERS | END_STREAM, stream, &header("x-checksum", "none"));
         connection.send(&[begin, body, end].concat()).await.unwrap();
     }
-    let refused = connection.find("a refusal", |frame| frame.ends_call()).await.unwrap();
+    let refused = connection.find("a refusal", Frame::ends_call).await.unwrap();
     assert_eq!((refused.kind, refused.stream), (HEADERS, 1 + 2 * WAITING));
     lock.rollback().await.unwrap();
     for _ in 0..WAITING {
-        connection.find("an answer", |frame| frame.ends_call()).await.unwrap();
+        connection.find("an answer", Frame::ends_call).await.unwrap();
     }
     assert_eq!(service.written().await.orders, i64::from(WAITING));
     service.end().await;
