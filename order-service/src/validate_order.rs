@@ -35,9 +35,9 @@ pub(crate) fn validate_order(request: CreateOrderRequest) -> Result<NewOrder, Ve
     // A request of the largest size can hold very many items. The items past the limit are refused by their number
     // alone.
     for (line, item) in request.items.iter().take(ITEMS_MAX).enumerate() {
-        fields.name(format!("items[{line}].sku"), &item.sku);
-        fields.number(format!("items[{line}].quantity"), item.quantity, 1..=QUANTITY_MAX);
-        fields.number(format!("items[{line}].unit_price_minor"), item.unit_price_minor, 0..=i64::MAX);
+        fields.name(format_args!("items[{line}].sku"), &item.sku);
+        fields.number(format_args!("items[{line}].quantity"), item.quantity, 1..=QUANTITY_MAX);
+        fields.number(format_args!("items[{line}].unit_price_minor"), item.unit_price_minor, 0..=i64::MAX);
     }
     let total_minor = total_minor(&request.items).unwrap_or_else(|| {
         fields.refuse("items", "must have a total below 2^63 minor units");

@@ -162,7 +162,7 @@ impl<H: Handler> EventReceiver for Receiver<H> {
         }
         let numbered = named.iter().take(RECALL_MAX).enumerate();
         let event_ids: Vec<EventId> =
-            numbered.map(|(index, id)| fields.uuid(format!("event_ids[{index}]"), id).into()).collect();
+            numbered.map(|(index, id)| fields.uuid(format_args!("event_ids[{index}]"), id).into()).collect();
         let event_ids = fields.finish(event_ids).map_err(|bad| refuse.invalid("INVALID_RECALL", bad))?;
         let recalled =
             database.run(move |connection| Box::pin(async move { recall(connection, &event_ids).await })).await;

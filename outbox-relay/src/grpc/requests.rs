@@ -195,7 +195,7 @@ fn read_selection(fields: &mut Fields, asked: Asked<'_>, token: Option<(&str, Ch
     let numbered = event_ids.iter().take(EVENT_IDS_MAX).enumerate();
     // In a set, so that an event that is named twice counts once.
     let ids: BTreeSet<_> =
-        numbered.map(|(index, id)| EventId::from(fields.uuid(format!("event_ids[{index}]"), id))).collect();
+        numbered.map(|(index, id)| EventId::from(fields.uuid(format_args!("event_ids[{index}]"), id))).collect();
     if !all {
         return Selection::Named { ids: ids.into_iter().collect(), subscription: filter.subscription };
     }
