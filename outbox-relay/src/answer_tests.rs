@@ -11,7 +11,11 @@ use outbox::{AggregateId, EventId};
 use prost::Message;
 use proto::events::v1::{DeliverRequest, DeliverResponse, EventResult, Outcome};
 use sqlx::types::time::OffsetDateTime;
-use tokio::time::Instant;
+use testkit::{
+    Scratch,
+    certificates::{Authority, replace},
+};
+use tokio::{net::TcpListener, time::Instant};
 use uuid::Uuid;
 
 use crate::{
@@ -54,9 +58,13 @@ fn row(payload_bytes: usize) -> LeasedRow {
 
 /// The result of delivering the rows to the stub.
 async fn deliver_to(stub: &HttpStub, rows: &[LeasedRow]) -> Delivery {
-    let receiver = format!("http://{}", stub.address).parse().unwrap();
-    let (destination, tls) = (Destination::default(), Tls::read(&TlsFiles::default()).unwrap());
-    let mut receiver = Receiver::connect_lazily(receiver, "orders".into(), destination, Duration::from_secs(30), &tls);
+    deliver_with(&format!("http://{}", stub.address), &TlsFiles::default(), rows).await
+}
+
+async fn deliver_with(receiver: &str, files: &TlsFiles, rows: &[LeasedRow]) -> Delivery {
+    let (destination, tls) = (Destination::default(), Tls::read(files).unwrap());
+    let limit = Duration::from_secs(30);
+    let mut receiver = Receiver::connect_lazily(receiver.parse().unwrap(), "orders".into(), destination, limit, &tls);
     receiver.deliver(rows, Instant::now() + Duration::from_secs(20)).await
 }
 
@@ -275,4 +283,23 @@ async fn an_event_that_the_answer_leaves_out_is_retried() {
     });
     let Delivery::Answered(answers) = deliver_to(&stub.await, &rows).await else { panic!("no answer") };
     assert!(matches!(&answers[..], [Answer::Retry(reason), Answer::Taken] if reason.starts_with("NO_RESULT: ")));
+}
+
+/// "transport error" helps nobody.
+#[tokio::test]
+async fn a_receiver_that_cannot_be_reached_is_reported_with_the_last_cause() {
+    let (scratch, stub) = (Scratch::new(), HttpStub::start(true, |_: &str, _: &[u8]| panic!("it was called")).await);
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let ca = scratch.join("ca.pem");
+    replace(&ca, Authority::new().unwrap().pem()).unwrap();
+    let files = TlsFiles { tls_ca_file: Some(ca), ..TlsFiles::default() };
+    for (receiver, cause) in [
+        (format!("http://{nobody}"), "Connection refused"),
+        (format!("https://{nobody}"), "Connection refused"),
+        (format!("https://{}", stub.address), "InvalidContentType"),
+    ] {
+        let Delivery::Failed(failed) = deliver_with(&receiver, &files, &[row(0)]).await else { panic!("answered") };
+        assert_eq!(failed.failure, Failure::Unreachable, "{receiver}: {}", failed.reason);
+        assert!(failed.reason.contains(cause), "{receiver}: {}", failed.reason);
+    }
 }

@@ -283,11 +283,11 @@ fn cut(mut reason: String) -> String {
 fn read_status(status: &Status) -> Failed {
     // A status that was made here has a source, whatever its code: a broken connection, or an HTTP response that is no
     // gRPC answer. A status from the receiver has none.
-    let mut causes = std::iter::successors(status.source(), |&cause| cause.source());
-    if let Some(answer) = causes.find_map(<dyn Error>::downcast_ref::<HttpAnswer>) {
+    let answer = causes(status.source()).find_map(<dyn Error>::downcast_ref::<HttpAnswer>);
+    if let Some(answer) = answer {
         return Failed { retry_after: answer.retry_after, ..failed(answer.failure(), answer.to_string()) };
     }
-    let reason = format!("{:?}: {}", status.code(), status.message());
+    let reason = say(status);
     match status.source() {
         Some(cause) if is_connect_error(cause) => failed(Failure::Unreachable, reason),
         Some(_) => failed(Failure::Silent, reason),
@@ -297,6 +297,15 @@ fn read_status(status: &Status) -> Failed {
             let retry_after = retry_info.and_then(|info| info.retry_delay).unwrap_or_default();
             Failed { retry_after, ..failed(failure, reason) }
         }
+    }
+}
+
+/// What the status says, and the last cause of one that was made here: those before it may be no more than "transport error".
+fn say(status: &Status) -> String {
+    let said = format!("{:?}: {}", status.code(), status.message());
+    match causes(status.source()).last().map(ToString::to_string) {
+        Some(cause) if !said.contains(&cause) => format!("{said}: {cause}"),
+        _ => said,
     }
 }
 
@@ -323,8 +332,12 @@ fn read_code(code: Code, has_retry_info: bool) -> Failure {
 
 /// Whether the connection was never made, so that no event can have been applied.
 fn is_connect_error(error: &(dyn Error + 'static)) -> bool {
-    let mut causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.any(<dyn Error>::is::<ConnectError>)
+    causes(Some(error)).any(<dyn Error>::is::<ConnectError>)
+}
+
+/// The error, and all that are behind it.
+fn causes<'a>(error: Option<&'a (dyn Error + 'static)>) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(error, |&error| error.source())
 }
 
 #[cfg(test)]
