@@ -1,6 +1,7 @@
 //! Connects to other processes, with TLS if their URL says so.
 
 use std::{
+    error::Error,
     io,
     task::{Context, Poll},
     time::Duration,
@@ -11,7 +12,10 @@ use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioIo};
 use rustls::pki_types::ServerName;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint, Uri},
+};
 use tower::Service;
 
 use crate::Tls;
@@ -39,6 +43,23 @@ pub(crate) async fn connect_to_own(endpoint: Endpoint, tls: &Tls) -> Result<Chan
     endpoint.connect_with_connector(connector).await
 }
 
+/// What a failed call says. If no answer came, only the last cause may tell what to do: those before it are no more than
+/// "transport error".
+pub fn explain(status: &Status) -> String {
+    let said = format!("{:?}: {}", status.code(), status.message());
+    let cause = last_cause(status);
+    if status.source().is_none() || said.contains(&cause) { said } else { format!("{said}: {cause}") }
+}
+
+/// The system's, or that of TLS.
+pub(crate) fn last_cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
 #[derive(Clone, Debug)]
 struct Connector {
     tcp: HttpConnector,
@@ -62,7 +83,7 @@ impl Connector {
 
 impl Service<Uri> for Connector {
     type Response = TokioIo<TlsStream<TcpStream>>;
-    type Error = Box<dyn std::error::Error + Send + Sync>;
+    type Error = Box<dyn Error + Send + Sync>;
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {

@@ -16,7 +16,11 @@ use tonic_health::{
 };
 use tracing::{info, warn};
 
-use crate::{Tls, TlsFiles, connect::connect_to_own, probe::Probe};
+use crate::{
+    Tls, TlsFiles,
+    connect::{connect_to_own, explain, last_cause},
+    probe::Probe,
+};
 
 /// How often the database is probed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -115,24 +119,15 @@ pub async fn healthcheck(mut address: SocketAddr, tls: &TlsFiles) -> Result<(), 
         return Err(not_serving("cannot be asked: give --tls-ca-file, by which its certificate is trusted".into()));
     }
     let certificates = Tls::read(tls).map_err(|error| not_serving(error.to_string()))?;
-    let channel = connect_to_own(endpoint, &certificates).await.map_err(|error| not_serving(explain(&error)))?;
+    let channel = connect_to_own(endpoint, &certificates).await.map_err(|error| not_serving(unreachable(&error)))?;
     let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
     match answer.map(|response| response.into_inner().status()) {
         Ok(health_check_response::ServingStatus::Serving) => Ok(()),
         Ok(other) => Err(not_serving(format!("reports {}", other.as_str_name()))),
-        Err(status) => Err(not_serving(format!("does not answer: {} ({})", status.message(), last_cause(&status)))),
+        Err(status) => Err(not_serving(format!("does not answer: {}", explain(&status)))),
     }
 }
 
-fn explain(error: &tonic::transport::Error) -> String {
+fn unreachable(error: &tonic::transport::Error) -> String {
     format!("cannot be reached: check that the process runs and listens there ({})", last_cause(error))
-}
-
-/// The system's, or that of TLS.
-fn last_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

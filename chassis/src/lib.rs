@@ -42,7 +42,7 @@ pub use accept::{address_of_peer, names_in, peer_has_certificate};
 pub use authorize::{NotAllowed, count_denied};
 pub use calls::{CallsMade, code_name};
 pub use cli::parse;
-pub use connect::connect_lazily;
+pub use connect::{connect_lazily, explain};
 pub use connections::ConnectionSettings;
 pub use database::{Database, DatabaseSettings, Work, WorkError};
 pub use database_url::{DatabaseUrl, InvalidDatabaseUrl};

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Result, bail, ensure};
+use chassis::explain;
 use indicatif::{ProgressBar, ProgressStyle};
 use proto::orders::v1::{CreateOrderRequest, Order, OrderItem, OrderStatus, order_service_client::OrderServiceClient};
 use sqlx::PgConnection;
@@ -190,7 +191,7 @@ pub(crate) async fn place_order(
         let may_pass = status.source().is_some()
             || matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::ResourceExhausted);
         if !may_pass || started.elapsed() >= retry_for {
-            bail!("CreateOrder failed with {:?}: {}", status.code(), status.message());
+            bail!("CreateOrder failed with {}", explain(&status));
         }
         sleep(RETRY_PAUSE).await;
     }

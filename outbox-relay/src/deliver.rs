@@ -3,7 +3,7 @@
 use std::{collections::HashMap, error::Error, time::Duration};
 
 use chassis::{
-    CallsMade, Tls, code_name,
+    CallsMade, Tls, code_name, explain,
     trace::{KeyValue, Span, Trace},
 };
 use prost_types::Timestamp;
@@ -283,11 +283,10 @@ fn cut(mut reason: String) -> String {
 fn read_status(status: &Status) -> Failed {
     // A status that was made here has a source, whatever its code: a broken connection, or an HTTP response that is no
     // gRPC answer. A status from the receiver has none.
-    let answer = causes(status.source()).find_map(<dyn Error>::downcast_ref::<HttpAnswer>);
-    if let Some(answer) = answer {
+    if let Some(answer) = causes(status.source()).find_map(<dyn Error>::downcast_ref::<HttpAnswer>) {
         return Failed { retry_after: answer.retry_after, ..failed(answer.failure(), answer.to_string()) };
     }
-    let reason = say(status);
+    let reason = explain(status);
     match status.source() {
         Some(cause) if is_connect_error(cause) => failed(Failure::Unreachable, reason),
         Some(_) => failed(Failure::Silent, reason),
@@ -297,15 +296,6 @@ fn read_status(status: &Status) -> Failed {
             let retry_after = retry_info.and_then(|info| info.retry_delay).unwrap_or_default();
             Failed { retry_after, ..failed(failure, reason) }
         }
-    }
-}
-
-/// What the status says, and the last cause of one that was made here: those before it may be no more than "transport error".
-fn say(status: &Status) -> String {
-    let said = format!("{:?}: {}", status.code(), status.message());
-    match causes(status.source()).last().map(ToString::to_string) {
-        Some(cause) if !said.contains(&cause) => format!("{said}: {cause}"),
-        _ => said,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chassis::Tls;
+use chassis::{Tls, explain};
 use proto::events::v1::{DescribeRequest, RecallRequest, event_receiver_client::EventReceiverClient};
 use tonic::{
     Code, Request, Status,
@@ -73,7 +73,7 @@ impl Receiver {
                  with --orders, and send all their events with --without-recall; it drops those that it has"
                     .to_owned()
             }
-            (_, code) => format!("fails at {method}: {code:?}: {}", status.message()),
+            _ => format!("fails at {method}: {}", explain(status)),
         })
     }
 
