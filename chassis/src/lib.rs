@@ -37,6 +37,7 @@ mod telemetry;
 mod tls;
 pub mod trace;
 mod unread;
+mod validity;
 
 pub use accept::{address_of_peer, names_in, peer_has_certificate};
 pub use authorize::{NotAllowed, count_denied};

@@ -30,7 +30,7 @@ use crate::{
     entry::bind,
     health::{Readiness, State, report_health},
     serve::{serve_routes, server, with_health},
-    shed, tls,
+    shed, tls, validity,
 };
 
 const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -92,6 +92,7 @@ impl Ops {
     ) -> Self {
         let (readiness, added) = (Readiness::default(), Arc::default());
         let metrics = record_metrics();
+        tls.measure();
         let routes = route(metrics.clone(), readiness.clone(), Arc::clone(&added)).into();
         let (server, tls) = (server(settings).accept_http1(true), tls.clone());
         let connections = Connections::new(&settings.connections);
@@ -229,6 +230,7 @@ fn record_metrics() -> PrometheusHandle {
         connections::describe();
         shed::describe();
         tls::describe();
+        validity::describe();
         metrics
     });
     recorded.clone()

@@ -19,7 +19,7 @@ use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::Resumption,
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 use tonic::transport::Uri;
@@ -30,6 +30,7 @@ use crate::{
     authorize::NotAllowed,
     policy::{Allowed, Policy},
     reread::{Named, Reread},
+    validity::Validity,
 };
 
 const RELOADS: &str = "tls_reloads_total";
@@ -123,6 +124,7 @@ struct Configs {
     client: Option<Arc<ClientConfig>>,
     /// A name in the certificate of this process.
     own_name: Option<ServerName<'static>>,
+    validity: Option<Validity>,
 }
 
 pub(crate) fn describe() {
@@ -173,8 +175,26 @@ impl Tls {
         }
         let named = Named { what: "certificates", files: files.to_string(), metric: RELOADS, in_parts: false };
         let reading = files.clone();
-        let certificates = Reread::start(named, move || reading.read(), move |read: &Contents| read.configure(&files))?;
+        let certificates = Reread::start(
+            named,
+            move || reading.read(),
+            move |read: &Contents| {
+                let configs = read.configure(&files)?;
+                if let (Some(validity), Some(file)) = (configs.validity, &files.cert) {
+                    validity.report(file, UnixTime::now());
+                    validity.measure();
+                }
+                Ok(configs)
+            },
+        )?;
         Ok(Self { certificates, policy: None })
+    }
+
+    /// Tells the metrics what these were not there to be told when the files were read.
+    pub(crate) fn measure(&self) {
+        if let Some(validity) = self.certificates.current().validity {
+            validity.measure();
+        }
     }
 
     /// Whether a policy says what callers may do.
@@ -325,6 +345,7 @@ impl Contents {
             ops: server(false, &[b"h2", b"http/1.1"])?,
             client: client()?,
             own_name: identity.as_ref().and_then(|(chain, ..)| name_in(chain)),
+            validity: identity.as_ref().and_then(|(chain, ..)| Validity::of(chain)),
         })
     }
 }

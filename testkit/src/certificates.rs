@@ -4,6 +4,7 @@ use std::{fs, path::Path};
 
 use anyhow::Result;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
+use sqlx::types::time::OffsetDateTime;
 use uuid::Uuid;
 
 /// An authority that signs certificates.
@@ -37,8 +38,17 @@ impl Authority {
     /// # Errors
     /// If one is none of these.
     pub fn sign(&self, names: &[&str]) -> Result<String> {
+        self.sign_until(names, CertificateParams::default().not_after)
+    }
+
+    /// The same until a time.
+    ///
+    /// # Errors
+    /// If a name is none of these.
+    pub fn sign_until(&self, names: &[&str], not_after: OffsetDateTime) -> Result<String> {
         let (uris, others): (Vec<&str>, Vec<&str>) = names.iter().partition(|name| name.contains("://"));
         let mut params = CertificateParams::new(others.into_iter().map(str::to_owned).collect::<Vec<_>>())?;
+        params.not_after = not_after;
         for uri in uris {
             params.subject_alt_names.push(SanType::URI(uri.try_into()?));
         }
