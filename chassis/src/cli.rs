@@ -46,9 +46,18 @@ fn one_line(error: &clap::Error) -> String {
 }
 
 fn may_be_secret(word: &str) -> bool {
-    // A flag stands with the name of its value, such as `--by <BY>`.
-    let is_no_name = !word.starts_with('-') && (word.chars().count() > NAME_CHARS_MAX || word.contains(' '));
-    is_no_name || word.contains('@') || word.contains("://") || word.contains("password")
+    if word.contains('@') || word.contains("://") {
+        return true;
+    }
+    // What begins like a flag is one, with the name of its value, such as `--by <BY>`, or with a value.
+    let Some(flag) = word.strip_prefix('-') else {
+        return word.chars().count() > NAME_CHARS_MAX || word.contains([' ', '=']) || names_password(word);
+    };
+    flag.split_once('=').is_some_and(|(_, value)| may_be_secret(value))
+}
+
+fn names_password(word: &str) -> bool {
+    word.to_ascii_lowercase().contains("password")
 }
 
 #[cfg(test)]
@@ -64,6 +73,8 @@ mod tests {
             json: bool,
             #[arg(long)]
             connection_age_seconds_of_all_listeners: Option<u32>,
+            #[arg(long)]
+            database_password_file: Option<String>,
         },
     }
 
@@ -90,6 +101,14 @@ mod tests {
             }
         }
         assert!(!refuse(&["status", &"secret".repeat(10)]).contains("secret"));
-        assert!(!refuse(&["status", "password=secret"]).contains("secret"));
+        for secret in ["password=secret", "PGPASSWORD=secret", "pwd=secret", "secretPassword"] {
+            assert!(!refuse(&["status", secret]).to_lowercase().contains("secret"), "{secret}");
+        }
+        let flag = "--database-password-file";
+        assert!(refuse(&["status", flag, "a", flag, "b"]).contains(flag));
+        assert!(refuse(&["status", flag]).contains(flag));
+        assert!(refuse(&["status", "--database-password", "secret"]).contains("--database-password"));
+        assert!(!refuse(&["status", "--database-password", "secret"]).contains("secret"));
+        assert!(!refuse(&["status", "--database-password=secret"]).contains("secret"));
     }
 }
