@@ -58,10 +58,12 @@ impl Certificates {
         loop {
             ticks.tick().await;
             match self.identities.renew(&self.authority) {
-                Ok(()) => _ = self.renewals.fetch_add(1, Ordering::Relaxed),
+                Ok(()) => {
+                    self.renewals.fetch_add(1, Ordering::Relaxed);
+                    history.fault("all certificates are renewed", "effective");
+                }
                 Err(error) => history.violation(format!("the certificates were not renewed: {error:#}")),
             }
-            history.fault("all certificates are renewed", "effective");
         }
     }
 

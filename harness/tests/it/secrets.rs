@@ -114,17 +114,32 @@ impl Record {
 }
 
 /// As text, and as programs print bytes.
-fn forms_of(secret: &str) -> [String; 4] {
+fn forms_of(secret: &str) -> Vec<String> {
     let numbers: Vec<String> = secret.bytes().map(|byte| byte.to_string()).collect();
     let digits = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
-    [secret.to_owned(), numbers.join(", "), digits, BASE64_STANDARD_NO_PAD.encode(secret)]
+    let mut forms = vec![secret.to_owned(), numbers.join(", "), digits];
+    forms.extend((0..3).map(|before| in_base64(secret, before)));
+    forms
+}
+
+/// The characters that depend on the secret alone, in a text where it follows so many bytes, and perhaps others follow it.
+fn in_base64(secret: &str, before: usize) -> String {
+    let encoded = BASE64_STANDARD_NO_PAD.encode(" ".repeat(before) + secret);
+    let whole = (before + secret.len()) * 8 / 6;
+    encoded[(before * 8).div_ceil(6)..whole].to_owned()
 }
 
 #[test]
 fn a_secret_is_found_however_it_is_written() {
-    for text in
-        ["the password is canary7.", r"b[99, 97, 110, 97, 114, 121, 55]", r"\x63616e61727937", "Basic Y2FuYXJ5Nw=="]
-    {
+    for text in [
+        "the password is canary7.",
+        r"b[99, 97, 110, 97, 114, 121, 55]",
+        r"\x63616e61727937",
+        "Basic Y2FuYXJ5Nw==",
+        &format!("Basic {}", BASE64_STANDARD_NO_PAD.encode("me:canary7")),
+        &format!("Basic {}", BASE64_STANDARD_NO_PAD.encode("you:canary7:")),
+        &format!("Basic {}", BASE64_STANDARD_NO_PAD.encode("them:canary7!!")),
+    ] {
         let mut record = Record { secrets: vec![("a secret".into(), "canary7".into())], ..Record::default() };
         record.said("a test", "canary8");
         assert_eq!(record.leaks(), [""; 0]);
