@@ -50,9 +50,16 @@ pub struct IntakeSettings {
     /// are refused with a hint to retry.
     #[arg(long, env = "ORDER_SERVICE_QUEUE", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue: u32,
-    /// The same of one customer's orders. With at most half of --calls, one customer's flood leaves places for others.
+    /// The same of one customer's orders, but no more than half of --calls: so one customer's flood leaves places for others.
     #[arg(long, env = "ORDER_SERVICE_QUEUE_PER_CUSTOMER", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue_per_customer: u32,
+}
+
+impl IntakeSettings {
+    /// How many orders of one customer there may be among so many calls.
+    pub(crate) fn share_among(&self, calls: u32) -> u32 {
+        self.queue_per_customer.min(calls / 2)
+    }
 }
 
 /// Hands orders to the task that places them. The task ends with the last clone.
@@ -78,7 +85,7 @@ struct Call {
 struct Caller {
     /// Closed once the caller is gone.
     answer: oneshot::Sender<Result<Order, CreateOrderError>>,
-    // Until the answer: as long, the call has one of the places that `--calls` counts, which others want too.
+    // Held until the answer, as the call's place among `--calls` is, which others want too.
     _room: OwnedSemaphorePermit,
     _share: Share,
 }
@@ -95,11 +102,12 @@ impl Caller {
 }
 
 impl Intake {
-    /// Starts the task, which notifies `relay` of new events. A call that gets no transaction within `begin_limit` is
+    /// Starts the task, which notifies `relay` of new events. One customer has at most `share` orders in it. A call that gets no transaction within `begin_limit` is
     /// refused.
     pub(crate) fn start(
         database: &Database,
         settings: &IntakeSettings,
+        share: u32,
         relay: &Notifier,
         begin_limit: Duration,
     ) -> Self {
@@ -109,7 +117,7 @@ impl Intake {
         let size = settings.queue as usize;
         let room = Arc::new(Semaphore::new(size));
         tokio::spawn(measure_queue(Arc::downgrade(&room), size));
-        Self { queue, room, shares: Shares::of(settings.queue_per_customer) }
+        Self { queue, room, shares: Shares::of(share) }
     }
 
     /// Places the order together with those of other calls, and answers once it is committed.

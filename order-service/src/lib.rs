@@ -117,7 +117,8 @@ pub async fn run(
     let watchers = Watchers::start(database.clone(), &settings.watch, own_session, ending.begun.clone());
     let relay = notifier(outbox::CHANNEL);
     let begin_limit = Duration::from_millis(settings.database.database_acquire_ms);
-    let intake = Intake::start(&database, &settings.intake, &relay, begin_limit);
+    let share = settings.intake.share_among(settings.calls.calls);
+    let intake = Intake::start(&database, &settings.intake, share, &relay, begin_limit);
     let orders = OrderServiceServer::new(grpc::Orders { database: database.clone(), intake, relay, status, watchers })
         .max_decoding_message_size(settings.serve.message_max())
         .accept_compressed(CompressionEncoding::Gzip);

@@ -125,7 +125,7 @@ async fn more_orders_than_a_group_holds_are_all_refused_in_time_if_they_get_no_t
     const WAITING: usize = 1100;
     let flags = ["--writers", "1", "--queue", "1101", "--concurrent-streams", "2000", "--database-acquire-ms", "1000"];
     let patient =
-        ["--database-work-ms", "60000", "--request-seconds", "60", "--queue-per-customer", "1100", "--calls", "1101"];
+        ["--database-work-ms", "60000", "--request-seconds", "60", "--queue-per-customer", "1100", "--calls", "2200"];
     let service = Service::start_with(&[&flags[..], &patient].concat()).await;
     let lock = service.lock_orders().await;
     let mut first = JoinSet::new();

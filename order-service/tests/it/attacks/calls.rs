@@ -151,7 +151,8 @@ async fn more_calls_than_may_wait_are_refused_at_once() {
     let service = Service::start_with(&["--calls", "16", "--writers", "1", "--database-acquire-ms", "8000"]).await;
     let lock = service.lock_orders().await;
     let mut calls = JoinSet::new();
-    (0..WAITING + OTHERS).for_each(|_| place_for(&service, &mut calls, "ann"));
+    // Customers of their own, who have no share to exceed.
+    (0..WAITING + OTHERS).for_each(|n| place_for(&service, &mut calls, &n.to_string()));
     for _ in 0..OTHERS {
         let refused = calls.join_next().await.unwrap().unwrap().unwrap_err();
         let details = refused.get_error_details();
@@ -176,7 +177,8 @@ async fn a_call_that_ends_with_trailers_waits_like_any_other() {
     for call in 0..=WAITING {
         let stream = 1 + 2 * call;
         let begin = frame(HEADERS, END_HEADERS, stream, &call_of(CREATE));
-        let body = frame(DATA, 0, stream, &message(&order().encode_to_vec()));
+        let request = CreateOrderRequest { customer_id: call.to_string(), ..order() };
+        let body = frame(DATA, 0, stream, &message(&request.encode_to_vec()));
         let end = frame(HEADERS, END_HEADERS | END_STREAM, stream, &header("x-checksum", "none"));
         connection.send(&[begin, body, end].concat()).await.unwrap();
     }

@@ -70,12 +70,14 @@ async fn a_flood_of_one_customer_leaves_another_its_rate() {
     victim.end().await;
 }
 
-/// Orders that are in transactions count, too: those of a slow database may be many.
+/// Of however few, and however large a share is set. Orders that are in transactions count, too: those of a slow database may
+/// be many.
 #[tokio::test]
 async fn a_flood_takes_half_of_the_places_even_if_nothing_is_answered() {
-    const SHARE: usize = 256;
+    const SHARE: usize = 32;
     let patient = ["--database-acquire-ms", "60000", "--database-work-ms", "60000", "--request-seconds", "60"];
-    let service = Service::start_with(&[&patient[..], &["--concurrent-streams", "1000"]].concat()).await;
+    let service =
+        Service::start_with(&[&patient[..], &["--concurrent-streams", "1000", "--calls", "64"]].concat()).await;
     let lock = service.lock_orders().await;
     let mut flood = JoinSet::new();
     (0..SHARE).for_each(|_| place_for(&service, &mut flood, "greedy"));
