@@ -10,12 +10,12 @@ use std::io::{self, Write};
 use clap::Args;
 use sqlx::{Connection, PgConnection, migrate::Migrator};
 
-use crate::{DatabaseUrl, Fields, PasswordFile, SchemaError, check_schema};
+use crate::{DatabaseUrl, Fields, NotOwnSession, PasswordFile, SchemaError, check_schema, require_own_session};
 
 /// What stands where the id of a customer was. [`Fields::name`] refuses it, so no caller can use it as an id.
 ///
-/// It is the same for all customers, so that columns do not tell who they were. By a pseudonym or a hash, the orders of one customer could still be put together, and
-/// whoever knows ids could find out whose they are.
+/// It is the same for all customers, so no column tells which orders were of one customer. By a hash, whoever knows ids could
+/// find out whose they were.
 pub const ERASED: &str = "(erased)";
 
 /// Arguments of a service's command `erase-customer`.
@@ -99,7 +99,8 @@ pub trait Erase {
         reason: &str,
     ) -> impl Future<Output = Result<i64, sqlx::Error>>;
 
-    /// Makes PostgreSQL forget what it knew of the customer for planning, which a reader of a table can see.
+    /// Makes PostgreSQL forget what it knew of the customer for planning, which a reader of a table can see. Of a table without
+    /// a row it forgets nothing. So each of these must still have those that were erased.
     ///
     /// # Errors
     /// Those of the database.
@@ -131,6 +132,14 @@ pub enum EraseError {
         /// The cause.
         source: sqlx::Error,
     },
+    /// The lock would not keep others out.
+    #[error("cannot erase in {database}: {source}")]
+    Session {
+        /// The database, without the password.
+        database: String,
+        /// The cause.
+        source: NotOwnSession,
+    },
     /// The database has another schema.
     #[error(transparent)]
     Schema(#[from] SchemaError),
@@ -144,8 +153,11 @@ pub enum EraseError {
     #[error("not all is erased: {0}")]
     Held(String),
     /// The output cannot be written.
-    #[error("cannot write the output")]
+    #[error("cannot write the output; what was erased until then stays erased: repeat the command to go on")]
     Output(#[from] io::Error),
+    /// The planner may still know the customer.
+    #[error("PostgreSQL's statistics may still hold the customer's id: repeat the command")]
+    Statistics(#[source] sqlx::Error),
     /// The database failed.
     #[error("the database failed; what was erased until then stays erased: repeat the command to go on")]
     Database(#[source] sqlx::Error),
@@ -214,8 +226,11 @@ pub async fn erase(
             Piece::Held(why) => break Some(why),
         }
     };
-    service.renew_statistics(&mut connection).await?;
     say(&summary(orders_erased, events_erased, erasure_id))?;
+    let wait = "-- erase: wait longer\n SET statement_timeout = '10min'";
+    // It reads a sample of a whole table, and waits for a VACUUM of it.
+    sqlx::query(wait).execute(&mut connection).await?;
+    service.renew_statistics(&mut connection).await.map_err(EraseError::Statistics)?;
     connection.close().await?;
     held.map_or(Ok(()), |why| Err(EraseError::Held(why)))
 }
@@ -235,6 +250,7 @@ fn summary(orders: i64, events: i64, erasure_id: i64) -> String {
 async fn connect(url: DatabaseUrl) -> Result<PgConnection, EraseError> {
     let url = url.with_setting("enable_seqscan", "off").with_setting("statement_timeout", "30s");
     let url = url.with_setting("idle_in_transaction_session_timeout", "10s");
+    require_own_session(&url).await.map_err(|source| EraseError::Session { database: url.to_string(), source })?;
     url.connect_in_time().await.map_err(|source| EraseError::Connect { database: url.to_string(), source })
 }
 

@@ -57,6 +57,7 @@ pub use ops::Ops;
 pub use page::{decode_page_token, encode_page_token};
 pub use password_file::PasswordFile;
 pub use policy::Allowed;
+pub use pooler::{NotOwnSession, require_own_session};
 pub use refuse::{Refuse, log_failure, may_pass};
 pub use schema::{SchemaError, check_schema};
 pub use serve::{Listener, ServeError, ServeSettings, Services, serve};

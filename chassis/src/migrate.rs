@@ -24,7 +24,7 @@ use self::{
     plan::{Plan, Unfit, plan},
     session::Session,
 };
-use crate::{DatabaseUrl, PasswordFile, SchemaError};
+use crate::{DatabaseUrl, NotOwnSession, PasswordFile};
 
 /// Between two attempts to lock the database for a migration.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
@@ -46,10 +46,8 @@ enum Cause {
     Migration(String, #[source] migrate::MigrateError),
     #[error("cannot use the database")]
     Database(#[from] sqlx::Error),
-    #[error("a pooler shares its sessions: name the database itself, or a pooler with pool_mode = session")]
-    Pooler,
-    #[error("cannot look for a pooler: {0}")]
-    Look(#[from] SchemaError),
+    #[error(transparent)]
+    Session(#[from] NotOwnSession),
     #[error("cannot read which migrations were run")]
     History(#[from] migrate::MigrateError),
     #[error("others held it up for longer than --give-up-after allows: it is safe to run again")]

@@ -1,8 +1,9 @@
 //! Finds out whether a pooler stands before the database, and whether work is safe behind it.
 
 use sqlx::{Connection, PgConnection, Row};
+use tokio::time::timeout;
 
-use crate::{DatabaseUrl, SchemaError};
+use crate::{DatabaseUrl, SchemaError, session::timed_out};
 
 /// How many clients ask. A name may lead to several poolers: if there are fewer than clients, two clients meet at one.
 const CLIENTS: usize = 5;
@@ -14,6 +15,28 @@ const LOOKS: usize = 4;
 pub(crate) enum Sessions {
     Own,
     Shared,
+}
+
+/// Why a session may be another client's, too.
+#[derive(Debug, thiserror::Error)]
+pub enum NotOwnSession {
+    /// A pooler gives it to others in between.
+    #[error("a pooler shares its sessions: name the database itself, or a pooler with pool_mode = session")]
+    Pooler,
+    /// It could not be found out.
+    #[error("cannot look for a pooler: {0}")]
+    Look(#[from] SchemaError),
+}
+
+/// Makes sure that what is locked or set in a session of this database stays there, and ends with it.
+///
+/// # Errors
+/// [`NotOwnSession`].
+pub async fn require_own_session(url: &DatabaseUrl) -> Result<(), NotOwnSession> {
+    match timeout(url.connect_limit(), find_sessions(url)).await.unwrap_or_else(|_| Err(timed_out().into()))? {
+        Sessions::Own => Ok(()),
+        Sessions::Shared => Err(NotOwnSession::Pooler),
+    }
 }
 
 /// Finds out how sessions are given out. Some clients ask in turn which process of the server serves them. Without a

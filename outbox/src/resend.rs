@@ -15,7 +15,7 @@ mod receiver;
 
 use std::{future::Future, io::Write, time::Duration};
 
-use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles, keep_erasures_out, parse_text};
+use chassis::{DatabaseUrl, PasswordFile, Tls, TlsError, TlsFiles, keep_erasures_out, parse_text, require_own_session};
 use clap::Args;
 use prost_types::Timestamp;
 use sqlx::{Connection, PgConnection, types::time::OffsetDateTime};
@@ -242,6 +242,7 @@ pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments, sent: &impl S
 
 async fn connect(url: &DatabaseUrl) -> Result<PgConnection, ResendError> {
     let failed = |why: String| ResendError::Connect { database: url.to_string(), why };
+    require_own_session(url).await.map_err(|cause| failed(cause.to_string()))?;
     let limit = url.connect_limit();
     match timeout(limit, url.connect()).await {
         Ok(connected) => connected.map_err(|cause| failed(cause.to_string())),

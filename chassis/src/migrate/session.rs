@@ -19,11 +19,7 @@ use super::{
     holder::{find_blocking, find_open, list},
     patience::Patience,
 };
-use crate::{
-    DatabaseUrl,
-    pooler::{Sessions, find_sessions},
-    schema::name,
-};
+use crate::{DatabaseUrl, pooler::require_own_session, schema::name};
 
 /// For how long a migration waits for a lock, and others behind it.
 const LOCK_TIMEOUT: &str = "2s";
@@ -45,7 +41,8 @@ pub(super) struct Session<'s> {
 impl<'s> Session<'s> {
     pub(super) async fn open(url: &DatabaseUrl, patience: Patience<'s>) -> Result<Self, Cause> {
         let opening = async {
-            find_itself(url).await?;
+            // A pooler that shares sessions would give the lock of this one to others.
+            require_own_session(url).await?;
             Ok((connect(url).await?, connect(url).await?))
         };
         let (mut connection, observer) = patience.unless_stopped(opening).await?;
@@ -190,14 +187,6 @@ fn is_in_the_way(error: &migrate::MigrateError) -> bool {
     };
     let code = cause.as_database_error().and_then(DatabaseError::code);
     code.is_some_and(|code| ["55P03", "40P01"].contains(&&*code))
-}
-
-/// A pooler that shares sessions would give the lock of this one to others.
-async fn find_itself(url: &DatabaseUrl) -> Result<(), Cause> {
-    match find_sessions(url).await? {
-        Sessions::Own => Ok(()),
-        Sessions::Shared => Err(Cause::Pooler),
-    }
 }
 
 /// A migration takes as long as it takes.

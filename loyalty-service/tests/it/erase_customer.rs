@@ -37,10 +37,13 @@ async fn no_table_names_an_erased_customer_and_the_points_stay_with_their_orders
     assert_eq!(loyalty.deliver([&kept, &cancelled, &other, &cancellation]).await.unwrap(), ["APPLIED"; 4]);
     let rows = loyalty.rows().await;
     assert_eq!(loyalty.database.tables_that_hold(CUSTOMER).await, ["points"]);
+    sqlx::query("ANALYZE points").execute(&loyalty.database.pool().await).await.unwrap();
+    assert!(loyalty.database.statistics_hold(CUSTOMER).await);
 
     let output = erase(&loyalty).await;
     assert!(output.contains("erased from 2 orders"), "{output}");
     assert_eq!(loyalty.database.tables_that_hold(CUSTOMER).await, [""; 0]);
+    assert!(!loyalty.database.statistics_hold(CUSTOMER).await);
     assert_eq!((loyalty.balance(CUSTOMER).await.unwrap(), loyalty.balance("bob").await.unwrap()), ((0, 0), (9, 1)));
     assert_eq!(loyalty.rows().await, rows);
     // What was delivered is known still, and an order can still be cancelled.

@@ -9,7 +9,10 @@ use testkit::{TestDatabase, pgbouncer, pgbouncer::PgBouncer, postgres::Server};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::service::{ONE_ORDER, Service, order, reserved};
+use crate::{
+    command_line::run,
+    service::{ONE_ORDER, Service, order, reserved},
+};
 
 /// From this version on, PgBouncer carries prepared statements from session to session.
 const CARRIES: (u32, u32) = (1, 21);
@@ -115,4 +118,35 @@ async fn shared_sessions_whose_isolation_is_not_read_committed_are_refused_with_
         refused.contains("ALTER ROLE order_service SET default_transaction_isolation = 'read committed'"),
         "{refused}"
     );
+}
+
+/// Its lock would be given to another client, and stay when the command has ended.
+#[tokio::test]
+async fn behind_a_pooler_that_shares_sessions_nobody_erases_or_resends() {
+    let Some(pooler) = pooler(|version| version >= CARRIES, "transaction").await else { return };
+    let database = TestDatabase::create("orders_owner", &MIGRATORS).await;
+    let url = pooler.url_for("orders_owner", database.name());
+    let erase = ["erase-customer", "ann", "--by", "bob", "--reason", "request 12"];
+    let resend = [
+        "resend",
+        "--subscription",
+        "inventory",
+        "--receiver",
+        "http://127.0.0.1:1",
+        "--since",
+        "2020-01-01T00:00:00Z",
+        "--by",
+        "bob",
+        "--reason",
+        "restored",
+    ];
+    for command in [&erase[..], &resend] {
+        let output = run(&[command, &["--database-url", &url]].concat()).await;
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("a pooler shares its sessions: name the database itself"), "{said}");
+    }
+    let locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database =
+        (SELECT oid FROM pg_database WHERE datname = current_database())";
+    assert_eq!(sqlx::query_scalar::<_, i64>(locks).fetch_one(&database.pool().await).await.unwrap(), 0);
 }
