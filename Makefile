@@ -31,6 +31,7 @@ demo: system
 	@target/$(PROFILE)/harness demo $(if $(SECURE),--secure)
 
 up: system
+	@$(if $(SECURE),echo 'make up has no SECURE: docs/security.md says how to start processes with certificates' >&2; exit 2)
 	@target/$(PROFILE)/harness up
 
 bench: release
