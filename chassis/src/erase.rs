@@ -133,7 +133,7 @@ pub enum EraseError {
         source: sqlx::Error,
     },
     /// The lock would not keep others out.
-    #[error("cannot erase in {database}: {source}")]
+    #[error("cannot erase in {database}")]
     Session {
         /// The database, without the password.
         database: String,
@@ -250,8 +250,10 @@ fn summary(orders: i64, events: i64, erasure_id: i64) -> String {
 async fn connect(url: DatabaseUrl) -> Result<PgConnection, EraseError> {
     let url = url.with_setting("enable_seqscan", "off").with_setting("statement_timeout", "30s");
     let url = url.with_setting("idle_in_transaction_session_timeout", "10s");
+    let connected = url.connect_in_time().await;
+    let connection = connected.map_err(|source| EraseError::Connect { database: url.to_string(), source })?;
     require_own_session(&url).await.map_err(|source| EraseError::Session { database: url.to_string(), source })?;
-    url.connect_in_time().await.map_err(|source| EraseError::Connect { database: url.to_string(), source })
+    Ok(connection)
 }
 
 fn say(text: &str) -> io::Result<()> {

@@ -24,7 +24,7 @@ pub enum NotOwnSession {
     #[error("a pooler shares its sessions: name the database itself, or a pooler with pool_mode = session")]
     Pooler,
     /// It could not be found out.
-    #[error("cannot look for a pooler: {0}")]
+    #[error("cannot look for a pooler")]
     Look(#[from] SchemaError),
 }
 

@@ -242,12 +242,13 @@ pub async fn resend(url: &DatabaseUrl, arguments: ResendArguments, sent: &impl S
 
 async fn connect(url: &DatabaseUrl) -> Result<PgConnection, ResendError> {
     let failed = |why: String| ResendError::Connect { database: url.to_string(), why };
-    require_own_session(url).await.map_err(|cause| failed(cause.to_string()))?;
     let limit = url.connect_limit();
-    match timeout(limit, url.connect()).await {
-        Ok(connected) => connected.map_err(|cause| failed(cause.to_string())),
-        Err(_) => Err(failed(format!("no answer within {limit:?}"))),
-    }
+    let connection = match timeout(limit, url.connect()).await {
+        Ok(connected) => connected.map_err(|cause| failed(cause.to_string()))?,
+        Err(_) => return Err(failed(format!("no answer within {limit:?}"))),
+    };
+    require_own_session(url).await.map_err(|cause| failed(cause.to_string()))?;
+    Ok(connection)
 }
 
 /// One run of the command.
