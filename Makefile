@@ -7,6 +7,7 @@ help:
 	@echo 'make demo        see the pattern at work, from nothing, in a few seconds (after a first build of some minutes)'
 	@echo '                 (make demo SECURE=1 does the same with mutual TLS and a policy of who may call what)'
 	@echo 'make up          run the whole system in the foreground and learn how to use it; Ctrl-C ends it'
+	@echo '                 (make up SECURE=1 does the same with mutual TLS and a policy)'
 	@echo '                 (make up PROFILE=release takes minutes longer to build, and is what to put load on)'
 	@echo 'make bench       measure it against PostgreSQL and gRPC alone: up to 15 minutes on a machine that does nothing else'
 	@echo 'make bench-soak  ten minutes at 2,000 orders/s: whether the outbox stays small and fast'
@@ -31,8 +32,7 @@ demo: system
 	@target/$(PROFILE)/harness demo $(if $(SECURE),--secure)
 
 up: system
-	@$(if $(SECURE),echo 'make up has no SECURE: docs/security.md says how to start processes with certificates' >&2; exit 2)
-	@target/$(PROFILE)/harness up
+	@target/$(PROFILE)/harness up $(if $(SECURE),--secure)
 
 bench: release
 	@target/release/harness bench

@@ -19,7 +19,7 @@ pub(crate) struct Validity {
 
 pub(crate) fn describe() {
     describe_gauge!(NOT_BEFORE, Unit::Seconds, "When the certificate of this process begins to be valid, as Unix time");
-    describe_gauge!(NOT_AFTER, Unit::Seconds, "When it ceases to be valid, as Unix time");
+    describe_gauge!(NOT_AFTER, Unit::Seconds, "When the certificate of this process ceases to be valid, as Unix time");
 }
 
 impl Validity {

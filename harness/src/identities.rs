@@ -20,6 +20,8 @@ const ADDRESSES: [&str; 2] = ["localhost", "127.0.0.1"];
 const POLICY: &str = "\
 # NAME            WHAT IT MAY CALL, AND WHOSE EVENTS IT MAY DELIVER
 customers         orders.v1.OrderService/* inventory.v1.InventoryService/* loyalty.v1.LoyaltyService/*
+# By which grpcurl knows the messages.
+customers         grpc.reflection.v1.ServerReflection/* grpc.reflection.v1alpha.ServerReflection/*
 orders-relay      events.v1.EventReceiver/* source=order-service
 inventory-relay   events.v1.EventReceiver/* source=inventory-service
 operators         relay.v1.RelayAdmin/*

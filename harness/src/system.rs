@@ -433,7 +433,7 @@ impl Layout {
         format!("postgres://{role}:{role}@{}/{database}?target_session_attrs=read-write", self.hosts)
     }
 
-    fn url_of(&self, address: SocketAddr) -> String {
+    pub(crate) fn url_of(&self, address: SocketAddr) -> String {
         format!("{}://{address}", if self.identities.is_some() { "https" } else { "http" })
     }
 

@@ -16,10 +16,12 @@ use tokio::{
 };
 
 use crate::{
+    identities::{CUSTOMERS, Identities},
     system::{FIRST_PORT, Layout, ServerArguments, Service, stop},
     target,
 };
 use testkit::{
+    certificates::Authority,
     ports::claim,
     postgres::{Cluster, FixedPort, Server},
     processes::Process,
@@ -29,6 +31,7 @@ use uuid::Uuid;
 /// Directory of the private server, which is kept.
 const DIRECTORY: &str = "target/postgres";
 const LOGS: &str = "target/logs";
+const CERTIFICATES: &str = "target/up";
 const POSTGRES_PORT: u16 = 5433;
 /// How long to wait for a port that is taken: longer than Linux keeps the port of a closed connection (a minute).
 const PORT_PATIENCE: Duration = Duration::from_secs(75);
@@ -50,6 +53,10 @@ pub struct Arguments {
     /// to 50055 and 5433]. The services' ports for operators are 1000 more than theirs, and those for relays 2000 more
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=63530))]
     ports_from: Option<u16>,
+    /// With mutual TLS and a policy: each process has a certificate of its own, and may do what its name may. They are made
+    /// anew at each start
+    #[arg(long)]
+    secure: bool,
 }
 
 impl Arguments {
@@ -107,7 +114,10 @@ async fn start(arguments: &Arguments) -> Result<(Option<Cluster>, Vec<Process>)>
     let postgres = FixedPort { number: arguments.postgres_port(), patience: PORT_PATIENCE };
     let (server, cluster) = arguments.server.provide(Path::new(DIRECTORY), true, Some(postgres)).await?;
     println!("up: {:<18} {}", "PostgreSQL", server.address());
-    let layout = layout_on(first, server);
+    let mut layout = layout_on(first, server);
+    if arguments.secure {
+        layout.identities = Some(Identities::make(Path::new(CERTIFICATES), &Authority::new()?)?);
+    }
     layout.prepare().await?;
     let mut processes = Vec::new();
     let mut claims = claims.into_iter();
@@ -179,29 +189,29 @@ fn is_optimised(program: &str) -> bool {
 
 fn usage(layout: &Layout, program: &str) -> String {
     let (orders, inventory) = (layout.order_service, layout.inventory_service);
-    let balance = layout.loyalty.as_ref().map(|loyalty| balance_usage(loyalty.address)).unwrap_or_default();
+    let grpcurl = grpcurl_as(layout, CUSTOMERS);
+    let balance = layout.loyalty.as_ref().map(|loyalty| balance_usage(&grpcurl, loyalty.address)).unwrap_or_default();
     let (addresses, request_id) = (exports(layout), Uuid::new_v4());
     let relay = Path::new(program).with_file_name("outbox-relay");
     let (metrics, console) = (metrics_usage(layout), console_usage(layout));
     let (relay, outbox) = (relay.display(), layout.server.url_for("outbox_relay", &layout.orders));
+    let (load, denied) = (load_usage(layout), denied_usage(layout));
     let speed = if is_optimised(program) { "" } else { NOT_OPTIMISED };
     format!(
         r#"up: everything is up; logs are in {LOGS}
 
   Place an order:
-    grpcurl -plaintext -d '{{"request_id":"{request_id}","customer_id":"ann","currency_code":"EUR","items":[{{"sku":"MUG","quantity":2,"unit_price_minor":1250}}]}}' \
+    {grpcurl} -d '{{"request_id":"{request_id}","customer_id":"ann","currency_code":"EUR","items":[{{"sku":"MUG","quantity":2,"unit_price_minor":1250}}]}}' \
       {orders} orders.v1.OrderService/CreateOrder
   Look at the stock:
-    grpcurl -plaintext -d '{{"sku":"MUG"}}' {inventory} inventory.v1.InventoryService/GetStock
+    {grpcurl} -d '{{"sku":"MUG"}}' {inventory} inventory.v1.InventoryService/GetStock
 {balance}  Watch the order, and cancel it, by its order_id:
-    grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
-    grpcurl -plaintext -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
+    {grpcurl} -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/WatchOrder
+    {grpcurl} -d '{{"order_id":"…"}}' {orders} orders.v1.OrderService/CancelOrder
   Look at the outbox, as an operator does, and at the metrics of each process:
     RELAY_DATABASE_URL='{outbox}' {relay} status
     open {console} in a browser (to act there, see docs/console.md)
-{metrics}  Put load on it:
-    ghz --config harness/ghz.json {orders}
-{addresses}  Put load on it, check every reply, and audit:
+{metrics}{denied}{load}{addresses}  Put load on it, check every reply, and audit:
     {program} stress --orders 5000 --concurrency 50
   Audit:
     {program} audit
@@ -213,20 +223,53 @@ fn usage(layout: &Layout, program: &str) -> String {
 /// The console of the orders' outbox.
 fn console_usage(layout: &Layout) -> String {
     let address = layout.ops_address(Service::OrdersRelay).ok().flatten();
-    address.map(|address| format!("http://{address}/console/")).unwrap_or_default()
+    address.map(|address| layout.url_of(address) + "/console/").unwrap_or_default()
 }
 
 /// The pages of all processes, in one line.
 fn metrics_usage(layout: &Layout) -> String {
     let addresses = layout.services().into_iter().filter_map(|service| layout.ops_address(service).ok().flatten());
     let ports: Vec<String> = addresses.map(|address| address.port().to_string()).collect();
-    format!("    curl -s 'http://127.0.0.1:{{{}}}/metrics'\n", ports.join(","))
+    let (scheme, trust) = match &layout.identities {
+        Some(identities) => ("https", format!(" --cacert {}", identities.ca_file().display())),
+        None => ("http", String::new()),
+    };
+    format!("    curl -s{trust} '{scheme}://127.0.0.1:{{{}}}/metrics'\n", ports.join(","))
 }
 
-fn balance_usage(loyalty: SocketAddr) -> String {
+/// grpcurl with the certificate of this name, if there is one.
+fn grpcurl_as(layout: &Layout, name: &str) -> String {
+    let Some(identities) = &layout.identities else { return "grpcurl -plaintext".into() };
+    let (ca, own) = (identities.ca_file(), identities.own_file(name));
+    let (ca, own) = (ca.display(), own.display());
+    format!("grpcurl -cacert {ca} -cert {own} -key {own}")
+}
+
+/// ghz knows no certificates by its configuration.
+fn load_usage(layout: &Layout) -> String {
+    if layout.identities.is_some() {
+        return String::new();
+    }
+    format!("  Put load on it:\n    ghz --config harness/ghz.json {}\n", layout.order_service)
+}
+
+fn denied_usage(layout: &Layout) -> String {
+    let Some(identities) = &layout.identities else { return String::new() };
+    let grpcurl = grpcurl_as(layout, Service::OrdersRelay.name());
+    let policy = identities.policy_file();
+    format!(
+        r"  See that a relay may not read orders, as {} says:
+    {grpcurl} -import-path proto -proto orders/v1/order_service.proto {} orders.v1.OrderService/ListOrders
+",
+        policy.display(),
+        layout.order_service,
+    )
+}
+
+fn balance_usage(grpcurl: &str, loyalty: SocketAddr) -> String {
     format!(
         r#"  Look at the customer's points:
-    grpcurl -plaintext -d '{{"customer_id":"ann"}}' {loyalty} loyalty.v1.LoyaltyService/GetBalance
+    {grpcurl} -d '{{"customer_id":"ann"}}' {loyalty} loyalty.v1.LoyaltyService/GetBalance
 "#
     )
 }
@@ -234,9 +277,14 @@ fn balance_usage(loyalty: SocketAddr) -> String {
 /// How to tell the other subcommands where this system is, if it is not where they look by default.
 fn exports(layout: &Layout) -> String {
     let variables = layout.target_variables().into_iter().zip(target::DEFAULTS);
+    let variables = variables.filter(|((_, value), (_, default))| value != default).map(|(variable, _)| variable);
+    let tls = layout.identities.as_ref().map(|identities| {
+        [("TLS_CERT_FILE", identities.own_file(CUSTOMERS)), ("TLS_CA_FILE", identities.ca_file())]
+            .map(|(name, file)| (name, file.display().to_string()))
+    });
     let others: Vec<String> = variables
-        .filter(|((_, value), (_, default))| value != default)
-        .map(|((name, value), _)| format!("    export {name}='{value}'\n"))
+        .chain(tls.into_iter().flatten())
+        .map(|(name, value)| format!("    export {name}='{value}'\n"))
         .collect();
     if others.is_empty() {
         return String::new();
