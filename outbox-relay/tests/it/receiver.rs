@@ -165,10 +165,14 @@ impl EventReceiver for Service {
     async fn deliver(&self, request: Request<DeliverRequest>) -> Result<Response<DeliverResponse>, Status> {
         let has_deadline = request.metadata().contains_key("grpc-timeout");
         let events = request.into_inner().events;
-        let mut batch = 0;
-        self.0.log.send_modify(|log| batch = log.arrive(events.clone(), has_deadline));
+        let (batch, mut reply) = {
+            // Locked first: whoever has seen a delivery in the log may follow another script, which is not for this one.
+            let mut script = self.0.script.lock().unwrap();
+            let mut batch = 0;
+            self.0.log.send_modify(|log| batch = log.arrive(events.clone(), has_deadline));
+            (batch, script(&events))
+        };
         let _flight = Flight { state: &self.0, batch };
-        let mut reply = (self.0.script.lock().unwrap())(&events);
         loop {
             match reply {
                 Reply::Results(results) => {
